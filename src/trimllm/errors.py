@@ -1,0 +1,15 @@
+"""The two kinds of failure a user can meet: both are one or two lines that say what to do; a traceback is for bugs."""
+
+from __future__ import annotations
+
+
+class TrimError(Exception):
+    """The job could not be finished (exit code 1); what was computed so far is on disk."""
+
+    exit_code = 1
+
+
+class InputError(TrimError):
+    """What the user gave cannot be used (exit code 2). The message names the value, the place and the remedy."""
+
+    exit_code = 2

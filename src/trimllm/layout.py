@@ -1,0 +1,101 @@
+"""What a trimmed model is made of: for each block that remains, which original attention and which original MLP it holds.
+
+A pre-norm decoder block is `x + A(norm1(x))` followed by `x + M(norm2(x))`: two halves. Dropping whole blocks, adjacent
+pairs that re-pack into stock blocks, and (on trial only) single sub-layers are all one operation on this list.
+Indices are 0-based and refer to the model the layout is applied to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from trimllm.errors import InputError
+
+
+class Block(NamedTuple):
+    """One decoder block: the index its attention half comes from, and its MLP half. `None` bypasses that half (trial only)."""
+
+    attention: int | None
+    mlp: int | None
+
+
+Layout = tuple[Block, ...]
+
+
+class Unit(NamedTuple):
+    """Something that can be dropped. `kind` is "block", "pair", "attention" or "mlp"; `index` is the block it begins in.
+
+    block i: A_i and M_i. pair i: M_i and A_{i+1}, the shifted pair (A_i then joins M_{i+1} in one stock block).
+    attention i / mlp i: one sub-layer, for scans only.
+    """
+
+    kind: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"M{self.index}+A{self.index + 1}" if self.kind == "pair" else f"{self.kind} {self.index}"
+
+
+def whole(depth: int) -> Layout:
+    """The layout of an untouched model of `depth` blocks."""
+    return tuple(Block(i, i) for i in range(depth))
+
+
+def without(layout: Layout, positions: Iterable[int]) -> Layout:
+    """The layout less the blocks at `positions` (0-based places in `layout`, not original indices).
+
+    Raises:
+        InputError: if a position does not exist or nothing would remain.
+    """
+    dropped = set(positions)
+    for position in sorted(dropped):
+        if not 0 <= position < len(layout):
+            raise InputError(f"layer {position} does not exist: the model has layers 0 to {len(layout) - 1}")
+    if len(dropped) == len(layout):
+        raise InputError(f"cannot drop all {len(layout)} layers: leave at least one")
+    return tuple(block for position, block in enumerate(layout) if position not in dropped)
+
+
+def units(kind: str, layout: Layout) -> list[Unit]:
+    """All candidates for removal: `kind` is "block" (n of them), "pair" (2n-1, in order of depth) or "sublayer" (2n)."""
+    depth = len(layout)
+    if kind == "block":
+        return [Unit("block", i) for i in range(depth)]
+    if kind == "pair":
+        shifted = [[Unit("block", i), Unit("pair", i)] for i in range(depth)]
+        return [unit for both in shifted for unit in both][:-1]
+    if kind == "sublayer":
+        return [Unit(half, i) for i in range(depth) for half in ("attention", "mlp")]
+    raise InputError(f"unknown unit {kind!r}: use block, pair or sublayer")
+
+
+def remove(layout: Layout, unit: Unit) -> Layout:
+    """The layout after `unit` (its index a place in `layout`) is gone; sub-layers leave a bypassed half behind."""
+    i = unit.index
+    if unit.kind == "block":
+        return without(layout, [i])
+    if unit.kind == "pair":
+        merged = Block(layout[i].attention, layout[i + 1].mlp)
+        return (*layout[:i], merged, *layout[i + 2 :])
+    half = layout[i]._replace(**{unit.kind: None})
+    return (*layout[:i], half, *layout[i + 1 :])
+
+
+def shared_prefix(before: Layout, after: Layout) -> int:
+    """How many leading blocks the two layouts have in common: what a trial deletion need not compute again."""
+    for position, (old, new) in enumerate(zip(before, after, strict=False)):
+        if old != new:
+            return position
+    return min(len(before), len(after))
+
+
+def compose(outer: Layout, inner: Layout) -> Layout:
+    """Indices of the original model, when `inner` (in terms of the present model) is applied on top of `outer`."""
+    return tuple(
+        Block(
+            None if block.attention is None else outer[block.attention].attention,
+            None if block.mlp is None else outer[block.mlp].mlp,
+        )
+        for block in inner
+    )
