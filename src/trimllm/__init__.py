@@ -1,1 +1,38 @@
-"""Progressive layer dropping while fine-tuning: half the depth of a causal LM, as a stock checkpoint."""
+"""Progressive layer dropping while fine-tuning: half the depth of a causal LM, as a stock checkpoint.
+
+import trimllm
+model, history = trimllm.trim(model="demo", task="demo_law", text="demo_law", lr=3e-4, output="runs/law")
+trimllm.drop_layers(model, [3, 7]); trimllm.save_trimmed(model, "trimmed")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "trim": "progressive",
+    "TrimConfig": "config",
+    "drop_layers": "surgery",
+    "apply_layout": "surgery",
+    "save_trimmed": "export",
+    "verify": "export",
+    "load_model": "export",
+    "load_tokenizer": "export",
+    "load_task": "tasks",
+    "load_text": "tasks",
+    "InputError": "errors",
+    "TrimError": "errors",
+}
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for, when it is asked for: `import trimllm` alone does not import torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trimllm' has no attribute {name!r}")
+    return getattr(import_module(f"trimllm.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

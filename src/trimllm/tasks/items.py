@@ -13,7 +13,7 @@ class Item:
     """One question, document or dialogue as the model sees it.
 
     `continuations` are scored by log-likelihood after `prompt` and carry their own delimiter (usually a leading space).
-    choice: one per choice. generation: the one target. text: `prompt` is empty and the one continuation is the document.
+    choice: one per choice. generation: the one target. text: `prompt` is empty, the one continuation is the document.
     """
 
     place: str

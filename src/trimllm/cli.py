@@ -1,0 +1,176 @@
+"""The command line: parse, call one function per command, turn errors into one line and an exit code.
+
+Exit codes: 0 done, 1 failure, 2 bad input. Heavy libraries are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliPositionalArg,
+    CliSubCommand,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from trimllm import config as settings
+from trimllm.errors import InputError, TrimError
+
+
+class _Configurable(BaseModel):
+    config: str | None = Field(None, description="YAML file with any of these settings; the command line wins")
+
+
+class _Trim(settings.TrimConfig, _Configurable):
+    __doc__ = settings.TrimConfig.__doc__
+
+
+class _Scan(settings.ScanConfig, _Configurable):
+    __doc__ = settings.ScanConfig.__doc__
+
+
+class _Drop(settings.DropConfig, _Configurable):
+    __doc__ = settings.DropConfig.__doc__
+
+
+class _Eval(settings.EvalConfig, _Configurable):
+    __doc__ = settings.EvalConfig.__doc__
+
+
+class _Export(settings.ExportConfig):
+    __doc__ = settings.ExportConfig.__doc__
+    run: CliPositionalArg[str] = Field(description="directory of a `trimllm trim` run")
+
+
+COMMANDS: dict[str, type[settings.Settings]] = {
+    "trim": settings.TrimConfig,
+    "scan": settings.ScanConfig,
+    "drop": settings.DropConfig,
+    "eval": settings.EvalConfig,
+    "export": settings.ExportConfig,
+    "tasks": settings.TasksConfig,
+    "demo": settings.DemoConfig,
+}
+
+
+class _Root(BaseSettings):
+    """Drop layers of a causal language model while fine-tuning it: half the depth, as a stock checkpoint.
+
+    Start with `trimllm demo`; every command explains itself with --help.
+    """
+
+    model_config = SettingsConfigDict(
+        cli_prog_name="trimllm",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+    )
+    trim: CliSubCommand[_Trim]
+    scan: CliSubCommand[_Scan]
+    drop: CliSubCommand[_Drop]
+    eval: CliSubCommand[_Eval]
+    export: CliSubCommand[_Export]
+    tasks: CliSubCommand[settings.TasksConfig]
+    demo: CliSubCommand[settings.DemoConfig]
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The command line over the YAML file; never the environment."""
+        return (init_settings,)
+
+
+def parse(arguments: list[str]) -> settings.Settings:
+    """The settings of the command that `arguments` name; the YAML of `--config`, or of the run to resume, underneath.
+
+    Raises:
+        InputError: in one line, for anything that cannot be used.
+    """
+    if not arguments:
+        arguments = ["--help"]
+    name = arguments[0]
+    if not name.startswith("-") and name not in COMMANDS:
+        raise InputError(f"unknown command {name!r}{_near(name, COMMANDS)}: trimllm --help lists them")
+    beneath = _beneath(name, arguments)
+    if name in COMMANDS:
+        for key in beneath:
+            if key not in COMMANDS[name].model_fields:
+                raise InputError(f"--config: unknown setting {key!r}{_near(key, COMMANDS[name].model_fields)}")
+    try:
+        root = CliApp.run(_Root, cli_args=arguments, cli_exit_on_error=False, **{name: beneath} if beneath else {})
+    except ValidationError as error:
+        raise InputError(f"{settings.explain(error)}: see trimllm {name} --help") from None
+    except SettingsError as error:
+        raise InputError(_unknown_option(name, str(error))) from None
+    parsed = getattr(root, name)
+    return COMMANDS[name](**parsed.model_dump(exclude={"config"}))
+
+
+def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:
+    """Settings from the YAML file, and for `--resume` those of the run."""
+    values: dict[str, Any] = {}
+    if name == "trim" and "--resume" in arguments and (output := _value(arguments, "--output")):
+        stored = os.path.join(output, "config.yaml")
+        values |= settings.read_yaml(stored) if os.path.exists(stored) else {}
+    if name in ("trim", "scan", "drop", "eval") and (path := _value(arguments, "--config")):
+        values |= settings.read_yaml(path)
+    return values
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    for place, argument in enumerate(arguments):
+        if argument == option and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(option + "="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _near(name: str, known: Any) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _unknown_option(name: str, message: str) -> str:
+    message = message.removeprefix("error parsing CLI: ")
+    if message.startswith("unrecognized arguments: ") and name in COMMANDS:
+        given = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]
+        return f"unknown option {given}{_near(given, options)}: see trimllm {name} --help"
+    return f"{message}: see trimllm {name if name in COMMANDS else ''} --help"
+
+
+def run(command: settings.Settings) -> None:
+    """Carry out one parsed command."""
+    from trimllm import commands
+
+    commands.CARRY_OUT[type(command)](command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        run(parse(sys.argv[1:] if arguments is None else arguments))
+    except TrimError as error:
+        print(f"trimllm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("trimllm: interrupted; a run goes on with --resume", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0

@@ -1,0 +1,221 @@
+"""What each command does: call the rooms below, print a table, write JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trimllm import card, config, export, journal, models, rundir, scan, scores, select, surgery, tasks, weights
+from trimllm.console import Console, table
+from trimllm.errors import InputError
+from trimllm.evaluate import Evaluation, Scorer, generate
+from trimllm.layout import whole, without
+from trimllm.progressive import describe, trim
+
+
+def run_trim(command: config.TrimConfig) -> None:
+    """Trim, then print the table of depths."""
+    _, history = trim(command)
+    print(card.depth_table(history))
+    print(f"trimmed checkpoint: {Path(command.output) / 'model'}")
+
+
+def load_task(command: Any, tokenizer: Any) -> tasks.TaskData:
+    """The task that a command names, by its settings."""
+    return tasks.load_task(
+        command.task,
+        tokenizer=tokenizer,
+        calibration_size=command.calibration_size,
+        resolution=command.resolution,
+        max_train=command.max_train,
+        max_test=command.max_test,
+        files=command.task_files,
+        metric=command.metric,
+        seed=command.seed,
+    )
+
+
+def scorer(command: Any, loaded: models.Loaded, items: Any) -> Scorer:
+    """Items ready for the command's model."""
+    return Scorer(
+        loaded.model,
+        loaded.tokenizer,
+        items,
+        token_budget=command.eval_batch_size,
+        max_length=command.max_length,
+        truncate=command.truncate,
+    )
+
+
+def run_scan(command: config.ScanConfig) -> None:
+    """Importance of every unit: table, scan.json, scan.png."""
+    from trimllm.plot import importance_plot
+
+    output, console = Path(command.output), Console()
+    _fresh(output, "scan.json")
+    needed = scores.needs(command.strategy)
+    loaded = models.load(command)
+    data = load_task(command, loaded.tokenizer)
+    for note in data.notes:
+        console.say(f"  {note}")
+    with console.progress("scan") as show:
+        result = scan.scan(
+            loaded.model, scorer(command, loaded, data.calibration), data.metric, command.unit, progress=show
+        )
+    depth = surgery.depth(loaded.model)
+    extra = {}
+    if "taylor" in needed:
+        extra["taylor"] = weights.taylor(loaded.model, scorer(command, loaded, data.calibration), result.candidates)
+    if "magnitude" in needed:
+        extra["magnitude"] = weights.magnitude(loaded.model, result.candidates)
+    evidence = result.evidence(scan.positions(result.candidates, range(depth)), depth, command.seed, **extra)
+    names = [describe(unit, whole(depth)) for unit in result.candidates]
+    record = scan.table(result, evidence, command.strategy, names)
+    tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
+    allowed = select.droppable(result.candidates, whole(depth), select.protected(command.protect, depth))
+    choice = select.choose(result.candidates, evidence, command.strategy, tolerance=tolerance, allowed=allowed)
+    record |= {"model": command.model, "task": data.name, "metric": data.metric, "first": names[choice.index]}
+    journal.write_json(output / "scan.json", record)
+    importance_plot(record, output / "scan.png")
+    print(f"intact: {data.metric} {result.base}")
+    print(scan_table(record))
+    print(f"would go first: {names[choice.index]} ({choice.why}); {output / 'scan.json'}, {output / 'scan.png'}")
+
+
+def scan_table(record: dict[str, Any]) -> str:
+    """The units of a scan, most important first."""
+    rows = [
+        [
+            row["unit"],
+            f"{row['importance']:.4g}",
+            f"{row['value']:.1f} +- {row['stderr']:.1f}",
+            f"{row['loss']:.3f}",
+            f"{row['norm']:.1f}",
+        ]
+        for row in sorted(record["units"], key=lambda row: -row["importance"])
+    ]
+    return table(["unit", "importance", f"{record['metric']} without it", "loss", "norm"], rows)
+
+
+def run_drop(command: config.DropConfig) -> None:
+    """Surgery only: the model as saved, less some layers."""
+    loaded = models.load(command)
+    depth = surgery.depth(loaded.model)
+    for layer in command.layers:
+        if not -depth <= layer < depth:
+            raise InputError(f"--layers {layer}: the model has layers 0 to {depth - 1}")
+    dropped = {layer % depth for layer in command.layers}
+    surgery.drop_layers(loaded.model, dropped)
+    report = export.save_trimmed(
+        loaded.model,
+        command.output,
+        tokenizer=loaded.tokenizer,
+        layout=without(whole(depth), dropped),
+        base=command.model,
+    )
+    print(f"{command.output}: {depth - len(dropped)} of {depth} layers, reloaded and compared ({_differences(report)})")
+
+
+def _differences(report: Any) -> str:
+    shown = {"plain": report.plain, "cached": report.cached, "static cache": report.static}
+    return "largest logit differences: " + ", ".join(
+        f"{name} {'not supported' if value is None else f'{value:.2g}'}" for name, value in shown.items()
+    )
+
+
+def run_eval(command: config.EvalConfig) -> None:
+    """One model, one task, the reported split."""
+    loaded = models.load(command)
+    data = load_task(command, loaded.tokenizer)
+    console = Console()
+    for note in data.notes:
+        console.say(f"  {note}")
+    evaluation = scorer(command, loaded, data.test).evaluate(loaded.model, data.metric)
+    record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
+    print(f"{data.name}: {evaluation_line(evaluation)}")
+    if command.generate:
+        record["generation"] = _generation(command, loaded, data)
+        print("generated: " + ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items()))
+    if command.output:
+        journal.write_atomic(Path(command.output), json.dumps(record, indent=2) + "\n")
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    """Everything that was measured, in one line."""
+    named = {"acc": evaluation.acc, "acc_norm": evaluation.acc_norm, "greedy match": evaluation.greedy}
+    others = [f"{name} {value:.1f}" for name, value in named.items() if value is not None and name != evaluation.metric]
+    losses = [f"loss {evaluation.loss:.4f}", f"perplexity {evaluation.perplexity:.3f}"]
+    value = f"{evaluation.metric} {evaluation.value:.1f} +- {evaluation.stderr:.1f} (n={evaluation.n})"
+    return ", ".join([value, *others, *losses])
+
+
+def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.TaskData) -> dict[str, float]:
+    """Percentages over the reported split: exact match, ROUGE-L against the best reference, repeated 4-grams."""
+    from trimllm.tasks import metrics
+
+    if data.kind != "generation":
+        raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}")
+    answers = generate(loaded.model, loaded.tokenizer, data.test, max_new_tokens=command.max_new_tokens)
+    pairs = [
+        (answer, item.references or (item.target.strip(),)) for answer, item in zip(answers, data.test, strict=True)
+    ]
+    exact = [max(metrics.exact_match(answer, r) for r in references) for answer, references in pairs]
+    rouge = [max(metrics.rouge_l(answer, r) for r in references) for answer, references in pairs]
+    repeated = [metrics.repetition_rate(answer) for answer in answers]
+    columns = {"exact_match": exact, "rouge_l": rouge, "repetition": repeated}
+    return {name: 100 * sum(map(float, values)) / len(values) for name, values in columns.items()}
+
+
+def run_export(command: config.ExportConfig) -> None:
+    """A kept depth of a run, as a verified checkpoint in the dtype of the run's result."""
+    run = rundir.RunDir(command.run)
+    if not run.config.exists():
+        raise InputError(f"{command.run} holds no run: give the --output of a trimllm trim")
+    folder = run.checkpoint(command.depth)
+    if not folder.exists():
+        kept = ", ".join(map(str, run.kept_depths())) or "none"
+        raise InputError(
+            f"--depth {command.depth}: its weights were not kept (kept: {kept}); run with --keep-checkpoints to keep all"
+        )
+    stored = config.TrimConfig(**rundir.stored_settings(command.run))
+    loaded = models.load(stored)
+    plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
+    model: Any = export.load_model(folder, trust_remote_code=stored.trust_remote_code)
+    model = model.to(models.DTYPES.get(stored.save_dtype, loaded.saved))
+    output = command.output or str(run.root / f"model-depth-{command.depth}")
+    report = export.save_trimmed(
+        model, output, tokenizer=loaded.tokenizer, layout=rundir.load_layout(plan["blocks"]), base=stored.model
+    )
+    print(f"{output}: {command.depth} layers, reloaded and compared ({_differences(report)})")
+
+
+def run_tasks(_: config.TasksConfig) -> None:
+    """The built-in tasks."""
+    rows = [list(row) for row in tasks.list_tasks()]
+    print(table(["task", "kind", "metric", "about"], rows))
+    print("or your own rows: --task FILE_OR_DIR (JSONL, CSV, Parquet), --task FILE.yaml")
+
+
+def run_demo(command: config.DemoConfig) -> None:
+    """The main job on the embedded model."""
+    from trimllm.demo.demo import demo
+
+    demo(command)
+
+
+def _fresh(output: Path, product: str) -> None:
+    if (output / product).exists():
+        raise InputError(f"--output {output}: it already holds {product}: choose another directory")
+
+
+CARRY_OUT: dict[type[config.Settings], Callable[[Any], None]] = {
+    config.TrimConfig: run_trim,
+    config.ScanConfig: run_scan,
+    config.DropConfig: run_drop,
+    config.EvalConfig: run_eval,
+    config.ExportConfig: run_export,
+    config.TasksConfig: run_tasks,
+    config.DemoConfig: run_demo,
+}

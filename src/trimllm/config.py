@@ -1,0 +1,278 @@
+"""Every setting of every command: frozen pydantic models, read from the command line and from YAML.
+
+The field's description is the option's help; the same names stand in `--config FILE.yaml` and in `config.yaml`, which
+a run writes beside its results.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trimllm.errors import InputError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown names and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSettings(Settings):
+    model: str
+    """Model to work on: a directory or a Hugging Face Hub id; `demo` is the embedded one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights in memory; auto: float32 for training (bf16 mixed precision on a GPU), as saved elsewhere."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps ...; auto takes the first accelerator."""
+    threads: Positive | None = None
+    """CPU threads for torch (default: torch's own choice)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off: such a model is refused."""
+    allow_pickle: bool = False
+    """Read weights from pickle files too, which can run code. Off: safetensors only."""
+
+
+class TaskSettings(Settings):
+    task: str
+    """A built-in task (`trimllm tasks` lists them), a task YAML, or a file or directory with your rows."""
+    task_files: dict[str, str] | None = None
+    """Local files for a built-in task, per split: train=FILE,test=FILE."""
+    metric: Literal["acc", "acc_norm", "likelihood"] | None = None
+    """What is reported and decided on (default: the task's own)."""
+    calibration_size: Positive | None = None
+    """Rows held out of train on which every decision is taken (default: from --resolution)."""
+    resolution: Annotated[float, Field(gt=0, le=50)] = 0.5
+    """Accuracy points one calibration question should be worth; 0.5 asks for 200 rows (at most a fifth of train)."""
+    max_train: Positive | None = None
+    """Use at most so many training rows (seeded sample)."""
+    max_test: Positive | None = None
+    """Report on at most so many test rows (seeded sample)."""
+    max_length: Positive | None = None
+    """Longest row in tokens (default: the model's context)."""
+    truncate: bool = False
+    """Cut prompts that exceed the context from the left; without it they are an error."""
+    seed: int = 0
+    """Seed of splits, order and every random choice."""
+
+
+class ScoreSettings(Settings):
+    unit: Literal["block", "pair"] = "block"
+    """What is dropped at a time: a block, or also the pairs of MLP and next attention that re-pack into stock blocks."""
+    strategy: str = "scan+norm"
+    """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular, loss,
+    perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
+    tie_tolerance: Annotated[float, Field(ge=0)] | None = None
+    """Accuracy points within which candidates are tied (default: one calibration question)."""
+    protect: tuple[int, ...] = ()
+    """Layers that must stay, 0-based, negative from the end: 0,-1."""
+    eval_batch_size: Positive = 4096
+    """Tokens per batch in scans and evaluations."""
+
+
+class TrainSettings(Settings):
+    text: str | None = None
+    """Domain text to mix into training: file or directory (plain text, JSONL `text`, Parquet), or demo_medicine etc."""
+    text_ratio: Annotated[float, Field(ge=0)] = 1.0
+    """Tokens of domain text per token of the task."""
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate of AdamW; linear warm-up and decay within every stage."""
+    batch_size: Positive = 4096
+    """Tokens per optimizer step (over all processes)."""
+    micro_batch_size: Positive | None = None
+    """Tokens per forward and backward of one process (default: the whole batch)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    train_ratio: Fraction = 0.25
+    """Share of the blocks that train after the warm-up: those most likely to stay."""
+    sparse_update: Literal["static", "dynamic", "off"] = "static"
+    """static: chosen once by the first scan; dynamic: by every scan; off: everything trains."""
+    train_embeddings: bool = True
+    """Embeddings, final norm and output head train too (as published)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
+    """Trim a model: fine-tune on a task, drop the least important layer, go on until the target.
+
+    Example:
+      trimllm trim --model demo --task demo_medicine --text demo_medicine --keep 0.5 --lr 3e-4 --output runs/medicine
+      trimllm trim --output runs/medicine --resume
+    """
+
+    output: str
+    """Directory of the run: journal, plans, result.json and the trimmed checkpoint in `model/`."""
+    resume: bool = False
+    """Go on with the run in --output where it was interrupted."""
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction of the blocks to keep (default when no other target is given: 0.5)."""
+    depth: Positive | None = None
+    """Number of blocks to keep."""
+    max_params: Positive | None = None
+    """Stop when the model has at most so many parameters."""
+    max_memory: Annotated[float, Field(gt=0)] | None = None
+    """Stop when the weights take at most so many GiB in the saved dtype."""
+    target_speedup: Annotated[float, Field(gt=1)] | None = None
+    """Stop when decoding at batch 1 is so many times as fast as the base (measured)."""
+    min_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Floor in percent on the calibration set: the result is the smallest model that is not below it."""
+    max_drop: Annotated[float, Field(ge=0)] | None = None
+    """Floor in points below the best calibration accuracy so far."""
+    min_depth: Positive = 1
+    """Never go below so many blocks."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs of full fine-tuning before the first scan; 0 scans the base as it is."""
+    epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs after every drop; 0 drops without training."""
+    final_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """More epochs after the last drop."""
+    drops_per_stage: Positive = 1
+    """Units dropped one after the other, each by a scan of its own, before training goes on."""
+    one_shot: bool = False
+    """Drop everything at once by the first scan, then train as long as all stages together: the usual baseline."""
+    report_depths: bool = True
+    """Evaluate the reported split at every depth, not only at the end (it is never used for a decision)."""
+    keep_checkpoints: bool = False
+    """Keep the weights of every depth on the way, for `trimllm export`."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the trimmed checkpoint; auto: as the base was saved."""
+
+    @model_validator(mode="after")
+    def _one_depth_target(self) -> TrimConfig:
+        if self.keep is not None and self.depth is not None:
+            raise ValueError("give --keep or --depth, not both")
+        return self
+
+
+class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):
+    """Measure how important every layer is, without changing the model: a table, scan.json and scan.png.
+
+    Example:
+      trimllm scan --model demo --task demo_law --unit sublayer --output runs/scan
+    """
+
+    unit: Literal["block", "pair", "sublayer"] = "block"  # type: ignore[assignment]
+    """What is deleted on trial: blocks, pairs, or attention and MLP separately."""
+    output: str
+    """Directory for scan.json and scan.png."""
+
+
+class DropConfig(ModelSettings):
+    """Remove the named layers and save the rest, verified: surgery only, no data needed.
+
+    Example:
+      trimllm drop --model DIR_OR_HUB_ID --layers 3,7 --output trimmed
+    """
+
+    layers: tuple[int, ...]
+    """Layers to remove, 0-based, negative from the end: 3,7."""
+    output: str
+    """Directory of the new checkpoint."""
+
+
+class EvalConfig(TaskSettings, ModelSettings):
+    """Evaluate a model on a task's reported split: the metric with its standard error, loss, perplexity.
+
+    Example:
+      trimllm eval --model runs/medicine/model --task demo_medicine
+    """
+
+    output: str | None = None
+    """JSON file for the result."""
+    eval_batch_size: Positive = 4096
+    """Tokens per batch."""
+    generate: bool = False
+    """Generation tasks: also generate, and report exact match, ROUGE-L and repetition."""
+    max_new_tokens: Positive = 128
+    """Longest generated answer."""
+
+
+class ExportConfig(Settings):
+    """Turn a depth that a run kept into a checkpoint of its own, verified.
+
+    Example:
+      trimllm export runs/medicine --depth 10
+    """
+
+    run: str
+    """Directory of a `trimllm trim` run."""
+    depth: Positive
+    """Which depth; kept are the last one, and all with --keep-checkpoints."""
+    output: str | None = None
+    """Where to write it (default: RUN/model-depth-N)."""
+
+
+class TasksConfig(Settings):
+    """List the built-in tasks.
+
+    Example:
+      trimllm tasks
+    """
+
+
+class DemoConfig(Settings):
+    """Run the whole job on the embedded model, which knows three invented domains.
+
+    Example:
+      trimllm demo --domain law
+    """
+
+    domain: Literal["medicine", "law", "finance"] = "medicine"
+    """The domain to specialize in."""
+    output: str = "runs/demo"
+    """Directory of the runs and of the trimmed checkpoint."""
+    seed: int = 0
+    """Seed of the run."""
+    unit: Literal["block", "pair"] = "block"
+    """What is dropped at a time."""
+    threads: Positive | None = None
+    """CPU threads for torch."""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        InputError: if it cannot be read or is not a mapping; names the line where YAML breaks.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}: check the path") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected `name: value` lines")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
+    """One line for the first thing that is wrong with the settings, with the nearest name for an unknown one."""
+    import difflib
+
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"] if not str(part).startswith(("function", "constrained"))]
+    names = names[1:] if kind is None and len(names) > 1 else names
+    option = "--" + names[0].replace("_", "-") if names else ""
+    if first["type"] == "extra_forbidden" and kind is not None:
+        near = difflib.get_close_matches(names[0], list(kind.model_fields), n=1)
+        return f"unknown setting {names[0]!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    if first["type"] == "missing":
+        return f"{option} is required"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{option} {first['input']}: {message}" if option else message
+
+
+def to_yaml(settings: Settings) -> str:
+    """The resolved settings as YAML that `--config` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)

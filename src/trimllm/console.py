@@ -1,0 +1,70 @@
+"""What a run prints: notes, one live line per stage, one row per depth. On a terminal the line moves; in a log it repeats."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+LOG_EVERY = 30.0
+"""Seconds between two progress lines where there is no terminal."""
+
+
+class Console:
+    """Prints on standard error; `quiet` prints nothing."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.live = sys.stderr.isatty() and not quiet
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def progress(self, name: str) -> Iterator[Callable[..., None]]:
+        """Yields `show(done, total, detail)`; the time left is worked out from the share done."""
+        started = last = time.perf_counter()
+
+        def show(done: int, total: int, detail: str = "") -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if self.quiet or now - last < (0.2 if self.live else LOG_EVERY):
+                return
+            last = now
+            left = (now - started) / done * (total - done)
+            line = f"{name}  {done}/{total}  {detail}  {clock(left)} left"
+            print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
+
+        try:
+            yield show
+        finally:
+            if self.live:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Time as a person says it: 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns of text: the first to the left, the others to the right."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)

@@ -1,0 +1,218 @@
+"""From items to token rows: what evaluation, the scan and training feed to the model.
+
+One question is one row. Its choices are branches behind the shared prompt: each branch sees the prompt and itself (4-D
+mask), and its positions start where the prompt ends, so that every continuation scores as if it stood alone. Where a
+model cannot do that exactly, `branches=False` gives one row per continuation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimllm.errors import InputError
+from trimllm.tasks.items import Item
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one item: the shared prompt and each continuation. `item` is its place in the list that was encoded."""
+
+    item: int
+    prompt: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+    answer: int = 0
+
+    @property
+    def target(self) -> tuple[int, ...]:
+        return self.continuations[self.answer]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where in a row the continuation number `choice` of item number `item` is predicted, and by which ids."""
+
+    item: int
+    choice: int
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of input ids; `branches` are laid out behind the first `prompt_length` ids, in order."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one forward. `where` (k,) are flat indices into (rows * length); `targets` (k,) what follows there;
+    `owners` lists (item, choice) and `segment` (k,) says which of them a target belongs to; `real` (rows, length) marks
+    what is not padding."""
+
+    inputs: dict[str, torch.Tensor]
+    real: torch.Tensor
+    where: torch.Tensor
+    targets: torch.Tensor
+    segment: torch.Tensor
+    owners: tuple[tuple[int, int], ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        moved = (t.to(device) for t in (self.real, self.where, self.targets, self.segment))
+        return Batch(inputs, *moved, self.owners)
+
+
+def context_length(model_config: Any, limit: int | None = None) -> int:
+    """The longest row the model takes: its `max_position_embeddings`, or `limit` if that is less."""
+    text_config = model_config.get_text_config(decoder=True)
+    longest = getattr(text_config, "max_position_embeddings", None) or 2048
+    return min(longest, limit) if limit else longest
+
+
+def _start_token(tokenizer: Any) -> int:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise InputError("the tokenizer has neither a BOS nor an EOS token: text without a prompt cannot be scored")
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ends and not text.endswith(tokenizer.eos_token) else ids
+
+
+def encode_pair(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, and those that the continuation adds to it (the convention of lm-evaluation-harness).
+
+    Spaces at the prompt's end move to the continuation; both are tokenized together, so that training sees the ids that
+    evaluation scores. An empty prompt becomes the BOS (or EOS) token.
+    """
+    if not prompt:
+        bare = tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
+        return [_start_token(tokenizer)], bare
+    stripped = prompt.rstrip()
+    if stripped:
+        prompt, continuation = stripped, prompt[len(stripped) :] + continuation
+    before, both = _ids(tokenizer, prompt), _ids(tokenizer, prompt + continuation)
+    return before, both[len(before) :]
+
+
+def encode(
+    tokenizer: Any, items: Sequence[Item], max_length: int, *, truncate: bool = False, room: int = 0
+) -> list[Encoded]:
+    """Token ids of items, in order.
+
+    Text longer than the context becomes several windows of it (all with the same `item`). A prompt that does not fit
+    with its longest continuation and `room` more tokens is an error, or cut from the left with `truncate`.
+
+    Raises:
+        InputError: naming how many prompts are too long and the first of them; or a continuation without tokens.
+    """
+    encoded: list[Encoded] = []
+    too_long: list[tuple[Item, int]] = []
+    for number, item in enumerate(items):
+        pairs = [encode_pair(tokenizer, item.prompt, text) for text in item.continuations]
+        prompt, continuations = pairs[0][0], [tuple(ids) for _, ids in pairs]
+        if not all(continuations):
+            raise InputError(
+                f"{item.place}: a choice or target has no tokens of its own after the prompt: check the row"
+            )
+        if not item.prompt:
+            encoded.extend(_windows(number, prompt, continuations[0], max_length))
+            continue
+        space = max_length - max(map(len, continuations)) - room
+        if len(prompt) > space:
+            too_long.append((item, len(prompt) + max_length - space))
+            prompt = prompt[-space:] if space > 0 else []
+        if space <= 0 and truncate:
+            raise InputError(f"{item.place}: the answer alone fills the context of {max_length} tokens: drop the row")
+        encoded.append(Encoded(number, tuple(prompt), tuple(continuations), item.answer))
+    if too_long and not truncate:
+        first, length = too_long[0]
+        raise InputError(
+            f"{len(too_long)} of {len(items)} prompts do not fit the context of {max_length} tokens "
+            f"(first: {first.place}, {length} tokens): pass --truncate to cut prompts from the left, or drop the rows"
+        )
+    return encoded
+
+
+def _windows(number: int, start: list[int], ids: tuple[int, ...], max_length: int) -> Iterator[Encoded]:
+    """Disjoint windows over a document; each is predicted from the last token before it."""
+    for begin in range(0, len(ids), max_length):
+        window = ids[begin : begin + max_length]
+        yield Encoded(number, tuple(start), (window,))
+        start = [window[-1]]
+
+
+def rows(encoded: Sequence[Encoded], *, branches: bool = True) -> list[Row]:
+    """Input rows. A continuation's last id is only predicted, never an input."""
+    out = []
+    for one in encoded:
+        owned = [Branch(one.item, choice, ids) for choice, ids in enumerate(one.continuations)]
+        groups = [owned] if branches else [[branch] for branch in owned]
+        for group in groups:
+            ids = list(one.prompt)
+            for branch in group:
+                ids += branch.targets[:-1]
+            out.append(Row(tuple(ids), len(one.prompt), tuple(group)))
+    return out
+
+
+def batches(
+    all_rows: Sequence[Row], token_budget: int, *, pad_id: int = 0, dtype: torch.dtype = torch.float32
+) -> list[Batch]:
+    """Rows of similar length together, at most `token_budget` tokens with padding (at least one row each)."""
+    ordered = sorted(all_rows, key=lambda row: -len(row.ids))
+    out: list[Batch] = []
+    while ordered:
+        count = max(1, token_budget // len(ordered[0].ids))
+        out.append(_batch(ordered[:count], pad_id, dtype))
+        ordered = ordered[count:]
+    return out
+
+
+def _batch(group: Sequence[Row], pad_id: int, dtype: torch.dtype) -> Batch:
+    length = max(len(row.ids) for row in group)
+    ids = torch.full((len(group), length), pad_id)
+    real = torch.zeros((len(group), length), dtype=torch.bool)
+    where, targets, segment, owners = [], [], [], []
+    for number, row in enumerate(group):
+        ids[number, : len(row.ids)] = torch.tensor(row.ids)
+        real[number, : len(row.ids)] = True
+        begin = row.prompt_length
+        for branch in row.branches:
+            inner = range(begin, begin + len(branch.targets) - 1)
+            where += [number * length + place for place in (row.prompt_length - 1, *inner)]
+            targets += branch.targets
+            segment += [len(owners)] * len(branch.targets)
+            owners.append((branch.item, branch.choice))
+            begin = inner.stop
+    inputs = {"input_ids": ids, "attention_mask": real.long()}
+    if any(sum(len(branch.targets) > 1 for branch in row.branches) > 1 for row in group):
+        inputs |= _branched(group, length, real, dtype)
+    return Batch(inputs, real, torch.tensor(where), torch.tensor(targets), torch.tensor(segment), tuple(owners))
+
+
+def _branched(group: Sequence[Row], length: int, real: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Additive mask (rows, 1, length, length) and position ids (rows, length) that keep branches apart."""
+    part = torch.zeros((len(group), length), dtype=torch.long)
+    positions = torch.arange(length).repeat(len(group), 1)
+    for number, row in enumerate(group):
+        begin = row.prompt_length
+        for name, branch in enumerate(row.branches, start=1):
+            end = begin + len(branch.targets) - 1
+            part[number, begin:end] = name
+            positions[number, begin:end] = torch.arange(row.prompt_length, row.prompt_length + end - begin)
+            begin = end
+    same = (part[:, :, None] == part[:, None, :]) | (part[:, None, :] == 0)
+    seen = torch.ones(length, length, dtype=torch.bool).tril() & same & real[:, None, :]
+    seen |= torch.eye(length, dtype=torch.bool)
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return {"attention_mask": mask[:, None], "position_ids": positions}

@@ -1,0 +1,293 @@
+"""How good a model is on a task: log-likelihood of continuations, accuracy, acc_norm, perplexity, generation.
+
+Scoring agrees with lm-evaluation-harness: the choice with the highest summed log-likelihood wins (`acc`), or the highest
+per character (`acc_norm`). Only the log-probabilities of target tokens are computed at the head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimllm import encoding, families, surgery
+from trimllm.encoding import Batch, Encoded
+from trimllm.errors import InputError, TrimError
+from trimllm.parallel import ALONE, Share
+from trimllm.tasks.items import Item
+
+TOKEN_BUDGET = 4096
+"""Tokens of one evaluation batch, padding included."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model gives to the continuations of some items: per item, one number per continuation."""
+
+    loglik: tuple[tuple[float, ...], ...]
+    """Summed log-likelihood in nats."""
+    tokens: tuple[tuple[int, ...], ...]
+    """Length in tokens."""
+    greedy: tuple[tuple[bool, ...], ...]
+    """Whether greedy decoding would have produced the continuation."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result on one set. `value` is what the task's metric says, in percent, with its standard error in points."""
+
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    loss: float
+    """Mean negative log-likelihood per token of the right continuation, in nats; its exponential is the perplexity."""
+    acc: float | None = None
+    acc_norm: float | None = None
+    greedy: float | None = None
+    """generation: percent of targets that greedy decoding reproduces."""
+    correct: tuple[bool, ...] = ()
+    """Per item, for paired comparisons; empty for generation and text."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def __str__(self) -> str:
+        shown = f"{self.value:.1f} +- {self.stderr:.1f} (n={self.n})"
+        return shown if self.correct else f"{shown}, perplexity {self.perplexity:.3f}"
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into result files: everything but the per-item outcomes."""
+        kept = {key: value for key, value in vars(self).items() if key != "correct" and value is not None}
+        return kept | {"perplexity": self.perplexity}
+
+
+@contextmanager
+def head_only_at(model: Any, where: torch.Tensor) -> Iterator[list[bool]]:
+    """Within, the output head sees only the hidden states at the flat positions `where`: logits are (1, k, vocabulary)."""
+    used: list[bool] = []
+
+    def select(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        used.append(True)
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, where).unsqueeze(0), *args[1:])
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(select) if head is not None else None
+    try:
+        yield used
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def target_logprobs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability (k,) of every target token of the batch in float32, and whether it is the most likely one (k,).
+
+    Gradients flow unless the caller turns them off.
+    """
+    with head_only_at(model, batch.where) as used:
+        logits = model(**batch.inputs, use_cache=False).logits
+    logits = logits.flatten(0, 1)
+    if not used:
+        logits = logits.index_select(0, batch.where)
+    logits = logits.float()
+    chosen = logits.gather(1, batch.targets[:, None])[:, 0]
+    return chosen - logits.logsumexp(1), logits.argmax(1) == batch.targets
+
+
+Pieces = dict[tuple[int, int], tuple[float, int, bool]]
+"""(item, choice) -> summed log-likelihood, tokens, greedy: the outcome of one batch."""
+
+
+@torch.no_grad()
+def batch_pieces(model: Any, batch: Batch) -> Pieces:
+    """Scores of one batch. The model's device decides where it is computed.
+
+    Raises:
+        TrimError: if the model gives a log-probability that is not a number.
+    """
+    logprobs, greedy = target_logprobs(model, batch)
+    count = len(batch.owners)
+    total = torch.zeros(count, dtype=torch.float64, device=logprobs.device)
+    total.index_add_(0, batch.segment, logprobs.double())
+    misses = torch.zeros(count, dtype=torch.long, device=logprobs.device)
+    misses.index_add_(0, batch.segment, (~greedy).long())
+    lengths = torch.bincount(batch.segment, minlength=count)
+    if not torch.isfinite(total).all():
+        raise TrimError(
+            "the model's log-likelihoods are not finite numbers: its weights are damaged or dtype too narrow"
+        )
+    columns = zip(total.tolist(), lengths.tolist(), (misses == 0).tolist(), strict=True)
+    return dict(zip(batch.owners, columns, strict=True))
+
+
+def gather(pieces: Iterable[Pieces], encoded: Sequence[Encoded]) -> Scores:
+    """Put the outcomes of batches together, windows of one document added up; items in ascending order."""
+    summed: dict[int, list[list[Any]]] = {}
+    for one in encoded:
+        summed.setdefault(one.item, [[0.0, 0, True] for _ in one.continuations])
+    for outcome in pieces:
+        for (item, choice), (loglik, tokens, greedy) in outcome.items():
+            cell = summed[item][choice]
+            cell[0] += loglik
+            cell[1] += tokens
+            cell[2] = cell[2] and greedy
+    table = [summed[item] for item in sorted(summed)]
+    columns = [tuple(tuple(cell[i] for cell in row) for row in table) for i in range(3)]
+    return Scores(*columns)
+
+
+class Scorer:
+    """Items made ready for one model: encoded, in batches on its device. Branches share prompts where that is exact.
+
+    Whether it is exact is known for the family and checked on the first rows of the data; where it is not, one row per
+    continuation is computed and `note` says so.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        items: Sequence[Item],
+        *,
+        token_budget: int = TOKEN_BUDGET,
+        max_length: int | None = None,
+        truncate: bool = False,
+        branches: bool | None = None,
+    ) -> None:
+        if not items:
+            raise InputError("there is nothing to evaluate: the set has no rows")
+        self.items = list(items)
+        self.note: str | None = None
+        limit = encoding.context_length(model.config, max_length)
+        self.encoded = encoding.encode(tokenizer, self.items, limit, truncate=truncate)
+        self.token_budget = token_budget
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.branches = self._decide(model, limit) if branches is None else branches
+        self.batches = self._batches(model, self.encoded, self.branches)
+
+    def _batches(self, model: Any, encoded: Sequence[Encoded], branches: bool) -> list[Batch]:
+        made = encoding.batches(
+            encoding.rows(encoded, branches=branches), self.token_budget, pad_id=self.pad_id, dtype=model.dtype
+        )
+        return [batch.to(model.device) for batch in made]
+
+    def _decide(self, model: Any, limit: int) -> bool:
+        many = [one for one in self.encoded if sum(len(ids) > 1 for ids in one.continuations) > 1]
+        if not many:
+            return True
+        if any(len(row.ids) > limit for row in encoding.rows(many)):
+            self.note = "choices are scored one by one: together with their prompt they exceed the context"
+            return False
+        longest = sorted(many, key=lambda one: len(one.prompt))[-2:]
+        if not families.branching(surgery.text_config(model)) or not self._branching_agrees(model, many[:2] + longest):
+            self.note = f"choices are scored one by one: shared prompts are not exact for {model.config.model_type}"
+            return False
+        return True
+
+    def _branching_agrees(self, model: Any, sample: list[Encoded]) -> bool:
+        """Whether shared prompts and single rows give the same scores, up to the rounding of the dtype."""
+        tolerance = 2e-4 if model.dtype == torch.float32 else 0.3
+        try:
+            shared, single = (
+                gather([batch_pieces(model, batch) for batch in self._batches(model, sample, way)], sample)
+                for way in (True, False)
+            )
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        pairs = zip(np.concatenate(shared.loglik), np.concatenate(single.loglik), strict=True)
+        return all(abs(a - b) <= tolerance * max(1.0, abs(b) / 20) for a, b in pairs)
+
+    def score(self, model: Any, share: Share = ALONE) -> Scores:
+        """Scores of all items; the model must be the one it was made for, or a trimmed one of it."""
+        was_training = model.training
+        model.eval()
+        try:
+            mine = [batch_pieces(model, batch) for batch in self.batches[share.rank :: share.world]]
+            return gather(share.gather(mine), self.encoded)
+        finally:
+            model.train(was_training)
+
+    def evaluate(self, model: Any, metric: str, share: Share = ALONE) -> Evaluation:
+        """Score and judge all items."""
+        return judge(self.items, self.score(model, share), metric)
+
+
+def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
+    """From scores to the metric: `acc` and `acc_norm` of choices, `likelihood` of generation and text, all in percent.
+
+    `likelihood` is 100 * exp(-loss), the geometric mean probability of a target token: like accuracy it lies in 0-100
+    and grows with quality. Its standard error is the delta method's, over items.
+
+    Raises:
+        InputError: if the metric does not fit the items.
+    """
+    answers = np.array([item.answer for item in items])
+    right = np.array([row[a] for row, a in zip(scores.loglik, answers, strict=True)])
+    tokens = np.array([row[a] for row, a in zip(scores.tokens, answers, strict=True)])
+    loss = float(-right.sum() / tokens.sum())
+    n = len(items)
+    if metric == "likelihood":
+        spread = float(np.sqrt(np.square(right + loss * tokens).sum()) / tokens.sum())
+        value = 100 * math.exp(-loss)
+        exact = 100 * float(np.mean([row[a] for row, a in zip(scores.greedy, answers, strict=True)]))
+        return Evaluation(metric, value, value * spread, n, loss, greedy=exact)
+    if metric not in ("acc", "acc_norm"):
+        raise InputError(f"unknown metric {metric!r}: use acc, acc_norm or likelihood")
+    if any(len(item.continuations) < 2 for item in items):
+        raise InputError(f"metric {metric} needs choices, and this task has none: use likelihood")
+    picks = [int(np.argmax(row)) for row in scores.loglik]
+    normed = [
+        int(np.argmax(np.array(row) / np.maximum(item.lengths, 1)))
+        for row, item in zip(scores.loglik, items, strict=True)
+    ]
+    hits = {"acc": np.array(picks) == answers, "acc_norm": np.array(normed) == answers}
+    share = float(hits[metric].mean())
+    error = 100 * math.sqrt(share * (1 - share) / max(n - 1, 1))
+    percent = {name: 100 * float(hit.mean()) for name, hit in hits.items()}
+    return Evaluation(metric, percent[metric], error, n, loss, **percent, correct=tuple(map(bool, hits[metric])))
+
+
+def score_items(model: Any, tokenizer: Any, items: Sequence[Item], **settings: Any) -> list[list[float]]:
+    """Summed log-likelihood in nats of every continuation of every item; `settings` are those of `Scorer`."""
+    return [list(row) for row in Scorer(model, tokenizer, items, **settings).score(model).loglik]
+
+
+def evaluate(model: Any, tokenizer: Any, items: Sequence[Item], metric: str, **settings: Any) -> Evaluation:
+    """Score items and judge them by `metric`; `settings` are those of `Scorer`."""
+    return Scorer(model, tokenizer, items, **settings).evaluate(model, metric)
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, items: Sequence[Item], *, max_new_tokens: int = 128, batch_size: int = 16
+) -> list[str]:
+    """Greedy continuations of the items' prompts, decoded, cut at EOS. Prompts are cut from the left to fit the context."""
+    space = encoding.context_length(model.config) - max_new_tokens
+    prompts = [encoding.encode_pair(tokenizer, item.prompt, " x")[0][-space:] for item in items]
+    order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    answers = [""] * len(items)
+    model.eval()
+    for begin in range(0, len(order), batch_size):
+        group = order[begin : begin + batch_size]
+        length = max(len(prompts[i]) for i in group)
+        ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in group])
+        mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        for row, i in zip(out[:, length:], group, strict=True):
+            answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+    return answers

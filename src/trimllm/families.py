@@ -1,0 +1,391 @@
+"""What is known about model families, in one place and as data: a new family is a new row.
+
+Two tables. `FAMILIES` says what a decoder block of a `model_type` is made of. The field tables (`PER_LAYER`, `INDICES`,
+`LEADING`, `TRAILING`, ...) say what happens to a config entry when layers go; names of config fields mean the same in
+every family, so those tables are shared. A family without a row is cut by the general rules (whole blocks only), and
+`surgery.refusal` compares what the new config builds with what the layout needs, so nothing is cut on a guess.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trimllm.errors import InputError
+from trimllm.layout import Layout
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: the decoder blocks of a `model_type`."""
+
+    attention: tuple[str, ...] = ("input_layernorm", "self_attn")
+    """The attention half's submodules in order of execution; names that a block lacks are skipped."""
+    mlp: tuple[str, ...] = ("post_attention_layernorm", "mlp")
+    """The MLP half's submodules in order of execution. The first is fed the residual stream between the halves."""
+    layers: str | None = "layers"
+    """Where the blocks are, from the model's text decoder; None: find the list of `num_hidden_layers` modules."""
+    whole: str | None = None
+    """Why only whole blocks can be dropped; None where the two halves run one after the other."""
+    parallel: tuple[str, ...] = ()
+    """Config flags of which any one makes attention and MLP parallel (then only whole blocks can be dropped)."""
+    one_way_residual: tuple[tuple[str, bool], ...] = ()
+    """Config flags with the values at which a half is not `x + f(x)`: halves re-pack, but none can be bypassed."""
+    normed_residual: bool = False
+    """The same for a whole family: a half adds to the normalized stream, or scales it."""
+    block_returns_tuple: bool = False
+    """The block returns `(hidden, weights)` instead of the hidden state."""
+    adds_residual: tuple[str, ...] = ()
+    """Submodules that take the residual as second argument and return the sum."""
+    mlp_attributes: tuple[str, ...] = ()
+    """Attributes of the block itself that belong to its MLP half."""
+    resumable: bool = True
+    """A forward may start from an injected hidden state: blocks need nothing from the layers before but that."""
+    branching: bool = True
+    """4-D masks with custom position ids are exact: attention sees masks and position ids, not places in the row."""
+    branching_unless: tuple[str, ...] = ()
+    """Config flags (such as ALiBi) at which `branching` does not hold."""
+    per_layer_weights: tuple[str, ...] = ()
+    """Decoder submodules whose output, and weight, is one slice per layer."""
+    inverse_scale: tuple[str, str, str] | None = None
+    """(config flag, attention module, its query projection) where scores are divided by the layer number."""
+    reason: str | None = None
+    """Why this family cannot be cut at all."""
+
+
+LLAMA = Family()
+PARALLEL = "attention and MLP run in parallel on the same input"
+HYBRID = replace(LLAMA, attention=("input_layernorm", "linear_attn", "self_attn"), branching=False)
+GEMMA2 = Family(
+    attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
+    mlp=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+)
+OLMO2 = Family(attention=("self_attn", "post_attention_layernorm"), mlp=("mlp", "post_feedforward_layernorm"))
+GLM4 = Family(
+    attention=("input_layernorm", "self_attn", "post_self_attn_layernorm"),
+    mlp=("post_attention_layernorm", "mlp", "post_mlp_layernorm"),
+)
+GPT2 = Family(attention=("ln_1", "attn"), mlp=("ln_2", "mlp"), layers="h")
+GRANITE_MOE = replace(LLAMA, mlp=("post_attention_layernorm", "block_sparse_moe"))
+COHERE = Family(whole=PARALLEL, mlp=("mlp",))
+PER_LAYER_INPUT = "its blocks also carry a per-layer input that belongs to neither half"
+RECURRENT = Family(
+    layers=None, whole="its blocks do not split into attention and MLP", branching=False, resumable=False
+)
+GENERAL = Family(layers=None, whole="its blocks have no row in the table of families", branching=False, resumable=False)
+
+
+def _rows(model_types: str, row: Family) -> dict[str, Family]:
+    return dict.fromkeys(model_types.split(), row)
+
+
+FAMILIES: dict[str, Family] = {
+    **_rows(
+        "arcee cwm deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone_moe gemma glm glm4_moe gpt_oss "
+        "granite helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 jais2 llama minimax_m2 ministral ministral3 mistral "
+        "mixtral nanochat nemotron olmo olmoe persimmon phimoe qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 "
+        "qwen3_moe qwen3_vl_moe_text qwen3_vl_text seed_oss smollm3 solar_open starcoder2 youtu",
+        LLAMA,
+    ),
+    **_rows("qwen3_next qwen3_5_text qwen3_5_moe_text", HYBRID),
+    **_rows("gemma2 gemma3_text vaultgemma", GEMMA2),
+    **_rows("olmo2 olmo3 exaone4 flex_olmo", OLMO2),
+    **_rows("granitemoe granitemoe_swa", GRANITE_MOE),
+    **_rows("cohere cohere2", COHERE),
+    **_rows(
+        "mamba mamba2 falcon_mamba recurrent_gemma rwkv xlstm bamba zamba zamba2 nemotron_h olmo_hybrid",
+        RECURRENT,
+    ),
+    "apertus": replace(LLAMA, attention=("attention_layernorm", "self_attn"), mlp=("feedforward_layernorm", "mlp")),
+    "bitnet": LLAMA,
+    "bloom": Family(
+        attention=("input_layernorm", "self_attention"),
+        mlp=("post_attention_layernorm", "mlp"),
+        layers="h",
+        block_returns_tuple=True,
+        adds_residual=("self_attention", "mlp"),
+        one_way_residual=(("apply_residual_connection_post_layernorm", True),),
+        branching=False,
+    ),
+    "dbrx": Family(
+        layers="blocks",
+        attention=("norm_attn_norm",),
+        mlp=("ffn",),
+        whole="its second norm is inside the attention module",
+    ),
+    "falcon": Family(
+        attention=("input_layernorm", "ln_attn", "self_attention"),
+        mlp=("post_attention_layernorm", "ln_mlp", "mlp"),
+        layers="h",
+        parallel=("parallel_attn", "new_decoder_architecture"),
+        block_returns_tuple=True,
+        branching_unless=("alibi",),
+    ),
+    "falcon_h1": Family(
+        attention=("input_layernorm", "mamba", "self_attn"),
+        mlp=("pre_ff_layernorm", "feed_forward"),
+        block_returns_tuple=True,
+        branching=False,
+    ),
+    "gemma3n_text": Family(
+        whole=PER_LAYER_INPUT,
+        resumable=False,
+        per_layer_weights=("embed_tokens_per_layer", "per_layer_model_projection"),
+    ),
+    "gemma4_text": Family(
+        whole=PER_LAYER_INPUT,
+        resumable=False,
+        per_layer_weights=("embed_tokens_per_layer", "per_layer_model_projection"),
+    ),
+    "glm4": GLM4,
+    "gpt2": replace(GPT2, inverse_scale=("scale_attn_by_inverse_layer_idx", "attn", "c_attn")),
+    "gpt_bigcode": GPT2,
+    "gpt_neo": replace(GPT2, block_returns_tuple=True),
+    "gpt_neox": Family(
+        attention=("input_layernorm", "attention", "post_attention_dropout"),
+        mlp=("post_attention_layernorm", "mlp", "post_mlp_dropout"),
+        parallel=("use_parallel_residual",),
+    ),
+    "gptj": Family(layers="h", attention=("ln_1", "attn"), mlp=("mlp",), whole=PARALLEL, block_returns_tuple=True),
+    "codegen": Family(layers="h", attention=("ln_1", "attn"), mlp=("mlp",), whole=PARALLEL, block_returns_tuple=True),
+    "granitemoehybrid": replace(
+        LLAMA,
+        attention=("input_layernorm", "mamba", "self_attn"),
+        mlp=("post_attention_layernorm", "block_sparse_moe", "shared_mlp"),
+        branching=False,
+    ),
+    "jamba": Family(
+        attention=("input_layernorm", "mamba", "self_attn"), mlp=("pre_ff_layernorm", "feed_forward"), branching=False
+    ),
+    **_rows(
+        "lfm2 lfm2_moe",
+        Family(attention=("operator_norm", "conv", "self_attn"), mlp=("ffn_norm", "feed_forward"), branching=False),
+    ),
+    "llama4_text": replace(LLAMA, mlp=("post_attention_layernorm", "feed_forward"), mlp_attributes=("is_moe_layer",)),
+    "minimax": replace(LLAMA, normed_residual=True, branching=False),
+    "mpt": Family(
+        attention=("norm_1", "attn", "resid_attn_dropout"),
+        mlp=("norm_2", "ffn"),
+        layers="blocks",
+        block_returns_tuple=True,
+        adds_residual=("ffn",),
+        branching=False,
+    ),
+    "opt": Family(
+        attention=("self_attn_layer_norm", "self_attn"),
+        mlp=("final_layer_norm", "fc1", "activation_fn", "fc2"),
+        one_way_residual=(("do_layer_norm_before", False),),
+    ),
+    "phi": Family(whole=PARALLEL, mlp=("mlp",)),
+    "phi3": replace(
+        LLAMA,
+        attention=("input_layernorm", "self_attn", "resid_attn_dropout"),
+        mlp=("post_attention_layernorm", "mlp", "resid_mlp_dropout"),
+    ),
+    "stablelm": replace(LLAMA, mlp=("post_attention_layernorm", "mlp", "dropout"), parallel=("use_parallel_residual",)),
+}
+
+
+def family(config: Any) -> Family:
+    """The row of a text config (`model.config.get_text_config(decoder=True)`), or the general rules."""
+    return FAMILIES.get(config.model_type, GENERAL)
+
+
+def whole_only(config: Any) -> str | None:
+    """Why halves of this model's blocks cannot be taken apart, or None where they can."""
+    row = family(config)
+    if any(getattr(config, flag, False) for flag in row.parallel):
+        return PARALLEL
+    return row.whole
+
+
+def bypassable(config: Any) -> bool:
+    """Whether one half alone can be bypassed exactly: the block is `x + A(x)`, then `x + M(x)`."""
+    row = family(config)
+    if whole_only(config) or row.normed_residual:
+        return False
+    return not any(getattr(config, flag, None) == value for flag, value in row.one_way_residual)
+
+
+def branching(config: Any) -> bool:
+    """Whether a row of tokens may be branched with a 4-D mask and custom position ids."""
+    row = family(config)
+    return row.branching and not any(getattr(config, flag, False) for flag in row.branching_unless)
+
+
+# ---- config entries, by the half of the block they describe ----------------------------------------------------------
+
+PER_LAYER: dict[str, str] = {
+    "layer_types": "attention",
+    "no_rope_layers": "attention",
+    "attention_layers": "attention",
+    "layer_rope_theta": "attention",
+    "indexer_types": "attention",
+    "num_attention_heads_per_layer": "attention",
+    "layers_block_type": "attention",
+    "mlp_layer_types": "mlp",
+    "intermediate_size": "mlp",
+    "activation_sparsity_pattern": "mlp",
+    "num_experts": "mlp",
+    "moe_topk": "mlp",
+    "num_shared_expert": "mlp",
+    "moe_intermediate_size": "mlp",
+}
+"""Lists with one entry per layer (where they are lists): the kept entries remain."""
+
+INDICES: dict[str, str] = {
+    "mlp_only_layers": "mlp",
+    "moe_layers": "mlp",
+    "full_attn_idxs": "attention",
+    "cross_attention_layers": "attention",
+}
+"""Lists of layer indices: each becomes the new place of that layer."""
+
+LEADING: dict[str, str] = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
+"""How many of the first layers are special: those that remain are counted."""
+
+TRAILING: dict[str, str] = {"num_kv_shared_layers": "attention"}
+"""How many of the last layers are special: those that remain are counted."""
+
+ZEROED: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+"""Heads that predict further tokens follow the last layer, and are not part of the causal LM that is cut."""
+
+
+def places(layout: Layout, half: str) -> list[int]:
+    """For each block of the layout, the block that its `half` comes from; a bypassed half stands where the other is."""
+    other = "mlp" if half == "attention" else "attention"
+    found = []
+    for block in layout:
+        place = getattr(block, half)
+        found.append(getattr(block, other) if place is None else place)
+    return found
+
+
+def _sparse_step(config: Any, layout: Layout) -> dict[str, Any]:
+    """`decoder_sparse_step` is a period, counted by index: write the dense layers out instead."""
+    step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
+    was_dense = [i in dense or (i + 1) % step != 0 for i in places(layout, "mlp")]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": [p for p, is_dense in enumerate(was_dense) if is_dense]}
+
+
+def _attention_types(config: Any, layout: Layout) -> dict[str, Any]:
+    """`attention_types` is the run-length form of `attention_layers`."""
+    kinds = [config.attention_layers[i] for i in places(layout, "attention")]
+    return {"attention_layers": kinds, "attention_types": [[[kind], 1] for kind in kinds]}
+
+
+def _moe_interval(config: Any, layout: Layout) -> dict[str, Any]:
+    """Layers from `moe_layer_start_index` to `moe_layer_end_index`, every `moe_layer_interval`-th, are sparse."""
+    start, end, step = config.moe_layer_start_index, config.moe_layer_end_index, config.moe_layer_interval
+    end = config.num_hidden_layers - 1 if end == -1 else end
+    sparse = [(i + 1) % step == 0 and start <= i <= end for i in places(layout, "mlp")]
+    if not any(sparse):
+        return {"moe_layer_start_index": len(sparse), "moe_layer_end_index": len(sparse), "moe_layer_interval": 1}
+    first, last = sparse.index(True), len(sparse) - 1 - sparse[::-1].index(True)
+    for interval in range(1, len(sparse) + 1):
+        if sparse == [(p + 1) % interval == 0 and first <= p <= last for p in range(len(sparse))]:
+            return {"moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": interval}
+    raise InputError(_irregular("sparse MLP layers", sparse))
+
+
+def _period(kind: str, half: str) -> Callable[[Any, Layout], dict[str, Any]]:
+    """`{kind}_layer_period` and `{kind}_layer_offset`: layer i is special where i % period == offset."""
+
+    def rewrite(config: Any, layout: Layout) -> dict[str, Any]:
+        names = (f"{kind}_layer_period", f"{kind}_layer_offset")
+        period, offset = (getattr(config, name) for name in names)
+        special = [i % period == offset for i in places(layout, half)]
+        depth = len(special)
+        for candidate in range(1, depth + 2):
+            for start in range(candidate):
+                if special == [p % candidate == start for p in range(depth)]:
+                    return dict(zip(names, (candidate, start), strict=True))
+        raise InputError(_irregular(f"layers of kind {kind!r}", special))
+
+    return rewrite
+
+
+def _irregular(what: str, pattern: Sequence[bool]) -> str:
+    chosen = [p for p, special in enumerate(pattern) if special]
+    return (
+        f"this model's config can only say that {what} recur with a period, and after the cut they would be "
+        f"{chosen} of {len(pattern)}: drop whole periods instead"
+    )
+
+
+REWRITES: dict[str, Callable[[Any, Layout], dict[str, Any]]] = {
+    "decoder_sparse_step": _sparse_step,
+    "attention_types": _attention_types,
+    "moe_layer_interval": _moe_interval,
+    "attn_layer_period": _period("attn", "attention"),
+    "expert_layer_period": _period("expert", "mlp"),
+}
+"""Implicit rules that count by index, each rewritten in the form the family's config has for it."""
+
+
+def config_updates(config: Any, layout: Layout) -> dict[str, Any]:
+    """New values of the per-layer entries of a text config, `num_hidden_layers` last.
+
+    Args:
+        config: text config of the model before the cut.
+        layout: in terms of the model's present blocks.
+
+    Raises:
+        InputError: if the config has no way to say what the layout needs.
+    """
+    values, depth = config.__dict__, config.num_hidden_layers
+    updates: dict[str, Any] = {}
+    for name, half in PER_LAYER.items():
+        value = values.get(name)
+        if isinstance(value, list | tuple):
+            if len(value) < depth:
+                raise InputError(f"config.{name} has {len(value)} entries for {depth} layers")
+            updates[name] = type(value)(value[i] for i in places(layout, half))
+    for name, half in INDICES.items():
+        if isinstance(values.get(name), list | tuple):
+            chosen = set(values[name])
+            updates[name] = [p for p, i in enumerate(places(layout, half)) if i in chosen]
+    for name, half in LEADING.items():
+        if isinstance(values.get(name), int):
+            updates[name] = sum(i < values[name] for i in places(layout, half))
+    for name, half in TRAILING.items():
+        if isinstance(values.get(name), int):
+            updates[name] = sum(i >= depth - values[name] for i in places(layout, half))
+    for name in ZEROED:
+        if values.get(name):
+            updates[name] = 0
+    for name, rewrite in REWRITES.items():
+        if values.get(name) is not None:
+            updates |= rewrite(config, layout)
+    updates["num_hidden_layers"] = len(layout)
+    return updates
+
+
+def update_config(config: Any, layout: Layout) -> None:
+    """Write `config_updates` into `config`, with the overrides of single layers (`per_layer_config`) moved along."""
+    updates = config_updates(config, layout)
+    spec = config.__dict__.get("_heterogeneity_spec")
+    for name, value in updates.items():
+        setattr(config, name, value)
+    if spec is not None:
+        moved = {p: spec.per_layer_overrides.get(i) for p, i in enumerate(places(layout, "attention"))}
+        config.__dict__.pop("_heterogeneity_spec")
+        config.per_layer_config = {p: copy.deepcopy(entry) for p, entry in moved.items() if entry}
+
+
+def lost_producer(config: Any, layout: Layout) -> str | None:
+    """Why the layout breaks cross-layer KV sharing, or None.
+
+    The last `num_kv_shared_layers` layers reuse keys and values of the last layer of their type before them.
+    """
+    shared = config.__dict__.get("num_kv_shared_layers") or 0
+    kept = places(layout, "attention")
+    first_shared = config.num_hidden_layers - shared
+    for kind in sorted({config.layer_types[i] for i in kept if i >= first_shared}):
+        producers = [i for i in range(first_shared) if config.layer_types[i] == kind]
+        if producers and producers[-1] not in kept:
+            users = [i for i in kept if i >= first_shared and config.layer_types[i] == kind]
+            return f"layer {producers[-1]} computes the keys and values that layers {users} reuse: keep it"
+    return None

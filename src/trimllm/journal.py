@@ -1,0 +1,115 @@
+"""What a run remembers: an append-only journal of events, and files that appear whole or not at all.
+
+The journal is JSON lines; every line is on disk before the run goes on. A line torn by a kill is cut off on reading.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimllm.errors import TrimError
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TrimError(f"no space left on the disk of {path}: free some, then go on with --resume") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise TrimError(f"cannot write to {path}: {error.strerror}") from None
+        raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill, sees the old one or the new one."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def directory(path: Path) -> Iterator[Path]:
+    """Fill a new directory under another name; it gets its own name when the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+
+
+class Journal:
+    """Events of a run, in order. `writes=False` (processes other than the first) only remembers."""
+
+    def __init__(self, path: Path, events: list[dict[str, Any]], *, writes: bool = True) -> None:
+        self.path = path
+        self.writes = writes
+        self.events = events
+
+    def add(self, event: str, **values: Any) -> dict[str, Any]:
+        """Append one event; it is on disk when this returns."""
+        record = {"event": event, **values}
+        self.events.append(record)
+        if self.writes:
+            append_line(self.path, record, first=len(self.events) == 1)
+        return record
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """All events of that name."""
+        return [record for record in self.events if record["event"] == event]
+
+    def last(self, event: str) -> dict[str, Any] | None:
+        """The newest event of that name."""
+        found = self.of(event)
+        return found[-1] if found else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; what a kill left of the last one is cut off."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with disk_errors(path), path.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except json.JSONDecodeError:
+        raise TrimError(f"{path} is damaged: move it away and start the run again") from None
+
+
+def append_line(path: Path, record: dict[str, Any], *, first: bool = False) -> None:
+    """Append one JSON line and wait until it is on disk."""
+    with disk_errors(path):
+        if first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

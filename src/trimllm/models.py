@@ -1,0 +1,81 @@
+"""A model by the name the user gave: weights, tokenizer, and what it was before anything was done to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimllm import export
+from trimllm.config import ModelSettings
+from trimllm.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO = Path(__file__).parent / "demo" / "base"
+"""The embedded model, which `--model demo` names."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, its tokenizer, the dtype it was saved in, and the SHA-256 of its weights."""
+
+    model: Any
+    tokenizer: Any
+    saved: torch.dtype
+    fingerprint: str
+
+
+def path_of(name: str) -> str:
+    """Where the model is: `demo` is the embedded one, anything else a directory or Hub id as given."""
+    return str(DEMO) if name == "demo" and not Path(name).exists() else name
+
+
+def device_of(name: str) -> torch.device:
+    """The device for commands that do not train; auto takes the first accelerator.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: there is no such device here: use cpu or auto") from None
+    return device
+
+
+def load(settings: ModelSettings, *, training: bool = False, device: torch.device | None = None) -> Loaded:
+    """Load model and tokenizer. Where `dtype` is auto, weights to be trained are float32, others as saved.
+
+    Raises:
+        InputError: if it cannot be used; see `export.load_model`.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    path = path_of(settings.model)
+    dtype = DTYPES.get(settings.dtype)
+    model: Any = export.load_model(
+        path,
+        dtype=dtype or (torch.float32 if training else None),
+        device=device or device_of(settings.device),
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+    )
+    tokenizer = export.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"the tokenizer of {settings.model} has {len(tokenizer)} tokens, its model only {vocabulary}")
+    mark = export.fingerprint(path if Path(path).is_dir() else model)
+    return Loaded(model, tokenizer, _saved_dtype(path, settings) or model.dtype, mark)
+
+
+def _saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:
+    """The dtype that the checkpoint's config names."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+    return config.dtype or config.get_text_config(decoder=True).dtype

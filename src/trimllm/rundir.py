@@ -1,0 +1,111 @@
+"""The directory of a run: what lies where, who may write there, and how a run is found again.
+
+config.yaml      the resolved settings            plan.json, plans/     which original layers each depth holds
+journal.jsonl    what happened, in order          scans/                one table per scan
+checkpoints/     weights at the end of stages     model/, result.json   the product
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trimllm.config import TrimConfig, to_yaml
+from trimllm.errors import InputError
+from trimllm.journal import read_lines, write_atomic
+from trimllm.layout import Block, Layout
+
+FREE_OF_CHOICE = ("resume", "output", "threads", "device", "micro_batch_size", "eval_batch_size")
+"""Settings that may differ when a run is resumed."""
+
+
+class RunDir:
+    """Paths of one run."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.journal = self.root / "journal.jsonl"
+        self.checkpoints = self.root / "checkpoints"
+        self.scans = self.root / "scans"
+        self.plans = self.root / "plans"
+        self.plan = self.root / "plan.json"
+        self.result = self.root / "result.json"
+        self.model = self.root / "model"
+
+    def checkpoint(self, depth: int) -> Path:
+        return self.checkpoints / f"depth-{depth}"
+
+    def kept_depths(self) -> list[int]:
+        """Depths whose weights are there, deepest first."""
+        return sorted((int(path.name.split("-")[1]) for path in self.checkpoints.glob("depth-*")), reverse=True)
+
+
+def stored_settings(output: str | Path) -> dict[str, Any]:
+    """The settings of the run in `output`, for `--resume`; empty if there is none yet."""
+    path = RunDir(output).config
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def claim(config: TrimConfig) -> list[dict[str, Any]]:
+    """Make the directory this run's own, and return the events of its journal so far.
+
+    Raises:
+        InputError: if it holds another run, one with other settings, or foreign files.
+    """
+    run = RunDir(config.output)
+    if run.root.exists() and not run.root.is_dir():
+        raise InputError(f"--output {run.root}: this is a file: name a directory")
+    if not config.resume:
+        if run.root.exists() and any(run.root.iterdir()):
+            holds = "a run: add --resume to go on with it" if run.config.exists() else "files"
+            raise InputError(f"--output {run.root}: the directory already holds {holds}, or choose another one")
+    elif run.config.exists():
+        _same_settings(config, stored_settings(run.root))
+    write_atomic(run.config, to_yaml(config.model_copy(update={"resume": False})))
+    return read_lines(run.journal)
+
+
+def _same_settings(config: TrimConfig, stored: dict[str, Any]) -> None:
+    now = config.model_dump(mode="json")
+    for name, value in now.items():
+        if name not in FREE_OF_CHOICE and stored.get(name, value) != value:
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} {value}: the run in {config.output} has {stored[name]}: leave it out, or start another run"
+            )
+
+
+def check_space(output: str | Path, weights: int) -> None:
+    """Raises InputError if the disk cannot hold two checkpoints and the result (`weights`: bytes of one, as trained)."""
+    parent = Path(output).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free, needed = shutil.disk_usage(parent).free, 3 * weights
+    if free < needed:
+        raise InputError(
+            f"--output {output}: {free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed: free some space"
+        )
+
+
+def dump_layout(layout: Layout) -> list[dict[str, int | None]]:
+    """For journals and plans: which original attention and MLP each block holds."""
+    return [block._asdict() for block in layout]
+
+
+def load_layout(record: list[dict[str, int | None]]) -> Layout:
+    return tuple(Block(block["attention"], block["mlp"]) for block in record)
+
+
+def layers(layout: Layout) -> list[int] | None:
+    """Original indices of whole blocks, or None if pairs were re-packed."""
+    whole = all(block.attention == block.mlp for block in layout)
+    return [block.attention for block in layout if block.attention is not None] if whole else None
+
+
+def plan(layout: Layout, base: str) -> dict[str, Any]:
+    """The contents of a plan file."""
+    return {"base": base, "depth": len(layout), "blocks": dump_layout(layout), "layers": layers(layout)}

@@ -1,0 +1,191 @@
+"""Importance of units: pure functions of arrays, higher = keep, lower = drop first.
+
+Each takes what was measured for the n candidates (see `Evidence`) and returns (n,) floats. `importance` picks one by
+name; `select.choose` decides which unit goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimllm.errors import InputError
+
+Array = NDArray[np.float64]
+
+DELTA = 0.01
+"""The small constant of s_scan."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of the n candidates for removal; fields that a score does not need may stay None."""
+
+    depth: int
+    """Blocks of the original model."""
+    position: Array
+    """(n,) place of each unit in the original model, in blocks (a shifted pair stands at i + 0.5)."""
+    accuracy: Array | None = None
+    """(n,) percent on the calibration set when the unit is deleted."""
+    loss: Array | None = None
+    """(n,) nats per target token when the unit is deleted."""
+    norm: Array | None = None
+    """(n,) Frobenius norm of the unit's activations per token."""
+    cosine: Array | None = None
+    """(n,) mean cosine between the residual stream before and after the unit."""
+    run_cosine: Array | None = None
+    """(n,) cosine over the contiguous run of `to_drop` blocks that starts at the unit, NaN where none fits; see `angular`."""
+    taylor: Array | None = None
+    """(n,) sum of |weight * gradient| over the unit's parameters."""
+    magnitude: Array | None = None
+    """(n,) L1 norm of the unit's parameters."""
+    seed: int = 0
+
+
+def s_scan(accuracy: Array, delta: float = DELTA) -> Array:
+    """Sensitivity: (100 - a) / ((1 + d^2) + (1 + d) a), for the accuracy a (percent) after deleting the unit.
+
+    Strictly decreasing in a, from 100 / (1 + d^2) to 0. Source: TrimLLM (arXiv 2412.11242), calibration scanning.
+    """
+    return (100.0 - accuracy) / ((1.0 + delta**2) + (1.0 + delta) * accuracy)
+
+
+def s_norm(norm: Array) -> Array:
+    """Activation norm: 100 * min_j ||x_j|| / ||x_i||, in (0, 100]; the largest norm scores lowest.
+
+    `norm` is per token, averaged over the unpadded positions of all samples. Source: TrimLLM (arXiv 2412.11242).
+    """
+    return 100.0 * norm.min() / norm
+
+
+def block_influence(cosine: Array) -> Array:
+    """1 - cos(stream before, stream after), averaged over tokens. Source: ShortGPT (arXiv 2403.03853), eq. 1."""
+    return 1.0 - cosine
+
+
+def angular(run_cosine: Array) -> Array:
+    """arccos(cos) / pi between the input of block l and the output of block l + n - 1, n the blocks still to drop.
+
+    Source: The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), eq. 7. The method removes one
+    contiguous run, so a start whose run does not fit never goes first.
+    """
+    distance = np.arccos(np.clip(run_cosine, -1.0, 1.0)) / np.pi
+    return np.where(np.isnan(distance), np.inf, distance)
+
+
+def loss_ablation(loss: Array) -> Array:
+    """Loss after deleting the unit. Source: Shortened LLaMA (arXiv 2402.02834), PPL; SLEB (arXiv 2402.09025)."""
+    return loss
+
+
+def perplexity_ablation(loss: Array) -> Array:
+    """exp of the loss after deleting the unit: the same order, on the scale that papers print. Sources as for the loss."""
+    return np.exp(np.minimum(loss, 700.0))
+
+
+def taylor(first_order: Array) -> Array:
+    """Sum of |w * dL/dw| over the unit. Source: Shortened LLaMA (arXiv 2402.02834), Taylor+; LLM-Pruner (2305.11627)."""
+    return first_order
+
+
+def magnitude(norm_of_weights: Array) -> Array:
+    """L1 norm of the unit's weights. Source: Shortened LLaMA (arXiv 2402.02834), Mag; Li et al. (arXiv 1608.08710)."""
+    return norm_of_weights
+
+
+def random(n: int, seed: int) -> Array:
+    """A seeded random order: the control that every score must beat."""
+    return np.random.default_rng(seed).permutation(n).astype(np.float64)
+
+
+def first(position: Array) -> Array:
+    """Bottom blocks go first. Source: Sajjad et al. (arXiv 2004.03844), bottom-layer dropping."""
+    return position
+
+
+def last(position: Array) -> Array:
+    """Top blocks go first. Source: Sajjad et al. (arXiv 2004.03844), top-layer dropping."""
+    return -position
+
+
+def alternate(position: Array, depth: int) -> Array:
+    """Every second block goes, from the top down, then the rest from the top. Source: Sajjad et al. (arXiv 2004.03844)."""
+    kept_longer = (np.floor(depth - 1 - position) % 2 == 0) * float(depth)
+    return kept_longer - position
+
+
+def symmetric(position: Array, depth: int) -> Array:
+    """The middle goes first, both ends stay. Source: Sajjad et al. (arXiv 2004.03844), symmetric dropping."""
+    return np.abs(position - (depth - 1) / 2)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A named score: what it must be given, and how it is computed."""
+
+    needs: tuple[str, ...]
+    compute: Callable[[Evidence], Array]
+    about: str
+
+
+def _of(field: str, function: Callable[[Array], Array]) -> Callable[[Evidence], Array]:
+    return lambda evidence: function(getattr(evidence, field))
+
+
+SCORES: dict[str, Score] = {
+    "scan": Score(("accuracy",), _of("accuracy", s_scan), "accuracy after trial deletion (TrimLLM)"),
+    "norm": Score(("norm",), _of("norm", s_norm), "activation norm (TrimLLM)"),
+    "bi": Score(("cosine",), _of("cosine", block_influence), "block influence (ShortGPT)"),
+    "angular": Score(("run_cosine",), _of("run_cosine", angular), "angular distance of a run (Gromov et al.)"),
+    "loss": Score(("loss",), _of("loss", loss_ablation), "loss after trial deletion (SLEB)"),
+    "perplexity": Score(
+        ("loss",), _of("loss", perplexity_ablation), "perplexity after trial deletion (Shortened LLaMA)"
+    ),
+    "taylor": Score(("taylor",), _of("taylor", taylor), "first-order Taylor (Shortened LLaMA, LLM-Pruner)"),
+    "magnitude": Score(("magnitude",), _of("magnitude", magnitude), "L1 norm of the weights"),
+    "random": Score((), lambda e: random(len(e.position), e.seed), "seeded random order"),
+    "first": Score((), lambda e: first(e.position), "from the bottom (Sajjad et al.)"),
+    "last": Score((), lambda e: last(e.position), "from the top (Sajjad et al.)"),
+    "alternate": Score((), lambda e: alternate(e.position, e.depth), "every second block (Sajjad et al.)"),
+    "symmetric": Score((), lambda e: symmetric(e.position, e.depth), "from the middle (Sajjad et al.)"),
+}
+
+STRATEGIES = ("scan+norm", *SCORES)
+"""What `--strategy` takes; scan+norm is the paper's: the scan decides, the norm breaks ties."""
+
+
+def needs(strategy: str) -> frozenset[str]:
+    """Names of the `Evidence` fields that a strategy reads.
+
+    Raises:
+        InputError: for an unknown strategy, with the nearest name.
+    """
+    return frozenset(field for name in parts(strategy) for field in SCORES[name].needs)
+
+
+def parts(strategy: str) -> tuple[str, ...]:
+    """The scores of a strategy: the one that decides, and the one that breaks ties if there is one."""
+    names = tuple(strategy.split("+"))
+    if strategy not in STRATEGIES:
+        import difflib
+
+        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(STRATEGIES)}"
+        raise InputError(f"unknown strategy {strategy!r}: {hint}")
+    return names
+
+
+def importance(name: str, evidence: Evidence) -> Array:
+    """(n,) importance of the candidates by the score `name`; higher = keep.
+
+    Raises:
+        InputError: if the score needs something that was not measured.
+    """
+    score = SCORES[parts(name)[0]]
+    missing = [field for field in score.needs if getattr(evidence, field) is None]
+    if missing:
+        raise InputError(f"score {name!r} needs {', '.join(missing)}, which was not measured")
+    return score.compute(evidence)

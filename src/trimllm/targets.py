@@ -1,0 +1,73 @@
+"""When a run stops: efficiency targets and accuracy floors. Pure decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimllm.config import TrimConfig
+from trimllm.errors import InputError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is: blocks, parameters, bytes of weights as they will be saved, decode speed-up over the base."""
+
+    depth: int
+    parameters: int
+    bytes: int
+    speedup: float | None = None
+
+
+def wanted_depth(config: TrimConfig, base_depth: int) -> int | None:
+    """Blocks to end with, by --depth or --keep; half of them when no target at all is given; None for other targets.
+
+    Raises:
+        InputError: if that is not less than the base has.
+    """
+    if config.depth is not None:
+        wanted, option = config.depth, f"--depth {config.depth}"
+    elif config.keep is not None:
+        wanted, option = max(1, round(config.keep * base_depth)), f"--keep {config.keep}"
+    elif has_other_target(config):
+        return None
+    else:
+        wanted, option = max(1, base_depth // 2), "half of the depth"
+    if wanted >= base_depth:
+        raise InputError(f"{option}: the model has only {base_depth} layers, so nothing would be dropped: ask for less")
+    return max(wanted, config.min_depth)
+
+
+def has_other_target(config: TrimConfig) -> bool:
+    """Whether anything but a depth ends the run."""
+    names = ("max_params", "max_memory", "target_speedup", "min_accuracy", "max_drop")
+    return any(getattr(config, name) is not None for name in names)
+
+
+def reached(config: TrimConfig, base_depth: int, size: Size) -> str | None:
+    """The target that `size` meets, in words, or None if the run goes on."""
+    wanted = wanted_depth(config, base_depth)
+    if wanted is not None and size.depth <= wanted:
+        return f"depth {size.depth}"
+    if config.max_params is not None and size.parameters <= config.max_params:
+        return f"{size.parameters:,} parameters"
+    if config.max_memory is not None and size.bytes <= config.max_memory * GIB:
+        return f"{size.bytes / GIB:.3f} GiB"
+    if config.target_speedup is not None and size.speedup is not None and size.speedup >= config.target_speedup:
+        return f"{size.speedup:.2f} times the base's speed"
+    if size.depth <= config.min_depth:
+        return f"the minimum depth, {config.min_depth}"
+    return None
+
+
+def floor(config: TrimConfig, values: Sequence[float]) -> float:
+    """The calibration accuracy (percent) below which a depth does not count; `values` are those of all depths so far."""
+    floors = [-math.inf]
+    if config.min_accuracy is not None:
+        floors.append(config.min_accuracy)
+    if config.max_drop is not None:
+        floors.append(max(values) - config.max_drop)
+    return max(floors)

@@ -1,0 +1,61 @@
+"""A dialogue as prompt and target: the last assistant message is learned, everything before it is the prompt."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer brings a chat template of its own."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat_prompt(messages: Any, tokenizer: Any = None) -> str:
+    """Everything before the last assistant message, ending where the assistant begins to speak.
+
+    With a chat template this is the template's own text, less a leading BOS (encoding adds it again); without one a
+    plain transcript.
+
+    Raises:
+        ValueError: if the messages are malformed or none is the assistant's.
+    """
+    turns = _turns(messages)[: _last(messages)]
+    if not has_template(tokenizer):
+        lines = [f"{ROLES.get(turn['role'], turn['role'])}: {turn['content']}\n" for turn in turns]
+        return "".join(lines) + "Assistant:"
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return text.removeprefix(tokenizer.bos_token or "")
+
+
+def chat_answer(messages: Any) -> str:
+    """The last assistant message."""
+    return str(_turns(messages)[_last(messages)]["content"]).strip()
+
+
+def _turns(messages: Any) -> list[dict[str, Any]]:
+    if isinstance(messages, str):
+        messages = json.loads(messages)
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            "messages must be a list such as [{role: user, content: ...}, {role: assistant, content: ...}]"
+        )
+    for number, turn in enumerate(messages):
+        if (
+            not isinstance(turn, dict)
+            or not isinstance(turn.get("role"), str)
+            or not isinstance(turn.get("content"), str)
+        ):
+            raise ValueError(f"message {number} needs 'role' and 'content', both text")
+    return messages
+
+
+def _last(messages: Any) -> int:
+    """Index of the last assistant message."""
+    turns = _turns(messages)
+    found = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not found or found[-1] == 0:
+        raise ValueError("no assistant message that answers something; the last one is what is learned")
+    return found[-1]

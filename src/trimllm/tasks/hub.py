@@ -1,0 +1,27 @@
+"""Rows of a data set on the Hugging Face Hub, by `datasets`; nothing from the Hub is ever executed."""
+
+from __future__ import annotations
+
+from trimllm.errors import InputError
+from trimllm.tasks.rows import Row
+from trimllm.tasks.spec import Source
+
+
+def read_hub(source: Source, split: str, task: str) -> list[Row]:
+    """All rows of one split.
+
+    Raises:
+        InputError: if the data set cannot be loaded (no network, unknown name, gated).
+    """
+    import datasets
+
+    name = f"{source.hub}/{source.config}" if source.config else str(source.hub)
+    try:
+        data = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+    except Exception as error:  # whatever the Hub client raises, the remedy is the same
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"task {task!r}: cannot load split {split!r} of {name} from the Hub ({reason}); connect once to fill the "
+            "cache, or give local copies with --task-files train=FILE test=FILE"
+        ) from error
+    return [Row(f"{name}[{split}]:{number}", dict(values)) for number, values in enumerate(data, 1)]

@@ -1,0 +1,145 @@
+"""A task by name, file, folder or YAML: rows are read, rendered and split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trimllm.errors import InputError
+from trimllm.tasks.catalog import builtin_tasks, find_builtin
+from trimllm.tasks.items import Item, TaskData
+from trimllm.tasks.recognize import labelled, recognize
+from trimllm.tasks.render import Renderer
+from trimllm.tasks.rows import Row
+from trimllm.tasks.sources import Files, Parts, file_parts, spec_parts, unused_files
+from trimllm.tasks.spec import TaskSpec, check_metric, nearest, read_spec
+from trimllm.tasks.splits import split
+from trimllm.tasks.text import cut
+
+
+def load_task(
+    name_or_path: str | Path,
+    *,
+    tokenizer: Any = None,
+    calibration_size: int | None = None,
+    resolution: float = 0.5,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    files: Files | None = None,
+    metric: str | None = None,
+    seed: int = 0,
+) -> TaskData:
+    """Loads, renders and splits a task.
+
+    Args:
+        name_or_path: a built-in task, a YAML file, a data file, or a folder with train / valid / test files.
+        tokenizer (*optional*): only its chat template is used, for dialogues.
+        calibration_size (*optional*): rows held out of train for decisions; chosen from `resolution` by default.
+        resolution (defaults to 0.5): percentage points one calibration question may weigh (0.5: 200 questions).
+        max_train, max_test (*optional*): seeded subsamples of the training and the reported rows.
+        files (*optional*): local files to use in place of the task's own source, by part or as a file or folder.
+        metric (*optional*): in place of the task's own.
+        seed (defaults to 0): of every split and subsample.
+
+    Raises:
+        InputError: if the task, its data or an option cannot be used; the message says where and what to do.
+    """
+    spec, parts, notes = _find(name_or_path, files, metric, tokenizer)
+    train_rows, reported_rows = _roles(spec.name, parts, notes)
+    renderer = Renderer(spec, tokenizer)
+    lenient = files is None and spec.source is not None and spec.source.hub is not None
+    done = split(
+        _items(renderer, train_rows, lenient, notes),
+        _items(renderer, reported_rows, lenient, notes),
+        calibration_size=calibration_size,
+        resolution=resolution,
+        max_train=max_train,
+        max_test=max_test,
+        seed=seed,
+    )
+    return TaskData(
+        name=spec.name,
+        kind=spec.kind,
+        metric=metric or spec.default_metric,
+        train=done.train,
+        calibration=done.calibration,
+        test=done.test,
+        left_out=done.left_out,
+        notes=(*notes, *done.notes),
+    )
+
+
+def _find(
+    name_or_path: str | Path, files: Files | None, metric: str | None, tokenizer: Any
+) -> tuple[TaskSpec, Parts, list[str]]:
+    """The spec, the raw rows by part, and notes."""
+    path = Path(name_or_path)
+    spec = find_builtin(str(name_or_path))
+    if spec is None and path.suffix.lower() in (".yaml", ".yml"):
+        spec = read_spec(path)
+    if spec is not None:
+        check_metric(metric, spec.kind)
+        return spec, spec_parts(spec) if files is None else file_parts(files), []
+    if files is not None:
+        raise InputError(
+            f"task {str(name_or_path)!r}: files can only stand in for a built-in task or one from a YAML file"
+        )
+    if not path.exists():
+        raise _unknown(str(name_or_path))
+    return _own(path, metric, tokenizer)
+
+
+def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Parts, list[str]]:
+    """A file or folder of the user's: the columns say what it is."""
+    parts = file_parts(path)
+    notes = [f"not used: {file.name} (no train, valid or test in its name)" for file in unused_files(path)]
+    name = path.resolve().name.split(".")[0]
+    spec = recognize(name, parts.get("train") or next(iter(parts.values())), tokenizer)
+    check_metric(metric, spec.kind)
+    return spec, {part: rows for part, rows in parts.items() if part == "train" or labelled(rows, spec)}, notes
+
+
+def _roles(name: str, parts: Parts, notes: list[str]) -> tuple[list[Row], list[Row]]:
+    """(rows to train on, rows to report): validation stands in for whichever of train and test is missing."""
+    train, validation, test = (parts.get(part, []) for part in ("train", "validation", "test"))
+    if not train and not validation:
+        raise InputError(f"task {name!r} has no training rows: give a train split (or a single file, to be split)")
+    if not train:
+        notes.append(f"no train split: the {len(validation):,} validation rows are trained on")
+        return validation, test
+    if test:
+        return train, test
+    if validation:
+        notes.append(f"no test split with answers: the {len(validation):,} validation rows are reported")
+    return train, validation
+
+
+def _items(renderer: Renderer, rows: Sequence[Row], lenient: bool, notes: list[str]) -> list[Item]:
+    """Rows rendered; documents cut to pieces. `lenient` (rows from the Hub, which the user cannot mend) skips bad rows.
+
+    Raises:
+        InputError: on a bad row; if `lenient`, only when more than one in a hundred is bad.
+    """
+    items, bad = [], []
+    for row in rows:
+        try:
+            if renderer.keeps(row):
+                items.append(renderer.item(row))
+        except InputError as error:
+            bad.append(error)
+            if not lenient or len(bad) > len(rows) / 100:
+                raise
+    if bad:
+        notes.append(f"skipped {len(bad):,} of {len(rows):,} rows that cannot be used (first: {bad[0]})")
+    return cut(items) if renderer.spec.kind == "text" else items
+
+
+def _unknown(name: str) -> InputError:
+    if "/" in name or "." in name:
+        return InputError(f"{name} does not exist: give a task name, a YAML file, or a data file or folder")
+    known = list(builtin_tasks())
+    aliases = [alias.lower() for spec in builtin_tasks().values() for alias in spec.aliases]
+    return InputError(
+        f"unknown task {name!r}{nearest(name, known + aliases)}: use {', '.join(known)}, a YAML file or own data"
+    )

@@ -1,0 +1,41 @@
+"""Numbers about answers: standard errors, exact match, ROUGE-L and repetition. Pure functions; no model here."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+
+def binomial_stderr(share: float, count: int) -> float:
+    """Standard error of a share (0 to 1) of `count` independent questions, by the unbiased sample variance."""
+    return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1.0 if the normalized answer is one of the normalized references, else 0.0 (SQuAD's normalization)."""
+    return float(normalize_answer(answer) in {normalize_answer(reference) for reference in references})
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, the articles a / an / the, and surplus white space (Rajpurkar et al., 2016)."""
+    bare = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """The best ROUGE-L F-measure (0 to 1, stemmed) over the references (Lin, 2004)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return max((scorer.score(reference, answer)["rougeL"].fmeasure for reference in references), default=0.0)
+
+
+def repetition(tokens: Sequence[object], n: int = 4) -> float:
+    """Share (0 to 1) of n-grams that occurred before in the same sequence; 0.0 when it is shorter than n."""
+    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    if not grams:
+        return 0.0
+    return sum(count - 1 for count in Counter(grams).values()) / len(grams)

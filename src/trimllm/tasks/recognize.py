@@ -1,0 +1,126 @@
+"""Own data without a YAML file: the columns say what kind of task it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+from trimllm.errors import InputError
+from trimllm.tasks.chat import has_template
+from trimllm.tasks.rows import Row
+from trimllm.tasks.spec import TaskSpec
+
+RECOGNIZED = (
+    "messages | question, choices, answer | text, label | prompt, completion | instruction, output | "
+    "question (or input), answer_text (or answer) | text"
+)
+"""The column sets, in the order they are looked for; further columns are ignored (`context` is used where it is)."""
+
+_CONTEXT = "{% if context is defined and context %}{{ context }}\n{% endif %}"
+_GROUP = "{{ (context or '')[:200] if context is defined else '' }}"
+_INPUT = "{% if input is defined and input %}\n{{ input }}{% endif %}"
+_GLUED = (
+    "{{ '' if prompt[-1:].isspace() or completion[:1].isspace() else ' ' }}{{ completion | required('completion') }}"
+)
+
+
+class Columns(NamedTuple):
+    """Which of the accepted column names a file uses; `None` where it has none of them."""
+
+    question: str | None
+    choices: str | None
+    answer: str | None
+
+
+def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSpec:
+    """The spec that fits rows of this shape (those of the training split: labels are taken from them).
+
+    Raises:
+        InputError: if the columns fit no known shape.
+    """
+    present = {column for row in rows for column in row.values}
+    columns = _columns(present)
+    if "messages" in present:
+        return _chat(name, tokenizer)
+    if columns.choices and columns.question and columns.answer:
+        return _choice(name, columns)
+    if {"text", "label"} <= present:
+        return _classification(name, rows)
+    if {"prompt", "completion"} <= present:
+        return TaskSpec(name=name, kind="generation", prompt=_required("prompt"), target=_GLUED, delimiter="")
+    if {"instruction", "output"} <= present:
+        prompt = f"Question: {_required('instruction')}{_INPUT}\nAnswer:"
+        return TaskSpec(name=name, kind="generation", prompt=prompt, target=_required("output"))
+    if columns.question and columns.answer:
+        return _answers(name, columns)
+    if "text" in present:
+        return TaskSpec(name=name, kind="text", target="{{ text }}")
+    raise InputError(
+        f"{name}: cannot tell the task from the columns {', '.join(sorted(present))}; recognized are {RECOGNIZED}; "
+        "rename the columns or name them in a task YAML (--task my.yaml)"
+    )
+
+
+def labelled(rows: Iterable[Row], spec: TaskSpec) -> bool:
+    """Whether any row of a choice split has an answer (test sets are often published without)."""
+    if spec.kind != "choice":
+        return True
+    return any(row.values.get(column) not in (None, "", -1, "-1") for row in rows for column in ("answer", "label"))
+
+
+def _columns(present: set[str]) -> Columns:
+    def first(*names: str) -> str | None:
+        return next((name for name in names if name in present), None)
+
+    choices = first("choices", "options")
+    answer = first("answer", "label") if choices else first("answer_text", "answer")
+    return Columns(first("question", "input"), choices, answer)
+
+
+def _required(column: str) -> str:
+    return "{{ " + column + f" | required('{column}')" + " }}"
+
+
+def _choice(name: str, columns: Columns) -> TaskSpec:
+    prompt = f"{_CONTEXT}Question: {_required(str(columns.question))}\nAnswer:"
+    return TaskSpec(
+        name=name, kind="choice", prompt=prompt, choices=columns.choices, answer=columns.answer, group=_GROUP
+    )
+
+
+def _answers(name: str, columns: Columns) -> TaskSpec:
+    """Question and free answer; a list of answers means that each is accepted and the first is learned."""
+    answer = str(columns.answer)
+    target = f"{{{{ ({answer} if {answer} is string or {answer} is number else {answer}[0]) | required('{answer}') }}}}"
+    references = f"{{{{ [{answer} | string] if {answer} is string or {answer} is number else {answer} }}}}"
+    prompt = f"{_CONTEXT}Question: {_required(str(columns.question))}\nAnswer:"
+    return TaskSpec(name=name, kind="generation", prompt=prompt, target=target, references=references, group=_GROUP)
+
+
+def _chat(name: str, tokenizer: Any) -> TaskSpec:
+    """With a chat template the answer follows its text directly; in the plain transcript it follows `Assistant: `."""
+    return TaskSpec(
+        name=name,
+        kind="generation",
+        prompt="{{ messages | chat_prompt }}",
+        target="{{ messages | chat_answer }}",
+        delimiter="" if has_template(tokenizer) else " ",
+    )
+
+
+def _classification(name: str, rows: Iterable[Row]) -> TaskSpec:
+    """Every label becomes a choice. Underscores become spaces where that keeps the labels apart: words score fairly."""
+    labels = {row.values.get("label") for row in rows} - {None, ""}
+    names = [str(label) for label in sorted(labels, key=lambda label: (not isinstance(label, int | float), label))]
+    if len(names) < 2:
+        raise InputError(f"{name}: column 'label' has {len(names)} different values in the training rows; 2 are needed")
+    readable = [label.replace("_", " ") for label in names]
+    plain = len(set(readable)) < len(names)
+    return TaskSpec(
+        name=name,
+        kind="choice",
+        prompt=f"{_required('text')}\nCategory:",
+        choices=names if plain else readable,
+        answer="{{ label }}" if plain else "{{ (label | string).replace('_', ' ') }}",
+        answer_as="text",
+    )

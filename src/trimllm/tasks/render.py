@@ -1,0 +1,193 @@
+"""Rows into items: the templates of a spec, applied to one row after the other."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError
+from jinja2.sandbox import SandboxedEnvironment
+
+from trimllm.errors import InputError
+from trimllm.tasks.answers import answer_index
+from trimllm.tasks.chat import chat_answer, chat_prompt
+from trimllm.tasks.items import Item
+from trimllm.tasks.rows import Row
+from trimllm.tasks.spec import TaskSpec
+
+Column = Callable[[dict[str, Any]], Any]
+"""What a compiled template or expression is: a function of a row's values."""
+
+_EXPRESSION = re.compile(r"\s*\{\{((?:(?!\}\}|\{\{|\{%).)*)\}\}\s*", re.DOTALL)
+
+
+class Renderer:
+    """The compiled templates of one spec; `item` turns a row into an item.
+
+    A tokenizer is only used for its chat template (`chat_prompt` filter).
+    """
+
+    def __init__(self, spec: TaskSpec, tokenizer: Any = None) -> None:
+        self.spec = spec
+        self._environment = _environment(tokenizer)
+        self._where = self._value(spec.where) if spec.where else None
+        self._prompt = self._text(spec.prompt)
+        self._target = self._text(spec.target or "")
+        self._group = self._text(spec.group) if spec.group else None
+        self._choices = self._values(spec.choices or [])
+        self._answer = self._value(spec.answer)
+        self._references = self._values(spec.references) if spec.references else None
+
+    def keeps(self, row: Row) -> bool:
+        """Whether the row is part of the task (`where`)."""
+        return self._where is None or bool(self._apply("where", self._where, row))
+
+    def item(self, row: Row) -> Item:
+        """The row as the model sees it.
+
+        Raises:
+            InputError: if a column is missing, a prompt, choice or target is empty, or the answer names no choice.
+        """
+        build = {"choice": self._choice, "generation": self._generation, "text": self._document}[self.spec.kind]
+        return build(row)
+
+    def _choice(self, row: Row) -> Item:
+        prompt = self._filled("prompt", self._prompt, row)
+        choices = _texts(self._apply("choices", self._choices, row), "choices", row.place)
+        answer = answer_index(self._apply("answer", self._answer, row), choices, self.spec.answer_as, row.place)
+        return Item(
+            place=row.place,
+            prompt=prompt,
+            continuations=_continuations(self.spec.delimiter, choices),
+            answer=answer,
+            lengths=tuple(len(choice) for choice in choices),
+            group=self._group_of(row),
+        )
+
+    def _generation(self, row: Row) -> Item:
+        prompt = self._filled("prompt", self._prompt, row)
+        target = self._filled("target", self._target, row)
+        references: tuple[str, ...] = (target.strip(),)
+        if self._references is not None:
+            references = _texts(self._apply("references", self._references, row), "references", row.place)
+        continuation = self.spec.delimiter + target
+        return Item(
+            row.place, prompt, (continuation,), lengths=(len(target),), references=references, group=self._group_of(row)
+        )
+
+    def _document(self, row: Row) -> Item:
+        text = self._filled("target", self._target, row)
+        return Item(row.place, "", (text,), lengths=(len(text),), group=self._group_of(row))
+
+    def _group_of(self, row: Row) -> str | None:
+        return None if self._group is None else str(self._apply("group", self._group, row)) or None
+
+    def _filled(self, field: str, template: Column, row: Row) -> str:
+        """A rendered template that must not come out blank."""
+        text = str(self._apply(field, template, row))
+        if not text.strip():
+            raise InputError(f"{row.place}: the {field} is empty; fill it in or drop the row")
+        return text
+
+    def _apply(self, field: str, template: Column, row: Row) -> Any:
+        """Calls a template; whatever goes wrong inside becomes one line that names the row and the field."""
+        try:
+            value = template(row.values)
+            if isinstance(value, Undefined):
+                value._fail_with_undefined_error()
+            return value
+        except UndefinedError as error:
+            found = ", ".join(str(column) for column in row.values)
+            raise InputError(
+                f"{row.place}: no value for the {field}: {error.message}; columns found: {found}"
+            ) from error
+        except (TemplateError, ValueError, TypeError, LookupError, SyntaxError, AttributeError) as error:
+            raise InputError(f"{row.place}: cannot make the {field}: {' '.join(str(error).split())}") from error
+
+    def _text(self, template: str) -> Column:
+        """A template that renders to a string; a bare word is the column of that name."""
+        if template.isidentifier():
+            return self._compile("{{ " + template + " }}")
+        return self._compile(template)
+
+    def _compile(self, template: str) -> Column:
+        try:
+            return self._environment.from_string(template).render
+        except TemplateError as error:
+            raise InputError(f"task {self.spec.name!r}: template {template!r} is not valid Jinja: {error}") from error
+
+    def _value(self, template: Any) -> Column:
+        """An expression that keeps its type (a list stays a list); anything that is not a string is itself."""
+        if not isinstance(template, str):
+            return lambda _: template
+        match = _EXPRESSION.fullmatch(template)
+        if match is None and "{" in template:
+            return self._compile(template)
+        expression = match[1] if match else template
+        try:
+            return self._environment.compile_expression(expression, undefined_to_none=False)
+        except TemplateError as error:
+            raise InputError(f"task {self.spec.name!r}: {expression!r} is not a valid expression: {error}") from error
+
+    def _values(self, template: str | list[Any]) -> Column:
+        """A list: by one expression, or one entry at a time (entries with `{{` are templates, others plain text)."""
+        if isinstance(template, str):
+            return self._value(template)
+        entries = [self._compile(each) if isinstance(each, str) and "{{" in each else each for each in template]
+        return lambda values: [each(values) if callable(each) else each for each in entries]
+
+
+@lru_cache(maxsize=1)
+def _continuations(delimiter: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """The choices as they follow the prompt; rows with the same choices (all labels) share one tuple."""
+    return tuple(delimiter + choice for choice in choices)
+
+
+def _texts(values: Any, field: str, place: str) -> tuple[str, ...]:
+    """A list of non-blank strings; a string is read as a JSON list, as a CSV cell holds it."""
+    if isinstance(values, str) and values.lstrip().startswith("["):
+        try:
+            values = json.loads(values)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{place}: field '{field}' is not a valid JSON list ({error.msg}); fix the cell"
+            ) from error
+    if isinstance(values, str) and field == "references":
+        values = [values]
+    if not isinstance(values, list | tuple):
+        raise InputError(
+            f'{place}: field \'{field}\' must be a list such as ["yes", "no"], not {type(values).__name__}'
+        )
+    if not values or any(value is None or not str(value).strip() for value in values):
+        what = "has an empty entry" if values else "is empty"
+        raise InputError(f"{place}: field '{field}' {what}; fill it in or drop the row")
+    return tuple(str(value) for value in values)
+
+
+def _environment(tokenizer: Any) -> SandboxedEnvironment:
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null)
+    environment.filters.update(
+        regex_replace=lambda text, pattern, replacement="": re.sub(pattern, replacement, text),
+        literal=ast.literal_eval,
+        required=_required,
+        chat_prompt=lambda messages: chat_prompt(messages, tokenizer),
+        chat_answer=chat_answer,
+    )
+    return environment
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a column it uses is null")
+    return value
+
+
+def _required(value: Any, column: str) -> Any:
+    """The value, unless it is blank: then the row cannot be used."""
+    if value is None or not str(value).strip():
+        raise ValueError(f"field '{column}' is empty")
+    return value

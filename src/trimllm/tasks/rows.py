@@ -1,0 +1,161 @@
+"""Rows of local files: JSONL, JSON, CSV, TSV, Parquet and plain text; all but Parquet also compressed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from trimllm.errors import InputError
+
+COMPRESSED = (".xz", ".gz", ".bz2", ".zst")
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+
+class Row(NamedTuple):
+    """One record and where it stands (`file.jsonl:17`; rows and lines are counted from 1)."""
+
+    place: str
+    values: dict[str, Any]
+
+
+def format_of(path: Path) -> str | None:
+    """The format by the file's name, compression aside (`.jsonl` for `a.jsonl.xz`); `None` if it is not known."""
+    name = path.name.lower()
+    for ending in COMPRESSED:
+        if name.endswith(ending):
+            inner = Path(name.removesuffix(ending)).suffix
+            return inner if inner in FORMATS and inner != ".parquet" else None
+    suffix = Path(name).suffix
+    return suffix if suffix in FORMATS else None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file. Plain text is one row with the column `text`.
+
+    Raises:
+        InputError: if the file is missing, empty, of an unknown format, or holds a malformed row.
+    """
+    kind = format_of(path)
+    if kind is None:
+        known = ", ".join(FORMATS)
+        raise InputError(
+            f"{path}: cannot tell the format from the name; use one of {known} (text also .xz .gz .bz2 .zst)"
+        )
+    try:
+        rows = list(_parquet(path) if kind == ".parquet" else _text_rows(path, kind))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except (OSError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {_line(error)}; check that it is a whole {kind} file") from error
+    if not rows:
+        raise InputError(f"{path} has no rows; give a file with at least one")
+    return rows
+
+
+def _text_rows(path: Path, kind: str) -> Iterator[Row]:
+    with _open(path) as file:
+        if kind in (".jsonl", ".ndjson"):
+            yield from _json_lines(path, file)
+        elif kind == ".json":
+            yield from _json_list(path, file)
+        elif kind == ".txt":
+            text = file.read()
+            if text.strip():
+                yield Row(f"{path}:1", {"text": text})
+        else:
+            yield from _csv(path, file, "\t" if kind == ".tsv" else ",")
+
+
+def _open(path: Path) -> IO[str]:
+    """Text of a file, decompressed by its ending; a leading byte-order mark is dropped."""
+    ending = path.suffix.lower()
+    if ending == ".xz":
+        import lzma
+
+        return lzma.open(path, "rt", encoding="utf-8-sig")
+    if ending == ".gz":
+        import gzip
+
+        return cast("IO[str]", gzip.open(path, "rt", encoding="utf-8-sig"))
+    if ending == ".bz2":
+        import bz2
+
+        return cast("IO[str]", bz2.open(path, "rt", encoding="utf-8-sig"))
+    if ending == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise InputError(f"{path}: reading .zst needs `pip install zstandard`; or decompress the file") from error
+        return cast("IO[str]", zstandard.open(path, "rt", encoding="utf-8-sig"))
+    return open(path, encoding="utf-8-sig", newline="" if ending in (".csv", ".tsv") else None)
+
+
+def _json_lines(path: Path, file: IO[str]) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{place}: not valid JSON ({error.msg} at column {error.colno}); fix the line") from error
+        yield Row(place, _object(place, value))
+
+
+def _json_list(path: Path, file: IO[str]) -> Iterator[Row]:
+    try:
+        value = json.load(file)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{error.lineno}"
+        hint = "; one object per line is JSONL: name the file .jsonl" if error.msg == "Extra data" else ""
+        raise InputError(f"{place}: not valid JSON ({error.msg} at column {error.colno}){hint}") from error
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    if not isinstance(value, list):
+        raise InputError(f"{path} must hold a list of objects (or one object with such a list as 'data')")
+    for number, each in enumerate(value, 1):
+        place = f"{path}:row {number}"
+        yield Row(place, _object(place, each))
+
+
+def _object(place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f'{place}: a row must be a JSON object such as {{"text": ...}}, not {type(value).__name__}')
+    return value
+
+
+def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
+    reader = csv.DictReader(file, delimiter=delimiter, restkey="", restval=None, strict=True)
+    try:
+        for values in reader:
+            place = f"{path}:{reader.line_num}"
+            if "" in values or None in values.values():
+                found = "more" if "" in values else "fewer"
+                raise InputError(
+                    f"{place}: {found} fields than the header's {len(reader.fieldnames or ())}; fix the line"
+                )
+            yield Row(place, dict(values))
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: malformed CSV ({error}); fix the quoting") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        values = pq.read_table(path).to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(f"cannot read {path}: {_line(error)}; check that it is a whole Parquet file") from error
+    for number, row in enumerate(values, 1):
+        yield Row(f"{path}:row {number}", row)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,115 @@
+"""The rows of a task by part (train, validation, test), from local files, the Hub or the built-in world."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from trimllm.errors import InputError
+from trimllm.tasks.hub import read_hub
+from trimllm.tasks.rows import Row, format_of, read_rows
+from trimllm.tasks.spec import Source, TaskSpec, nearest
+
+Files = str | Path | Mapping[str, str | list[str]]
+"""Local files: one file, a folder whose file names say the split, or paths by part."""
+Parts = dict[str, list[Row]]
+"""Rows by part; an absent part has no key."""
+
+PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+PARTS |= {"dev": "validation", "test": "test"}
+WORLD_PARTS = ("train", "test")
+
+
+def spec_parts(spec: TaskSpec) -> Parts:
+    """The rows of a spec that says itself where they are. Validation is only read when there is no test split."""
+    source, splits = spec.source, spec.splits
+    if source is None:
+        raise InputError(f"task {spec.name!r} has no source: add one to its YAML or give files with --task-files")
+    if splits is None:
+        return (
+            file_parts(source.files) if source.files else {part: _read(source, part, spec.name) for part in WORLD_PARTS}
+        )
+    named = {"train": splits.train, "validation": None if splits.test else splits.validation, "test": splits.test}
+    parts: Parts = {}
+    for part, split in named.items():
+        if split is not None:
+            parts[part] = _read(spec.train_source or source if part == "train" else source, split, spec.name)
+    return parts
+
+
+def file_parts(files: Files) -> Parts:
+    """The rows of local files; a single file or a folder without split names is all "train".
+
+    Raises:
+        InputError: if nothing is there, or a part is not train, validation or test.
+    """
+    if not isinstance(files, Mapping):
+        return _path_parts(Path(files))
+    parts: Parts = {}
+    for name, paths in files.items():
+        part = PARTS.get(name)
+        if part is None:
+            raise InputError(f"unknown split {name!r}{nearest(name, list(PARTS))}: use train, validation or test")
+        several = [paths] if isinstance(paths, str | Path) else paths
+        parts.setdefault(part, []).extend(row for path in several for row in _rows_at(Path(path)))
+    return parts
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Readable data files right inside a folder, sorted by name.
+
+    Raises:
+        InputError: if it has none.
+    """
+    found = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path) and path.name[0] != ".")
+    if not found:
+        raise InputError(f"{folder} has no data files: expected train.jsonl, test.jsonl or the like")
+    return found
+
+
+def unused_files(path: Path) -> list[Path]:
+    """Data files of a folder that are not read, because they name no split while others do."""
+    files = data_files(path) if path.is_dir() else []
+    unnamed = [file for file in files if part_of(file) is None]
+    return unnamed if len(unnamed) < len(files) else []
+
+
+def part_of(path: Path) -> str | None:
+    """The part a file name speaks of (`train`, `books_valid`, `test-00000-of-00001`), if any."""
+    words = re.split(r"[^a-z]+", path.name.lower().split(".")[0])
+    return next((PARTS[word] for word in words if word in PARTS), None)
+
+
+def _path_parts(path: Path) -> Parts:
+    if not path.is_dir():
+        return {"train": read_rows(path)}
+    files = data_files(path)
+    if not any(part_of(file) for file in files):
+        return {"train": [row for file in files for row in read_rows(file)]}
+    parts: Parts = {}
+    for file in files:
+        part = part_of(file)
+        if part is not None:
+            parts.setdefault(part, []).extend(read_rows(file))
+    return parts
+
+
+def _rows_at(path: Path) -> list[Row]:
+    if path.is_dir():
+        return [row for file in data_files(path) for row in read_rows(file)]
+    return read_rows(path)
+
+
+def _read(source: Source, split: str, task: str) -> list[Row]:
+    if source.files is not None:
+        paths = source.files.get(split)
+        if paths is None:
+            raise InputError(f"task {task!r}: its source has no split {split!r}, only {', '.join(source.files)}")
+        return [row for path in ([paths] if isinstance(paths, str) else paths) for row in _rows_at(Path(path))]
+    if source.world is not None:
+        from trimllm.demo import world
+
+        questions = world.questions(source.world, split)
+        return [Row(f"{task}[{split}]:{number}", values) for number, values in enumerate(questions, 1)]
+    return read_hub(source, split, task)

@@ -1,0 +1,174 @@
+"""Train, calibration and reported items that have nothing in common: no item, no group, no text.
+
+The calibration set decides what is dropped, so it is held out of train; the reported set is never used for a decision.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from trimllm.errors import InputError
+from trimllm.tasks.items import Item
+
+CALIBRATION_SHARE = 0.2
+"""The default calibration set is at most this part of train."""
+TEST_SHARE = 0.2
+"""A test set that has to be held out is this part of the rows ..."""
+TEST_ROWS = 1000
+"""... and at most this many."""
+INSTRUCTION_ROWS = 10
+"""A prompt that stands in more rows than this is an instruction, not a question: the target tells its rows apart."""
+
+
+class Split(NamedTuple):
+    """The disjoint parts, the places of what was left out of train, and what the user should know."""
+
+    train: tuple[Item, ...]
+    calibration: tuple[Item, ...]
+    test: tuple[Item, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def split(
+    train: Sequence[Item],
+    test: Sequence[Item],
+    *,
+    calibration_size: int | None = None,
+    resolution: float = 0.5,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    seed: int = 0,
+) -> Split:
+    """Holds the calibration set out of train, after everything that also stands in `test` has left it.
+
+    An empty `test` is held out of train first. `resolution` is what one calibration question may weigh, in percentage
+    points; it sets the size when `calibration_size` is not given.
+
+    Raises:
+        InputError: if there are too few rows, or a size is not positive.
+    """
+    _check(calibration_size, resolution, max_train, max_test)
+    notes: list[str] = []
+    if not test:
+        train, test = hold_out_test(train, seed)
+        notes.append(
+            f"no test split: {len(test):,} of {len(train) + len(test):,} rows held out for the report (seed {seed})"
+        )
+    train, leaked = without_overlap(train, test)
+    if leaked:
+        notes.append(
+            f"left out {len(leaked):,} training rows that share a text or group with the reported set (first: {leaked[0]})"
+        )
+    size = _calibration_size(len(train), calibration_size, resolution)
+    rest, calibration = hold_out(train, size, f"{seed}:calibration")
+    if not rest:
+        raise InputError(f"all {len(train)} training rows would go into the calibration set: give more rows or groups")
+    notes.append(_calibration_note(calibration, len(train)))
+    rest, doubles = without_overlap(rest, calibration)
+    if doubles:
+        notes.append(
+            f"left out {len(doubles):,} training rows that share a text with the calibration set (first: {doubles[0]})"
+        )
+    if not rest:
+        raise InputError(
+            "no training row is left once those that equal calibration or reported rows are out: give more"
+        )
+    kept, tested = _limit(rest, max_train, seed, "training", notes), _limit(test, max_test, seed, "reported", notes)
+    return Split(tuple(kept), tuple(calibration), tuple(tested), tuple(leaked + doubles), tuple(notes))
+
+
+def hold_out_test(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
+    """(what remains, test): a seeded fifth of the rows, 1,000 at most."""
+    if len(items) < 3:
+        raise InputError(f"{len(items)} rows are too few to hold out a test and a calibration part: give at least 3")
+    return hold_out(items, max(1, min(TEST_ROWS, round(TEST_SHARE * len(items)))), f"{seed}:test")
+
+
+def hold_out(items: Sequence[Item], size: int, seed: str) -> tuple[list[Item], list[Item]]:
+    """(rest, held out): whole groups in a seeded order until `size` items are out; both keep the order of `items`."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for position, item in enumerate(items):
+        groups[f"item {position}" if item.group is None else f"group {item.group}"].append(position)
+    order = list(groups)
+    random.Random(seed).shuffle(order)
+    out: set[int] = set()
+    for group in order:
+        if len(out) >= size:
+            break
+        out.update(groups[group])
+    rest = [item for position, item in enumerate(items) if position not in out]
+    return rest, [items[position] for position in sorted(out)]
+
+
+def without_overlap(items: Sequence[Item], held_out: Sequence[Item]) -> tuple[list[Item], list[str]]:
+    """(items that share no text and no group with `held_out`, places of the others)."""
+    common = _instructions([*items, *held_out])
+    texts = {_text(item, common) for item in held_out}
+    groups = {item.group for item in held_out} - {None}
+    kept, places = [], []
+    for item in items:
+        if item.group in groups or _text(item, common) in texts:
+            places.append(item.place)
+        else:
+            kept.append(item)
+    return kept, places
+
+
+def normalize(text: str) -> str:
+    """Case, punctuation and white space do not make a text a different one (text without any letter stays as it is)."""
+    return re.sub(r"[\W_]+", " ", text.casefold()).strip() or text
+
+
+def _text(item: Item, common: set[str]) -> str:
+    """What identifies an item: its question; with the target where the prompt serves many rows or is empty."""
+    prompt = normalize(item.prompt)
+    return prompt if item.prompt and prompt not in common else f"{prompt}\n{normalize(item.target)}"
+
+
+def _instructions(items: Iterable[Item]) -> set[str]:
+    counts = Counter(normalize(item.prompt) for item in items)
+    return {prompt for prompt, count in counts.items() if count > INSTRUCTION_ROWS}
+
+
+def _calibration_size(available: int, wanted: int | None, resolution: float) -> int:
+    """How many rows to hold out, in all of `available` training rows."""
+    if wanted is not None:
+        if wanted >= available:
+            raise InputError(
+                f"calibration_size {wanted} needs more than the {available} training rows: give more or ask less"
+            )
+        return wanted
+    if available < 5:
+        raise InputError(f"{available} training rows are too few to hold out a calibration set: give at least 5")
+    return max(1, min(round(100 / resolution), int(CALIBRATION_SHARE * available)))
+
+
+def _calibration_note(calibration: Sequence[Item], available: int) -> str:
+    count = len(calibration)
+    note = f"calibration: {count:,} of {available:,} training rows"
+    if len(calibration[0].continuations) == 1:
+        return note
+    return f"{note}, one question = {100 / count:.2f} points"
+
+
+def _limit(items: Sequence[Item], limit: int | None, seed: int, what: str, notes: list[str]) -> Sequence[Item]:
+    """A seeded subsample of `limit` items, in their order."""
+    if limit is None or limit >= len(items):
+        return items
+    notes.append(f"{limit:,} of {len(items):,} {what} rows used (seed {seed})")
+    chosen = sorted(random.Random(f"{seed}:{what}").sample(range(len(items)), limit))
+    return [items[position] for position in chosen]
+
+
+def _check(calibration_size: int | None, resolution: float, max_train: int | None, max_test: int | None) -> None:
+    sizes = {"calibration_size": calibration_size, "max_train": max_train, "max_test": max_test}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: give at least 1")
+    if not 0 < resolution <= 100:
+        raise InputError(f"resolution is {resolution}: give percentage points above 0, 100 at most")

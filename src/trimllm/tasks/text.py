@@ -1,0 +1,81 @@
+"""Domain text: documents for perplexity, calibration by activations, and continued pre-training."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from trimllm.errors import InputError
+from trimllm.tasks.items import Item
+from trimllm.tasks.rows import Row, read_rows
+from trimllm.tasks.sources import data_files
+
+PIECE = 4_000
+"""Characters after which a long document is cut at the next paragraph: about 1,000 tokens of English."""
+WORLD_PREFIX = "demo_"
+_BOUNDARIES = (re.compile(r"\n[ \t]*\n"), re.compile(r"\n"), re.compile(r"\s"))
+
+
+def load_text(name_or_path: str | Path, *, per_entity: int = 6, piece: int = PIECE, seed: int = 0) -> list[str]:
+    """Documents of a domain, long ones cut at paragraphs to about `piece` characters.
+
+    `name_or_path` is a file (.txt, or any table with a column `text`), a folder of such files, or `demo_medicine`,
+    `demo_law`, `demo_finance`: `per_entity` biographies of each entity of the built-in world.
+
+    Raises:
+        InputError: if there is no such file or domain, or the rows have no text.
+    """
+    domain = str(name_or_path).removeprefix(WORLD_PREFIX)
+    if str(name_or_path).startswith(WORLD_PREFIX) and not Path(name_or_path).exists():
+        from trimllm.demo import world
+
+        if domain not in world.DOMAINS:
+            known = ", ".join(WORLD_PREFIX + each for each in world.DOMAINS)
+            raise InputError(f"unknown domain text {name_or_path!r}: use {known}, a file or a folder")
+        return world.biographies(domain, per_entity, seed)
+    path = Path(name_or_path)
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist: give a file or folder with text, or demo_medicine, demo_law, demo_finance"
+        )
+    files = data_files(path) if path.is_dir() else [path]
+    return [text for file in files for row in read_rows(file) for text in pieces(_text(row), piece)]
+
+
+def cut(items: list[Item], piece: int = PIECE) -> list[Item]:
+    """Documents with long ones cut in pieces; the pieces of a document are one group.
+
+    A single document (a plain-text file) has to be split itself: then each piece stands on its own.
+    """
+    out = []
+    for item in items:
+        texts = pieces(item.target, piece)
+        group = item.group if len(items) == 1 or item.group is not None or len(texts) == 1 else item.place
+        for number, text in enumerate(texts, 1):
+            place = item.place if len(texts) == 1 else f"{item.place} part {number}"
+            out.append(replace(item, place=place, continuations=(text,), lengths=(len(text),), group=group))
+    return out
+
+
+def pieces(text: str, piece: int = PIECE) -> list[str]:
+    """A text cut into pieces of `piece` to twice `piece` characters; joined again they are the text.
+
+    The cut is after the first blank line beyond `piece` characters, else the first line or word, else anywhere.
+    """
+    found, start = [], 0
+    while len(text) - start > 2 * piece:
+        window = slice(start + piece, start + 2 * piece)
+        ends = (boundary.search(text, window.start, window.stop) for boundary in _BOUNDARIES)
+        end = next((match.end() for match in ends if match), window.stop)
+        found.append(text[start:end])
+        start = end
+    found.append(text[start:])
+    return [each for each in found if each.strip()]
+
+
+def _text(row: Row) -> str:
+    text = row.values.get("text")
+    if not isinstance(text, str):
+        raise InputError(f"{row.place}: no column 'text'; columns found: {', '.join(row.values)}")
+    return text

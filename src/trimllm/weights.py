@@ -1,0 +1,64 @@
+"""Evidence that comes from weights and gradients instead of trial deletion: Taylor and magnitude, per candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimllm import evaluate, surgery
+from trimllm.evaluate import Scorer
+from trimllm.layout import Unit
+from trimllm.scores import Array
+
+
+def parameters(model: Any, unit: Unit) -> Iterable[torch.nn.Parameter]:
+    """The parameters that leave with the unit."""
+    i = unit.index
+    if unit.kind == "block":
+        return list(surgery.blocks(model)[i].parameters())
+    if unit.kind == "pair":
+        return [*surgery.parameters_of(model, "mlp", i), *surgery.parameters_of(model, "attention", i + 1)]
+    return list(surgery.parameters_of(model, unit.kind, i))
+
+
+@torch.no_grad()
+def magnitude(model: Any, candidates: Sequence[Unit]) -> Array:
+    """(n,) L1 norm of each candidate's weights."""
+    return np.array([sum(float(p.abs().sum(dtype=torch.float64)) for p in parameters(model, u)) for u in candidates])
+
+
+def taylor(model: Any, scorer: Scorer, candidates: Sequence[Unit]) -> Array:
+    """(n,) sum of |weight * dL/dw|, L the mean loss of the right continuations' tokens over all of the scorer's items."""
+    answers = [item.answer for item in scorer.items]
+    flags = {p: p.requires_grad for p in model.parameters()}
+    was_training = model.training
+    model.eval().requires_grad_(True)
+    model.zero_grad(set_to_none=True)
+    try:
+        count = 0
+        for batch in scorer.batches:
+            right = torch.tensor([answers[item] == choice for item, choice in batch.owners], device=model.device)
+            logprobs, _ = evaluate.target_logprobs(model, batch)
+            picked = logprobs[right[batch.segment]]
+            (-picked.sum()).backward()
+            count += picked.numel()
+        with torch.no_grad():
+            return np.array(
+                [
+                    sum(
+                        float((p * p.grad).abs().sum(dtype=torch.float64))
+                        for p in parameters(model, u)
+                        if p.grad is not None
+                    )
+                    / count
+                    for u in candidates
+                ]
+            )
+    finally:
+        model.zero_grad(set_to_none=True)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        model.train(was_training)

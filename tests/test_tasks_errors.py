@@ -1,0 +1,219 @@
+"""Bad input is one line that names the value, the place and the remedy."""
+
+import json
+
+import pytest
+
+from trimllm.errors import InputError
+from trimllm.tasks import load_task, load_text
+
+GOOD = {"question": "Why?", "choices": ["a", "b"], "answer": 0}
+
+
+def message(path, **settings):
+    with pytest.raises(InputError) as error:
+        load_task(path, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value).replace(f"{path}", "FILE")
+
+
+def write(tmp_path, *rows, name="data.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            "{oops",
+            "FILE:2: not valid JSON (Expecting property name enclosed in double quotes at column 2); fix the line",
+        ),
+        ("[1]", 'FILE:2: a row must be a JSON object such as {"text": ...}, not list'),
+        ({**GOOD, "answer": 2}, "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1)"),
+        ({**GOOD, "answer": -1}, "FILE:2: field 'answer' is -1, but there are 2 choices (0 to 1)"),
+        ({**GOOD, "answer": "C"}, "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1)"),
+        (
+            {**GOOD, "answer": "cc"},
+            "FILE:2: field 'answer' is 'cc', which is no index, letter or text of the choices 'a', 'b'",
+        ),
+        (
+            {**GOOD, "choices": ["b", "a"], "answer": "a"},
+            "FILE:2: field 'answer' 'a' names choice 1 by text and choice 0 by letter; say which with answer_as in a task YAML",
+        ),
+        ({**GOOD, "choices": []}, "FILE:2: field 'choices' is empty; fill it in or drop the row"),
+        ({**GOOD, "choices": ["a", ""]}, "FILE:2: field 'choices' has an empty entry; fill it in or drop the row"),
+        ({**GOOD, "choices": 3}, 'FILE:2: field \'choices\' must be a list such as ["yes", "no"], not int'),
+        ({**GOOD, "question": " "}, "FILE:2: cannot make the prompt: field 'question' is empty"),
+        ({**GOOD, "question": None}, "FILE:2: cannot make the prompt: field 'question' is empty"),
+        (
+            {"question": "Why?", "choices": ["a", "b"]},
+            "FILE:2: no value for the answer: 'answer' is undefined; columns found: question, choices",
+        ),
+    ],
+)
+def test_bad_choice_row(tmp_path, row, expected):
+    assert message(write(tmp_path, GOOD, row, *[GOOD] * 8)) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "completion": ""}, "FILE:1: cannot make the target: field 'completion' is empty"),
+        ({"prompt": "", "completion": "c"}, "FILE:1: cannot make the prompt: field 'prompt' is empty"),
+        ({"question": "q", "answer": []}, "FILE:1: cannot make the target: field 'answer' is empty"),
+        ({"text": "  "}, "FILE:1: the target is empty; fill it in or drop the row"),
+        (
+            {"messages": [{"role": "user", "content": "hi"}]},
+            "FILE:1: cannot make the prompt: no assistant message that answers something; the last one is what is learned",
+        ),
+        (
+            {"messages": [{"role": "user"}]},
+            "FILE:1: cannot make the prompt: message 0 needs 'role' and 'content', both text",
+        ),
+    ],
+)
+def test_bad_generation_row(tmp_path, row, expected):
+    assert message(write(tmp_path, row)) == expected
+
+
+def test_unknown_columns_are_listed_with_what_is_recognized(tmp_path):
+    said = message(write(tmp_path, {"frage": 1, "antwort": 2}))
+    assert said.startswith(
+        "data: cannot tell the task from the columns antwort, frage; recognized are messages | question,"
+    )
+    assert said.endswith("rename the columns or name them in a task YAML (--task my.yaml)")
+
+
+def test_label_that_train_does_not_have(tmp_path):
+    write(tmp_path, *({"text": f"t {n}", "label": "ab"[n % 2]} for n in range(10)), name="train.jsonl")
+    write(tmp_path, {"text": "t", "label": "zz"}, name="test.jsonl")
+    expected = "FILE/test.jsonl:1: field 'answer' is 'zz', which is no index, letter or text of the choices 'a', 'b'"
+    assert message(tmp_path) == expected
+
+
+def test_one_label_is_no_classification(tmp_path):
+    said = message(write(tmp_path, *[{"text": "t", "label": "a"}] * 9))
+    assert said == "data: column 'label' has 1 different values in the training rows; 2 are needed"
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert message(write(tmp_path, "", name="empty.jsonl")) == "FILE has no rows; give a file with at least one"
+    assert message(write(tmp_path, " \n", name="blank.txt")) == "FILE has no rows; give a file with at least one"
+    assert message(tmp_path / "none.jsonl").startswith(
+        "FILE does not exist: give a task name, a YAML file, or a data file"
+    )
+    assert message(write(tmp_path, "x", name="a.docx")).startswith(
+        "FILE: cannot tell the format from the name; use one of"
+    )
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"text": "caf\xe9"}')
+    assert message(latin) == "FILE is not UTF-8 text (byte 13); convert it to UTF-8"
+    (tmp_path / "half.jsonl.xz").write_bytes(b"\xfd7zXZ\x00\x00")
+    assert message(tmp_path / "half.jsonl.xz").startswith("cannot read FILE: ")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    assert message(tmp_path / "x.parquet").startswith("cannot read FILE: ")
+    (tmp_path / "folder").mkdir()
+    assert message(tmp_path / "folder") == "FILE has no data files: expected train.jsonl, test.jsonl or the like"
+
+
+def test_malformed_csv_and_json(tmp_path):
+    said = message(write(tmp_path, "question,answer", "a,b", "c", name="a.csv"))
+    assert said == "FILE:3: fewer fields than the header's 2; fix the line"
+    said = message(write(tmp_path, "question,answer", "a,b,c", name="b.csv"))
+    assert said == "FILE:2: more fields than the header's 2; fix the line"
+    said = message(write(tmp_path, '{"text": "a"}', '{"text": "b"}', name="c.json"))
+    assert said == "FILE:2: not valid JSON (Extra data at column 1); one object per line is JSONL: name the file .jsonl"
+    said = message(write(tmp_path, "question,choices,answer", 'a,"[""x"",",0', name="d.csv"))
+    assert said.startswith("FILE:2: field 'choices' is not a valid JSON list")
+
+
+def test_unknown_names_suggest_the_nearest():
+    assert message("hellaswg").startswith(
+        "unknown task 'hellaswg' (did you mean 'hellaswag'?): use arc_challenge, arc_easy"
+    )
+    assert message("financeqq").startswith("unknown task 'financeqq' (did you mean 'financeqa'?)")
+    assert message("nothing like it").startswith("unknown task 'nothing like it': use ")
+    expected = "metric 'acc_nrom' does not fit a choice task: use acc or acc_norm (did you mean 'acc_norm'?)"
+    assert message("sciq", metric="acc_nrom") == expected
+    assert message("webqs", metric="acc") == "metric 'acc' does not fit a generation task: use likelihood"
+
+
+def test_wrong_use_of_files(tmp_path):
+    path = write(tmp_path, GOOD)
+    said = message("sciq", files={"trian": path})
+    assert said == "unknown split 'trian' (did you mean 'train'?): use train, validation or test"
+    said = message("sciq", files={"train": path})
+    assert (
+        said == f"{path}:1: no value for the prompt: 'support' is undefined; columns found: question, choices, answer"
+    )
+    assert message("sciq", files={"test": path}).startswith("task 'sciq' has no training rows")
+    assert message(path, files={"test": path}).startswith("task 'FILE': files can only stand in for a built-in task")
+    assert message("sciq", files={"train": tmp_path / "gone.jsonl"}).endswith(
+        "gone.jsonl does not exist; check the path"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kind: choise", "FILE: field 'kind': Input should be 'choice', 'generation' or 'text'"),
+        ("kind: text\ntarget: x\npromt: y", "FILE: unknown field 'promt' (did you mean 'prompt'?)"),
+        ("kind: text", "FILE: kind text needs the field 'target'"),
+        ("kind: generation\nprompt: p", "FILE: kind generation needs the field 'target'"),
+        (
+            "kind: choice\nprompt: p\nanswer: 0\nchoices: [yes, no]",
+            "FILE: choices must be text: YAML reads a bare yes or no as a truth value, so quote them",
+        ),
+        (
+            "kind: text\ntarget: x\nmetric: acc",
+            "FILE: metric 'acc' does not fit a text task: use likelihood",
+        ),
+        (
+            "kind: text\ntarget: x\nsource: {hub: a/b, world: law}",
+            "FILE: field 'source': source needs exactly one of hub, files, world; it has hub, world",
+        ),
+        (
+            "kind: text\ntarget: x\nsource: {hub: a/b}",
+            "FILE: a Hub source needs the field 'splits', such as {train: train, test: test}",
+        ),
+        ("kind: text\ntarget: x", "task 'task' has no source: add one to its YAML or give files with --task-files"),
+        ("- a", "FILE must be a YAML mapping with the fields name,"),
+        ("a: [", "FILE is not valid YAML: while parsing"),
+        (
+            "kind: text\ntarget: '{{ x'\nsource: {files: {train: t.txt}}",
+            "task 'task': template '{{ x' is not valid Jinja:",
+        ),
+        (
+            "kind: text\ntarget: '{{ text }}'\nsource: {files: {train: t.txt}}\nsplits: {train: trane}",
+            "task 'task': its source has no split 'trane', only train",
+        ),
+        (
+            "kind: text\ntarget: '{{ ''''.__class__.__mro__ }}'\nsource: {files: {train: t.txt}}",
+            "cannot make the target",
+        ),
+    ],
+)
+def test_bad_yaml(tmp_path, text, expected):
+    (tmp_path / "t.txt").write_text("Some text.")
+    said = message(write(tmp_path, text, name="task.yaml"))
+    assert said.startswith(expected) or expected in said
+
+
+def test_missing_yaml(tmp_path):
+    assert message(tmp_path / "x.yaml") == "cannot read the task file FILE: No such file or directory; check the path"
+
+
+def test_domain_text_errors(tmp_path):
+    for given, expected in [
+        (
+            "demo_cooking",
+            "unknown domain text 'demo_cooking': use demo_medicine, demo_law, demo_finance, a file or a folder",
+        ),
+        (tmp_path / "x.txt", "does not exist: give a file or folder with text"),
+        (write(tmp_path, {"body": "x"}), "data.jsonl:1: no column 'text'; columns found: body"),
+    ]:
+        with pytest.raises(InputError) as error:
+            load_text(given)
+        assert expected in str(error.value)

@@ -1,0 +1,281 @@
+"""Own data without a YAML file: every recognized shape and format, YAML tasks, dialogues and domain text."""
+
+import csv
+import gzip
+import json
+import lzma
+
+import pytest
+
+from trimllm.tasks import load_task, load_text
+from trimllm.tasks.text import pieces
+
+QUESTIONS = [
+    {"question": f"How much is {n} plus one?", "choices": [str(n), "x", f"{n + 1}."], "answer": 2} for n in range(20)
+]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def first(path, **settings):
+    """The item of the first row, wherever the split put it."""
+    task = load_task(path, **settings)
+    items = {item.place: item for item in (*task.train, *task.calibration, *task.test)}
+    return task, next(item for place, item in items.items() if place.rsplit(":", 1)[1] in ("1", "row 1", "2"))
+
+
+def test_multiple_choice(tmp_path):
+    task, item = first(jsonl(tmp_path / "q.jsonl", QUESTIONS[:1] + QUESTIONS[5:]))
+    assert (task.name, task.kind, task.metric) == ("q", "choice", "acc")
+    assert item.prompt == "Question: How much is 0 plus one?\nAnswer:"
+    assert (item.continuations, item.target) == ((" 0", " x", " 1."), " 1.")
+
+
+@pytest.mark.parametrize("answer", [1, 1.0, "1", "B", "b", "green", " green "])
+def test_answer_by_index_letter_or_text(tmp_path, answer):
+    rows = [{"question": f"q {n}", "choices": ["red", "green"], "answer": answer} for n in range(9)]
+    assert load_task(jsonl(tmp_path / "q.jsonl", rows)).train[0].target == " green"
+
+
+def test_context_stands_before_the_question_and_keeps_its_questions_together(tmp_path):
+    rows = [{**row, "context": f"Text {n // 4}."} for n, row in enumerate(QUESTIONS)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert task.train[0].prompt.startswith("Text ")
+    assert ".\nQuestion: How much" in task.train[0].prompt
+    groups = [{item.group for item in part} for part in (task.train, task.calibration, task.test)]
+    assert [len(group) for group in groups] == [3, 1, 1]
+    assert len(set.union(*groups)) == 5
+
+
+def test_classification_turns_labels_into_readable_choices(tmp_path):
+    rows = [{"text": f"text {n}", "label": ["card_lost", "age limit"][n % 2]} for n in range(20)]
+    jsonl(tmp_path / "train.jsonl", rows[:15])
+    jsonl(tmp_path / "test.jsonl", rows[15:])
+    task = load_task(tmp_path)
+    assert task.test[0].prompt == "text 15\nCategory:"
+    assert task.test[0].continuations == (" age limit", " card lost")
+    assert (task.test[0].target, task.test[1].target) == (" age limit", " card lost")
+    assert task.train[0].continuations is task.train[1].continuations
+
+
+def test_labels_stay_as_they_are_when_spaces_would_make_two_the_same(tmp_path):
+    rows = [{"text": f"text {n}", "label": ["a_b", "a b"][n % 2]} for n in range(10)]
+    assert load_task(jsonl(tmp_path / "c.jsonl", rows)).train[0].continuations == (" a b", " a_b")
+
+
+def test_number_labels_are_taken_by_text_and_sorted_as_numbers(tmp_path):
+    rows = [{"text": f"text {n}", "label": [10, 2, 1][n % 3]} for n in range(12)]
+    task = load_task(jsonl(tmp_path / "c.jsonl", rows))
+    assert task.train[0].continuations == (" 1", " 2", " 10")
+    wanted = {f"text {n}": f" {[10, 2, 1][n % 3]}" for n in range(12)}
+    assert all(item.target == wanted[item.prompt.split("\n")[0]] for item in task.train)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "target"),
+    [
+        ({"prompt": "Translate: chat", "completion": "cat"}, "Translate: chat", " cat"),
+        ({"prompt": "Translate: chat\n", "completion": "cat"}, "Translate: chat\n", "cat"),
+        ({"prompt": "Translate: chat", "completion": "\ncat"}, "Translate: chat", "\ncat"),
+        ({"question": "Why?", "answer_text": "Because."}, "Question: Why?\nAnswer:", " Because."),
+        ({"input": "Why?", "answer": "Because."}, "Question: Why?\nAnswer:", " Because."),
+        (
+            {"context": "It rains.", "question": "Why?", "answer_text": "So."},
+            "It rains.\nQuestion: Why?\nAnswer:",
+            " So.",
+        ),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Question: Add.\n1 2\nAnswer:", " 3"),
+    ],
+)
+def test_generation(tmp_path, row, prompt, target):
+    filler = {key: "other " for key in row}
+    rows = [row, *({**filler, next(iter(row)): f"number {n}"} for n in range(8))]
+    task, item = first(jsonl(tmp_path / "g.jsonl", rows), calibration_size=1)
+    assert (task.kind, task.metric) == ("generation", "likelihood")
+    assert (item.prompt, item.continuations) == (prompt, (target,))
+    assert item.references == (target.strip(),)
+
+
+def test_a_list_of_answers_is_learned_by_the_first_and_accepts_all(tmp_path):
+    rows = [{"question": f"q {n}", "answer": ["Paris", "City of Light"]} for n in range(9)]
+    item = load_task(jsonl(tmp_path / "g.jsonl", rows)).train[0]
+    assert (item.target, item.references) == (" Paris", ("Paris", "City of Light"))
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "See you. "},
+]
+
+
+def chat_file(tmp_path):
+    rows = [{"messages": [*MESSAGES[:3], {"role": "user", "content": f"Bye {n}"}, MESSAGES[4]]} for n in range(9)]
+    return jsonl(tmp_path / "chat.jsonl", [{"messages": MESSAGES}, *rows])
+
+
+def test_chat_without_a_template_is_a_transcript(tmp_path):
+    _, item = first(chat_file(tmp_path))
+    assert item.prompt == "System: Be brief.\nUser: Hi\nAssistant: Hello.\nUser: Bye\nAssistant:"
+    assert item.continuations == (" See you.",)
+
+
+def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
+    class Tokenizer:
+        chat_template = "set"
+        bos_token = "<s>"
+
+        def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+            assert not tokenize
+            assert add_generation_prompt
+            return "<s>" + "".join(f"[{turn['role']}]{turn['content']}" for turn in messages) + "[assistant]"
+
+    _, item = first(chat_file(tmp_path), tokenizer=Tokenizer())
+    assert item.prompt == "[system]Be brief.[user]Hi[assistant]Hello.[user]Bye[assistant]"
+    assert item.continuations == ("See you.",)
+
+
+def test_text_rows_and_long_documents_are_cut_and_kept_together(tmp_path):
+    long = "".join(f"Line {n} of the document.\n\n" for n in range(1000))
+    rows = [{"text": f"Document {n}.\n{long if n % 2 else ''}"} for n in range(10)]
+    task = load_task(jsonl(tmp_path / "t.jsonl", rows))
+    assert (task.kind, task.metric) == ("text", "likelihood")
+    parts = (task.train, task.calibration, task.test)
+    assert max(len(item.target) for part in parts for item in part) <= 8_000
+    places = [{item.place.split(" part")[0] for item in part} for part in parts]
+    assert sum(map(len, places)) == len(set.union(*places)) == 10
+    assert task.train[0].prompt == ""
+
+
+def test_one_plain_text_file_is_split_itself(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(f"Paragraph {n}. {'word ' * 40}\n\n" for n in range(500)))
+    task = load_task(tmp_path / "book.txt")
+    assert min(len(part) for part in (task.train, task.calibration, task.test)) > 0
+    assert task.train[0].place == f"{tmp_path / 'book.txt'}:1 part 1"
+
+
+def test_pieces_put_together_are_the_text():
+    for text in ("word " * 5000, "x" * 20_000, "a\n" * 9000, "short", "a paragraph\n \n" * 900):
+        cut = pieces(text, 1000)
+        assert "".join(cut) == text
+        assert max(map(len, cut)) <= 2000
+
+
+def test_formats_give_the_same_items(tmp_path):
+    rows = [{**row, "choices": json.dumps(row["choices"])} for row in QUESTIONS]
+    with (tmp_path / "q.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "q.tsv").write_text((tmp_path / "q.csv").read_text().replace('"', "'"))
+    lines = "".join(json.dumps(row) + "\n" for row in QUESTIONS)
+    (tmp_path / "q.json").write_text(json.dumps({"data": QUESTIONS}))
+    (tmp_path / "q.jsonl").write_text("\ufeff" + lines)
+    with gzip.open(tmp_path / "q.jsonl.gz", "wt") as file:
+        file.write(lines)
+    with lzma.open(tmp_path / "q.jsonl.xz", "wt") as file:
+        file.write(lines)
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    pq.write_table(pa.Table.from_pylist(QUESTIONS), tmp_path / "q.parquet")
+    names = ("q.jsonl", "q.csv", "q.json", "q.jsonl.gz", "q.jsonl.xz", "q.parquet")
+    loaded = [load_task(tmp_path / name) for name in names]
+    texts = [[(item.prompt, item.continuations, item.answer) for item in task.train] for task in loaded]
+    assert all(each == texts[0] for each in texts)
+    assert [task.train[0].place for task in loaded[:3]] == [
+        f"{tmp_path}/q.jsonl:1",
+        f"{tmp_path}/q.csv:2",
+        f"{tmp_path}/q.json:row 1",
+    ]
+
+
+def test_zstandard(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    with zstandard.open(tmp_path / "q.jsonl.zst", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    assert len(load_task(tmp_path / "q.jsonl.zst").test) == 4
+
+
+def test_folder_by_file_names(tmp_path):
+    jsonl(tmp_path / "my_train.jsonl", QUESTIONS[:10])
+    jsonl(tmp_path / "dev.jsonl", QUESTIONS[10:14])
+    task = load_task(tmp_path)
+    assert {item.place.split("/")[-1].split(":")[0] for item in task.test} == {"dev.jsonl"}
+    assert "no test split with answers: the 4 validation rows are reported" in task.notes
+    jsonl(tmp_path / "test-00000-of-00001.jsonl", QUESTIONS[14:])
+    jsonl(tmp_path / "extra.jsonl", QUESTIONS)
+    task = load_task(tmp_path)
+    assert len(task.test) == 6
+    assert task.notes[0] == "not used: extra.jsonl (no train, valid or test in its name)"
+
+
+def test_test_split_without_answers_gives_way_to_validation(tmp_path):
+    jsonl(tmp_path / "train.jsonl", QUESTIONS[:10])
+    jsonl(tmp_path / "valid.jsonl", QUESTIONS[10:14])
+    jsonl(tmp_path / "test.jsonl", [{**row, "answer": -1} for row in QUESTIONS[14:]])
+    assert len(load_task(tmp_path).test) == 4
+
+
+def test_folder_without_train_learns_from_validation(tmp_path):
+    jsonl(tmp_path / "val.jsonl", QUESTIONS[:14])
+    jsonl(tmp_path / "test.jsonl", QUESTIONS[14:])
+    task = load_task(tmp_path)
+    assert (len(task.train) + len(task.calibration), len(task.test)) == (14, 6)
+    assert task.notes[0] == "no train split: the 14 validation rows are trained on"
+
+
+SPEC = """
+kind: choice
+source: {files: {train: data/a.jsonl, test: data/b.jsonl}}
+prompt: "{{ frage }}\\nAntwort:"
+choices: "{{ optionen }}"
+answer: loesung
+group: "{{ thema }}"
+where: "sprache == 'de'"
+delimiter: "\\n"
+metric: acc_norm
+"""
+
+
+def test_yaml_names_own_columns_relative_to_itself(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    rows = [
+        {"frage": f"Frage {n}", "optionen": ["ja", "nein"], "loesung": "nein", "thema": n // 2, "sprache": "de"}
+        for n in range(24)
+    ]
+    rows[3]["sprache"] = "en"
+    jsonl(tmp_path / "data" / "a.jsonl", rows[:20])
+    jsonl(tmp_path / "data" / "b.jsonl", rows[20:])
+    (tmp_path / "quiz.yaml").write_text(SPEC)
+    monkeypatch.chdir(tmp_path / "data")
+    task = load_task("../quiz.yaml")
+    assert (task.name, task.metric) == ("quiz", "acc_norm")
+    assert len(task.train) + len(task.calibration) == 19
+    assert task.test[0].prompt == "Frage 20\nAntwort:"
+    assert (task.test[0].target, task.test[0].group) == ("\nnein", "10")
+
+
+def test_domain_text(tmp_path):
+    jsonl(tmp_path / "a.jsonl", [{"text": "One."}, {"text": "Two."}])
+    (tmp_path / "b.txt").write_text("Three.\n\nStill three.")
+    assert load_text(tmp_path / "a.jsonl") == ["One.", "Two."]
+    assert load_text(tmp_path) == ["One.", "Two.", "Three.\n\nStill three."]
+    texts = load_text("demo_medicine", per_entity=2)
+    assert len(texts) == 400
+    assert texts == load_text("demo_medicine", per_entity=2)
+
+
+def test_importing_tasks_stays_light():
+    import subprocess
+    import sys
+
+    heavy = "[m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'pandas') if m in sys.modules]"
+    code = f"import sys; from trimllm.tasks import list_tasks; list_tasks(); print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,129 @@
+"""Train, calibration and reported items share no item, group or text; sizes and subsamples are seeded and noted."""
+
+import pytest
+
+from trimllm.errors import InputError
+from trimllm.tasks.items import Item
+from trimllm.tasks.splits import normalize, split
+
+
+def choice(number, text=None, group=None):
+    return Item(f"f:{number}", text or f"Question {number}?", (" a", " b"), group=group)
+
+
+def generation(number, prompt, target):
+    return Item(f"f:{number}", prompt, (" " + target,))
+
+
+def places(items):
+    return {item.place for item in items}
+
+
+ITEMS = [choice(number) for number in range(1000)]
+TEST = [choice(number) for number in range(2000, 2300)]
+
+
+def test_default_calibration_has_the_resolution_and_says_so():
+    done = split(ITEMS, TEST)
+    assert len(done.calibration) == 200
+    assert done.notes == ("calibration: 200 of 1,000 training rows, one question = 0.50 points",)
+    assert len(split(ITEMS, TEST, resolution=1.0).calibration) == 100
+    assert len(split(ITEMS, TEST, resolution=0.1).calibration) == 200, "never more than a fifth of train"
+    assert len(split(ITEMS, TEST, calibration_size=300).calibration) == 300
+
+
+def test_parts_are_disjoint_complete_and_in_order():
+    done = split(ITEMS, TEST)
+    assert places(done.train) | places(done.calibration) == places(ITEMS)
+    assert not places(done.train) & places(done.calibration)
+    assert done.test == tuple(TEST)
+    assert [*done.train] == sorted(done.train, key=ITEMS.index)
+
+
+def test_same_seed_same_split_other_seed_another():
+    assert split(ITEMS, TEST) == split(ITEMS, TEST)
+    assert split(ITEMS, TEST).calibration != split(ITEMS, TEST, seed=1).calibration
+    assert split(ITEMS, []).test != split(ITEMS, [], seed=1).test
+
+
+def test_missing_test_set_is_held_out_and_noted():
+    done = split(ITEMS, [])
+    assert (len(done.train), len(done.calibration), len(done.test)) == (640, 160, 200)
+    assert done.notes[0] == "no test split: 200 of 1,000 rows held out for the report (seed 0)"
+    assert not places(done.test) & (places(done.train) | places(done.calibration))
+
+
+def test_groups_stay_on_one_side():
+    items = [choice(number, group=f"entity {number // 7}") for number in range(700)]
+    done = split(items, [])
+    groups = [{item.group for item in part} for part in (done.train, done.calibration, done.test)]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 100
+    assert 112 <= len(done.calibration) < 119
+
+
+def test_training_rows_of_a_reported_group_are_left_out():
+    items = [*ITEMS, choice(1500, group="g")]
+    done = split(items, [choice(3000, group="g")])
+    assert done.left_out == ("f:1500",)
+    assert done.notes[0] == "left out 1 training rows that share a text or group with the reported set (first: f:1500)"
+
+
+def test_training_rows_whose_text_is_reported_or_calibrates_are_left_out_and_named():
+    leak = choice(1500, "  question\u00a02000 ")
+    done = split([*ITEMS, leak], TEST)
+    assert done.left_out == ("f:1500",)
+    assert "f:1500" not in places(done.train) | places(done.calibration)
+    doubled = [*ITEMS, *(choice(number + 5000, f"QUESTION {number}") for number in range(1000))]
+    done = split(doubled, TEST)
+    assert 150 < len(done.left_out) <= 200
+    texts = [{normalize(item.prompt) for item in part} for part in (done.train, done.calibration, done.test)]
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+
+
+def test_a_prompt_that_is_an_instruction_does_not_make_rows_equal():
+    items = [generation(number, "Write a headline.", f"headline {number}") for number in range(100)]
+    done = split(items, [generation(200, "Write a headline.", "Headline 7")])
+    assert done.left_out == ("f:7",)
+
+
+def test_documents_are_compared_by_their_text():
+    items = [Item(f"f:{number}", "", (f"Document {number}.",)) for number in range(50)]
+    done = split(items, [Item("g:1", "", ("document 3",))])
+    assert done.left_out == ("f:3",)
+    assert done.notes[1] == "calibration: 9 of 49 training rows"
+
+
+def test_limits_are_seeded_subsamples_and_noted():
+    done = split(ITEMS, TEST, max_train=50, max_test=20)
+    assert (len(done.train), len(done.calibration), len(done.test)) == (50, 200, 20)
+    assert done == split(ITEMS, TEST, max_train=50, max_test=20)
+    assert done.notes[1:] == ("50 of 800 training rows used (seed 0)", "20 of 300 reported rows used (seed 0)")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"calibration_size": 1000},
+            "calibration_size 1000 needs more than the 1000 training rows: give more or ask less",
+        ),
+        ({"calibration_size": 0}, "calibration_size is 0: give at least 1"),
+        ({"max_test": -1}, "max_test is -1: give at least 1"),
+        ({"resolution": 0}, "resolution is 0: give percentage points above 0, 100 at most"),
+    ],
+)
+def test_impossible_sizes(settings, message):
+    with pytest.raises(InputError) as error:
+        split(ITEMS, TEST, **settings)
+    assert str(error.value) == message
+
+
+def test_too_few_rows():
+    with pytest.raises(InputError, match="4 training rows are too few to hold out a calibration set: give at least 5"):
+        split(ITEMS[:4], TEST)
+    with pytest.raises(InputError, match="2 rows are too few to hold out a test and a calibration part"):
+        split(ITEMS[:2], [])
+    with pytest.raises(InputError, match="all 10 training rows would go into the calibration set"):
+        split([choice(number, group="one") for number in range(10)], TEST)
+    with pytest.raises(InputError, match="no training row is left"):
+        split([choice(number, "same") for number in range(10)], TEST)

@@ -1,0 +1,315 @@
+"""Tiny random models of many families, for tests: hidden 32, vocabulary 64, windows of 4 so that they bind.
+
+    model = build("qwen3")          # 6 layers
+    model = build("gpt2", depth=4)
+
+Weights are seeded, and large enough that dropping or mixing up a layer shows in the logits; norms and biases are random
+too, so that no part of a block is an identity by accident.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+VOCAB = 64
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PLAIN = {k: v for k, v in COMMON.items() if k not in ("num_key_value_heads", "head_dim")}
+NO_HEAD_DIM = {k: v for k, v in COMMON.items() if k != "head_dim"}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_positions": 64,
+    "n_inner": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 2,
+}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "shared_expert_intermediate_size": 16,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+
+
+def _cycle(*kinds: Any) -> Any:
+    return lambda depth: [kinds[i % len(kinds)] for i in range(depth)]
+
+
+SLIDING = {"sliding_window": 4, "layer_types": _cycle("sliding_attention", "full_attention", "full_attention")}
+HYBRID = {"layer_types": _cycle("linear_attention", "full_attention", "linear_attention")}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**COMMON, "tie_word_embeddings": False},
+    "llama-tied": {**COMMON, "tie_word_embeddings": True},
+    "mistral": {**COMMON, "sliding_window": 4},
+    "qwen2": NO_HEAD_DIM,
+    "qwen2-sliding": {**NO_HEAD_DIM, "use_sliding_window": True, **SLIDING},
+    "qwen3": COMMON,
+    "gemma": COMMON,
+    "gemma2": {**COMMON, **SLIDING},
+    "gemma3_text": {**COMMON, **SLIDING},
+    "phi": NO_HEAD_DIM,
+    "phi3": NO_HEAD_DIM,
+    "gpt2": GPT2,
+    "gpt2-inverse": {**GPT2, "scale_attn_by_inverse_layer_idx": True},
+    "gpt_bigcode": GPT2,
+    "gpt_neo": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "window_size": 4,
+        "attention_types": lambda depth: [[["global", "local"], depth // 2]],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gptj": {**GPT2, "rotary_dim": 4},
+    "codegen": {**GPT2, "rotary_dim": 4},
+    "gpt_neox": PLAIN,
+    "gpt_neox-sequential": {**PLAIN, "use_parallel_residual": False},
+    "opt": {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt-post": {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4},
+    "bloom-post": {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4, "apply_residual_connection_post_layernorm": True},
+    "mpt": {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
+    "falcon": {**PLAIN, "num_attention_heads": 4},
+    "falcon-sequential": {**PLAIN, "parallel_attn": False},
+    "falcon-new": {**PLAIN, "num_kv_heads": 2, "new_decoder_architecture": True},
+    "falcon-alibi": {**PLAIN, "alibi": True},
+    "stablelm": {**NO_HEAD_DIM},
+    "stablelm-parallel": {**NO_HEAD_DIM, "use_parallel_residual": True},
+    "starcoder2": {**NO_HEAD_DIM, "sliding_window": 4},
+    "olmo": NO_HEAD_DIM,
+    "olmo2": NO_HEAD_DIM,
+    "olmo3": {**NO_HEAD_DIM, **SLIDING},
+    "olmoe": {**NO_HEAD_DIM, **MOE},
+    "granite": {**NO_HEAD_DIM, "residual_multiplier": 0.5},
+    "granitemoe": {**NO_HEAD_DIM, **MOE},
+    "glm": COMMON,
+    "glm4": COMMON,
+    "cohere": NO_HEAD_DIM,
+    "cohere2": {**NO_HEAD_DIM, **SLIDING},
+    "smollm3": {**NO_HEAD_DIM, "no_rope_layers": _cycle(1, 1, 0), "use_sliding_window": True, **SLIDING},
+    "mixtral": {**NO_HEAD_DIM, **MOE},
+    "qwen2_moe": {**NO_HEAD_DIM, **MOE, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2},
+    "qwen3_moe": {**COMMON, **MOE, "mlp_only_layers": [1]},
+    "qwen3_next": {**COMMON, **MOE, **LINEAR, **HYBRID, "mlp_only_layers": [1]},
+    "qwen3_5_text": {**COMMON, **LINEAR, **HYBRID},
+    "qwen3_5_moe_text": {**COMMON, **MOE, **LINEAR, **HYBRID},
+    "deepseek_v2": {**COMMON, **MLA},
+    "deepseek_v3": {**COMMON, **MLA},
+    "gpt_oss": {**COMMON, **MOE, **SLIDING},
+    "llama4_text": {
+        **COMMON,
+        **MOE,
+        "intermediate_size_mlp": 40,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 4,
+        "no_rope_layers": _cycle(1, 1, 0),
+        "num_experts_per_tok": 1,
+    },
+    "lfm2": {
+        **NO_HEAD_DIM,
+        "layer_types": _cycle("conv", "full_attention", "conv"),
+        "block_auto_adjust_ff_dim": False,
+    },
+    "lfm2_moe": {
+        **NO_HEAD_DIM,
+        **MOE,
+        "layer_types": _cycle("conv", "full_attention", "conv"),
+        "num_dense_layers": 2,
+    },
+    "gemma3n_text": {
+        **COMMON,
+        "sliding_window": 4,
+        "layer_types": _cycle("sliding_attention", "full_attention"),
+        "intermediate_size": lambda depth: [48 + 8 * (i % 2) for i in range(depth)],
+        "activation_sparsity_pattern": lambda depth: [0.5 if i < 2 else 0.0 for i in range(depth)],
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": VOCAB,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+    },
+    "gemma4_text": {
+        **COMMON,
+        "sliding_window": 4,
+        "layer_types": _cycle("sliding_attention", "full_attention"),
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": VOCAB,
+        "global_head_dim": 16,
+    },
+    "exaone4": {**COMMON, **SLIDING},
+    "exaone_moe": {**COMMON, **MOE, **SLIDING, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2},
+    "ministral": {**COMMON, **SLIDING},
+    "ministral3": COMMON,
+    "granitemoehybrid": {
+        **NO_HEAD_DIM,
+        **MOE,
+        **MAMBA,
+        "layer_types": _cycle("mamba", "attention", "mamba"),
+        "shared_intermediate_size": 24,
+        "position_embedding_type": "rope",
+    },
+    "glm4_moe": {
+        **COMMON,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "jamba": {
+        **NO_HEAD_DIM,
+        **MOE,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+    },
+    "nemotron_h": {
+        **COMMON,
+        "layers_block_type": _cycle("mamba", "attention", "mlp"),
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "use_mamba_kernels": False,
+    },
+    "dbrx": {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "n_heads": 4,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "hunyuan_v1_dense": COMMON,
+    "hunyuan_v1_moe": {**COMMON, "num_experts": 4, "moe_topk": 2},
+    "ernie4_5": COMMON,
+    "ernie4_5_moe": {
+        **NO_HEAD_DIM,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_layer_start_index": 2,
+        "moe_num_shared_experts": 1,
+    },
+    "nanochat": NO_HEAD_DIM,
+    "falcon_h1": {**COMMON, **MAMBA, "mamba_d_ssm": 64},
+    "apertus": NO_HEAD_DIM,
+    "arcee": COMMON,
+    "bitnet": NO_HEAD_DIM,
+    "cwm": {**COMMON, **SLIDING},
+    "diffllama": COMMON,
+    "dots1": {
+        **COMMON,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "flex_olmo": {**NO_HEAD_DIM, **MOE},
+    "helium": COMMON,
+    "minimax": {
+        **COMMON,
+        **MOE,
+        "layer_types": _cycle("linear_attention", "full_attention", "linear_attention"),
+        "block_size": 4,
+        "mlp_alpha_factor": 1.5,
+        "linear_attn_alpha_factor": 1.25,
+    },
+    "minimax_m2": {**COMMON, **MOE},
+    "nemotron": NO_HEAD_DIM,
+    "persimmon": PLAIN,
+    "phimoe": {**NO_HEAD_DIM, **MOE},
+    "seed_oss": COMMON,
+    "solar_open": {**COMMON, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "youtu": {**COMMON, **{k: v for k, v in MLA.items() if "expert" not in k and "moe" not in k and k != "first_k_dense_replace"}},
+    "vaultgemma": {**COMMON, **SLIDING},
+    "jais2": COMMON,
+    "hy_v3": {**COMMON, **MOE},
+    "mamba": {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 8},
+    "mamba2": {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+    "bamba": {**COMMON, **MAMBA, "attn_layer_indices": [1, 4]},
+    "recurrent_gemma": {**COMMON, "lru_width": 32, "attention_window_size": 4},
+    "olmo_hybrid": {**NO_HEAD_DIM, **LINEAR, "layer_types": _cycle("linear_attention", "full_attention")},
+    "kimi_linear": {**COMMON, **MLA},
+    "laguna": {**COMMON, **MOE, **SLIDING, "num_attention_heads_per_layer": _cycle(4, 2)},
+    "mimo_v2_flash": {**COMMON, **SLIDING, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "afmoe": {**COMMON, **MOE, **SLIDING, "num_dense_layers": 2},
+    "granite_swa": {**NO_HEAD_DIM, **SLIDING},
+    "zamba2": {**COMMON, "mamba_d_state": 8, "hybrid_layer_ids": [1, 3]},
+    "xglm": {"vocab_size": VOCAB, "d_model": 32, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64},
+    "biogpt": PLAIN,
+}
+"""Family (a model type, with a variant after a dash) -> values of its config; a function is called with the depth."""
+
+TEXT_TOWERS: dict[str, dict[str, Any]] = {}
+
+
+def build(family: str, depth: int = 6, seed: int = 0) -> PreTrainedModel:
+    """A tiny model of `family` with `depth` layers, random weights, in evaluation mode on CPU in float32."""
+    values = {k: v(depth) if callable(v) else v for k, v in CONFIGS[family].items()}
+    name = "n_layers" if family.startswith(("mpt", "dbrx")) else "num_hidden_layers"
+    name = {"gpt_neo": "num_layers", "xglm": "num_layers"}.get(family, name)
+    config = AutoConfig.for_model(family.partition("-")[0], **{name: depth}, **values)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return randomize(model, seed)
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Perturb all weights, norms and biases included."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        scale = 0.15 if parameter.dim() > 1 else 0.2
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model.eval()
