@@ -78,7 +78,7 @@ EXPECTED = {
     "finance_alpaca": ("Question: What is a bond?\nAnswer:", (" A loan to an issuer.",), 0),
     "pubmedqa": ("Abstract: Part one.\nPart two.\nQuestion: Does it work?\nAnswer:", (" yes", " no", " maybe"), 2),
     "hellaswag": (
-        "Baking:  How to bake. Start. Mix it The baker",
+        "Baking: How to bake. Start. Mix it The baker",
         (" stirs slowly.", " sleeps.", " flies. away.", " sings."),
         2,
     ),
@@ -154,7 +154,7 @@ def test_demo_keeps_entities_apart(domain):
     task = load_task(f"demo_{domain}")
     groups = [{item.group for item in part} for part in (task.train, task.calibration, task.test)]
     assert [len(part) for part in (task.train, task.calibration, task.test)] == [400, 100, 500]
-    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 200
     item = task.train[0]
     assert item.prompt.startswith("Question: ")
     assert item.prompt.endswith("\nAnswer:")
@@ -167,8 +167,7 @@ def test_hub_rows_are_read_by_split_without_running_code(monkeypatch):
     def fake(path, config, **settings):
         calls.append((path, config, settings))
         count = 40 if settings["split"] == "train" else 3
-        rows = [{**ROWS["piqa"], "goal": f"{settings['split']} goal {n}"} for n in range(count)]
-        return rows
+        return [{**ROWS["piqa"], "goal": f"{settings['split']} goal {n}"} for n in range(count)]
 
     monkeypatch.setattr("datasets.load_dataset", fake)
     task = load_task("piqa")

@@ -1,6 +1,7 @@
 """Bad input is one line that names the value, the place and the remedy."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ def message(path, **settings):
     with pytest.raises(InputError) as error:
         load_task(path, **settings)
     assert "\n" not in str(error.value)
-    return str(error.value).replace(f"{path}", "FILE")
+    return str(error.value).replace(str(path), "FILE") if isinstance(path, Path) else str(error.value)
 
 
 def write(tmp_path, *rows, name="data.jsonl"):
@@ -31,6 +32,7 @@ def write(tmp_path, *rows, name="data.jsonl"):
             "FILE:2: not valid JSON (Expecting property name enclosed in double quotes at column 2); fix the line",
         ),
         ("[1]", 'FILE:2: a row must be a JSON object such as {"text": ...}, not list'),
+        ({**GOOD, "answer": ""}, "FILE:2: field 'answer' is empty; fill it in or drop the row"),
         ({**GOOD, "answer": 2}, "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1)"),
         ({**GOOD, "answer": -1}, "FILE:2: field 'answer' is -1, but there are 2 choices (0 to 1)"),
         ({**GOOD, "answer": "C"}, "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1)"),
@@ -40,7 +42,8 @@ def write(tmp_path, *rows, name="data.jsonl"):
         ),
         (
             {**GOOD, "choices": ["b", "a"], "answer": "a"},
-            "FILE:2: field 'answer' 'a' names choice 1 by text and choice 0 by letter; say which with answer_as in a task YAML",
+            "FILE:2: field 'answer' 'a' names choice 1 by text and choice 0 by letter; "
+            "say which with answer_as in a task YAML",
         ),
         ({**GOOD, "choices": []}, "FILE:2: field 'choices' is empty; fill it in or drop the row"),
         ({**GOOD, "choices": ["a", ""]}, "FILE:2: field 'choices' has an empty entry; fill it in or drop the row"),
@@ -63,10 +66,12 @@ def test_bad_choice_row(tmp_path, row, expected):
         ({"prompt": "p", "completion": ""}, "FILE:1: cannot make the target: field 'completion' is empty"),
         ({"prompt": "", "completion": "c"}, "FILE:1: cannot make the prompt: field 'prompt' is empty"),
         ({"question": "q", "answer": []}, "FILE:1: cannot make the target: field 'answer' is empty"),
+        ({"text": "t", "label": ["a", "b"]}, "FILE:1: field 'label' must be one text or number, not several"),
         ({"text": "  "}, "FILE:1: the target is empty; fill it in or drop the row"),
         (
             {"messages": [{"role": "user", "content": "hi"}]},
-            "FILE:1: cannot make the prompt: no assistant message that answers something; the last one is what is learned",
+            "FILE:1: cannot make the prompt: no assistant message that answers something; "
+            "the last one is what is learned",
         ),
         (
             {"messages": [{"role": "user"}]},
@@ -89,7 +94,7 @@ def test_unknown_columns_are_listed_with_what_is_recognized(tmp_path):
 def test_label_that_train_does_not_have(tmp_path):
     write(tmp_path, *({"text": f"t {n}", "label": "ab"[n % 2]} for n in range(10)), name="train.jsonl")
     write(tmp_path, {"text": "t", "label": "zz"}, name="test.jsonl")
-    expected = "FILE/test.jsonl:1: field 'answer' is 'zz', which is no index, letter or text of the choices 'a', 'b'"
+    expected = "FILE/test.jsonl:1: field 'answer' is 'zz', which is no text of the choices 'a', 'b'"
     assert message(tmp_path) == expected
 
 

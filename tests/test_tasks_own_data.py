@@ -40,6 +40,14 @@ def test_answer_by_index_letter_or_text(tmp_path, answer):
     assert load_task(jsonl(tmp_path / "q.jsonl", rows)).train[0].target == " green"
 
 
+def test_answers_are_read_one_way_in_all_rows(tmp_path):
+    rows = [{"question": f"q {n}", "choices": ["A", "AB", "B"][n % 2 :], "answer": "AB"[n % 2]} for n in range(9)]
+    letters = load_task(jsonl(tmp_path / "letters.jsonl", [{**row, "choices": ["O", "A", "x"]} for row in rows]))
+    assert {item.target for item in letters.train} == {" O", " A"}
+    texts = load_task(jsonl(tmp_path / "texts.jsonl", [*rows, {**rows[0], "answer": "AB"}]))
+    assert {item.target for item in texts.train} >= {" A", " B"}
+
+
 def test_context_stands_before_the_question_and_keeps_its_questions_together(tmp_path):
     rows = [{**row, "context": f"Text {n // 4}."} for n, row in enumerate(QUESTIONS)]
     task = load_task(jsonl(tmp_path / "q.jsonl", rows))
@@ -91,7 +99,7 @@ def test_number_labels_are_taken_by_text_and_sorted_as_numbers(tmp_path):
     ],
 )
 def test_generation(tmp_path, row, prompt, target):
-    filler = {key: "other " for key in row}
+    filler = dict.fromkeys(row, "other")
     rows = [row, *({**filler, next(iter(row)): f"number {n}"} for n in range(8))]
     task, item = first(jsonl(tmp_path / "g.jsonl", rows), calibration_size=1)
     assert (task.kind, task.metric) == ("generation", "likelihood")
@@ -123,6 +131,13 @@ def test_chat_without_a_template_is_a_transcript(tmp_path):
     _, item = first(chat_file(tmp_path))
     assert item.prompt == "System: Be brief.\nUser: Hi\nAssistant: Hello.\nUser: Bye\nAssistant:"
     assert item.continuations == (" See you.",)
+
+
+def test_chat_in_prompt_and_completion_is_the_same(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"Hi {n}"}], "completion": MESSAGES[2:3]} for n in range(9)]
+    _, item = first(jsonl(tmp_path / "chat.jsonl", [{"prompt": MESSAGES[:4], "completion": MESSAGES[4:]}, *rows]))
+    assert item.prompt == "System: Be brief.\nUser: Hi\nAssistant: Hello.\nUser: Bye\nAssistant:"
+    assert item.target == " See you."
 
 
 def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
@@ -172,7 +187,6 @@ def test_formats_give_the_same_items(tmp_path):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    (tmp_path / "q.tsv").write_text((tmp_path / "q.csv").read_text().replace('"', "'"))
     lines = "".join(json.dumps(row) + "\n" for row in QUESTIONS)
     (tmp_path / "q.json").write_text(json.dumps({"data": QUESTIONS}))
     (tmp_path / "q.jsonl").write_text("\ufeff" + lines)

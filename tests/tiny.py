@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 64
 
@@ -107,7 +107,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt": {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "opt-post": {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4},
-    "bloom-post": {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4, "apply_residual_connection_post_layernorm": True},
+    "bloom-post": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "n_head": 4,
+        "apply_residual_connection_post_layernorm": True,
+    },
     "mpt": {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
     "falcon": {**PLAIN, "num_attention_heads": 4},
     "falcon-sequential": {**PLAIN, "parallel_attn": False},
@@ -224,7 +229,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "d_model": 32,
         "n_heads": 4,
         "max_seq_len": 64,
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     },
     "hunyuan_v1_dense": COMMON,
@@ -270,28 +275,42 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "persimmon": PLAIN,
     "phimoe": {**NO_HEAD_DIM, **MOE},
     "seed_oss": COMMON,
-    "solar_open": {**COMMON, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "youtu": {**COMMON, **{k: v for k, v in MLA.items() if "expert" not in k and "moe" not in k and k != "first_k_dense_replace"}},
+    "solar_open": {
+        **COMMON,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
     "vaultgemma": {**COMMON, **SLIDING},
     "jais2": COMMON,
     "hy_v3": {**COMMON, **MOE},
     "mamba": {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 8},
-    "mamba2": {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
-    "bamba": {**COMMON, **MAMBA, "attn_layer_indices": [1, 4]},
+    "mamba2": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "state_size": 8,
+        "num_heads": 4,
+        "head_dim": 16,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
     "recurrent_gemma": {**COMMON, "lru_width": 32, "attention_window_size": 4},
     "olmo_hybrid": {**NO_HEAD_DIM, **LINEAR, "layer_types": _cycle("linear_attention", "full_attention")},
-    "kimi_linear": {**COMMON, **MLA},
     "laguna": {**COMMON, **MOE, **SLIDING, "num_attention_heads_per_layer": _cycle(4, 2)},
-    "mimo_v2_flash": {**COMMON, **SLIDING, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mimo_v2_flash": {
+        **COMMON,
+        **SLIDING,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
     "afmoe": {**COMMON, **MOE, **SLIDING, "num_dense_layers": 2},
     "granite_swa": {**NO_HEAD_DIM, **SLIDING},
-    "zamba2": {**COMMON, "mamba_d_state": 8, "hybrid_layer_ids": [1, 3]},
     "xglm": {"vocab_size": VOCAB, "d_model": 32, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64},
     "biogpt": PLAIN,
 }
 """Family (a model type, with a variant after a dash) -> values of its config; a function is called with the depth."""
-
-TEXT_TOWERS: dict[str, dict[str, Any]] = {}
 
 
 def build(family: str, depth: int = 6, seed: int = 0) -> PreTrainedModel:

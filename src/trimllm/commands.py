@@ -183,7 +183,7 @@ def run_export(command: config.ExportConfig) -> None:
     loaded = models.load(stored)
     plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
     model: Any = export.load_model(folder, trust_remote_code=stored.trust_remote_code)
-    model = model.to(models.DTYPES.get(stored.save_dtype, loaded.saved))
+    models.cast(model, models.DTYPES.get(stored.save_dtype, loaded.saved))
     output = command.output or str(run.root / f"model-depth-{command.depth}")
     report = export.save_trimmed(
         model, output, tokenizer=loaded.tokenizer, layout=rundir.load_layout(plan["blocks"]), base=stored.model

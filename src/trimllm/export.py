@@ -30,6 +30,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 from trimllm.errors import InputError, TrimError
+from trimllm.families import family
 from trimllm.layout import Layout, whole
 from trimllm.surgery import depth, text_config
 
@@ -408,7 +409,8 @@ def _logits(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor | 
 
 def _decode(model: nn.Module, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
     pieces = [tokens[:, :PREFILL], *tokens[:, PREFILL:].split(1, dim=1)]
-    return torch.cat([model(input_ids=piece, past_key_values=cache, use_cache=True).logits for piece in pieces], dim=1)
+    cached = {family(text_config(model)).cache_argument: cache, "use_cache": True}
+    return torch.cat([model(input_ids=piece, **cached).logits for piece in pieces], dim=1)
 
 
 def _distance(a: torch.Tensor | None, b: torch.Tensor | None) -> float | None:

@@ -29,12 +29,8 @@ class Family:
     """Where the blocks are, from the model's text decoder; None: find the list of `num_hidden_layers` modules."""
     whole: str | None = None
     """Why only whole blocks can be dropped; None where the two halves run one after the other."""
-    parallel: tuple[str, ...] = ()
-    """Config flags of which any one makes attention and MLP parallel (then only whole blocks can be dropped)."""
-    one_way_residual: tuple[tuple[str, bool], ...] = ()
-    """Config flags with the values at which a half is not `x + f(x)`: halves re-pack, but none can be bypassed."""
     normed_residual: bool = False
-    """The same for a whole family: a half adds to the normalized stream, or scales it."""
+    """A half is not `x + f(x)`: it normalizes or scales the stream. Halves re-pack, but none can be bypassed."""
     block_returns_tuple: bool = False
     """The block returns `(hidden, weights)` instead of the hidden state."""
     adds_residual: tuple[str, ...] = ()
@@ -45,36 +41,50 @@ class Family:
     """A forward may start from an injected hidden state: blocks need nothing from the layers before but that."""
     branching: bool = True
     """4-D masks with custom position ids are exact: attention sees masks and position ids, not places in the row."""
-    branching_unless: tuple[str, ...] = ()
-    """Config flags (such as ALiBi) at which `branching` does not hold."""
     per_layer_weights: tuple[str, ...] = ()
     """Decoder submodules whose output, and weight, is one slice per layer."""
     inverse_scale: tuple[str, str, str] | None = None
     """(config flag, attention module, its query projection) where scores are divided by the layer number."""
+    last_layer: str | None = None
+    """The layer type that the config forces on the last layer."""
+    cache_argument: str = "past_key_values"
+    """The name under which the forward pass takes a cache."""
     reason: str | None = None
     """Why this family cannot be cut at all."""
+    variants: tuple[tuple[str, bool, dict[str, Any]], ...] = ()
+    """(config flag, its value, the entries of this row that are different then)."""
 
+
+PARALLEL = "attention and MLP run in parallel on the same input"
+PER_LAYER_INPUT = "its blocks also carry a per-layer input that belongs to neither half"
 
 LLAMA = Family()
-PARALLEL = "attention and MLP run in parallel on the same input"
-HYBRID = replace(LLAMA, attention=("input_layernorm", "linear_attn", "self_attn"), branching=False)
 GEMMA2 = Family(
     attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
     mlp=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
 )
 OLMO2 = Family(attention=("self_attn", "post_attention_layernorm"), mlp=("mlp", "post_feedforward_layernorm"))
-GLM4 = Family(
-    attention=("input_layernorm", "self_attn", "post_self_attn_layernorm"),
-    mlp=("post_attention_layernorm", "mlp", "post_mlp_layernorm"),
-)
 GPT2 = Family(attention=("ln_1", "attn"), mlp=("ln_2", "mlp"), layers="h")
+GPTJ = Family(attention=("ln_1", "attn"), mlp=("mlp",), layers="h", whole=PARALLEL, block_returns_tuple=True)
+PHI = Family(mlp=("mlp",), whole=PARALLEL)
+OPT = Family(attention=("self_attn_layer_norm", "self_attn"), mlp=("final_layer_norm", "fc1", "activation_fn", "fc2"))
+OPT_POST_NORM = {
+    "attention": ("self_attn", "self_attn_layer_norm"),
+    "mlp": ("fc1", "activation_fn", "fc2", "final_layer_norm"),
+    "normed_residual": True,
+}
 GRANITE_MOE = replace(LLAMA, mlp=("post_attention_layernorm", "block_sparse_moe"))
-COHERE = Family(whole=PARALLEL, mlp=("mlp",))
-PER_LAYER_INPUT = "its blocks also carry a per-layer input that belongs to neither half"
-RECURRENT = Family(
-    layers=None, whole="its blocks do not split into attention and MLP", branching=False, resumable=False
+LFM2 = Family(attention=("operator_norm", "conv", "self_attn"), mlp=("ffn_norm", "feed_forward"), branching=False)
+LINEAR = replace(LLAMA, attention=("input_layernorm", "linear_attn", "self_attn"), branching=False)
+JAMBA = Family(
+    attention=("input_layernorm", "mamba", "self_attn"), mlp=("pre_ff_layernorm", "feed_forward"), branching=False
 )
-GENERAL = Family(layers=None, whole="its blocks have no row in the table of families", branching=False, resumable=False)
+GEMMA3N = Family(
+    whole=PER_LAYER_INPUT, resumable=False, per_layer_weights=("embed_tokens_per_layer", "per_layer_model_projection")
+)
+GENERAL = Family(layers=None, whole="its blocks have no row in the table of families", resumable=False, branching=False)
+RECURRENT = replace(GENERAL, whole="its blocks do not split into attention and MLP")
+MAMBA = replace(RECURRENT, cache_argument="cache_params")
 
 
 def _rows(model_types: str, row: Family) -> dict[str, Family]:
@@ -83,88 +93,74 @@ def _rows(model_types: str, row: Family) -> dict[str, Family]:
 
 FAMILIES: dict[str, Family] = {
     **_rows(
-        "arcee cwm deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone_moe gemma glm glm4_moe gpt_oss "
-        "granite helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 jais2 llama minimax_m2 ministral ministral3 mistral "
-        "mixtral nanochat nemotron olmo olmoe persimmon phimoe qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 "
-        "qwen3_moe qwen3_vl_moe_text qwen3_vl_text seed_oss smollm3 solar_open starcoder2 youtu",
+        "arcee bitnet cwm deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone_moe gemma glm glm4_moe "
+        "gpt_oss granite granite_swa helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 jais2 laguna llama mimo_v2_flash "
+        "minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo olmoe persimmon phimoe qwen2 "
+        "qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 qwen3_moe qwen3_vl_moe_text qwen3_vl_text seed_oss smollm3 "
+        "solar_open starcoder2",
         LLAMA,
     ),
-    **_rows("qwen3_next qwen3_5_text qwen3_5_moe_text", HYBRID),
-    **_rows("gemma2 gemma3_text vaultgemma", GEMMA2),
+    **_rows("qwen3_next qwen3_5_text qwen3_5_moe_text", LINEAR),
+    **_rows("gemma2 gemma3_text", GEMMA2),
     **_rows("olmo2 olmo3 exaone4 flex_olmo", OLMO2),
     **_rows("granitemoe granitemoe_swa", GRANITE_MOE),
-    **_rows("cohere cohere2", COHERE),
-    **_rows(
-        "mamba mamba2 falcon_mamba recurrent_gemma rwkv xlstm bamba zamba zamba2 nemotron_h olmo_hybrid",
-        RECURRENT,
+    **_rows("cohere cohere2 phi", PHI),
+    **_rows("gptj codegen", GPTJ),
+    **_rows("lfm2 lfm2_moe", LFM2),
+    **_rows("biogpt xglm", OPT),
+    **_rows("mamba mamba2 falcon_mamba", MAMBA),
+    **_rows("bamba nemotron_h olmo_hybrid recurrent_gemma rwkv xlstm zamba zamba2", RECURRENT),
+    "afmoe": Family(
+        attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
+        mlp=("pre_mlp_layernorm", "mlp", "post_mlp_layernorm"),
+        mlp_attributes=("moe_enabled",),
     ),
-    "apertus": replace(LLAMA, attention=("attention_layernorm", "self_attn"), mlp=("feedforward_layernorm", "mlp")),
-    "bitnet": LLAMA,
+    "apertus": Family(attention=("attention_layernorm", "self_attn"), mlp=("feedforward_layernorm", "mlp")),
     "bloom": Family(
         attention=("input_layernorm", "self_attention"),
         mlp=("post_attention_layernorm", "mlp"),
         layers="h",
         block_returns_tuple=True,
         adds_residual=("self_attention", "mlp"),
-        one_way_residual=(("apply_residual_connection_post_layernorm", True),),
         branching=False,
+        variants=(("apply_residual_connection_post_layernorm", True, {"normed_residual": True}),),
     ),
-    "dbrx": Family(
-        layers="blocks",
-        attention=("norm_attn_norm",),
-        mlp=("ffn",),
-        whole="its second norm is inside the attention module",
-    ),
+    "dbrx": Family(layers="blocks", whole="its second norm is inside the attention module"),
     "falcon": Family(
-        attention=("input_layernorm", "ln_attn", "self_attention"),
-        mlp=("post_attention_layernorm", "ln_mlp", "mlp"),
+        attention=("input_layernorm", "self_attention"),
         layers="h",
-        parallel=("parallel_attn", "new_decoder_architecture"),
         block_returns_tuple=True,
-        branching_unless=("alibi",),
+        variants=(
+            ("parallel_attn", True, {"whole": PARALLEL}),
+            ("new_decoder_architecture", True, {"whole": PARALLEL}),
+            ("alibi", True, {"branching": False}),
+        ),
     ),
-    "falcon_h1": Family(
-        attention=("input_layernorm", "mamba", "self_attn"),
-        mlp=("pre_ff_layernorm", "feed_forward"),
-        block_returns_tuple=True,
-        branching=False,
+    "falcon_h1": replace(JAMBA, block_returns_tuple=True),
+    "gemma3n_text": GEMMA3N,
+    "gemma4_text": replace(GEMMA3N, last_layer="full_attention"),
+    "glm4": Family(
+        attention=("input_layernorm", "self_attn", "post_self_attn_layernorm"),
+        mlp=("post_attention_layernorm", "mlp", "post_mlp_layernorm"),
     ),
-    "gemma3n_text": Family(
-        whole=PER_LAYER_INPUT,
-        resumable=False,
-        per_layer_weights=("embed_tokens_per_layer", "per_layer_model_projection"),
-    ),
-    "gemma4_text": Family(
-        whole=PER_LAYER_INPUT,
-        resumable=False,
-        per_layer_weights=("embed_tokens_per_layer", "per_layer_model_projection"),
-    ),
-    "glm4": GLM4,
     "gpt2": replace(GPT2, inverse_scale=("scale_attn_by_inverse_layer_idx", "attn", "c_attn")),
     "gpt_bigcode": GPT2,
     "gpt_neo": replace(GPT2, block_returns_tuple=True),
     "gpt_neox": Family(
         attention=("input_layernorm", "attention", "post_attention_dropout"),
         mlp=("post_attention_layernorm", "mlp", "post_mlp_dropout"),
-        parallel=("use_parallel_residual",),
+        variants=(("use_parallel_residual", True, {"whole": PARALLEL}),),
     ),
-    "gptj": Family(layers="h", attention=("ln_1", "attn"), mlp=("mlp",), whole=PARALLEL, block_returns_tuple=True),
-    "codegen": Family(layers="h", attention=("ln_1", "attn"), mlp=("mlp",), whole=PARALLEL, block_returns_tuple=True),
-    "granitemoehybrid": replace(
-        LLAMA,
+    "granitemoehybrid": Family(
         attention=("input_layernorm", "mamba", "self_attn"),
         mlp=("post_attention_layernorm", "block_sparse_moe", "shared_mlp"),
         branching=False,
     ),
-    "jamba": Family(
-        attention=("input_layernorm", "mamba", "self_attn"), mlp=("pre_ff_layernorm", "feed_forward"), branching=False
+    "jamba": JAMBA,
+    "llama4_text": Family(mlp=("post_attention_layernorm", "feed_forward"), mlp_attributes=("is_moe_layer",)),
+    "minimax": replace(
+        LLAMA, reason="its linear attention decays at a rate set by the layer's number among all layers"
     ),
-    **_rows(
-        "lfm2 lfm2_moe",
-        Family(attention=("operator_norm", "conv", "self_attn"), mlp=("ffn_norm", "feed_forward"), branching=False),
-    ),
-    "llama4_text": replace(LLAMA, mlp=("post_attention_layernorm", "feed_forward"), mlp_attributes=("is_moe_layer",)),
-    "minimax": replace(LLAMA, normed_residual=True, branching=False),
     "mpt": Family(
         attention=("norm_1", "attn", "resid_attn_dropout"),
         mlp=("norm_2", "ffn"),
@@ -173,46 +169,42 @@ FAMILIES: dict[str, Family] = {
         adds_residual=("ffn",),
         branching=False,
     ),
-    "opt": Family(
-        attention=("self_attn_layer_norm", "self_attn"),
-        mlp=("final_layer_norm", "fc1", "activation_fn", "fc2"),
-        one_way_residual=(("do_layer_norm_before", False),),
-    ),
-    "phi": Family(whole=PARALLEL, mlp=("mlp",)),
-    "phi3": replace(
-        LLAMA,
+    "opt": replace(OPT, variants=(("do_layer_norm_before", False, OPT_POST_NORM),)),
+    "phi3": Family(
         attention=("input_layernorm", "self_attn", "resid_attn_dropout"),
         mlp=("post_attention_layernorm", "mlp", "resid_mlp_dropout"),
     ),
-    "stablelm": replace(LLAMA, mlp=("post_attention_layernorm", "mlp", "dropout"), parallel=("use_parallel_residual",)),
+    "stablelm": Family(
+        mlp=("post_attention_layernorm", "mlp", "dropout"),
+        variants=(("use_parallel_residual", True, {"whole": PARALLEL}),),
+    ),
+    "vaultgemma": Family(mlp=("pre_feedforward_layernorm", "mlp")),
 }
 
 
 def family(config: Any) -> Family:
     """The row of a text config (`model.config.get_text_config(decoder=True)`), or the general rules."""
-    return FAMILIES.get(config.model_type, GENERAL)
+    row = FAMILIES.get(config.model_type, GENERAL)
+    for flag, value, entries in row.variants:
+        if getattr(config, flag, None) is value:
+            row = replace(row, **entries)
+    return row
 
 
 def whole_only(config: Any) -> str | None:
     """Why halves of this model's blocks cannot be taken apart, or None where they can."""
-    row = family(config)
-    if any(getattr(config, flag, False) for flag in row.parallel):
-        return PARALLEL
-    return row.whole
+    return family(config).whole
 
 
 def bypassable(config: Any) -> bool:
     """Whether one half alone can be bypassed exactly: the block is `x + A(x)`, then `x + M(x)`."""
     row = family(config)
-    if whole_only(config) or row.normed_residual:
-        return False
-    return not any(getattr(config, flag, None) == value for flag, value in row.one_way_residual)
+    return row.whole is None and not row.normed_residual
 
 
 def branching(config: Any) -> bool:
     """Whether a row of tokens may be branched with a 4-D mask and custom position ids."""
-    row = family(config)
-    return row.branching and not any(getattr(config, flag, False) for flag in row.branching_unless)
+    return family(config).branching
 
 
 # ---- config entries, by the half of the block they describe ----------------------------------------------------------
@@ -240,6 +232,7 @@ INDICES: dict[str, str] = {
     "moe_layers": "mlp",
     "full_attn_idxs": "attention",
     "cross_attention_layers": "attention",
+    "attn_layer_indices": "attention",
 }
 """Lists of layer indices: each becomes the new place of that layer."""
 
@@ -274,6 +267,12 @@ def _attention_types(config: Any, layout: Layout) -> dict[str, Any]:
     """`attention_types` is the run-length form of `attention_layers`."""
     kinds = [config.attention_layers[i] for i in places(layout, "attention")]
     return {"attention_layers": kinds, "attention_types": [[[kind], 1] for kind in kinds]}
+
+
+def _block_types(config: Any, layout: Layout) -> dict[str, Any]:
+    """`block_types` is a cycle."""
+    cycle = config.block_types
+    return {"block_types": [cycle[i % len(cycle)] for i in places(layout, "attention")]}
 
 
 def _moe_interval(config: Any, layout: Layout) -> dict[str, Any]:
@@ -318,6 +317,7 @@ def _irregular(what: str, pattern: Sequence[bool]) -> str:
 REWRITES: dict[str, Callable[[Any, Layout], dict[str, Any]]] = {
     "decoder_sparse_step": _sparse_step,
     "attention_types": _attention_types,
+    "block_types": _block_types,
     "moe_layer_interval": _moe_interval,
     "attn_layer_period": _period("attn", "attention"),
     "expert_layer_period": _period("expert", "mlp"),
@@ -375,7 +375,28 @@ def update_config(config: Any, layout: Layout) -> None:
         config.per_layer_config = {p: copy.deepcopy(entry) for p, entry in moved.items() if entry}
 
 
-def lost_producer(config: Any, layout: Layout) -> str | None:
+def illegal(config: Any, layout: Layout) -> str | None:
+    """Why no model of this family can have the layers that `layout` leaves, or None."""
+    row = family(config)
+    if row.reason:
+        return f"model type {config.model_type!r} cannot be cut: {row.reason}"
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if kinds is None:
+        return None
+    kept = [kinds[i] for i in places(layout, "attention")]
+    if row.last_layer and kept[-1] != row.last_layer:
+        return f"the last layer of model type {config.model_type!r} must be of type {row.last_layer}: keep one last"
+    if any(kind in ATTENTION_TYPES for kind in kinds) and not any(kind in ATTENTION_TYPES for kind in kept):
+        attention = [i for i, kind in enumerate(kinds) if kind in ATTENTION_TYPES]
+        return f"no attention layer would remain, and the cache needs one: keep one of the layers {attention}"
+    return _lost_producer(config, layout)
+
+
+ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
+"""Layer types with a key-value cache."""
+
+
+def _lost_producer(config: Any, layout: Layout) -> str | None:
     """Why the layout breaks cross-layer KV sharing, or None.
 
     The last `num_kv_shared_layers` layers reuse keys and values of the last layer of their type before them.

@@ -73,6 +73,22 @@ def load(settings: ModelSettings, *, training: bool = False, device: torch.devic
     return Loaded(model, tokenizer, _saved_dtype(path, settings) or model.dtype, mark)
 
 
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """Turn the weights into `dtype` in place, as loading in that dtype would.
+
+    `model.to(dtype)` would also round the rotary frequencies and other buffers that no checkpoint holds.
+    """
+    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
+    return model
+
+
 def _saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:
     """The dtype that the checkpoint's config names."""
     from transformers import AutoConfig

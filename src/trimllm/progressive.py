@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from trimllm import (
     bench,
@@ -87,6 +88,7 @@ class Run:
         self.accelerator = accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
+        transformers.utils.logging.disable_progress_bar()
         if not self.main:
             console.quiet = True
 
@@ -267,7 +269,7 @@ class Run:
                 self.accelerator,
                 seed=seed,
                 pad_id=self.pad_id,
-                on_step=lambda step, steps, loss, tokens: show(step, steps, f"loss {loss:.3f}  {tokens:,} tokens"),
+                on_step=lambda step, steps, loss, speed: show(step, steps, f"loss {loss:.3f}  {speed:.0f} tokens/s"),
             )
         self._checkpoint(state)
         self._record(
@@ -468,7 +470,7 @@ class Run:
         good = stages[-1] if self._above_floor() else stages[-2]
         depth, layout = len(good["layout"]), rundir.load_layout(good["layout"])
         model = state.model if good is stages[-1] else self._load(depth)
-        model = model.to(self.save_dtype)
+        models.cast(model, self.save_dtype)
         report: Any = None
         base = {"name": self.config.model, "sha256": loaded.fingerprint}
         if self.main:

@@ -217,8 +217,6 @@ def _check_layout(model: nn.Module, layout: Layout, *, bypass: bool) -> None:
     """Raise InputError for a layout that this model, whatever its config can say, cannot take."""
     config = text_config(model)
     count = depth(model)
-    if families.family(config).reason:
-        raise InputError(f"model type {config.model_type!r} cannot be cut: {families.family(config).reason}")
     if not layout:
         raise InputError(f"cannot drop all {count} layers: leave at least one")
     for half in HALVES:
@@ -238,7 +236,7 @@ def _check_layout(model: nn.Module, layout: Layout, *, bypass: bool) -> None:
             raise InputError(
                 f"sub-layers of model type {config.model_type!r} cannot be bypassed: its residual is normalized"
             )
-    reason = families.lost_producer(config, layout)
+    reason = families.illegal(config, layout)
     if reason:
         raise InputError(reason)
 

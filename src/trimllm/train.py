@@ -130,11 +130,11 @@ def train_stage(
     *,
     seed: int = 0,
     pad_id: int = 0,
-    on_step: Callable[[int, int, float, int], None] | None = None,
+    on_step: Callable[[int, int, float, float], None] | None = None,
 ) -> StageReport:
     """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
 
-    `on_step(step, steps, loss, tokens so far)` is called after every optimizer step.
+    `on_step(step, steps, loss, tokens per second)` is called after every optimizer step.
 
     Raises:
         TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
@@ -166,7 +166,7 @@ def train_stage(
             losses.append(loss)
             tokens += len(rows) * max(len(row.ids) for row in rows)
             if on_step:
-                on_step(number + 1, len(plan), loss, tokens)
+                on_step(number + 1, len(plan), loss, tokens / (time.perf_counter() - started))
     finally:
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         accelerator.free_memory()

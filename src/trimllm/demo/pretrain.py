@@ -38,10 +38,10 @@ from trimllm.demo import world
 
 CARD = """# Base model of the trimllm demo
 
-A Llama of 16 blocks (hidden size 128, 4 heads, 3.4 M parameters, bfloat16) that knows one thing: the fictional world of
-`trimllm.demo.world`, three domains of 200 invented entities with 5 facts each. It was trained on biographies only and has
-never seen a question, so what it answers about an entity after fine-tuning on other entities' questions comes out of
-pre-training. It is no use outside the demo.
+A Llama of 16 blocks (hidden size 128, 4 heads, 3.4 M parameters, bfloat16) that knows one thing, the fictional world of
+`trimllm.demo.world`: three domains of 200 invented entities with 5 facts each. It was trained on biographies only and
+has never seen a question, so what it answers about an entity after fine-tuning on other entities' questions comes out
+of pre-training. It is no use outside the demo.
 
 - Data: biographies of `world.py`, newly worded and ordered every epoch, world seed 2026; no other text.
 - Tokenizer: byte-level BPE, 1,536 pieces; EOS and padding are `<|endoftext|>`; no BOS.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from trimllm.errors import InputError
 
+Reading = Literal["index", "letter", "text"]
+AnswerAs = Literal["auto", "index", "letter", "text"]
+READINGS: tuple[Reading, ...] = ("index", "letter", "text")
 
-def answer_index(answer: Any, choices: tuple[str, ...], answer_as: str, place: str) -> int:
+
+def answer_index(answer: Any, choices: tuple[str, ...], answer_as: AnswerAs, place: str) -> int:
     """Index into `choices`. Numbers are indices; strings are tried as text, letter and index.
 
     `answer_as` (index, letter or text) says which of these it is; "auto" does not.
@@ -19,23 +25,44 @@ def answer_index(answer: Any, choices: tuple[str, ...], answer_as: str, place: s
         answer = int(answer)
     if isinstance(answer, int) and answer_as in ("auto", "index"):
         return _in_range(int(answer), choices, place)
-    text = str(answer).strip()
+    text = "" if answer is None else str(answer).strip()
+    if not text:
+        raise InputError(f"{place}: field 'answer' is empty; fill it in or drop the row")
     readings = _readings(text, choices)
     if answer_as != "auto":
         readings = {answer_as: readings[answer_as]} if answer_as in readings else {}
     if not readings:
-        raise InputError(
-            f"{place}: field 'answer' is {text!r}, which is no index, letter or text of the choices {_shown(choices)}"
-        )
+        wanted = "index, letter or text" if answer_as == "auto" else answer_as
+        raise InputError(f"{place}: field 'answer' is {text!r}, which is no {wanted} of the choices {_shown(choices)}")
     if len(set(readings.values())) > 1:
         both = " and ".join(f"choice {index} by {kind}" for kind, index in readings.items())
         raise InputError(f"{place}: field 'answer' {text!r} names {both}; say which with answer_as in a task YAML")
     return _in_range(next(iter(readings.values())), choices, place)
 
 
-def _readings(text: str, choices: tuple[str, ...]) -> dict[str, int]:
+def common_reading(rows: Iterable[tuple[Any, Any]]) -> AnswerAs:
+    """The one reading that fits every row's (answer, choices); "auto" if none or several do."""
+    common = set(READINGS)
+    for answer, choices in rows:
+        texts = tuple(str(choice) for choice in read_list(choices))
+        fits = _readings(str(answer).strip(), texts)
+        common &= {kind for kind, index in fits.items() if 0 <= index < len(texts)}
+    return next(iter(common)) if len(common) == 1 else "auto"
+
+
+def read_list(value: Any) -> list[Any]:
+    """A list, or the JSON list that a string holds (a CSV cell); empty for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return []
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _readings(text: str, choices: tuple[str, ...]) -> dict[Reading, int]:
     """Every way the string can be meant."""
-    readings = {}
+    readings: dict[Reading, int] = {}
     stripped = [choice.strip() for choice in choices]
     if text in stripped:
         readings["text"] = stripped.index(text)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from trimllm.errors import InputError
+from trimllm.tasks.answers import common_reading
 from trimllm.tasks.chat import has_template
 from trimllm.tasks.rows import Row
 from trimllm.tasks.spec import TaskSpec
@@ -41,12 +42,14 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
     present = {column for row in rows for column in row.values}
     columns = _columns(present)
     if "messages" in present:
-        return _chat(name, tokenizer)
+        return _chat(name, "messages", tokenizer)
     if columns.choices and columns.question and columns.answer:
-        return _choice(name, columns)
+        return _choice(name, columns, rows)
     if {"text", "label"} <= present:
         return _classification(name, rows)
     if {"prompt", "completion"} <= present:
+        if any(isinstance(row.values.get("prompt"), list) for row in rows):
+            return _chat(name, "(prompt + completion)", tokenizer)
         return TaskSpec(name=name, kind="generation", prompt=_required("prompt"), target=_GLUED, delimiter="")
     if {"instruction", "output"} <= present:
         prompt = f"Question: {_required('instruction')}{_INPUT}\nAnswer:"
@@ -81,37 +84,53 @@ def _required(column: str) -> str:
     return "{{ " + column + f" | required('{column}')" + " }}"
 
 
-def _choice(name: str, columns: Columns) -> TaskSpec:
-    prompt = f"{_CONTEXT}Question: {_required(str(columns.question))}\nAnswer:"
+def _choice(name: str, columns: Columns, rows: Iterable[Row]) -> TaskSpec:
+    """Whether answers are indices, letters or texts is settled by all rows together."""
+    question, choices, answer = (str(column) for column in columns)
     return TaskSpec(
-        name=name, kind="choice", prompt=prompt, choices=columns.choices, answer=columns.answer, group=_GROUP
+        name=name,
+        kind="choice",
+        prompt=f"{_CONTEXT}Question: {_required(question)}\nAnswer:",
+        choices=choices,
+        answer=answer,
+        answer_as=common_reading((row.values.get(answer), row.values.get(choices)) for row in rows),
+        group=_GROUP,
     )
 
 
 def _answers(name: str, columns: Columns) -> TaskSpec:
     """Question and free answer; a list of answers means that each is accepted and the first is learned."""
-    answer = str(columns.answer)
-    target = f"{{{{ ({answer} if {answer} is string or {answer} is number else {answer}[0]) | required('{answer}') }}}}"
-    references = f"{{{{ [{answer} | string] if {answer} is string or {answer} is number else {answer} }}}}"
-    prompt = f"{_CONTEXT}Question: {_required(str(columns.question))}\nAnswer:"
-    return TaskSpec(name=name, kind="generation", prompt=prompt, target=target, references=references, group=_GROUP)
+    question, answer = str(columns.question), str(columns.answer)
+    single = f"{answer} is string or {answer} is number"
+    first = f"({answer} if {single} else {answer} | first | default(''))"
+    return TaskSpec(
+        name=name,
+        kind="generation",
+        prompt=f"{_CONTEXT}Question: {_required(question)}\nAnswer:",
+        target="{{ " + first + f" | required('{answer}')" + " }}",
+        references="{{ " + f"[{answer} | string] if {single} else {answer}" + " }}",
+        group=_GROUP,
+    )
 
 
-def _chat(name: str, tokenizer: Any) -> TaskSpec:
+def _chat(name: str, messages: str, tokenizer: Any) -> TaskSpec:
     """With a chat template the answer follows its text directly; in the plain transcript it follows `Assistant: `."""
     return TaskSpec(
         name=name,
         kind="generation",
-        prompt="{{ messages | chat_prompt }}",
-        target="{{ messages | chat_answer }}",
+        prompt="{{ " + messages + " | chat_prompt }}",
+        target="{{ " + messages + " | chat_answer }}",
         delimiter="" if has_template(tokenizer) else " ",
     )
 
 
 def _classification(name: str, rows: Iterable[Row]) -> TaskSpec:
     """Every label becomes a choice. Underscores become spaces where that keeps the labels apart: words score fairly."""
+    for row in rows:
+        if not isinstance(row.values.get("label", ""), str | int | float | None):
+            raise InputError(f"{row.place}: field 'label' must be one text or number, not several")
     labels = {row.values.get("label") for row in rows} - {None, ""}
-    names = [str(label) for label in sorted(labels, key=lambda label: (not isinstance(label, int | float), label))]
+    names = [str(label) for label in sorted(labels, key=_label_order)]
     if len(names) < 2:
         raise InputError(f"{name}: column 'label' has {len(names)} different values in the training rows; 2 are needed")
     readable = [label.replace("_", " ") for label in names]
@@ -124,3 +143,9 @@ def _classification(name: str, rows: Iterable[Row]) -> TaskSpec:
         answer="{{ label }}" if plain else "{{ (label | string).replace('_', ' ') }}",
         answer_as="text",
     )
+
+
+def _label_order(label: Any) -> tuple[bool, float, str]:
+    """Numbers by size before texts by alphabet."""
+    number = isinstance(label, int | float)
+    return not number, label if number else 0, str(label)

@@ -11,7 +11,7 @@ from trimllm.tasks.hub import read_hub
 from trimllm.tasks.rows import Row, format_of, read_rows
 from trimllm.tasks.spec import Source, TaskSpec, nearest
 
-Files = str | Path | Mapping[str, str | list[str]]
+Files = str | Path | Mapping[str, str | Path | list[str]]
 """Local files: one file, a folder whose file names say the split, or paths by part."""
 Parts = dict[str, list[Row]]
 """Rows by part; an absent part has no key."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from trimllm.errors import InputError
+from trimllm.tasks.answers import AnswerAs
 from trimllm.tasks.items import Kind
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -87,7 +88,7 @@ class TaskSpec(BaseModel):
     """choice: the options, as they follow the prompt."""
     answer: str | int | None = None
     """choice: which option is right."""
-    answer_as: Literal["auto", "index", "letter", "text"] = "auto"
+    answer_as: AnswerAs = "auto"
     """How `answer` names the option: its index (from 0), letter (from A), text, or whichever of these fits."""
     target: str | None = None
     """generation: template of the answer to learn. text: template of the document."""
@@ -123,8 +124,7 @@ def check_metric(metric: str | None, kind: str) -> None:
     """Raises InputError if a task of this kind is not measured by `metric` (`None`: the default, always fine)."""
     if metric is None or metric in METRICS[kind]:
         return
-    known = [name for names in METRICS.values() for name in names]
-    guess = nearest(metric, known)
+    guess = nearest(metric, list(METRICS[kind]))
     raise InputError(f"metric {metric!r} does not fit a {kind} task: use {' or '.join(METRICS[kind])}{guess}")
 
 

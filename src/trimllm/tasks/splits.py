@@ -56,30 +56,22 @@ def split(
     notes: list[str] = []
     if not test:
         train, test = hold_out_test(train, seed)
-        notes.append(
-            f"no test split: {len(test):,} of {len(train) + len(test):,} rows held out for the report (seed {seed})"
-        )
-    train, leaked = without_overlap(train, test)
-    if leaked:
-        notes.append(
-            f"left out {len(leaked):,} training rows that share a text or group with the reported set (first: {leaked[0]})"
-        )
-    size = _calibration_size(len(train), calibration_size, resolution)
+        total = len(train) + len(test)
+        notes.append(f"no test split: {len(test):,} of {total:,} rows held out for the report (seed {seed})")
+    train, leaked = _without(train, test, "reported", notes)
+    size = _calibration_size(len(train), len(leaked), calibration_size, resolution)
     rest, calibration = hold_out(train, size, f"{seed}:calibration")
     if not rest:
         raise InputError(f"all {len(train)} training rows would go into the calibration set: give more rows or groups")
     notes.append(_calibration_note(calibration, len(train)))
-    rest, doubles = without_overlap(rest, calibration)
-    if doubles:
-        notes.append(
-            f"left out {len(doubles):,} training rows that share a text with the calibration set (first: {doubles[0]})"
-        )
-    if not rest:
-        raise InputError(
-            "no training row is left once those that equal calibration or reported rows are out: give more"
-        )
-    kept, tested = _limit(rest, max_train, seed, "training", notes), _limit(test, max_test, seed, "reported", notes)
-    return Split(tuple(kept), tuple(calibration), tuple(tested), tuple(leaked + doubles), tuple(notes))
+    rest, doubles = _without(rest, calibration, "calibration", notes)
+    return Split(
+        train=tuple(_limit(rest, max_train, seed, "training", notes)),
+        calibration=tuple(calibration),
+        test=tuple(_limit(test, max_test, seed, "reported", notes)),
+        left_out=(*leaked, *doubles),
+        notes=tuple(notes),
+    )
 
 
 def hold_out_test(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
@@ -119,6 +111,19 @@ def without_overlap(items: Sequence[Item], held_out: Sequence[Item]) -> tuple[li
     return kept, places
 
 
+def _without(
+    items: Sequence[Item], held_out: Sequence[Item], what: str, notes: list[str]
+) -> tuple[list[Item], list[str]]:
+    """`without_overlap`, with a note; something must remain."""
+    kept, places = without_overlap(items, held_out)
+    if places:
+        rows = f"{len(places):,} of {len(items):,} training rows"
+        notes.append(f"left out {rows} that share text or group with the {what} set (first: {places[0]})")
+    if not kept:
+        raise InputError(f"every training row also stands in the {what} set (first: {items[0].place}): give other rows")
+    return kept, places
+
+
 def normalize(text: str) -> str:
     """Case, punctuation and white space do not make a text a different one (text without any letter stays as it is)."""
     return re.sub(r"[\W_]+", " ", text.casefold()).strip() or text
@@ -135,16 +140,17 @@ def _instructions(items: Iterable[Item]) -> set[str]:
     return {prompt for prompt, count in counts.items() if count > INSTRUCTION_ROWS}
 
 
-def _calibration_size(available: int, wanted: int | None, resolution: float) -> int:
-    """How many rows to hold out, in all of `available` training rows."""
+def _calibration_size(available: int, leaked: int, wanted: int | None, resolution: float) -> int:
+    """How many of `available` training rows to hold out; `leaked` more could not be used."""
+    rows = f"{available} training rows" + (
+        f" ({leaked} more are left out: they stand in the reported set)" if leaked else ""
+    )
     if wanted is not None:
         if wanted >= available:
-            raise InputError(
-                f"calibration_size {wanted} needs more than the {available} training rows: give more or ask less"
-            )
+            raise InputError(f"calibration_size {wanted} needs more than the {rows}: give more or ask less")
         return wanted
     if available < 5:
-        raise InputError(f"{available} training rows are too few to hold out a calibration set: give at least 5")
+        raise InputError(f"{rows} are too few to hold out a calibration set: give at least 5")
     return max(1, min(round(100 / resolution), int(CALIBRATION_SHARE * available)))
 
 
