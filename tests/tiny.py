@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCAB = 64
 
@@ -313,8 +313,41 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Family (a model type, with a variant after a dash) -> values of its config; a function is called with the depth."""
 
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+QWEN_VISION = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+TOWERS: dict[str, dict[str, Any]] = {
+    "llava": {
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+        "text_config": {"model_type": "llama", **COMMON},
+    },
+    "gemma3": {"vision_config": {"model_type": "siglip_vision_model", **VISION}, "text_config": {**COMMON, **SLIDING}},
+    "qwen2_vl": {"vision_config": QWEN_VISION, "text_config": {**NO_HEAD_DIM, "rope_parameters": M_ROPE}},
+    "qwen3_vl": {
+        "vision_config": {
+            **QWEN_VISION,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        "text_config": {**COMMON, "rope_parameters": M_ROPE},
+    },
+}
+"""Vision-language models whose text decoder is cut: model type -> values of its config."""
+
+
 def build(family: str, depth: int = 6, seed: int = 0) -> PreTrainedModel:
     """A tiny model of `family` with `depth` layers, random weights, in evaluation mode on CPU in float32."""
+    if family in TOWERS:
+        return _build_tower(family, depth, seed)
     values = {k: v(depth) if callable(v) else v for k, v in CONFIGS[family].items()}
     name = "n_layers" if family.startswith(("mpt", "dbrx")) else "num_hidden_layers"
     name = {"gpt_neo": "num_layers", "xglm": "num_layers"}.get(family, name)
@@ -322,6 +355,22 @@ def build(family: str, depth: int = 6, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return randomize(model, seed)
+
+
+def _build_tower(family: str, depth: int, seed: int) -> PreTrainedModel:
+    values = TOWERS[family]
+    text = {k: v(depth) if callable(v) else v for k, v in values["text_config"].items()}
+    tokens = {"image_token_id": 63, "image_token_index": 63, "video_token_id": 62, "vision_start_token_id": 61}
+    config = AutoConfig.for_model(
+        family,
+        vision_config=values["vision_config"],
+        text_config={**text, "num_hidden_layers": depth},
+        **(
+            tokens | {"boi_token_index": 60, "eoi_token_index": 59, "mm_tokens_per_image": 4, "vision_end_token_id": 58}
+        ),
+    )
+    torch.manual_seed(seed)
+    return randomize(AutoModelForImageTextToText.from_config(config, dtype=torch.float32), seed)
 
 
 @torch.no_grad()

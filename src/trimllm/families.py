@@ -3,7 +3,7 @@
 Two tables. `FAMILIES` says what a decoder block of a `model_type` is made of. The field tables (`PER_LAYER`, `INDICES`,
 `LEADING`, `TRAILING`, ...) say what happens to a config entry when layers go; names of config fields mean the same in
 every family, so those tables are shared. A family without a row is cut by the general rules (whole blocks only), and
-`surgery.refusal` compares what the new config builds with what the layout needs, so nothing is cut on a guess.
+`legality.refusal` compares what the new config builds with what the layout needs, so nothing is cut on a guess.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": replace(GPT2, inverse_scale=("scale_attn_by_inverse_layer_idx", "attn", "c_attn")),
     "gpt_bigcode": GPT2,
-    "gpt_neo": replace(GPT2, block_returns_tuple=True),
+    "gpt_neo": replace(GPT2, block_returns_tuple=True, branching=False),  # its windows count places in the row
     "gpt_neox": Family(
         attention=("input_layernorm", "attention", "post_attention_dropout"),
         mlp=("post_attention_layernorm", "mlp", "post_mlp_dropout"),
@@ -158,8 +158,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "jamba": JAMBA,
     "llama4_text": Family(mlp=("post_attention_layernorm", "feed_forward"), mlp_attributes=("is_moe_layer",)),
-    "minimax": replace(
-        LLAMA, reason="its linear attention decays at a rate set by the layer's number among all layers"
+    "minimax": Family(
+        reason="its linear attention decays at a rate set by the layer's number among all layers", branching=False
     ),
     "mpt": Family(
         attention=("norm_1", "attn", "resid_attn_dropout"),

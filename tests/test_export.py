@@ -1,0 +1,221 @@
+"""What is on disk is what was in memory, or nothing is on disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build
+
+from trimllm import export
+from trimllm.errors import InputError, TrimError
+from trimllm.export import fingerprint, load_model, save_trimmed, verify
+from trimllm.layout import Block
+from trimllm.surgery import drop_layers
+
+IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(3))
+
+
+class Tokenizer:
+    """Stands for a tokenizer: it can save itself."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def trimmed(name: str = "llama") -> Any:
+    return drop_layers(build(name), [0, 3])
+
+
+def test_export_is_a_stock_checkpoint_with_its_plan(tmp_path: Path) -> None:
+    model = trimmed("llama-tied")
+    layout = tuple(Block(i, i) for i in (1, 2, 4, 5))
+    report = save_trimmed(
+        model, tmp_path / "a" / "out", tokenizer=Tokenizer(), layout=layout, base="org/base", card="# Card\n"
+    )
+    assert report is not None
+    assert report.plain == report.cached == report.static == 0.0
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    out = tmp_path / "a" / "out"
+    assert report.bytes == (out / "model.safetensors").stat().st_size
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["base"] == "org/base"
+    assert plan["layers"] == [1, 2, 4, 5]
+    assert plan["blocks"][0] == {"attention": 1, "mlp": 1}
+    assert (out / "README.md").read_text() == "# Card\n"
+    assert (out / "chat_template.jinja").exists()
+    again = load_model(out)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert fingerprint(again) == fingerprint(model)
+    assert fingerprint(out) != fingerprint(model)
+    assert verify(out, model) == report
+
+
+def test_plan_of_shifted_pairs_has_no_list_of_layers(tmp_path: Path) -> None:
+    model = build("llama", depth=2)
+    save_trimmed(model, tmp_path / "out", layout=(Block(0, 1), Block(2, 2)))
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert "layers" not in plan
+    assert plan["blocks"] == [{"attention": 0, "mlp": 1}, {"attention": 2, "mlp": 2}]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_reloads_in_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """`.to(dtype)` also rounds the frequencies of RoPE, which a reload computes anew: that is no difference."""
+    model = trimmed("gemma2").to(dtype)
+    report = save_trimmed(model, tmp_path / "out")
+    assert report is not None
+    assert report.plain == 0.0
+    assert next(load_model(tmp_path / "out").parameters()).dtype == dtype
+
+
+def test_training_mode_and_generation_config_are_left_alone(tmp_path: Path) -> None:
+    model = trimmed()
+    model.train()
+    model.model.layers[1].eval()
+    model.generation_config.dola_layers = "high"
+    model.generation_config.assistant_early_exit = 5
+    model.generation_config.cache_implementation = "hybrid"
+    model.generation_config.max_new_tokens = 7
+    save_trimmed(model, tmp_path / "out")
+    assert model.generation_config.dola_layers == "high"
+    assert model.training
+    assert not model.model.layers[1].training
+    assert model.model.layers[2].mlp.training
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["max_new_tokens"] == 7
+    assert not any(saved.get(name) for name in ("dola_layers", "assistant_early_exit", "cache_implementation"))
+
+
+def test_target_in_use_is_refused_and_an_earlier_export_only_replaced_on_request(tmp_path: Path) -> None:
+    model, out = trimmed(), tmp_path / "out"
+    out.mkdir()
+    save_trimmed(model, out, verify=False)
+    with pytest.raises(InputError, match="earlier export"):
+        save_trimmed(model, out)
+    drop_layers(model, [0])
+    save_trimmed(model, out, overwrite=True)
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 3
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        save_trimmed(model, other, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        save_trimmed(model, tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other", "out"]
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trimmed()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "save_pretrained", fail)
+        with pytest.raises(TrimError, match="the disk is full"):
+            save_trimmed(model, tmp_path / "out")
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1))
+        with pytest.raises(TrimError, match="the disk is full"):
+            save_trimmed(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def edit_weights(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_break_each_part_of_a_checkpoint_and_verification_fails(tmp_path: Path) -> None:
+    model, out = trimmed("gemma2"), tmp_path / "out"
+
+    def broken(message: str) -> None:
+        with pytest.raises(TrimError, match=message):
+            verify(out, model)
+        shutil.rmtree(out)
+        save_trimmed(model, out, verify=False)
+
+    save_trimmed(model, out)
+    edit_config(out, num_hidden_layers=6, layer_types=["full_attention"] * 6)
+    broken("missing keys")
+    edit_config(out, num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    broken("unexpected keys")
+    edit_config(out, num_hidden_layers=6)
+    broken("cannot be loaded again")
+    edit_config(out, layer_types=["sliding_attention"] * 4)
+    broken("logits differ")
+    edit_config(out, intermediate_size=40)
+    broken("mismatched keys|cannot be loaded")
+    edit_weights(out, lambda tensors: {k: v for k, v in tensors.items() if "layers.2.mlp.up" not in k})
+    broken("missing keys")
+    edit_weights(out, lambda tensors: {k: v + 0.1 if "layers.2.mlp.up" in k else v for k, v in tensors.items()})
+    broken("logits differ")
+    verify(out, model)
+
+
+def test_wrong_surgery_never_reaches_the_disk(tmp_path: Path) -> None:
+    """Cut as naive code does it: the list of layers, or the count, or neither index nor config."""
+    only_list = build("llama")
+    del only_list.model.layers[1]
+    with pytest.raises(TrimError):
+        save_trimmed(only_list, tmp_path / "out")
+    stale_index = build("llama")
+    del stale_index.model.layers[0]
+    stale_index.config.num_hidden_layers = 5
+    with pytest.raises(TrimError, match="cache"):
+        save_trimmed(stale_index, tmp_path / "out")
+    baked = build("gpt2-inverse")
+    del baked.transformer.h[1]
+    baked.config.num_hidden_layers = 5
+    for place, block in enumerate(baked.transformer.h):
+        block.attn.layer_idx = place
+    with pytest.raises(TrimError, match="logits differ"):
+        save_trimmed(baked, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
+    def message(path: Any, **options: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            load_model(path, **options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no such folder" in message(tmp_path / "absent")
+    assert "no config.json" in message(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "it is a file" in message(tmp_path / "file")
+    folder = tmp_path / "model"
+    save_trimmed(build("llama", depth=2), folder, verify=False)
+    with pytest.raises(InputError, match="tokenizer"):
+        loading.load_tokenizer(folder)
+    edit_config(folder, num_hidden_layers=4)
+    assert "lacks 18 weights" in message(folder)
+    edit_config(folder, num_hidden_layers=2)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "allow_pickle" in message(folder)
+    assert load_model(folder, allow_pickle=True, dtype=torch.bfloat16).dtype == torch.bfloat16
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert "not a causal language model" in message(folder)
+    (folder / "config.json").write_text("{")
+    assert "cannot load model" in message(folder)
