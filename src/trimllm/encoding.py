@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -19,7 +19,7 @@ from trimllm.tasks.items import Item
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one item: the shared prompt and each continuation. `item` is its place in the list that was encoded."""
+    """Token ids of one item: the shared prompt and each continuation. `item` is its place in the encoded list."""
 
     item: int
     prompt: tuple[int, ...]
@@ -52,8 +52,8 @@ class Row:
 @dataclass(frozen=True)
 class Batch:
     """Tensors of one forward. `where` (k,) are flat indices into (rows * length); `targets` (k,) what follows there;
-    `owners` lists (item, choice) and `segment` (k,) says which of them a target belongs to; `real` (rows, length) marks
-    what is not padding."""
+    `owners` lists (item, choice), each once, and `segment` (k,) says which of them a target belongs to (windows of one
+    document may share a batch); `real` (rows, length) marks what is not padding."""
 
     inputs: dict[str, torch.Tensor]
     real: torch.Tensor
@@ -64,8 +64,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        moved = (t.to(device) for t in (self.real, self.where, self.targets, self.segment))
-        return Batch(inputs, *moved, self.owners)
+        real, where, targets, segment = (t.to(device) for t in (self.real, self.where, self.targets, self.segment))
+        return Batch(inputs, real, where, targets, segment, self.owners)
 
 
 def context_length(model_config: Any, limit: int | None = None) -> int:
@@ -73,6 +73,17 @@ def context_length(model_config: Any, limit: int | None = None) -> int:
     text_config = model_config.get_text_config(decoder=True)
     longest = getattr(text_config, "max_position_embeddings", None) or 2048
     return min(longest, limit) if limit else longest
+
+
+def attention_window(model_config: Any) -> int | None:
+    """How far back the shortest-sighted layers see, in tokens; None where all see everything.
+
+    A 4-D mask takes the place of a window: behind it, branches would see too much.
+    """
+    text_config = model_config.get_text_config(decoder=True)
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    windows = [window for name in names if (window := getattr(text_config, name, None))]
+    return min(windows, default=None)
 
 
 def _start_token(tokenizer: Any) -> int:
@@ -110,7 +121,8 @@ def encode(
     """Token ids of items, in order.
 
     Text longer than the context becomes several windows of it (all with the same `item`). A prompt that does not fit
-    with its longest continuation and `room` more tokens is an error, or cut from the left with `truncate`.
+    with its longest continuation and `room` more tokens is an error, or cut from the left with `truncate`; the last
+    token takes no room, since it is never an input.
 
     Raises:
         InputError: naming how many prompts are too long and the first of them; or a continuation without tokens.
@@ -124,12 +136,13 @@ def encode(
             raise InputError(
                 f"{item.place}: a choice or target has no tokens of its own after the prompt: check the row"
             )
-        if not item.prompt:
+        if not item.prompt and len(continuations) == 1:
             encoded.extend(_windows(number, prompt, continuations[0], max_length))
             continue
-        space = max_length - max(map(len, continuations)) - room
+        needed = max(map(len, continuations)) + room
+        space = max_length + 1 - needed
         if len(prompt) > space:
-            too_long.append((item, len(prompt) + max_length - space))
+            too_long.append((item, len(prompt) + needed))
             prompt = prompt[-space:] if space > 0 else []
         if space <= 0 and truncate:
             raise InputError(f"{item.place}: the answer alone fills the context of {max_length} tokens: drop the row")
@@ -165,24 +178,51 @@ def rows(encoded: Sequence[Encoded], *, branches: bool = True) -> list[Row]:
     return out
 
 
-def batches(
-    all_rows: Sequence[Row], token_budget: int, *, pad_id: int = 0, dtype: torch.dtype = torch.float32
-) -> list[Batch]:
-    """Rows of similar length together, at most `token_budget` tokens with padding (at least one row each)."""
-    ordered = sorted(all_rows, key=lambda row: -len(row.ids))
-    out: list[Batch] = []
-    while ordered:
-        count = max(1, token_budget // len(ordered[0].ids))
-        out.append(_batch(ordered[:count], pad_id, dtype))
-        ordered = ordered[count:]
-    return out
+class Batches(Sequence[Batch]):
+    """Rows of similar length together, at most `token_budget` tokens with padding (at least one row each).
+
+    Each batch is built when it is asked for: the masks of branched rows, (length, length) each, are too much to keep.
+    """
+
+    def __init__(
+        self,
+        all_rows: Sequence[Row],
+        token_budget: int,
+        *,
+        pad_id: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._pad_id, self._dtype, self._device = pad_id, dtype, device
+        self._groups: list[list[Row]] = []
+        ordered = sorted(all_rows, key=lambda row: -len(row.ids))
+        begin = 0
+        while begin < len(ordered):
+            end = begin + max(1, token_budget // len(ordered[begin].ids))
+            self._groups.append(ordered[begin:end])
+            begin = end
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, number: int) -> Batch: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Batch]: ...
+    def __getitem__(self, number: int | slice) -> Batch | list[Batch]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        return _batch(self._groups[number], self._pad_id, self._dtype).to(self._device)
 
 
 def _batch(group: Sequence[Row], pad_id: int, dtype: torch.dtype) -> Batch:
     length = max(len(row.ids) for row in group)
     ids = torch.full((len(group), length), pad_id)
     real = torch.zeros((len(group), length), dtype=torch.bool)
-    where, targets, segment, owners = [], [], [], []
+    where: list[int] = []
+    targets: list[int] = []
+    segment: list[int] = []
+    owners: dict[tuple[int, int], int] = {}
     for number, row in enumerate(group):
         ids[number, : len(row.ids)] = torch.tensor(row.ids)
         real[number, : len(row.ids)] = True
@@ -191,8 +231,7 @@ def _batch(group: Sequence[Row], pad_id: int, dtype: torch.dtype) -> Batch:
             inner = range(begin, begin + len(branch.targets) - 1)
             where += [number * length + place for place in (row.prompt_length - 1, *inner)]
             targets += branch.targets
-            segment += [len(owners)] * len(branch.targets)
-            owners.append((branch.item, branch.choice))
+            segment += [owners.setdefault((branch.item, branch.choice), len(owners))] * len(branch.targets)
             begin = inner.stop
     inputs = {"input_ids": ids, "attention_mask": real.long()}
     if any(sum(len(branch.targets) > 1 for branch in row.branches) > 1 for row in group):

@@ -1,7 +1,7 @@
 """How good a model is on a task: log-likelihood of continuations, accuracy, acc_norm, perplexity, generation.
 
-Scoring agrees with lm-evaluation-harness: the choice with the highest summed log-likelihood wins (`acc`), or the highest
-per character (`acc_norm`). Only the log-probabilities of target tokens are computed at the head.
+Scoring agrees with lm-evaluation-harness: the choice with the highest summed log-likelihood wins (`acc`), or the
+highest per character (`acc_norm`). Only the log-probabilities of target tokens are computed at the head.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import encoding, families, surgery
-from trimllm.encoding import Batch, Encoded
+from trimllm import decoder, encoding, families
+from trimllm.encoding import Batch, Batches, Encoded
 from trimllm.errors import InputError, TrimError
 from trimllm.parallel import ALONE, Share
 from trimllm.tasks.items import Item
 
 TOKEN_BUDGET = 4096
 """Tokens of one evaluation batch, padding included."""
+
+UNFIT = (TrimError, LookupError, TypeError, ValueError, RuntimeError)
+"""What a forward pass raises in a model that cannot take a short cut that is tried on it."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,19 @@ class Evaluation:
 
 
 @contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Within, the model is in evaluation mode; afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def head_only_at(model: Any, where: torch.Tensor) -> Iterator[list[bool]]:
-    """Within, the output head sees only the hidden states at the flat positions `where`: logits are (1, k, vocabulary)."""
+    """Within, the output head sees only hidden states at the flat positions `where`: logits are (1, k, vocabulary)."""
     used: list[bool] = []
 
     def select(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -173,11 +187,9 @@ class Scorer:
         self.branches = self._decide(model, limit) if branches is None else branches
         self.batches = self._batches(model, self.encoded, self.branches)
 
-    def _batches(self, model: Any, encoded: Sequence[Encoded], branches: bool) -> list[Batch]:
-        made = encoding.batches(
-            encoding.rows(encoded, branches=branches), self.token_budget, pad_id=self.pad_id, dtype=model.dtype
-        )
-        return [batch.to(model.device) for batch in made]
+    def _batches(self, model: Any, encoded: Sequence[Encoded], branches: bool) -> Batches:
+        made = encoding.rows(encoded, branches=branches)
+        return Batches(made, self.token_budget, pad_id=self.pad_id, dtype=model.dtype, device=model.device)
 
     def _decide(self, model: Any, limit: int) -> bool:
         many = [one for one in self.encoded if sum(len(ids) > 1 for ids in one.continuations) > 1]
@@ -186,8 +198,13 @@ class Scorer:
         if any(len(row.ids) > limit for row in encoding.rows(many)):
             self.note = "choices are scored one by one: together with their prompt they exceed the context"
             return False
-        longest = sorted(many, key=lambda one: len(one.prompt))[-2:]
-        if not families.branching(surgery.text_config(model)) or not self._branching_agrees(model, many[:2] + longest):
+        by_length = sorted(many, key=_reach)
+        window = encoding.attention_window(model.config)
+        if window and _reach(by_length[-1]) > window:
+            self.note = f"choices are scored one by one: rows are longer than the attention window of {window} tokens"
+            return False
+        sample = many[:2] + by_length[-2:]
+        if not families.branching(decoder.text_config(model)) or not self._branching_agrees(model, sample):
             self.note = f"choices are scored one by one: shared prompts are not exact for {model.config.model_type}"
             return False
         return True
@@ -196,28 +213,31 @@ class Scorer:
         """Whether shared prompts and single rows give the same scores, up to the rounding of the dtype."""
         tolerance = 2e-4 if model.dtype == torch.float32 else 0.3
         try:
-            shared, single = (
-                gather([batch_pieces(model, batch) for batch in self._batches(model, sample, way)], sample)
-                for way in (True, False)
-            )
-        except (TypeError, ValueError, RuntimeError):
+            with evaluating(model):
+                shared, single = (
+                    gather([batch_pieces(model, batch) for batch in self._batches(model, sample, way)], sample)
+                    for way in (True, False)
+                )
+        except UNFIT:
             return False
         pairs = zip(np.concatenate(shared.loglik), np.concatenate(single.loglik), strict=True)
         return all(abs(a - b) <= tolerance * max(1.0, abs(b) / 20) for a, b in pairs)
 
     def score(self, model: Any, share: Share = ALONE) -> Scores:
         """Scores of all items; the model must be the one it was made for, or a trimmed one of it."""
-        was_training = model.training
-        model.eval()
-        try:
-            mine = [batch_pieces(model, batch) for batch in self.batches[share.rank :: share.world]]
+        with evaluating(model):
+            numbers = range(share.rank, len(self.batches), share.world)
+            mine = [batch_pieces(model, self.batches[number]) for number in numbers]
             return gather(share.gather(mine), self.encoded)
-        finally:
-            model.train(was_training)
 
     def evaluate(self, model: Any, metric: str, share: Share = ALONE) -> Evaluation:
         """Score and judge all items."""
         return judge(self.items, self.score(model, share), metric)
+
+
+def _reach(one: Encoded) -> int:
+    """Positions that scoring an item's longest continuation takes."""
+    return len(one.prompt) + max(map(len, one.continuations)) - 1
 
 
 def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
@@ -244,9 +264,10 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
     if any(len(item.continuations) < 2 for item in items):
         raise InputError(f"metric {metric} needs choices, and this task has none: use likelihood")
     picks = [int(np.argmax(row)) for row in scores.loglik]
+    lengths = [item.lengths or [len(text.strip()) for text in item.continuations] for item in items]
     normed = [
-        int(np.argmax(np.array(row) / np.maximum(item.lengths, 1)))
-        for row, item in zip(scores.loglik, items, strict=True)
+        int(np.argmax(np.array(row) / np.maximum(characters, 1)))
+        for row, characters in zip(scores.loglik, lengths, strict=True)
     ]
     hits = {"acc": np.array(picks) == answers, "acc_norm": np.array(normed) == answers}
     share = float(hits[metric].mean())
@@ -269,25 +290,32 @@ def evaluate(model: Any, tokenizer: Any, items: Sequence[Item], metric: str, **s
 def generate(
     model: Any, tokenizer: Any, items: Sequence[Item], *, max_new_tokens: int = 128, batch_size: int = 16
 ) -> list[str]:
-    """Greedy continuations of the items' prompts, decoded, cut at EOS. Prompts are cut from the left to fit the context."""
-    space = encoding.context_length(model.config) - max_new_tokens
+    """Greedy continuations of the items' prompts, decoded, cut at EOS; prompts are cut from the left to fit.
+
+    Raises:
+        InputError: if `max_new_tokens` leave no room for a prompt.
+    """
+    context = encoding.context_length(model.config)
+    space = context - max_new_tokens
+    if space < 1:
+        raise InputError(f"--max-new-tokens {max_new_tokens} fill the context of {context} tokens: ask for fewer")
     prompts = [encoding.encode_pair(tokenizer, item.prompt, " x")[0][-space:] for item in items]
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     answers = [""] * len(items)
-    model.eval()
-    for begin in range(0, len(order), batch_size):
-        group = order[begin : begin + batch_size]
-        length = max(len(prompts[i]) for i in group)
-        ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in group])
-        mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-        )
-        for row, i in zip(out[:, length:], group, strict=True):
-            answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+    with evaluating(model):
+        for begin in range(0, len(order), batch_size):
+            group = order[begin : begin + batch_size]
+            length = max(len(prompts[i]) for i in group)
+            ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in group])
+            mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+            )
+            for row, i in zip(out[:, length:], group, strict=True):
+                answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return answers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,3 +25,36 @@ class Share:
 
 
 ALONE = Share()
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints; known before any process group is."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the one that reports an error: the first of all that asks.
+
+    An error may strike every process, or one while the others wait for it; the launcher then ends them.
+    """
+    failures = _failures(1)
+    return is_first() if failures is None else failures == 1
+
+
+def another_failed() -> bool:
+    """Whether another process has reported an error, so that what went wrong here (a lost connection) is its echo."""
+    return bool(_failures(0))
+
+
+def _failures(more: int) -> int | None:
+    """How many processes have failed, counting `more`; None while there is no process group."""
+    if "torch" not in sys.modules:
+        return None
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    try:
+        return distributed.distributed_c10d._get_default_store().add("trimllm/failed", more)
+    except RuntimeError:  # the store went with the process that held it
+        return 2

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import evaluate, families, surgery
+from trimllm import decoder, evaluate, families
 from trimllm.encoding import Batch
+from trimllm.errors import InputError
 from trimllm.evaluate import Evaluation, Pieces, Scorer
 from trimllm.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.parallel import ALONE, Share
 from trimllm.scores import Array, Evidence, importance, s_norm
 from trimllm.scores import parts as parts_of
+from trimllm.trial import trial
 
 
 @dataclass
@@ -102,20 +104,20 @@ def scan(
 ) -> ScanResult:
     """Measure every candidate of kind `unit` on the scorer's items.
 
-    `trials=False` measures activations only. `run` is the number of blocks of the contiguous runs that `angular` compares.
-    `finished` holds parts of an earlier, interrupted scan; `on_part` receives each new one, on every process of `share`.
+    `trials=False` measures activations only. `run` is the number of blocks of the runs that `angular` compares.
+    `finished` holds parts of an earlier, interrupted scan; `on_part` receives each new one, on every process of
+    `share`. Units without which the family's layers could not stand are no candidates; the notes name them.
     """
     started = time.perf_counter()
-    candidates = units(unit, whole(surgery.depth(model)))
+    candidates, notes = _candidates(model, unit)
     parts: dict[int, Part] = dict(finished or {})
     todo = [number for number in range(len(scorer.batches)) if number not in parts]
-    was_training = model.training
-    model.eval()
-    notes = [scorer.note] if scorer.note else []
-    resume = trials and _resumes_exactly(model, scorer.batches[0])
-    if trials and not resume:
-        notes.append(f"every candidate computes the whole model: {model.config.model_type} cannot be resumed midway")
-    try:
+    notes += [scorer.note] if scorer.note else []
+    with evaluate.evaluating(model):
+        resume = trials and _resumes_exactly(model, scorer.batches[0])
+        if trials and not resume:
+            kind = model.config.model_type
+            notes.append(f"every candidate computes the whole model: {kind} cannot be resumed midway")
         for begin in range(0, len(todo), share.world):
             mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
             made = [
@@ -128,9 +130,21 @@ def scan(
                     on_part(number, part)
             if progress:
                 progress(len(parts), len(scorer.batches))
-    finally:
-        model.train(was_training)
     return _collect(parts, scorer, metric, candidates, trials, time.perf_counter() - started, tuple(notes))
+
+
+def _candidates(model: Any, unit: str) -> tuple[list[Unit], list[str]]:
+    """The units of this kind that may go, and notes on those that may not.
+
+    Raises:
+        InputError: if none may go; says why.
+    """
+    intact = whole(decoder.depth(model))
+    refused = {u: families.illegal(decoder.text_config(model), remove(intact, u)) for u in units(unit, intact)}
+    candidates = [u for u, reason in refused.items() if reason is None]
+    if not candidates:
+        raise InputError(next(reason for reason in refused.values() if reason))
+    return candidates, [f"{u} must stay: {reason}" for u, reason in refused.items() if reason]
 
 
 def _collect(
@@ -142,17 +156,18 @@ def _collect(
     seconds: float,
     notes: tuple[str, ...],
 ) -> ScanResult:
-    def judged(pick: Callable[[Part], Pieces]) -> Evaluation:
-        pieces = [pick(parts[number]) for number in sorted(parts)]
+    ordered = [parts[number] for number in sorted(parts)]
+
+    def judged(pieces: list[Pieces]) -> Evaluation:
         return evaluate.judge(scorer.items, evaluate.gather(pieces, scorer.encoded), metric)
 
-    tokens = sum(part.tokens for part in parts.values())
+    tokens = sum(part.tokens for part in ordered)
     means = {
-        name: np.sum([parts[number].sums[name] for number in sorted(parts)], axis=0) / tokens
+        name: np.sum([part.sums[name] for part in ordered], axis=0) / tokens
         for name in ("norm", "cosine", "run_cosine")
     }
-    tried = [judged(lambda part, i=i: part.trials[i]) for i in range(len(candidates))] if trials else []
-    return ScanResult(candidates, judged(lambda part: part.base), tried, **means, seconds=seconds, notes=notes)
+    tried = [judged([part.trials[i] for part in ordered]) for i in range(len(candidates))] if trials else []
+    return ScanResult(candidates, judged([part.base for part in ordered]), tried, **means, seconds=seconds, notes=notes)
 
 
 @torch.no_grad()
@@ -165,17 +180,17 @@ def _part(model: Any, batch: Batch, candidates: list[Unit], *, trials: bool, run
 
 
 def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tensor], resume: bool) -> Pieces:
-    before = whole(surgery.depth(model))
+    before = whole(decoder.depth(model))
     after = remove(before, unit)
     start = shared_prefix(before, after) if resume else 0
-    with surgery.trial(model, after, resume_from=start) as injection:
+    with trial(model, after, resume_from=start) as injection:
         if start:
             injection.hidden = stream[start]
         return evaluate.batch_pieces(model, batch)
 
 
 def _forward_keeping_stream(model: Any, batch: Batch, *, mids: bool) -> tuple[Pieces, dict[float, torch.Tensor]]:
-    """Scores of the intact model, and the residual stream: key i before block i, i + 0.5 between its halves, n at the end."""
+    """Scores of the intact model, and the residual stream: key i before block i, i + 0.5 amid it, n at the end."""
     stream: dict[float, torch.Tensor] = {}
 
     def keep(key: float) -> Callable[..., None]:
@@ -187,14 +202,14 @@ def _forward_keeping_stream(model: Any, batch: Batch, *, mids: bool) -> tuple[Pi
     def keep_output(_module: Any, _args: Any, output: Any) -> None:
         stream[depth] = output[0] if isinstance(output, tuple) else output
 
-    depth = surgery.depth(model)
+    depth = decoder.depth(model)
     with ExitStack() as hooks:
-        for i, block in enumerate(surgery.blocks(model)):
+        for i, block in enumerate(decoder.blocks(model)):
             hooks.callback(block.register_forward_pre_hook(keep(i), with_kwargs=True).remove)
-            middle = surgery.mid_block(model, i) if mids else None
+            middle = decoder.mid_block(model, i) if mids else None
             if middle is not None:
                 hooks.callback(middle.register_forward_pre_hook(keep(i + 0.5), with_kwargs=True).remove)
-        hooks.callback(surgery.blocks(model)[-1].register_forward_hook(keep_output).remove)
+        hooks.callback(decoder.blocks(model)[-1].register_forward_hook(keep_output).remove)
         return evaluate.batch_pieces(model, batch), stream
 
 
@@ -208,14 +223,14 @@ def ends(unit: Unit) -> tuple[float, float]:
 def _activations(
     stream: dict[float, torch.Tensor], batch: Batch, candidates: Sequence[Unit], run: int
 ) -> dict[str, list[float]]:
-    """Sums over unpadded tokens: norm of the stream behind each unit, cosine over the unit, cosine over a run of blocks."""
+    """Sums over unpadded tokens: norm of the stream behind each unit, cosine over the unit, cosine over a run."""
     depth = max(stream)
 
     def tokens(key: float) -> torch.Tensor | None:
         hidden = stream.get(key)
         if hidden is None:
             return None
-        hidden = hidden if hidden.dim() == 3 else hidden[0]
+        hidden = hidden[0] if hidden.dim() == 4 else hidden  # AltUp carries several streams, the first is the main one
         return hidden.reshape(-1, hidden.shape[-1])[batch.real.flatten()].float()
 
     def cosine(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
@@ -236,19 +251,22 @@ def _activations(
 @torch.no_grad()
 def _resumes_exactly(model: Any, batch: Batch) -> bool:
     """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked."""
-    depth = surgery.depth(model)
-    if not families.family(surgery.text_config(model)).resumable or depth < 2:
+    depth = decoder.depth(model)
+    if not families.family(decoder.text_config(model)).resumable or depth < 2:
         return False
     base, stream = _forward_keeping_stream(model, batch, mids=False)
-    with surgery.trial(model, whole(depth), resume_from=depth // 2) as injection:
-        injection.hidden = stream[depth // 2]
-        again = evaluate.batch_pieces(model, batch)
+    try:
+        with trial(model, whole(depth), resume_from=depth // 2) as injection:
+            injection.hidden = stream[depth // 2]
+            again = evaluate.batch_pieces(model, batch)
+    except evaluate.UNFIT:
+        return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     return all(abs(base[owner][0] - again[owner][0]) <= tolerance * max(1.0, abs(base[owner][0])) for owner in base)
 
 
 def positions(candidates: Sequence[Unit], original: Sequence[int]) -> Array:
-    """(n,) place of each candidate in the original model, in blocks; `original` maps present blocks to original indices."""
+    """(n,) place of each candidate in the original model, in blocks; `original` has each present block's index."""
     shift = {"pair": 0.5, "mlp": 0.25}
     return np.array([original[unit.index] + shift.get(unit.kind, 0.0) for unit in candidates])
 
@@ -259,7 +277,7 @@ def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence
     norms = s_norm(evidence.norm) if evidence.norm is not None else None
     rows = []
     for i, name in enumerate(names):
-        row: dict[str, Any] = {"unit": name, "importance": float(decider[i])}
+        row: dict[str, Any] = {"unit": name, "importance": float(decider[i]) if np.isfinite(decider[i]) else None}
         if result.trials:
             trial = result.trials[i]
             row |= {"value": trial.value, "stderr": trial.stderr, "loss": trial.loss}

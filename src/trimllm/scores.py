@@ -37,7 +37,7 @@ class Evidence:
     cosine: Array | None = None
     """(n,) mean cosine between the residual stream before and after the unit."""
     run_cosine: Array | None = None
-    """(n,) cosine over the contiguous run of `to_drop` blocks that starts at the unit, NaN where none fits; see `angular`."""
+    """(n,) cosine over the run of as many blocks as are still to drop that starts at the unit, NaN where none fits."""
     taylor: Array | None = None
     """(n,) sum of |weight * gradient| over the unit's parameters."""
     magnitude: Array | None = None
@@ -82,12 +82,12 @@ def loss_ablation(loss: Array) -> Array:
 
 
 def perplexity_ablation(loss: Array) -> Array:
-    """exp of the loss after deleting the unit: the same order, on the scale that papers print. Sources as for the loss."""
+    """exp of the loss after deleting the unit: the same order, on the scale that papers print. Sources: as for loss."""
     return np.exp(np.minimum(loss, 700.0))
 
 
 def taylor(first_order: Array) -> Array:
-    """Sum of |w * dL/dw| over the unit. Source: Shortened LLaMA (arXiv 2402.02834), Taylor+; LLM-Pruner (2305.11627)."""
+    """Sum of |w * dL/dw| over the unit. Source: Shortened LLaMA (arXiv 2402.02834); LLM-Pruner (arXiv 2305.11627)."""
     return first_order
 
 
@@ -112,7 +112,7 @@ def last(position: Array) -> Array:
 
 
 def alternate(position: Array, depth: int) -> Array:
-    """Every second block goes, from the top down, then the rest from the top. Source: Sajjad et al. (arXiv 2004.03844)."""
+    """Every second block goes from the top, then the rest from the top. Source: Sajjad et al. (arXiv 2004.03844)."""
     kept_longer = (np.floor(depth - 1 - position) % 2 == 0) * float(depth)
     return kept_longer - position
 

@@ -22,11 +22,7 @@ class Choice:
     importance: float
     tied: tuple[int, ...]
     """Candidates that the deciding score could not tell apart (the chosen one included)."""
-
-    @property
-    def why(self) -> str:
-        others = len(self.tied) - 1
-        return f"tied with {others} by the scan, largest norm" if others else "least important"
+    why: str
 
 
 def tolerance_points(metric: str, n: int, asked: float | None) -> float:
@@ -59,7 +55,10 @@ def choose(
     tied = _tied(values, evidence, open_, tolerance if breakers else 0.0)
     ranks = scores.importance(breakers[0], evidence) if breakers else np.zeros(len(candidates))
     index = min(tied, key=lambda i: (ranks[i], -evidence.position[i]))
-    return Choice(candidates[index], index, float(values[index]), tuple(tied))
+    others = len(tied) - 1
+    rule = "by the scan, largest norm" if breakers else "in importance, deepest"
+    why = f"tied with {others} {rule}" if others else "least important"
+    return Choice(candidates[index], index, float(values[index]), tuple(tied), why)
 
 
 def _tied(values: Array, evidence: Evidence, open_: Sequence[int], tolerance: float) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trimllm import families, surgery
+from trimllm import decoder, families
 from trimllm.layout import Layout
 
 
@@ -33,13 +33,13 @@ def freeze(
     for parameter in model.parameters():
         parameter.requires_grad_(embeddings)
         parameter.grad = None
-    whole = families.whole_only(surgery.text_config(model)) is not None
-    for place, (block, source) in enumerate(zip(surgery.blocks(model), layout, strict=True)):
+    whole = families.whole_only(decoder.text_config(model)) is not None
+    for place, (block, source) in enumerate(zip(decoder.blocks(model), layout, strict=True)):
         if whole or source.attention == source.mlp:
             block.requires_grad_(chosen is None or source.attention in chosen)
             continue
         for half in ("attention", "mlp"):
             trains = chosen is None or getattr(source, half) in chosen
-            for parameter in surgery.parameters_of(model, half, place):
+            for parameter in decoder.parameters_of(model, half, place):
                 parameter.requires_grad_(trains)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

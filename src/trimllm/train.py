@@ -66,7 +66,7 @@ def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, tru
 
 
 def text_examples(tokenizer: Any, texts: Sequence[str], length: int) -> list[Example]:
-    """Documents, each closed by EOS, packed one behind the other into rows of `length` tokens; every token is learnt."""
+    """Documents, each closed by EOS, packed one behind the other into rows of `length` tokens; all are learnt."""
     eos = tokenizer.eos_token_id
     stream: list[int] = []
     for text in texts:
@@ -191,14 +191,16 @@ def _step(
     """Backward over one optimizer step, in micro-batches; returns the mean loss per target token over all processes.
 
     Each process takes its share of the rows; dividing by the targets of all and multiplying by the number of processes
-    makes the averaged gradient the one that a single process computes.
+    makes the averaged gradient the one that a single process computes. All processes compute equally many
+    micro-batches, the last of them perhaps of a row without targets: sharded weights are gathered together.
     """
     world = accelerator.num_processes
     scale = world / sum(row.targets for row in rows)
-    mine = list(rows[accelerator.process_index :: world]) or [Example(rows[0].ids[:2], 2)]
     budget = settings.micro_batch_size or settings.batch_size
     total = torch.zeros((), device=accelerator.device)
-    parts = _micro_batches(mine, budget)
+    shares = [_micro_batches(rows[rank::world], budget) for rank in range(world)]
+    parts = shares[accelerator.process_index]
+    parts += [[Example(rows[0].ids[:2], 2)]] * (max(map(len, shares)) - len(parts))
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
@@ -209,19 +211,23 @@ def _step(
 
 
 def _micro_batches(rows: Sequence[Example], budget: int) -> list[Sequence[Example]]:
-    count = max(1, budget // max(len(row.ids) for row in rows))
+    count = max(1, budget // max((len(row.ids) for row in rows), default=1))
     return [rows[begin : begin + count] for begin in range(0, len(rows), count)]
 
 
 def _summed_loss(wrapped: Any, model: Any, rows: Sequence[Example], pad_id: int, device: torch.device) -> torch.Tensor:
-    """Sum of the cross-entropy over target tokens; logits are computed at those places only."""
-    length = max(len(row.ids) for row in rows)
+    """Sum of the cross-entropy over target tokens; logits are computed at those places only.
+
+    As in evaluation, a row's last id is only predicted, never an input.
+    """
+    length = max(len(row.ids) for row in rows) - 1
     ids = torch.full((len(rows), length), pad_id)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
-    where, targets = [], []
+    where: list[int] = []
+    targets: list[int] = []
     for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        mask[number, : len(row.ids)] = 1
+        ids[number, : len(row.ids) - 1] = torch.tensor(row.ids[:-1])
+        mask[number, : len(row.ids) - 1] = 1
         where += range(number * length + row.start - 1, number * length + len(row.ids) - 1)
         targets += row.ids[row.start :]
     if not where:

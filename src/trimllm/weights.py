@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import evaluate, surgery
+from trimllm import decoder, evaluate
 from trimllm.evaluate import Scorer
 from trimllm.layout import Unit
 from trimllm.scores import Array
@@ -18,10 +18,10 @@ def parameters(model: Any, unit: Unit) -> Iterable[torch.nn.Parameter]:
     """The parameters that leave with the unit."""
     i = unit.index
     if unit.kind == "block":
-        return list(surgery.blocks(model)[i].parameters())
+        return list(decoder.blocks(model)[i].parameters())
     if unit.kind == "pair":
-        return [*surgery.parameters_of(model, "mlp", i), *surgery.parameters_of(model, "attention", i + 1)]
-    return list(surgery.parameters_of(model, unit.kind, i))
+        return [*decoder.parameters_of(model, "mlp", i), *decoder.parameters_of(model, "attention", i + 1)]
+    return list(decoder.parameters_of(model, unit.kind, i))
 
 
 @torch.no_grad()
@@ -31,9 +31,12 @@ def magnitude(model: Any, candidates: Sequence[Unit]) -> Array:
 
 
 def taylor(model: Any, scorer: Scorer, candidates: Sequence[Unit]) -> Array:
-    """(n,) sum of |weight * dL/dw|, L the mean loss of the right continuations' tokens over all of the scorer's items."""
+    """(n,) sum of |weight * dL/dw|, L the mean loss per token of the right continuations of all the scorer's items.
+
+    The model's gradients, `requires_grad` flags and mode are afterwards what they were.
+    """
     answers = [item.answer for item in scorer.items]
-    flags = {p: p.requires_grad for p in model.parameters()}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     was_training = model.training
     model.eval().requires_grad_(True)
     model.zero_grad(set_to_none=True)
@@ -58,7 +61,7 @@ def taylor(model: Any, scorer: Scorer, candidates: Sequence[Unit]) -> Array:
                 ]
             )
     finally:
-        model.zero_grad(set_to_none=True)
-        for parameter, flag in flags.items():
+        for parameter, flag, gradient in before:
             parameter.requires_grad_(flag)
+            parameter.grad = gradient
         model.train(was_training)

@@ -1,0 +1,56 @@
+"""Shared by the tests: a tokenizer of 64 ids for the tiny models of `tiny.py`, and items in its alphabet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from trimllm.tasks.items import Item
+
+TEXT = "the cat sat on the mat. a dog ran to the cat; the man had no hat? yes or no: maybe yes."
+
+
+def make_tokenizer(template: str = "$A") -> Any:
+    """Byte-level BPE of at most 64 ids, with the special ids of `tiny.py`; `template` says what surrounds a text."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = ["Ġ" if letter == " " else letter for letter in "abcdefghijklmnopqrstuvwxyz .;:?"]
+    trainer = trainers.BpeTrainer(vocab_size=64, special_tokens=special, initial_alphabet=alphabet)
+    raw.train_from_iterator([TEXT], trainer)
+    ids = [(token, number) for number, token in enumerate(special)]
+    raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[Item]:
+    """Choices of different lengths, one of a single token, duplicates, and prompts of different lengths."""
+    rows = [
+        ("the cat sat on", (" the mat", " a dog", " no", " yes or maybe")),
+        ("a dog", (" ran to the hat", " ran", " ran to the hat")),
+        ("the man had no hat? question: yes or no:", (" yes", " no")),
+        ("q:", (" mat mat mat", " cat")),
+        ("the dog had the cat and the mat:", (" qzx", " so it was", " the", " a cat", " on")),
+        ("no", (" a", " the man")),
+    ]
+    return [
+        Item(f"rows:{n}", prompt, choices, n % len(choices), tuple(len(choice) - 1 for choice in choices))
+        for n, (prompt, choices) in enumerate(rows, start=1)
+    ]
+
+
+@pytest.fixture(scope="session")
+def targets() -> list[Item]:
+    """Generation items: one target each."""
+    rows = [("say:", " the cat"), ("the cat sat on", " a mat. yes"), ("no hat?", " no"), ("a", " dog ran to the man")]
+    return [Item(f"rows:{n}", prompt, (target,)) for n, (prompt, target) in enumerate(rows, start=1)]

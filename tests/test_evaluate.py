@@ -1,0 +1,281 @@
+"""Every way of scoring gives what a naive forward per continuation gives; the metrics have their known values."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+
+from trimllm import encoding, evaluate
+from trimllm.encoding import encode_pair
+from trimllm.errors import InputError, TrimError
+from trimllm.evaluate import Scorer, Scores, generate, judge, score_items
+from trimllm.tasks.items import Item
+
+WIDE = {"sliding_window": 48}
+
+
+@pytest.fixture
+def wide_gemma2(monkeypatch):
+    monkeypatch.setitem(tiny.CONFIGS, "gemma2-wide", tiny.CONFIGS["gemma2"] | WIDE)
+    return "gemma2-wide"
+
+
+def assert_close(table, expected, tolerance=1e-4):
+    assert [len(row) for row in table] == [len(row) for row in expected]
+    worst = max(abs(a - b) for row, other in zip(table, expected, strict=True) for a, b in zip(row, other, strict=True))
+    assert worst < tolerance
+
+
+@pytest.mark.parametrize(
+    ("family", "shares"),
+    [
+        ("llama", True),
+        ("gpt2", True),
+        ("opt", True),
+        ("gpt_neox", True),
+        ("qwen2", True),
+        ("olmo2", True),
+        ("gemma2-wide", True),
+        ("gemma2", False),
+        ("qwen2-sliding", False),
+        ("bloom", False),
+        ("mamba", False),
+    ],
+)
+def test_shared_prompts_and_single_rows_equal_a_naive_forward(family, shares, tokenizer, questions, wide_gemma2):
+    model = tiny.build(family, depth=3)
+    expected = reference.logliks(model, tokenizer, questions)
+    scorer = Scorer(model, tokenizer, questions, token_budget=100)
+    assert scorer.branches is shares
+    assert (scorer.note is None) is shares
+    if not shares:
+        assert "one by one" in scorer.note
+    assert_close(scorer.score(model).loglik, expected)
+    single = Scorer(model, tokenizer, questions, token_budget=70, branches=False).score(model)
+    assert_close(single.loglik, expected)
+
+
+def test_wrong_branching_would_show(tokenizer, questions):
+    """The tolerance above is not vacuous: where branches are not exact, forcing them gives other numbers."""
+    model = tiny.build("gemma2", depth=3)
+    forced = Scorer(model, tokenizer, questions, branches=True).score(model).loglik
+    expected = reference.logliks(model, tokenizer, questions)
+    with pytest.raises(AssertionError):
+        assert_close(forced, expected, 0.01)
+
+
+@pytest.mark.parametrize("family", ["qwen2-sliding", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_that_binds_forbids_shared_prompts_however_coarse_the_dtype(family, dtype, tokenizer, questions):
+    scorer = Scorer(tiny.build(family, depth=3).to(dtype), tokenizer, questions)
+    assert scorer.branches is False
+    assert "attention window of 4 tokens" in scorer.note
+
+
+@pytest.mark.parametrize("family", ["qwen2-sliding", "gemma2"])
+def test_a_window_that_nobody_declared_is_noticed_on_the_data(family, tokenizer, questions, monkeypatch):
+    monkeypatch.setattr(encoding, "attention_window", lambda config: None)
+    model = tiny.build(family, depth=3)
+    scorer = Scorer(model, tokenizer, questions)
+    assert scorer.branches is False
+    assert "not exact" in scorer.note
+    assert_close(scorer.score(model).loglik, reference.logliks(model, tokenizer, questions))
+
+
+def test_a_window_longer_than_every_row_does_not_forbid_shared_prompts(tokenizer, questions, monkeypatch):
+    reach = max(
+        len(encode_pair(tokenizer, item.prompt, text)[0]) + len(encode_pair(tokenizer, item.prompt, text)[1]) - 1
+        for item in questions
+        for text in item.continuations
+    )
+    for window, shares in ((reach, True), (reach - 1, False)):
+        monkeypatch.setitem(tiny.CONFIGS, "mistral-window", tiny.CONFIGS["mistral"] | {"sliding_window": window})
+        model = tiny.build("mistral-window", depth=2)
+        scorer = Scorer(model, tokenizer, questions)
+        assert scorer.branches is shares
+        assert_close(scorer.score(model).loglik, reference.logliks(model, tokenizer, questions))
+
+
+def test_questions_too_long_to_stand_in_one_row_are_scored_one_by_one(tokenizer):
+    model = tiny.build("gpt2", depth=2)
+    item = Item("r:1", "the cat", tuple(" qzxv" * 3 + tail for tail in (" a", " b", " c", " d", " e", " f")))
+    scorer = Scorer(model, tokenizer, [item])
+    assert scorer.branches is False
+    assert "exceed the context" in scorer.note
+    assert_close(scorer.score(model).loglik, reference.logliks(model, tokenizer, [item]))
+
+
+def test_dropout_neither_hides_shared_prompts_nor_is_left_off(tokenizer, questions):
+    model = tiny.build("gpt2", depth=2).train()
+    scorer = Scorer(model, tokenizer, questions)
+    assert scorer.branches is True
+    assert model.training
+    table = scorer.score(model).loglik
+    assert model.training
+    assert_close(table, reference.logliks(model.eval(), tokenizer, questions))
+
+
+def test_batch_size_changes_nothing(tokenizer, questions):
+    model = tiny.build("llama", depth=2)
+    tables = [score_items(model, tokenizer, questions, token_budget=budget) for budget in (1, 64, 4096)]
+    assert_close(tables[0], tables[1], 1e-5)
+    assert_close(tables[0], tables[2], 1e-5)
+
+
+def test_tokens_and_greedy_are_those_of_the_naive_forward(tokenizer, questions):
+    model = tiny.build("llama", depth=2)
+    greedy = []
+    for item in questions:
+        prompt = encode_pair(tokenizer, item.prompt, " x")[0]
+        tail = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=1, do_sample=False)[0, len(prompt) :]
+        greedy.append(Item(item.place, item.prompt, (tokenizer.decode(tail), " the", *item.continuations)))
+    scores = Scorer(model, tokenizer, greedy).score(model)
+    expected = [
+        [reference.token_logprobs(model, *encode_pair(tokenizer, item.prompt, text)) for text in item.continuations]
+        for item in greedy
+    ]
+    assert [list(row) for row in scores.greedy] == [[hit for _, hit in row] for row in expected]
+    assert [list(row) for row in scores.tokens] == [[len(logprobs) for logprobs, _ in row] for row in expected]
+    assert any(any(row) for row in scores.greedy)
+    assert not all(all(row) for row in scores.greedy)
+
+
+@pytest.mark.parametrize("budget", [8, 24, 1000])
+def test_windows_of_a_document_are_added_up_whatever_batch_they_are_in(tokenizer, budget):
+    model = tiny.build("llama", depth=2)
+    items = [Item("doc:1", "", ("the cat sat on the mat. a dog ran to the cat; yes",)), Item("doc:2", "", ("no hat",))]
+    scorer = Scorer(model, tokenizer, items, max_length=8, token_budget=budget)
+    assert len(scorer.encoded) > 3
+    scores = scorer.score(model)
+    for number, item in enumerate(items):
+        ids = tokenizer(item.target)["input_ids"]
+        total, before = 0.0, 1
+        for begin in range(0, len(ids), 8):
+            window = ids[begin : begin + 8]
+            total += float(reference.token_logprobs(model, [before], window)[0].sum())
+            before = window[-1]
+        assert scores.loglik[number][0] == pytest.approx(total, abs=1e-4)
+        assert scores.tokens[number] == (len(ids),)
+
+
+def test_generation_items_give_the_mean_token_likelihood(tokenizer, targets):
+    model = tiny.build("llama", depth=2)
+    parts = [reference.token_logprobs(model, *encode_pair(tokenizer, one.prompt, one.target))[0] for one in targets]
+    loss = -float(torch.cat(parts).mean())
+    result = evaluate.evaluate(model, tokenizer, targets, "likelihood")
+    assert result.loss == pytest.approx(loss, abs=1e-5)
+    assert result.value == pytest.approx(100 * math.exp(-loss), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_two_processes_give_what_one_gives(tokenizer, questions):
+    model = tiny.build("llama", depth=2)
+    alone = Scorer(model, tokenizer, questions, token_budget=40).score(model)
+
+    def work(share):
+        own = copy.deepcopy(model)
+        return Scorer(own, tokenizer, questions, token_budget=40).score(own, share)
+
+    assert reference.in_ranks(2, work) == [alone, alone]
+
+
+def test_a_damaged_model_is_an_error(tokenizer, questions):
+    model = tiny.build("llama", depth=2)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(TrimError, match="not finite"):
+        score_items(model, tokenizer, questions)
+
+
+def test_nothing_to_evaluate_is_an_error(tokenizer):
+    with pytest.raises(InputError, match="no rows"):
+        Scorer(tiny.build("llama", depth=1), tokenizer, [])
+
+
+def scores_of(loglik, tokens=None, greedy=None):
+    loglik = tuple(tuple(map(float, row)) for row in loglik)
+    tokens = tokens or tuple(tuple(1 for _ in row) for row in loglik)
+    return Scores(loglik, tokens, greedy or tuple(tuple(False for _ in row) for row in loglik))
+
+
+def choice_items(answers, lengths):
+    return [Item(f"r:{n}", "q", (" a", " b"), answer, lengths) for n, answer in enumerate(answers)]
+
+
+def test_acc_takes_the_highest_sum_and_acc_norm_the_highest_per_character():
+    items = choice_items([0, 1, 1, 1], (2, 10))
+    scores = scores_of([(-4, -10), (-4, -10), (-1, -30), (-9, -2)])
+    acc, norm = (judge(items, scores, metric) for metric in ("acc", "acc_norm"))
+    assert acc.acc == norm.acc == acc.value == 50.0
+    assert acc.acc_norm == norm.acc_norm == norm.value == 50.0
+    assert acc.correct == (True, False, False, True)
+    assert norm.correct == (False, True, False, True)
+    assert acc.stderr == pytest.approx(100 * math.sqrt(0.25 / 3))
+    assert acc.loss == pytest.approx((4 + 10 + 30 + 2) / 4)
+    assert acc.n == 4
+
+
+def test_acc_norm_without_given_lengths_counts_the_characters_of_the_choices():
+    items = [Item("r:1", "q", (" ab", " abcdefghij"), 1)]
+    assert judge(items, scores_of([(-4, -10)]), "acc_norm").value == 100.0
+    assert judge(items, scores_of([(-4, -21)]), "acc_norm").value == 0.0
+
+
+def test_equal_choices_go_to_the_first():
+    assert judge(choice_items([0, 1], (1, 1)), scores_of([(-3, -3), (-3, -3)]), "acc").correct == (True, False)
+
+
+def test_likelihood_is_the_geometric_mean_probability_with_the_delta_methods_error():
+    items = [Item(f"r:{n}", "q", (" a",)) for n in range(3)]
+    scores = scores_of([(-2,), (-6,), (-1,)], tokens=((1,), (4,), (2,)), greedy=((True,), (False,), (False,)))
+    result = judge(items, scores, "likelihood")
+    loss = 9 / 7
+    assert result.loss == pytest.approx(loss)
+    assert result.value == pytest.approx(100 * math.exp(-loss))
+    residuals = np.array([-2 + loss, -6 + 4 * loss, -1 + 2 * loss])
+    assert result.stderr == pytest.approx(result.value * math.sqrt((residuals**2).sum()) / 7)
+    assert result.greedy == pytest.approx(100 / 3)
+    assert result.correct == ()
+    assert "perplexity" in str(result)
+    assert result.summary()["perplexity"] == pytest.approx(math.exp(loss))
+
+
+def test_a_metric_that_does_not_fit_is_an_error():
+    one = [Item("r:1", "q", (" a",))]
+    with pytest.raises(InputError, match="use likelihood"):
+        judge(one, scores_of([(-1,)]), "acc")
+    with pytest.raises(InputError, match="unknown metric 'f1'"):
+        judge(one, scores_of([(-1,)]), "f1")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generation_in_batches_equals_generation_alone(family, tokenizer, questions):
+    model = tiny.build(family, depth=2).train()
+    together = generate(model, tokenizer, questions, max_new_tokens=5, batch_size=4)
+    assert model.training
+    model.eval()
+    for item, answer in zip(questions, together, strict=True):
+        ids = encode_pair(tokenizer, item.prompt, " x")[0]
+        for _ in range(5):
+            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+            if ids[-1] == 2:
+                break
+        tail = ids[len(encode_pair(tokenizer, item.prompt, " x")[0]) :]
+        assert answer == tokenizer.decode(tail, skip_special_tokens=True).strip()
+
+
+def test_generation_cuts_prompts_from_the_left_and_refuses_to_cut_all(tokenizer):
+    model = tiny.build("gpt2", depth=1)
+    ids = encode_pair(tokenizer, "qzx" * 30, " x")[0]
+    assert len(ids) > 64
+    (answer,) = generate(model, tokenizer, [Item("r:1", "qzx" * 30, (" a",))], max_new_tokens=1)
+    last = int(model(input_ids=torch.tensor([ids[-63:]])).logits[0, -1].argmax())
+    assert answer == tokenizer.decode([last], skip_special_tokens=True).strip()
+    with pytest.raises(InputError, match="fill the context of 64"):
+        generate(model, tokenizer, [Item("r:1", "q", (" a",))], max_new_tokens=64)

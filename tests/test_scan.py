@@ -1,0 +1,298 @@
+"""The fast scan gives what the slow one gives: copy the model, take the unit out, score everything anew."""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+
+from trimllm import decoder, evaluate, families, scan
+from trimllm.encoding import rows
+from trimllm.errors import InputError
+from trimllm.evaluate import Scorer
+from trimllm.layout import Unit, units, whole
+from trimllm.scan import Part, positions, table
+
+DEPTH = 4
+CASES = [
+    ("llama", "pair", True, True),
+    ("llama", "sublayer", True, True),
+    ("gpt2", "pair", True, True),
+    ("gpt2", "sublayer", True, True),
+    ("gemma2", "pair", False, True),
+    ("gemma2", "sublayer", False, True),
+    ("olmo2", "pair", True, True),
+    ("olmo2", "sublayer", True, True),
+    ("opt", "pair", True, True),
+    ("gpt_neox", "block", True, True),
+    ("bloom", "pair", False, True),
+    ("mamba", "block", False, False),
+]
+
+
+def run(model, tokenizer, items, unit="block", metric="acc", budget=60, **settings):
+    """A scan, with the log-likelihoods of every trial: (result, intact table, one table per candidate)."""
+    parts = {}
+    scorer = Scorer(model, tokenizer, items, token_budget=budget, branches=settings.pop("branches", None))
+    settings.setdefault("on_part", lambda number, part: parts.__setitem__(number, part))
+    result = scan.scan(model, scorer, metric, unit, **settings)
+    tables = [
+        evaluate.gather([parts[n].trials[i] for n in parts], scorer.encoded).loglik
+        for i in range(len(result.candidates) if result.trials and parts else 0)
+    ]
+    return result, tables
+
+
+@pytest.mark.parametrize(("family", "unit", "branches", "resumes"), CASES)
+def test_every_candidate_scores_as_if_really_deleted(family, unit, branches, resumes, tokenizer, questions):
+    model = tiny.build(family, DEPTH)
+    result, tables = run(model, tokenizer, questions, unit)
+    assert result.candidates == units(unit, whole(DEPTH))
+    assert ("one by one" not in " ".join(result.notes)) is branches
+    assert ("cannot be resumed" not in " ".join(result.notes)) is resumes
+    intact = reference.logliks(model, tokenizer, questions)
+    assert result.base.correct == reference.correct(intact, questions)
+    for candidate, trial, found in zip(result.candidates, result.trials, tables, strict=True):
+        expected = reference.logliks(reference.deleted(model, candidate), tokenizer, questions)
+        for row, other in zip(found, expected, strict=True):
+            assert row == pytest.approx(other, abs=1e-4), candidate
+        assert trial.correct == reference.correct(expected, questions), candidate
+        assert trial.value == pytest.approx(100 * np.mean(trial.correct))
+        assert found != intact
+        right = -sum(row[item.answer] for row, item in zip(expected, questions, strict=True))
+        assert trial.loss == pytest.approx(right / _right_tokens(tokenizer, questions), abs=1e-4)
+
+
+def _right_tokens(tokenizer, items):
+    return sum(len(evaluate.encoding.encode_pair(tokenizer, item.prompt, item.target)[1]) for item in items)
+
+
+def test_generation_items_scan_by_likelihood(tokenizer, targets):
+    model = tiny.build("llama", DEPTH)
+    result, _ = run(model, tokenizer, targets, metric="likelihood")
+    for candidate, trial in zip(result.candidates, result.trials, strict=True):
+        lost = sum(row[0] for row in reference.logliks(reference.deleted(model, candidate), tokenizer, targets))
+        assert trial.value == pytest.approx(100 * np.exp(lost / _right_tokens(tokenizer, targets)), rel=1e-4)
+
+
+def test_layers_that_others_need_are_no_candidates_and_the_rest_is_scanned(tokenizer, questions):
+    model = tiny.build("gemma4_text", DEPTH)
+    result, tables = run(model, tokenizer, questions)
+    assert 0 < len(result.candidates) < DEPTH
+    refused = [i for i in range(DEPTH) if Unit("block", i) not in result.candidates]
+    for index in refused:
+        assert any(note.startswith(f"block {index} must stay: ") for note in result.notes)
+    assert any("cannot be resumed" in note for note in result.notes)
+    for candidate, found in zip(result.candidates, tables, strict=True):
+        expected = reference.logliks(reference.deleted(model, candidate), tokenizer, questions)
+        for row, other in zip(found, expected, strict=True):
+            assert row == pytest.approx(other, abs=1e-4)
+
+
+def test_a_family_without_halves_or_without_cuts_is_refused_with_the_reason(tokenizer, questions):
+    with pytest.raises(InputError, match="run in parallel"):
+        run(tiny.build("gpt_neox", DEPTH), tokenizer, questions, "pair")
+    with pytest.raises(InputError, match="linear attention decays"):
+        run(tiny.build("minimax", DEPTH), tokenizer, questions)
+
+
+def test_a_resumed_forward_that_gives_other_numbers_is_not_used(tokenizer, questions, monkeypatch):
+    model = tiny.build("llama", DEPTH)
+    true_pieces, calls = evaluate.batch_pieces, []
+
+    def second_differs(model, batch):
+        pieces = true_pieces(model, batch)
+        calls.append(1)
+        shift = 0.1 if len(calls) == 2 else 0.0
+        return {owner: (loglik + shift, *rest) for owner, (loglik, *rest) in pieces.items()}
+
+    scorer = Scorer(model, tokenizer, questions)
+    monkeypatch.setattr(evaluate, "batch_pieces", second_differs)
+    result = scan.scan(model, scorer, "acc")
+    assert any("cannot be resumed" in note for note in result.notes)
+
+
+def test_a_forward_that_does_not_resume_exactly_is_noticed_and_not_used(tokenizer, questions, monkeypatch):
+    """gemma3n's later layers reuse keys of earlier ones; say that it resumes, and the check must find out."""
+    model = tiny.build("gemma3n_text", DEPTH)
+    row = replace(families.family(decoder.text_config(model)), resumable=True)
+    monkeypatch.setitem(families.FAMILIES, "gemma3n_text", row)
+    try:
+        result, tables = run(model, tokenizer, questions)
+    except Exception as error:
+        pytest.fail(f"the check must fall back, not raise {error!r}")
+    for candidate, found in zip(result.candidates, tables, strict=True):
+        expected = reference.logliks(reference.deleted(model, candidate), tokenizer, questions)
+        for one, other in zip(found, expected, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+    assert any("cannot be resumed" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(("family", "unit"), [("llama", "sublayer"), ("gpt2", "pair"), ("gemma3n_text", "block")])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_bit_for_bit_what_it_was(family, unit, training, tokenizer, questions):
+    model = tiny.build(family, DEPTH).train(training)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [
+        (name, id(module), len(module._forward_hooks), len(module._forward_pre_hooks), module.training)
+        for name, module in model.named_modules()
+    ]
+    config = copy.deepcopy(model.config.to_dict())
+    run(model, tokenizer, questions, unit)
+    assert model.config.to_dict() == config
+    assert modules == [
+        (name, id(module), len(module._forward_hooks), len(module._forward_pre_hooks), module.training)
+        for name, module in model.named_modules()
+    ]
+    state = model.state_dict()
+    assert list(state) == list(weights)
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def naive_activations(model, scorer):
+    """Mean norm behind each block and mean cosine over it: row by row, unpadded, over all positions of all rows."""
+    streams = [reference.stream(model, row.ids) for row in rows(scorer.encoded, branches=False)]
+    joined = [torch.cat([one[key] for one in streams]).double() for key in range(DEPTH + 1)]
+    norms = [float(joined[i + 1].norm(dim=-1).mean()) for i in range(DEPTH)]
+    cosine = lambda a, b: float(torch.nn.functional.cosine_similarity(joined[a], joined[b], dim=-1).mean())  # noqa: E731
+    return norms, [cosine(i, i + 1) for i in range(DEPTH)], [cosine(i, i + 2) for i in range(DEPTH - 1)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("budget", [1, 40, 4096])
+def test_activations_are_means_over_the_real_tokens_of_all_samples(family, budget, tokenizer, questions):
+    model = tiny.build(family, DEPTH)
+    scorer = Scorer(model, tokenizer, questions, branches=False)
+    norms, cosines, runs = naive_activations(model, scorer)
+    result, _ = run(model, tokenizer, questions, trials=False, run=2, budget=budget, branches=False)
+    assert result.trials == []
+    assert result.norm == pytest.approx(norms, rel=1e-5)
+    assert result.cosine == pytest.approx(cosines, abs=1e-5)
+    assert result.run_cosine[:-1] == pytest.approx(runs, abs=1e-5)
+    assert np.isnan(result.run_cosine[-1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_activations_of_halves_and_pairs_are_read_between_the_halves(family, tokenizer, questions):
+    model = tiny.build(family, DEPTH)
+    halves = [run(model, tokenizer, questions, unit, trials=False)[0] for unit in ("sublayer", "pair", "block")]
+    sublayer, pair, block = halves
+    assert sublayer.norm[1::2] == pytest.approx(block.norm, rel=1e-6)
+    assert pair.norm[::2] == pytest.approx(block.norm, rel=1e-6)
+    assert pair.norm[1::2] == pytest.approx(sublayer.norm[2::2], rel=1e-6)
+    mids = []
+    for i in range(DEPTH):
+        twin = reference.deleted(model, Unit("mlp", i)) if family != "opt" else _without_fc2(model, i)
+        mids.append(run(twin, tokenizer, questions, trials=False)[0].norm[i])
+    assert sublayer.norm[::2] == pytest.approx(mids, rel=1e-5)
+
+
+def _without_fc2(model, i):
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in decoder.blocks(twin)[i].fc2.parameters():
+            parameter.zero_()
+    return twin
+
+
+def counting(model):
+    """Counts block forwards in the list it yields."""
+    counts = [0]
+
+    def count(*_):
+        counts[0] += 1
+
+    stack = ExitStack()
+    for block in decoder.blocks(model):
+        stack.callback(block.register_forward_pre_hook(count).remove)
+    return stack, counts
+
+
+def test_a_batch_costs_each_block_once_and_each_candidate_only_what_lies_behind_it(tokenizer, questions):
+    model = tiny.build("llama", 6)
+    scorer = Scorer(model, tokenizer, questions, token_budget=30)
+    batches = len(scorer.batches)
+    assert batches > 2
+    stack, counts = counting(model)
+    with stack:
+        scan.scan(model, scorer, "acc")
+    check = 6 + 3
+    assert counts[0] == batches * (6 + 6 * 5 // 2) + check
+
+
+def test_finished_parts_are_not_computed_again_and_give_the_same_result(tokenizer, questions):
+    model = tiny.build("llama", DEPTH)
+    scorer = Scorer(model, tokenizer, questions, token_budget=60)
+    lines, steps = {}, []
+    full = scan.scan(
+        model,
+        scorer,
+        "acc",
+        "pair",
+        on_part=lambda number, part: lines.__setitem__(number, json.dumps(part.dump())),
+        progress=lambda done, of: steps.append((done, of)),
+    )
+    count = len(scorer.batches)
+    assert steps == [(n, count) for n in range(1, count + 1)]
+    done = {number: Part.load(json.loads(line)) for number, line in lines.items()}
+    stack, counts = counting(model)
+    fresh = []
+    with stack:
+        for known in (done, {n: part for n, part in done.items() if n != 1}):
+            before = counts[0]
+            again = scan.scan(model, scorer, "acc", "pair", finished=known, on_part=lambda n, part: fresh.append(n))
+            check, batch = DEPTH + DEPTH // 2, DEPTH + sum(DEPTH - 1 - i for i in range(DEPTH)) + _pair_work()
+            assert counts[0] - before == check + (count - len(known)) * batch
+            assert again.trials == full.trials
+            assert again.base == full.base
+            for name in ("norm", "cosine", "run_cosine"):
+                np.testing.assert_array_equal(getattr(again, name), getattr(full, name))
+    assert fresh == [1]
+
+
+def _pair_work():
+    """Blocks that shifted pairs compute: from the merged block on."""
+    return sum(DEPTH - 1 - i for i in range(DEPTH - 1))
+
+
+def test_two_processes_share_the_batches_and_learn_the_same(tokenizer, questions):
+    model = tiny.build("llama", DEPTH)
+    alone, _ = run(model, tokenizer, questions, "pair")
+
+    def work(share):
+        parts = []
+        own = copy.deepcopy(model)
+        result, _ = run(own, tokenizer, questions, "pair", share=share, on_part=lambda n, part: parts.append(n))
+        return result, parts
+
+    for result, parts in reference.in_ranks(2, work):
+        assert result.trials == alone.trials
+        assert result.base == alone.base
+        np.testing.assert_array_equal(result.norm, alone.norm)
+        assert parts == list(range(len(Scorer(model, tokenizer, questions, token_budget=60).batches)))
+
+
+def test_positions_are_places_in_the_original_model():
+    candidates = [Unit("block", 0), Unit("pair", 1), Unit("mlp", 2), Unit("attention", 2)]
+    assert positions(candidates, [0, 3, 7]).tolist() == [0.0, 3.5, 7.25, 7.0]
+
+
+def test_the_table_is_json_that_every_reader_takes(tokenizer, questions):
+    model = tiny.build("llama", DEPTH)
+    result, _ = run(model, tokenizer, questions, run=2)
+    evidence = result.evidence(positions(result.candidates, range(DEPTH)), DEPTH)
+    names = [str(unit) for unit in result.candidates]
+    for strategy in ("scan+norm", "angular"):
+        made = json.loads(json.dumps(table(result, evidence, strategy, names), allow_nan=False))
+        assert [row["unit"] for row in made["units"]] == names
+        assert made["strategy"] == strategy
+    assert made["units"][-1]["importance"] is None
+    assert made["units"][0]["value"] == result.trials[0].value

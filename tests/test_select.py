@@ -1,0 +1,103 @@
+"""Which unit goes: ties, protection, and the reasons that are given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trimllm.errors import InputError
+from trimllm.layout import Block, Unit, units, whole
+from trimllm.scores import Evidence
+from trimllm.select import choose, droppable, most_important, protected, tolerance_points, touches
+
+BLOCKS = units("block", whole(5))
+
+
+def evidence(accuracy, norm=None):
+    values = np.array(accuracy, dtype=float)
+    norms = None if norm is None else np.array(norm, dtype=float)
+    return Evidence(depth=len(values), position=np.arange(float(len(values))), accuracy=values, norm=norms)
+
+
+def test_the_highest_accuracy_after_deletion_goes():
+    choice = choose(BLOCKS, evidence([70, 80, 60, 75, 79], [9, 1, 9, 9, 9]))
+    assert (choice.unit, choice.index, choice.tied) == (Unit("block", 1), 1, (1,))
+    assert choice.why == "least important"
+    assert choice.importance == pytest.approx(20 / (1.0001 + 1.01 * 80))
+
+
+def test_within_the_tolerance_the_largest_norm_goes():
+    known = evidence([70, 80, 78, 78.1, 77.9], [9, 1, 3, 2, 8])
+    assert choose(BLOCKS, known, tolerance=2).index == 2
+    assert choose(BLOCKS, known, tolerance=2).tied == (1, 2, 3)
+    assert choose(BLOCKS, known, tolerance=2).why == "tied with 2 by the scan, largest norm"
+    assert choose(BLOCKS, known, tolerance=2.2).index == 4
+    assert choose(BLOCKS, known, tolerance=0).index == 1
+
+
+def test_one_question_of_tolerance_is_not_lost_to_rounding():
+    for n in range(2, 60):
+        for right in range(1, n + 1):
+            known = evidence([100 * right / n, 100 * (right - 1) / n, 100 * (right - 2) / n], [1, 2, 9])
+            assert choose(BLOCKS[:3], known, tolerance=tolerance_points("acc", n, None)).tied == (0, 1), (n, right)
+
+
+def test_without_a_tie_breaker_the_tolerance_is_not_used_and_equals_go_to_the_deeper():
+    known = evidence([80, 79.9, 80, 60, 70], [9, 99, 1, 1, 1])
+    choice = choose(BLOCKS, known, "scan", tolerance=5)
+    assert (choice.index, choice.tied) == (2, (0, 2))
+    assert choice.why == "tied with 1 in importance, deepest"
+
+
+def test_equal_norms_go_to_the_deeper():
+    assert choose(BLOCKS, evidence([80, 80, 80, 60, 70], [5, 5, 4, 9, 9])).index == 1
+
+
+def test_only_allowed_candidates_count_even_for_the_ties():
+    known = evidence([99, 80, 79.5, 70, 60], [1, 2, 3, 4, 5])
+    choice = choose(BLOCKS, known, tolerance=1, allowed={1, 2, 3})
+    assert (choice.index, choice.tied) == (2, (1, 2))
+
+
+def test_no_candidate_left_is_an_error():
+    with pytest.raises(InputError, match="every remaining layer is protected"):
+        choose(BLOCKS, evidence([1, 2, 3, 4, 5], [1] * 5), allowed=[])
+
+
+def test_default_tolerance_is_one_question_and_none_for_likelihoods():
+    assert tolerance_points("acc", 50, None) == 2.0
+    assert tolerance_points("acc_norm", 200, None) == 0.5
+    assert tolerance_points("likelihood", 50, None) == 0.0
+    assert tolerance_points("likelihood", 50, 0.3) == 0.3
+    assert tolerance_points("acc", 50, 0.0) == 0.0
+
+
+def test_protected_layers_count_from_both_ends():
+    assert protected([0, -1, 3], 8) == {0, 3, 7}
+    for wrong in (8, -9):
+        with pytest.raises(InputError, match=rf"--protect {wrong}: the model has layers 0 to 7"):
+            protected([wrong], 8)
+
+
+def test_pairs_that_touch_a_protected_block_stay():
+    candidates = units("pair", whole(4))
+    left = [candidates[i] for i in droppable(candidates, whole(4), {2})]
+    assert left == [Unit("block", 0), Unit("pair", 0), Unit("block", 1), Unit("block", 3)]
+
+
+def test_protection_follows_original_blocks_through_repacked_ones():
+    layout = (Block(0, 1), Block(2, 2), Block(4, 5))
+    candidates = units("pair", layout)
+    assert [touches(unit, layout) for unit in candidates] == [{0, 1}, {1, 2}, {2}, {2, 4}, {4, 5}]
+    assert [candidates[i] for i in droppable(candidates, layout, {1})] == [
+        Unit("block", 1),
+        Unit("pair", 1),
+        Unit("block", 2),
+    ]
+    assert touches(Unit("attention", 2), layout) == {4}
+    assert touches(Unit("mlp", 2), layout) == {5}
+
+
+def test_the_most_important_are_named_in_order_ties_to_the_shallower():
+    assert most_important(np.array([1.0, 5, 3, 5, 3]), 3) == [1, 2, 3]
+    assert most_important(np.array([1.0, 2]), 0) == []

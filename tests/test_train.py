@@ -1,0 +1,408 @@
+"""A stage of training equals plain PyTorch written out, and touches nothing that is frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+
+from trimllm import sparse, surgery, train
+from trimllm.config import TrainSettings
+from trimllm.errors import InputError, TrimError
+from trimllm.layout import Block, whole
+from trimllm.tasks.items import Item
+from trimllm.train import Example, check, steps, task_examples, text_examples, train_stage
+
+TEXTS = ["the cat sat on the mat. a dog ran", "no hat", "yes or no: maybe yes. the man had a dog; the dog had a hat"]
+
+
+@pytest.fixture
+def settings():
+    return TrainSettings(lr=1e-2, batch_size=40, text_ratio=1.0)
+
+
+@pytest.fixture
+def task(tokenizer, questions):
+    return task_examples(tokenizer, questions, 64)
+
+
+@pytest.fixture
+def text(tokenizer):
+    return text_examples(tokenizer, TEXTS, 12)
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """AdamW divides by the gradient's size: where that is rounding noise, so is the step, unless eps is large."""
+    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=0.1))
+
+
+def stage(model, parameters, plan, settings, seed=0, **more):
+    return train_stage(model, parameters, plan, settings, Accelerator(cpu=True), seed=seed, **more)
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def apart(one, other):
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def naive_loss(model, rows):
+    """Mean over all target tokens of the step, row by row, over all logits."""
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        labels = ids.clone()
+        labels[0, : row.start] = -100
+        logits = model(input_ids=ids, use_cache=False).logits
+        total = total + torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+    return total / sum(len(row.ids) - row.start for row in rows)
+
+
+def naive_stage(model, parameters, plan, settings):
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    warm, losses = max(1, round(0.06 * len(plan))), []
+    for number, rows in enumerate(plan):
+        up, down = (number + 1) / warm, (len(plan) - number) / (len(plan) - warm + 1)
+        optimizer.param_groups[0]["lr"] = settings.lr * min(up, down)
+        optimizer.zero_grad()
+        loss = naive_loss(model, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_only_target_and_eos_are_learnt(tokenizer):
+    (example,) = task_examples(tokenizer, [Item("r:1", "the cat", (" no", " sat"), 1)], 64)
+    prompt, target = tokenizer("the cat")["input_ids"], tokenizer(" sat")["input_ids"]
+    assert example.ids == (*prompt, *target, 2)
+    assert example.start == len(prompt)
+    assert example.targets == len(target) + 1
+
+
+def test_prompts_that_leave_no_room_for_eos_are_an_error_or_cut(tokenizer):
+    item = Item("r:9", "the cat sat on", (" the mat",))
+    (whole_row,) = task_examples(tokenizer, [item], 64)
+    fits = len(whole_row.ids) - 1
+    assert task_examples(tokenizer, [item], fits) == [whole_row]
+    with pytest.raises(InputError, match="r:9"):
+        task_examples(tokenizer, [item], fits - 1)
+    (cut,) = task_examples(tokenizer, [item], fits - 1, truncate=True)
+    assert cut.ids == whole_row.ids[1:]
+    assert cut.targets == whole_row.targets
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_documents_longer_than_the_context_train_on_every_token(family, tokenizer, settings):
+    """The last id of a row is never an input, so a full window is a legal row even for learnt positions."""
+    document = "qzxwvkj" * 30
+    examples = task_examples(tokenizer, [Item("doc:1", "", (document,))], 64)
+    assert [token for row in examples for token in row.ids[row.start :]] == tokenizer(document)["input_ids"]
+    model = tiny.build(family, 1)
+    report = stage(model, list(model.parameters()), [examples], settings)
+    assert report.loss > 0
+
+
+def test_text_is_packed_without_loss_and_closed_by_eos(tokenizer):
+    rows = text_examples(tokenizer, TEXTS, 7)
+    stream = [token for text in TEXTS for token in [*tokenizer(text)["input_ids"], 2]]
+    packed = [token for row in rows for token in row.ids]
+    assert packed == stream[: len(packed)]
+    assert len(stream) - len(packed) <= 1
+    assert {len(row.ids) for row in rows[:-1]} == {7}
+    assert {row.start for row in rows} == {1}
+
+
+def test_no_training_rows_is_an_error():
+    with pytest.raises(InputError, match="no training rows"):
+        check([])
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(kind, count):
+    """Distinct rows of 3 to 9 ids; the first id says which kind they are of."""
+    return [Example((kind, *range(100 * n, 100 * n + 2 + n % 7)), 1) for n in range(count)]
+
+
+def test_every_row_stands_once_in_an_epoch_and_batches_keep_to_the_budget(settings):
+    task = rows_of(1, 50)
+    plan = steps(task, [], settings, 2, seed=3)
+    seen = Counter(row for batch in plan for row in batch)
+    assert seen == Counter(task + task)
+    assert all(len(batch) * max(len(row.ids) for row in batch) <= 40 for batch in plan)
+    first = plan[: len(plan) // 2]
+    assert Counter(row for batch in steps(task, [], settings, 1, seed=3) for row in batch) == Counter(task)
+    assert len(first) > 3
+
+
+def test_text_takes_its_ratio_in_tokens_and_never_shares_a_step(settings):
+    task, text = rows_of(1, 40), rows_of(2, 500)
+    for ratio in (0.5, 1.0, 3.0):
+        plan = steps(task, text, settings.model_copy(update={"text_ratio": ratio}), 2, seed=0)
+        tokens = Counter()
+        for batch in plan:
+            assert len({row.ids[0] for row in batch}) == 1
+            tokens[batch[0].ids[0]] += sum(len(row.ids) for row in batch)
+        assert ratio * tokens[1] <= tokens[2] < ratio * tokens[1] + 2 * 9
+    drawn = [row for batch in plan for row in batch if row.ids[0] == 2]
+    assert (
+        max(Counter(drawn).values()) - min(Counter(drawn).values()) <= 1
+        if len(drawn) >= 500
+        else len(set(drawn)) == len(drawn)
+    )
+    assert all(
+        row.ids[0] == 1
+        for batch in steps(task, text, settings.model_copy(update={"text_ratio": 0.0}), 1, 0)
+        for row in batch
+    )
+
+
+def test_text_rows_are_used_again_only_when_all_were_used(settings):
+    text = rows_of(2, 10)
+    drawn = Counter(row for batch in steps(rows_of(1, 40), text, settings, 1, 0) for row in batch if row.ids[0] == 2)
+    assert len(drawn) == 10
+    assert max(drawn.values()) - min(drawn.values()) <= 1
+
+
+def test_a_fraction_of_an_epoch_takes_that_share_of_the_rows(settings):
+    task = rows_of(1, 40)
+    counts = Counter(row for batch in steps(task, [], settings, 1.25, 0) for row in batch)
+    assert sorted(counts.values()) == [1] * 30 + [2] * 10
+    assert sum(len(batch) for batch in steps(task, [], settings, 0.5, 0)) == 20
+    assert steps(task, [], settings, 0, 0) == []
+
+
+def test_the_plan_depends_on_the_seed_and_mixes_both_kinds(settings):
+    task, text = rows_of(1, 60), rows_of(2, 60)
+    plans = [steps(task, text, settings, 1, seed) for seed in (5, 5, 6)]
+    assert plans[0] == plans[1] != plans[2]
+    kinds = [batch[0].ids[0] for batch in plans[0]]
+    assert kinds != sorted(kinds)
+    assert kinds != sorted(kinds, reverse=True)
+
+
+def test_the_learning_rate_rises_then_falls_and_is_never_zero():
+    for total in (1, 2, 5, 50, 400):
+        rates = [train._schedule(step, total) for step in range(total)]
+        top = rates.index(max(rates))
+        assert max(rates) == 1.0
+        assert min(rates) > 0
+        assert top == max(1, round(0.06 * total)) - 1
+        assert rates[: top + 1] == sorted(rates[: top + 1])
+        assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llama-tied"])
+@pytest.mark.usefixtures("steady")
+def test_a_stage_equals_plain_pytorch(family, task, text, settings):
+    model = tiny.build(family, 3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    twin, before = copy.deepcopy(model), weights(model)
+    plan = steps(task, text, settings, 2, seed=1)
+    seen = []
+    report = stage(model, list(model.parameters()), plan, settings, on_step=lambda *state: seen.append(state))
+    losses = naive_stage(twin, list(twin.parameters()), plan, settings)
+    assert [loss for _, _, loss, _ in seen] == pytest.approx(losses, abs=1e-5)
+    assert apart(weights(model), weights(twin)) < 1e-6
+    assert apart(weights(model), before) > 1e-3
+    tail = losses[-max(1, len(losses) // 10) :]
+    assert report.loss == pytest.approx(sum(tail) / len(tail), abs=1e-5)
+    assert [(step, of) for step, of, _, _ in seen] == [(n, len(plan)) for n in range(1, len(plan) + 1)]
+    assert all(tokens_per_second > 0 for *_, tokens_per_second in seen)
+    assert report.steps == len(plan)
+    assert report.tokens == sum(len(rows) * max(len(row.ids) for row in rows) for rows in plan)
+    assert not model.training
+
+
+def test_the_first_loss_is_the_mean_over_target_tokens(task, settings):
+    model = tiny.build("llama", 2)
+    expected = float(naive_loss(model, task).detach())
+    assert stage(model, list(model.parameters()), [task], settings).loss == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llama-tied", "gpt_neox"])
+def test_frozen_parameters_stay_bit_for_bit_and_every_other_one_changes(family, task, text, settings, monkeypatch):
+    model = tiny.build(family, 4)
+    parameters = sparse.freeze(model, whole(4), [1, 3], embeddings=False)
+    before, optimizers = weights(model), []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[0])
+    stage(model, parameters, steps(task, text, settings, 1, 0), settings)
+    (optimizer,) = optimizers
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        trains = any(parameter is one for one in parameters)
+        assert (id(parameter) in held) == trains
+        assert torch.equal(parameter, before[name]) != trains, name
+        assert parameter.grad is None
+        assert trains or not parameter.requires_grad
+    assert {id(parameter) for parameter in optimizer.state} <= held
+
+
+def test_tied_embeddings_are_updated_once_per_step(task, settings):
+    """Held twice, AdamW would move them twice; the plain-PyTorch test above compares the values."""
+    model = tiny.build("llama-tied", 2)
+    parameters = sparse.freeze(model, whole(2), [])
+    assert len({id(parameter) for parameter in parameters}) == len(parameters)
+    stage(model, parameters, [task], settings)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_repacked_block_trains_only_its_chosen_half(task, settings):
+    layout = (Block(0, 1), Block(2, 2))
+    model = surgery.apply_layout(tiny.build("llama", 3), layout)
+    before = weights(model)
+    stage(model, sparse.freeze(model, layout, [1], embeddings=False), [task, task], settings)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed
+    assert all(name.startswith(("model.layers.0.post_attention_layernorm", "model.layers.0.mlp")) for name in changed)
+    assert len(changed) == 4
+
+
+@pytest.mark.usefixtures("steady")
+def test_micro_batches_change_nothing(task, text, settings):
+    plan = steps(task, text, settings, 1, 0)
+    results = []
+    for micro in (None, 12, 1):
+        model = tiny.build("llama", 2)
+        stage(model, list(model.parameters()), plan[:2], settings.model_copy(update={"micro_batch_size": micro}))
+        results.append(weights(model))
+    assert apart(results[0], results[1]) < 1e-6
+    assert apart(results[0], results[2]) < 1e-6
+
+
+def gradient(model, rows, micro=None, world=1):
+    """The averaged gradient of one step, with the loss that each process reports."""
+    losses, collected = [], []
+    for rank in range(world):
+        calls = []
+        machine = SimpleNamespace(
+            num_processes=world,
+            process_index=rank,
+            device=torch.device("cpu"),
+            no_sync=lambda wrapped: contextlib.nullcontext(),
+            backward=lambda loss, calls=calls: (calls.append(1), loss.backward()),
+            reduce=lambda total, reduction: total,
+        )
+        model.zero_grad(set_to_none=True)
+        settings = TrainSettings(batch_size=10_000, micro_batch_size=micro)
+        losses.append((train._step(model, model, rows, settings, machine, 0), len(calls)))
+        collected.append([parameter.grad.clone() for parameter in model.parameters()])
+    mean = [torch.stack(grads).mean(0) for grads in zip(*collected, strict=True)]
+    return mean, losses
+
+
+@pytest.mark.parametrize("micro", [None, 12, 1])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_averaged_gradients_of_all_processes_are_the_gradient_of_the_mean_loss(world, micro, task):
+    model = tiny.build("llama", 2)
+    for rows in (task, task[:1], task[:3]):
+        model.zero_grad(set_to_none=True)
+        loss = naive_loss(model, rows)
+        loss.backward()
+        expected = [parameter.grad.clone() for parameter in model.parameters()]
+        found, losses = gradient(model, rows, micro, world)
+        assert sum(value for value, _ in losses) / world == pytest.approx(float(loss.detach()), abs=1e-5)
+        assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-5
+        assert len({calls for _, calls in losses}) == 1, "processes that share weights must do equally many passes"
+
+
+def test_gradients_are_synchronized_at_the_last_micro_batch_only(task):
+    model = tiny.build("llama", 1)
+    waits = []
+
+    @contextlib.contextmanager
+    def no_sync(wrapped):
+        waits.append("no sync")
+        yield
+
+    machine = SimpleNamespace(
+        num_processes=1,
+        process_index=0,
+        device=torch.device("cpu"),
+        no_sync=no_sync,
+        backward=lambda loss: (waits.append("backward"), loss.backward()),
+        reduce=lambda total, reduction: total,
+    )
+    train._step(model, model, task, TrainSettings(batch_size=10_000, micro_batch_size=1), machine, 0)
+    assert waits == ["no sync", "backward"] * (len(task) - 1) + ["backward"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(task, text, settings):
+    results = []
+    for seed in (1, 1, 2):
+        model = tiny.build("gpt2", 2)
+        torch.manual_seed(torch.randint(1000, (1,)).item())
+        stage(model, list(model.parameters()), steps(task, text, settings, 1, seed), settings, seed=seed)
+        results.append(weights(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert apart(results[0], results[2]) > 1e-4
+
+
+def test_dropout_follows_the_stages_seed(task, settings):
+    results = []
+    for seed in (1, 1, 2):
+        model = tiny.build("gpt2", 1)
+        stage(model, list(model.parameters()), [task], settings, seed=seed)
+        results.append(weights(model))
+    assert apart(results[0], results[1]) == 0
+    assert apart(results[0], results[2]) > 0
+
+
+@pytest.mark.parametrize("chosen", [None, [1]])
+def test_gradient_checkpointing_gives_the_same_weights_and_is_off_afterwards(chosen, task, text, settings):
+    plan = steps(task, text, settings, 1, 0)
+    results = []
+    for recompute in (False, True):
+        model = tiny.build("llama", 2)
+        parameters = sparse.freeze(model, whole(2), chosen, embeddings=chosen is None)
+        stage(model, parameters, plan, settings.model_copy(update={"gradient_checkpointing": recompute}))
+        assert not model.is_gradient_checkpointing
+        results.append(weights(model))
+    assert apart(*results) < 1e-6
+
+
+def test_a_loss_that_is_not_a_number_stops_the_stage_naming_the_step_before_it_does_harm(task, settings):
+    model = tiny.build("llama", 2)
+
+    def poison(step, of, loss, tokens):
+        if step == 2:
+            model.model.norm.weight.data[0] = float("nan")
+            seen.update(weights(model))
+
+    seen = {}
+    with pytest.raises(TrimError, match=r"step 3 of 5: lower --lr"):
+        stage(model, list(model.parameters()), [task] * 5, settings, on_step=poison)
+    after = weights(model)
+    assert all(torch.equal(after[name], seen[name]) for name in seen if not name.endswith("model.norm.weight"))
+    assert not model.training
+
+
+def test_nothing_to_train_is_no_stage(task, settings):
+    model = tiny.build("llama", 1)
+    before = weights(model)
+    for parameters, plan in ((list(model.parameters()), []), ([], [task])):
+        report = stage(model, parameters, plan, settings)
+        assert (report.steps, report.tokens, report.loss) == (0, 0, None)
+    assert apart(before, weights(model)) == 0
