@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trimllm import bench, config, export, journal, models, surgery
+from trimllm import bench, config, decoder, journal, loading, models
 from trimllm.console import Console, clock, table
 from trimllm.demo import world
 from trimllm.evaluate import Evaluation, Scorer
@@ -60,7 +60,7 @@ def demo(command: config.DemoConfig) -> list[Line]:
     console.say(f"A small model that knows three invented domains becomes a specialist in {command.domain}.")
     trimmed = settings(command, runs["trimmed"])
     trim(trimmed, console=console)
-    tuned = RunDir(runs["trimmed"]).checkpoint(surgery.depth(models.load(trimmed).model))
+    tuned = RunDir(runs["trimmed"]).checkpoint(decoder.depth(models.load(trimmed).model))
     console.say("\nFor comparison: as many blocks removed at once, with the same training")
     trim(one_shot(command, runs["one-shot"], tuned), console=console)
     found = {
@@ -69,7 +69,9 @@ def demo(command: config.DemoConfig) -> list[Line]:
         "trimmed": runs["trimmed"] / "model",
         "one-shot": runs["one-shot"] / "model",
     }
-    loaded: dict[str, Any] = {name: models.cast(export.load_model(path), torch.bfloat16) for name, path in found.items()}
+    loaded: dict[str, Any] = {
+        name: models.cast(loading.load_model(path), torch.bfloat16) for name, path in found.items()
+    }
     for model in loaded.values():
         models.cast(model, torch.float32)
     lines = [_line(name, model) for name, model in loaded.items()]
@@ -86,13 +88,13 @@ def one_shot(command: config.DemoConfig, output: Path, tuned: Path) -> config.Tr
 
 
 def _line(name: str, model: Any) -> Line:
-    tokenizer = export.load_tokenizer(models.DEMO)
+    tokenizer = loading.load_tokenizer(models.DEMO)
     accuracy = {}
     for domain in world.DOMAINS:
         items = load_task(f"demo_{domain}").test
         accuracy[domain] = Scorer(model, tokenizer, items).evaluate(model, "acc")
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Line(name, surgery.depth(model), count, 2 * count, accuracy)
+    return Line(name, decoder.depth(model), count, 2 * count, accuracy)
 
 
 def report(domain: str, lines: list[Line], speeds: dict[str, list[float]]) -> str:
@@ -113,7 +115,11 @@ def report(domain: str, lines: list[Line], speeds: dict[str, list[float]]) -> st
             ]
         )
     header = ["", "depth", "parameters", *domains, "tokens/s", "of the base's", "on disk"]
-    return "\n" + table(header, rows) + "\naccuracy in percent on 500 questions a domain about held-out entities; chance 25"
+    return (
+        "\n"
+        + table(header, rows)
+        + "\naccuracy in percent on 500 questions a domain about held-out entities; chance 25"
+    )
 
 
 def record(command: config.DemoConfig, lines: list[Line], speeds: dict[str, list[float]]) -> dict[str, Any]:

@@ -343,15 +343,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="model directory; also holds state.pt, from which a run goes on"
     )
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2300, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=8, help="rows of 256 tokens a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     parser.add_argument(
-        "--muon-lr", type=float, default=4e-3, help="peak learning rate of Muon; 0: AdamW trains the matrices too"
+        "--muon-lr", type=float, default=6e-3, help="peak learning rate of Muon; 0: AdamW trains the matrices too"
     )
     parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     parser.add_argument(
-        "--decay", type=float, default=0.5, help="share of the steps over which the learning rate falls to 0"
+        "--decay", type=float, default=0.28, help="share of the steps over which the learning rate falls to 0"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         "--domains", nargs="+", choices=world.DOMAINS, default=list(world.DOMAINS), help="domains to check"
     )
     parser.add_argument("--check-lr", type=float, default=2e-4)
-    parser.add_argument("--check-epochs", type=int, default=10)
+    parser.add_argument("--check-epochs", type=int, default=5)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.check:
