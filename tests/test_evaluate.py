@@ -102,12 +102,11 @@ def test_a_window_longer_than_every_row_does_not_forbid_shared_prompts(tokenizer
         assert_close(scorer.score(model).loglik, reference.logliks(model, tokenizer, questions))
 
 
-def test_questions_too_long_to_stand_in_one_row_are_scored_one_by_one(tokenizer):
+def test_choices_that_together_exceed_the_context_still_share_their_prompt(tokenizer):
     model = tiny.build("gpt2", depth=2)
     item = Item("r:1", "the cat", tuple(" qzxv" * 3 + tail for tail in (" a", " b", " c", " d", " e", " f")))
     scorer = Scorer(model, tokenizer, [item])
-    assert scorer.branches is False
-    assert "exceed the context" in scorer.note
+    assert scorer.branches is True
     assert_close(scorer.score(model).loglik, reference.logliks(model, tokenizer, [item]))
 
 

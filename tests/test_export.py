@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import build
 
-from trimllm import export
 from trimllm.errors import InputError, TrimError
-from trimllm.export import fingerprint, load_model, save_trimmed, verify
+from trimllm.export import save_trimmed
 from trimllm.layout import Block
+from trimllm.loading import fingerprint, load_model, load_tokenizer
 from trimllm.surgery import drop_layers
+from trimllm.verification import verify
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(3))
 
@@ -207,7 +208,7 @@ def test_load_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_trimmed(build("llama", depth=2), folder, verify=False)
     with pytest.raises(InputError, match="tokenizer"):
-        loading.load_tokenizer(folder)
+        load_tokenizer(folder)
     edit_config(folder, num_hidden_layers=4)
     assert "lacks 18 weights" in message(folder)
     edit_config(folder, num_hidden_layers=2)

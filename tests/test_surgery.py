@@ -9,21 +9,13 @@ import torch
 from accelerate import dispatch_model
 from tiny import build
 
+from trimllm.decoder import blocks, depth, halves, mid_block, parameters_of, text_config
 from trimllm.errors import InputError
 from trimllm.families import Family, branching, config_updates
 from trimllm.layout import Block, Unit, remove, whole, without
-from trimllm.surgery import (
-    apply_layout,
-    blocks,
-    depth,
-    drop_layers,
-    halves,
-    mid_block,
-    parameters_of,
-    refusal,
-    text_config,
-    trial,
-)
+from trimllm.legality import refusal
+from trimllm.surgery import apply_layout, drop_layers
+from trimllm.trial import trial
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(2))
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 from tiny import CONFIGS, TOWERS, build
 
+from trimllm.decoder import blocks, depth, mid_block, text_config
 from trimllm.errors import InputError
 from trimllm.export import save_trimmed
 from trimllm.families import branching, bypassable, family, whole_only
 from trimllm.layout import Block, Layout, Unit, remove, whole, without
-from trimllm.surgery import apply_layout, blocks, depth, drop_layers, mid_block, refusal, text_config, trial
+from trimllm.legality import refusal
+from trimllm.surgery import apply_layout, drop_layers
+from trimllm.trial import trial
 
 IDS = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(1))
 NAMES = [*CONFIGS, *TOWERS]

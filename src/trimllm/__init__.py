@@ -16,15 +16,15 @@ _PUBLIC = {
     "drop_layers": "surgery",
     "apply_layout": "surgery",
     "save_trimmed": "export",
-    "verify": "export",
-    "load_model": "export",
-    "load_tokenizer": "export",
+    "verify": "verification",
+    "load_model": "loading",
+    "load_tokenizer": "loading",
     "load_task": "tasks",
     "load_text": "tasks",
     "InputError": "errors",
     "TrimError": "errors",
 }
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

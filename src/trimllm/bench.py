@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trimllm import encoding
+
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -17,7 +19,13 @@ def _synchronize(device: torch.device) -> None:
 
 @torch.inference_mode()
 def decode_once(model: Any, *, batch: int = 1, prompt: int = 32, new: int = 64, limit: float = 10.0) -> float:
-    """Tokens per second over up to `new` decode steps behind a prompt of `prompt` tokens, for at most `limit` seconds."""
+    """Tokens per second over up to `new` decode steps behind a prompt of `prompt` tokens, for at most `limit` seconds.
+
+    Both are less where the model's context is shorter.
+    """
+    context = encoding.context_length(model.config)
+    prompt = min(prompt, max(1, context // 2))
+    new = min(new, context - prompt)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (batch, prompt), generator=generator).to(model.device)

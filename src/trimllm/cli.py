@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failure, 2 bad input. Heavy libraries are imported by the 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -22,6 +23,7 @@ from pydantic_settings import (
 
 from trimllm import config as settings
 from trimllm.errors import InputError, TrimError
+from trimllm.parallel import another_failed, first_to_fail
 
 
 class _Configurable(BaseModel):
@@ -60,6 +62,11 @@ COMMANDS: dict[str, type[settings.Settings]] = {
 }
 
 
+def _about(kind: type[BaseModel]) -> Any:
+    """A command with the first line of its help."""
+    return Field(description=(kind.__doc__ or "").splitlines()[0])
+
+
 class _Root(BaseSettings):
     """Drop layers of a causal language model while fine-tuning it: half the depth, as a stock checkpoint.
 
@@ -74,16 +81,16 @@ class _Root(BaseSettings):
         cli_avoid_json=True,
         cli_exit_on_error=False,
     )
-    trim: CliSubCommand[_Trim]
-    scan: CliSubCommand[_Scan]
-    drop: CliSubCommand[_Drop]
-    eval: CliSubCommand[_Eval]
-    export: CliSubCommand[_Export]
-    tasks: CliSubCommand[settings.TasksConfig]
-    demo: CliSubCommand[settings.DemoConfig]
+    trim: CliSubCommand[_Trim] = _about(_Trim)
+    scan: CliSubCommand[_Scan] = _about(_Scan)
+    drop: CliSubCommand[_Drop] = _about(_Drop)
+    eval: CliSubCommand[_Eval] = _about(_Eval)
+    export: CliSubCommand[_Export] = _about(_Export)
+    tasks: CliSubCommand[settings.TasksConfig] = _about(settings.TasksConfig)
+    demo: CliSubCommand[settings.DemoConfig] = _about(settings.DemoConfig)
 
     @classmethod
-    def settings_customise_sources(
+    def settings_customise_sources(  # type: ignore[override]
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The command line over the YAML file; never the environment."""
@@ -106,9 +113,12 @@ def parse(arguments: list[str]) -> settings.Settings:
         for key in beneath:
             if key not in COMMANDS[name].model_fields:
                 raise InputError(f"--config: unknown setting {key!r}{_near(key, COMMANDS[name].model_fields)}")
+    under: dict[str, Any] = {name: beneath} if beneath else {}
     try:
-        root = CliApp.run(_Root, cli_args=arguments, cli_exit_on_error=False, **{name: beneath} if beneath else {})
+        root = CliApp.run(_Root, cli_args=arguments, cli_exit_on_error=False, **under)
     except ValidationError as error:
+        if name == "trim" and "--resume" in arguments and not beneath:
+            raise InputError(_no_run(arguments)) from None
         raise InputError(f"{settings.explain(error)}: see trimllm {name} --help") from None
     except SettingsError as error:
         raise InputError(_unknown_option(name, str(error))) from None
@@ -136,6 +146,11 @@ def _value(arguments: list[str], option: str) -> str | None:
     return None
 
 
+def _no_run(arguments: list[str]) -> str:
+    output = _value(arguments, "--output")
+    return f"--resume: there is no run in {output}: check --output" if output else "--resume needs --output DIR"
+
+
 def _near(name: str, known: Any) -> str:
     import difflib
 
@@ -147,8 +162,12 @@ def _unknown_option(name: str, message: str) -> str:
     message = message.removeprefix("error parsing CLI: ")
     if message.startswith("unrecognized arguments: ") and name in COMMANDS:
         given = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        if not given.startswith("-"):
+            return f"unexpected argument {given!r}: see trimllm {name} --help"
         options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]
         return f"unknown option {given}{_near(given, options)}: see trimllm {name} --help"
+    if found := re.match(r"Parsing error encountered for \w+\.(\w+)", message):
+        return f"--{found[1].replace('_', '-')} cannot be read: see trimllm {name} --help for how to write it"
     return f"{message}: see trimllm {name if name in COMMANDS else ''} --help"
 
 
@@ -164,8 +183,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments))
     except TrimError as error:
-        print(f"trimllm: {error}", file=sys.stderr)
+        if first_to_fail():
+            print(f"trimllm: {error}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError:
+        if another_failed():
+            return 1
+        raise
     except KeyboardInterrupt:
         print("trimllm: interrupted; a run goes on with --resume", file=sys.stderr)
         return 1

@@ -7,7 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimllm import card, config, export, journal, models, rundir, scan, scores, select, surgery, tasks, weights
+from trimllm import (
+    card,
+    config,
+    decoder,
+    export,
+    journal,
+    loading,
+    models,
+    parallel,
+    rundir,
+    scan,
+    scores,
+    select,
+    surgery,
+    tasks,
+    weights,
+)
 from trimllm.console import Console, table
 from trimllm.errors import InputError
 from trimllm.evaluate import Evaluation, Scorer, generate
@@ -18,8 +34,9 @@ from trimllm.progressive import describe, trim
 def run_trim(command: config.TrimConfig) -> None:
     """Trim, then print the table of depths."""
     _, history = trim(command)
-    print(card.depth_table(history))
-    print(f"trimmed checkpoint: {Path(command.output) / 'model'}")
+    if parallel.is_first():
+        print(card.depth_table(history))
+        print(f"trimmed checkpoint: {Path(command.output) / 'model'}")
 
 
 def load_task(command: Any, tokenizer: Any) -> tasks.TaskData:
@@ -57,6 +74,8 @@ def run_scan(command: config.ScanConfig) -> None:
     _fresh(output, "scan.json")
     needed = scores.needs(command.strategy)
     loaded = models.load(command)
+    depth = decoder.depth(loaded.model)
+    protected = select.protected(command.protect, depth)
     data = load_task(command, loaded.tokenizer)
     for note in data.notes:
         console.say(f"  {note}")
@@ -64,7 +83,6 @@ def run_scan(command: config.ScanConfig) -> None:
         result = scan.scan(
             loaded.model, scorer(command, loaded, data.calibration), data.metric, command.unit, progress=show
         )
-    depth = surgery.depth(loaded.model)
     extra = {}
     if "taylor" in needed:
         extra["taylor"] = weights.taylor(loaded.model, scorer(command, loaded, data.calibration), result.candidates)
@@ -74,14 +92,18 @@ def run_scan(command: config.ScanConfig) -> None:
     names = [describe(unit, whole(depth)) for unit in result.candidates]
     record = scan.table(result, evidence, command.strategy, names)
     tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
-    allowed = select.droppable(result.candidates, whole(depth), select.protected(command.protect, depth))
-    choice = select.choose(result.candidates, evidence, command.strategy, tolerance=tolerance, allowed=allowed)
-    record |= {"model": command.model, "task": data.name, "metric": data.metric, "first": names[choice.index]}
+    allowed = select.droppable(result.candidates, whole(depth), protected)
+    record |= {"model": command.model, "task": data.name, "metric": data.metric, "first": None}
+    first = "nothing: every layer is protected"
+    if allowed:
+        choice = select.choose(result.candidates, evidence, command.strategy, tolerance=tolerance, allowed=allowed)
+        record["first"] = names[choice.index]
+        first = f"{names[choice.index]} ({choice.why})"
     journal.write_json(output / "scan.json", record)
     importance_plot(record, output / "scan.png")
     print(f"intact: {data.metric} {result.base}")
     print(scan_table(record))
-    print(f"would go first: {names[choice.index]} ({choice.why}); {output / 'scan.json'}, {output / 'scan.png'}")
+    print(f"would go first: {first}; {output / 'scan.json'}, {output / 'scan.png'}")
 
 
 def scan_table(record: dict[str, Any]) -> str:
@@ -101,11 +123,13 @@ def scan_table(record: dict[str, Any]) -> str:
 
 def run_drop(command: config.DropConfig) -> None:
     """Surgery only: the model as saved, less some layers."""
+    if not command.layers:
+        raise InputError("--layers names no layer: give at least one, such as --layers 3,7")
     loaded = models.load(command)
-    depth = surgery.depth(loaded.model)
+    depth = decoder.depth(loaded.model)
     for layer in command.layers:
         if not -depth <= layer < depth:
-            raise InputError(f"--layers {layer}: the model has layers 0 to {depth - 1}")
+            raise InputError(f"--layers {layer}: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
     dropped = {layer % depth for layer in command.layers}
     surgery.drop_layers(loaded.model, dropped)
     report = export.save_trimmed(
@@ -127,8 +151,12 @@ def _differences(report: Any) -> str:
 
 def run_eval(command: config.EvalConfig) -> None:
     """One model, one task, the reported split."""
+    if command.output and Path(command.output).is_dir():
+        raise InputError(f"--output {command.output}: this is a directory: name a JSON file")
     loaded = models.load(command)
     data = load_task(command, loaded.tokenizer)
+    if command.generate and data.kind != "generation":
+        raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}: leave it out")
     console = Console()
     for note in data.notes:
         console.say(f"  {note}")
@@ -139,7 +167,7 @@ def run_eval(command: config.EvalConfig) -> None:
         record["generation"] = _generation(command, loaded, data)
         print("generated: " + ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items()))
     if command.output:
-        journal.write_atomic(Path(command.output), json.dumps(record, indent=2) + "\n")
+        journal.write_json(Path(command.output), record)
 
 
 def evaluation_line(evaluation: Evaluation) -> str:
@@ -152,18 +180,16 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 
 def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.TaskData) -> dict[str, float]:
-    """Percentages over the reported split: exact match, ROUGE-L against the best reference, repeated 4-grams."""
+    """Percentages over the reported split: exact match, ROUGE-L against the best reference, repeated word 4-grams."""
     from trimllm.tasks import metrics
 
-    if data.kind != "generation":
-        raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}")
     answers = generate(loaded.model, loaded.tokenizer, data.test, max_new_tokens=command.max_new_tokens)
     pairs = [
         (answer, item.references or (item.target.strip(),)) for answer, item in zip(answers, data.test, strict=True)
     ]
-    exact = [max(metrics.exact_match(answer, r) for r in references) for answer, references in pairs]
-    rouge = [max(metrics.rouge_l(answer, r) for r in references) for answer, references in pairs]
-    repeated = [metrics.repetition_rate(answer) for answer in answers]
+    exact = [metrics.exact_match(answer, references) for answer, references in pairs]
+    rouge = [metrics.rouge_l(answer, references) for answer, references in pairs]
+    repeated = [metrics.repetition(answer.split()) for answer in answers]
     columns = {"exact_match": exact, "rouge_l": rouge, "repetition": repeated}
     return {name: 100 * sum(map(float, values)) / len(values) for name, values in columns.items()}
 
@@ -177,12 +203,12 @@ def run_export(command: config.ExportConfig) -> None:
     if not folder.exists():
         kept = ", ".join(map(str, run.kept_depths())) or "none"
         raise InputError(
-            f"--depth {command.depth}: its weights were not kept (kept: {kept}); run with --keep-checkpoints to keep all"
+            f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
         )
-    stored = config.TrimConfig(**rundir.stored_settings(command.run))
+    stored = config.make(config.TrimConfig, rundir.stored_settings(command.run))
     loaded = models.load(stored)
     plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
-    model: Any = export.load_model(folder, trust_remote_code=stored.trust_remote_code)
+    model: Any = loading.load_model(folder, trust_remote_code=stored.trust_remote_code)
     models.cast(model, models.DTYPES.get(stored.save_dtype, loaded.saved))
     output = command.output or str(run.root / f"model-depth-{command.depth}")
     report = export.save_trimmed(
@@ -206,6 +232,8 @@ def run_demo(command: config.DemoConfig) -> None:
 
 
 def _fresh(output: Path, product: str) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: this is a file: name a directory")
     if (output / product).exists():
         raise InputError(f"--output {output}: it already holds {product}: choose another directory")
 

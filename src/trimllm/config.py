@@ -6,8 +6,9 @@ a run writes beside its results.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,11 +25,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+S = TypeVar("S", bound=Settings)
+
+
 class ModelSettings(Settings):
     model: str
     """Model to work on: a directory or a Hugging Face Hub id; `demo` is the embedded one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights in memory; auto: float32 for training (bf16 mixed precision on a GPU), as saved elsewhere."""
+    """Dtype of the weights in memory; auto: float32 to train (bf16 mixed precision on a GPU), else as saved."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto takes the first accelerator."""
     threads: Positive | None = None
@@ -64,10 +68,10 @@ class TaskSettings(Settings):
 
 class ScoreSettings(Settings):
     unit: Literal["block", "pair"] = "block"
-    """What is dropped at a time: a block, or also the pairs of MLP and next attention that re-pack into stock blocks."""
+    """What is dropped at a time: a block, or also an MLP with the next attention (what is left re-packs to blocks)."""
     strategy: str = "scan+norm"
-    """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular, loss,
-    perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
+    """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular,
+    loss, perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
     tie_tolerance: Annotated[float, Field(ge=0)] | None = None
     """Accuracy points within which candidates are tied (default: one calibration question)."""
     protect: tuple[int, ...] = ()
@@ -150,6 +154,15 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     def _one_depth_target(self) -> TrimConfig:
         if self.keep is not None and self.depth is not None:
             raise ValueError("give --keep or --depth, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_shot_knows_how_many(self) -> TrimConfig:
+        others = (self.max_params, self.max_memory, self.target_speedup, self.min_accuracy, self.max_drop)
+        if self.one_shot and self.unit != "block":
+            raise ValueError("--one-shot drops blocks only: leave out --unit pair")
+        if self.one_shot and self.keep is None and self.depth is None and any(o is not None for o in others):
+            raise ValueError("--one-shot must know how many layers go: give --keep or --depth")
         return self
 
 
@@ -248,6 +261,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}: check the path") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file: give a YAML file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML") from None
@@ -256,20 +271,35 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
+def make(kind: type[S], values: dict[str, Any]) -> S:
+    """The settings from plain values.
+
+    Raises:
+        InputError: in one line, for the first value that cannot be used.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise InputError(explain(error, kind)) from None
+
+
 def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
     """One line for the first thing that is wrong with the settings, with the nearest name for an unknown one."""
     import difflib
 
     first = error.errors()[0]
     names = [str(part) for part in first["loc"] if not str(part).startswith(("function", "constrained"))]
-    names = names[1:] if kind is None and len(names) > 1 else names
+    names = names[1:] if kind is None else names
     option = "--" + names[0].replace("_", "-") if names else ""
     if first["type"] == "extra_forbidden" and kind is not None:
         near = difflib.get_close_matches(names[0], list(kind.model_fields), n=1)
         return f"unknown setting {names[0]!r}" + (f": did you mean {near[0]!r}?" if near else "")
     if first["type"] == "missing":
         return f"{option} is required"
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if first["type"] == "literal_error":
+        near = difflib.get_close_matches(str(first["input"]), re.findall("'(.+?)'", first["ctx"]["expected"]), n=1)
+        message += f" (did you mean {near[0]!r}?)" if near else ""
     return f"{option} {first['input']}: {message}" if option else message
 
 

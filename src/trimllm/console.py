@@ -1,4 +1,7 @@
-"""What a run prints: notes, one live line per stage, one row per depth. On a terminal the line moves; in a log it repeats."""
+"""What a run prints: notes, one live line per stage, one row per depth.
+
+On a terminal the live line moves; in a log it is repeated now and then.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,11 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.live = sys.stderr.isatty() and not quiet
+        self.terminal = sys.stderr.isatty()
+
+    @property
+    def live(self) -> bool:
+        return self.terminal and not self.quiet
 
     def say(self, text: str) -> None:
         """One line that stays."""

@@ -13,3 +13,8 @@ class InputError(TrimError):
     """What the user gave cannot be used (exit code 2). The message names the value, the place and the remedy."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, at most 300 characters of it."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

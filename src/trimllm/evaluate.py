@@ -184,26 +184,24 @@ class Scorer:
         self.encoded = encoding.encode(tokenizer, self.items, limit, truncate=truncate)
         self.token_budget = token_budget
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.branches = self._decide(model, limit) if branches is None else branches
+        self.branches = self._decide(model) if branches is None else branches
         self.batches = self._batches(model, self.encoded, self.branches)
 
     def _batches(self, model: Any, encoded: Sequence[Encoded], branches: bool) -> Batches:
         made = encoding.rows(encoded, branches=branches)
         return Batches(made, self.token_budget, pad_id=self.pad_id, dtype=model.dtype, device=model.device)
 
-    def _decide(self, model: Any, limit: int) -> bool:
+    def _decide(self, model: Any) -> bool:
         many = [one for one in self.encoded if sum(len(ids) > 1 for ids in one.continuations) > 1]
         if not many:
             return True
-        if any(len(row.ids) > limit for row in encoding.rows(many)):
-            self.note = "choices are scored one by one: together with their prompt they exceed the context"
-            return False
         by_length = sorted(many, key=_reach)
         window = encoding.attention_window(model.config)
         if window and _reach(by_length[-1]) > window:
             self.note = f"choices are scored one by one: rows are longer than the attention window of {window} tokens"
             return False
-        sample = many[:2] + by_length[-2:]
+        largest = max(many, key=lambda one: sum(map(len, one.continuations)))
+        sample = [*many[:2], *by_length[-2:], largest]
         if not families.branching(decoder.text_config(model)) or not self._branching_agrees(model, sample):
             self.note = f"choices are scored one by one: shared prompts are not exact for {model.config.model_type}"
             return False

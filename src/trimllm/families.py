@@ -9,8 +9,10 @@ every family, so those tables are shared. A family without a row is cut by the g
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 from trimllm.errors import InputError
@@ -49,6 +51,10 @@ class Family:
     """The layer type that the config forces on the last layer."""
     cache_argument: str = "past_key_values"
     """The name under which the forward pass takes a cache."""
+    own_cache: bool = False
+    """The cache is of a kind that the forward pass makes itself, in some releases of transformers."""
+    since: str | None = None
+    """The first release of transformers whose forward pass without a cache is right; None: all that we support."""
     reason: str | None = None
     """Why this family cannot be cut at all."""
     variants: tuple[tuple[str, bool, dict[str, Any]], ...] = ()
@@ -80,7 +86,10 @@ JAMBA = Family(
     attention=("input_layernorm", "mamba", "self_attn"), mlp=("pre_ff_layernorm", "feed_forward"), branching=False
 )
 GEMMA3N = Family(
-    whole=PER_LAYER_INPUT, resumable=False, per_layer_weights=("embed_tokens_per_layer", "per_layer_model_projection")
+    whole=PER_LAYER_INPUT,
+    resumable=False,
+    per_layer_weights=("embed_tokens_per_layer", "per_layer_model_projection"),
+    since="5.6.0",
 )
 GENERAL = Family(layers=None, whole="its blocks have no row in the table of families", resumable=False, branching=False)
 RECURRENT = replace(GENERAL, whole="its blocks do not split into attention and MLP")
@@ -109,7 +118,7 @@ FAMILIES: dict[str, Family] = {
     **_rows("lfm2 lfm2_moe", LFM2),
     **_rows("biogpt xglm", OPT),
     **_rows("mamba mamba2 falcon_mamba", MAMBA),
-    **_rows("bamba nemotron_h olmo_hybrid recurrent_gemma rwkv xlstm zamba zamba2", RECURRENT),
+    **_rows("bamba nemotron_h recurrent_gemma rwkv xlstm zamba zamba2", RECURRENT),
     "afmoe": Family(
         attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
         mlp=("pre_mlp_layernorm", "mlp", "post_mlp_layernorm"),
@@ -138,7 +147,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon_h1": replace(JAMBA, block_returns_tuple=True),
     "gemma3n_text": GEMMA3N,
-    "gemma4_text": replace(GEMMA3N, last_layer="full_attention"),
+    "gemma4_text": replace(GEMMA3N, last_layer="full_attention", since="5.5.2"),
     "glm4": Family(
         attention=("input_layernorm", "self_attn", "post_self_attn_layernorm"),
         mlp=("post_attention_layernorm", "mlp", "post_mlp_layernorm"),
@@ -169,6 +178,7 @@ FAMILIES: dict[str, Family] = {
         adds_residual=("ffn",),
         branching=False,
     ),
+    "olmo_hybrid": replace(RECURRENT, own_cache=True),
     "opt": replace(OPT, variants=(("do_layer_norm_before", False, OPT_POST_NORM),)),
     "phi3": Family(
         attention=("input_layernorm", "self_attn", "resid_attn_dropout"),
@@ -244,6 +254,10 @@ TRAILING: dict[str, str] = {"num_kv_shared_layers": "attention"}
 
 ZEROED: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 """Heads that predict further tokens follow the last layer, and are not part of the causal LM that is cut."""
+
+
+BY_TYPE: tuple[str, ...] = ("rope_parameters",)
+"""Entries that may be keyed by layer type: those of types that are gone go too (some releases refuse leftovers)."""
 
 
 def places(layout: Layout, half: str) -> list[int]:
@@ -353,6 +367,10 @@ def config_updates(config: Any, layout: Layout) -> dict[str, Any]:
     for name, half in TRAILING.items():
         if isinstance(values.get(name), int):
             updates[name] = sum(i >= depth - values[name] for i in places(layout, half))
+    for name in BY_TYPE:
+        value, kinds = values.get(name), values.get("layer_types")
+        if value and kinds and set(value) <= set(kinds):
+            updates[name] = {kind: value[kind] for kind in value if kind in updates["layer_types"]}
     for name in ZEROED:
         if values.get(name):
             updates[name] = 0
@@ -380,6 +398,12 @@ def illegal(config: Any, layout: Layout) -> str | None:
     row = family(config)
     if row.reason:
         return f"model type {config.model_type!r} cannot be cut: {row.reason}"
+    have = metadata.version("transformers")
+    if row.since and _release(have) < _release(row.since):
+        return (
+            f"model type {config.model_type!r} needs transformers {row.since} or newer: "
+            f"the forward pass of {have} without a cache is wrong"
+        )
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
         return None
@@ -390,6 +414,11 @@ def illegal(config: Any, layout: Layout) -> str | None:
         attention = [i for i, kind in enumerate(kinds) if kind in ATTENTION_TYPES]
         return f"no attention layer would remain, and the cache needs one: keep one of the layers {attention}"
     return _lost_producer(config, layout)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version: major, minor, patch."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,14 +20,17 @@ from trimllm.errors import TrimError
 
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line."""
+    """Turn a full or unwritable disk into one line. safetensors has an error class of its own for it."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except TrimError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise TrimError(f"no space left on the disk of {path}: free some, then go on with --resume") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise TrimError(f"cannot write to {path}: {error.strerror}") from None
+        if isinstance(error, OSError):
+            raise TrimError(f"cannot write to {path}: {error.strerror or error}") from None
         raise
 
 
@@ -43,8 +47,16 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of indented JSON."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
+    """`write_atomic` of indented JSON; infinite and undefined numbers, which JSON does not know, become null."""
+    write_atomic(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -76,7 +88,7 @@ class Journal:
         record = {"event": event, **values}
         self.events.append(record)
         if self.writes:
-            append_line(self.path, record, first=len(self.events) == 1)
+            append_line(self.path, record)
         return record
 
     def of(self, event: str) -> list[dict[str, Any]]:
@@ -104,11 +116,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise TrimError(f"{path} is damaged: move it away and start the run again") from None
 
 
-def append_line(path: Path, record: dict[str, Any], *, first: bool = False) -> None:
+def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line and wait until it is on disk."""
     with disk_errors(path):
-        if first:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()

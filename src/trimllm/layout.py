@@ -31,7 +31,7 @@ class Unit(NamedTuple):
     """
 
     kind: str
-    index: int
+    index: int  # type: ignore[assignment]
 
     def __str__(self) -> str:
         return f"M{self.index}+A{self.index + 1}" if self.kind == "pair" else f"{self.kind} {self.index}"

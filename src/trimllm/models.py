@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trimllm import export
+from trimllm import loading
 from trimllm.config import ModelSettings
 from trimllm.errors import InputError
 
@@ -52,25 +52,35 @@ def load(settings: ModelSettings, *, training: bool = False, device: torch.devic
     """Load model and tokenizer. Where `dtype` is auto, weights to be trained are float32, others as saved.
 
     Raises:
-        InputError: if it cannot be used; see `export.load_model`.
+        InputError: if it cannot be used; see `loading.load_model`.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     path = path_of(settings.model)
     dtype = DTYPES.get(settings.dtype)
-    model: Any = export.load_model(
+    model: Any = loading.load_model(
         path,
         dtype=dtype or (torch.float32 if training else None),
         device=device or device_of(settings.device),
         trust_remote_code=settings.trust_remote_code,
         allow_pickle=settings.allow_pickle,
     )
-    tokenizer = export.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
+    tokenizer = loading.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise InputError(f"the tokenizer of {settings.model} has {len(tokenizer)} tokens, its model only {vocabulary}")
-    mark = export.fingerprint(path if Path(path).is_dir() else model)
+    _check_causal(model, settings.model)
+    mark = loading.fingerprint(path if any(Path(path).glob("*.safetensors")) else model)
     return Loaded(model, tokenizer, _saved_dtype(path, settings) or model.dtype, mark)
+
+
+@torch.no_grad()
+def _check_causal(model: Any, name: str) -> None:
+    """Refuse an encoder with a language-model head: transformers loads BERT and its like as causal models, too."""
+    ids = torch.tensor([[3, 5, 7, 9], [3, 5, 7, 11]], device=model.device) % model.get_input_embeddings().num_embeddings
+    one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    if (one - other).abs().max() > one.std() * (1e-4 if model.dtype == torch.float32 else 2e-2):
+        raise InputError(f"cannot use model {name!r}: its tokens see later ones; it is not a causal language model")
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:

@@ -9,7 +9,7 @@ from trimllm.journal import disk_errors
 
 
 def importance_plot(record: dict[str, Any], path: Path) -> None:
-    """Two bars per unit of a scan, in order of depth: the metric when it is deleted (with its standard error), and its norm."""
+    """Per unit of a scan, in order of depth: the metric when it is deleted (with its standard error), and its norm."""
     import matplotlib
 
     matplotlib.use("Agg")

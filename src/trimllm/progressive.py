@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,11 @@ import transformers
 from trimllm import (
     bench,
     card,
+    decoder,
     export,
     journal,
+    legality,
+    loading,
     models,
     rundir,
     scan,
@@ -34,7 +38,7 @@ from trimllm import (
     train,
     weights,
 )
-from trimllm.config import TrimConfig
+from trimllm.config import TrimConfig, make
 from trimllm.console import Console, clock
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluate import Evaluation, Scorer
@@ -60,7 +64,9 @@ def trim(config: TrimConfig | None = None, *, console: Console | None = None, **
         InputError: if the settings, the model or the data cannot be used.
         TrimError: if training or saving fails; the journal is kept, and the run can be resumed.
     """
-    return Run(config or TrimConfig(**settings), console or Console()).go()
+    if config is None and settings.get("resume") and "output" in settings:
+        settings = rundir.stored_settings(settings["output"]) | settings
+    return Run(config or make(TrimConfig, settings), console or Console()).go()
 
 
 @dataclass
@@ -96,13 +102,15 @@ class Run:
 
     def go(self) -> tuple[Any, History]:
         scores.parts(self.config.strategy)
+        if self.main:
+            rundir.check(self.config)
         started = time.perf_counter()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
         self.journal = Journal(self.dir.journal, self._claim(), writes=self.main)
         if (done := self.journal.last("done")) is not None:
             self.console.say(f"{self.dir.root} is finished: {done['table']}")
-            return export.load_model(self.dir.model, device=self.accelerator.device), self.history()
+            return self._load(self.dir.model), self.history()
         self._start(loaded, data)
         state = self._restore(loaded)
         self._loop(state)
@@ -111,10 +119,16 @@ class Run:
     def _prepare(self, loaded: Loaded) -> TaskData:
         """Everything that can be wrong with model and data is found here, before anything is computed or written."""
         config, model, tokenizer = self.config, loaded.model, loaded.tokenizer
+        self.tokenizer = tokenizer
         self.save_dtype = DTYPES.get(config.save_dtype, loaded.saved)
-        depth = surgery.depth(model)
+        depth = decoder.depth(model)
         self.base_depth, self.protected = depth, select.protected(config.protect, depth)
-        targets.wanted_depth(config, depth)
+        wanted = targets.wanted_depth(config, depth)
+        if wanted is not None and len(self.protected) > wanted:
+            raise InputError(
+                f"--protect keeps {len(self.protected)} layers, and the run is to end with {wanted}: "
+                "protect fewer, or ask for a smaller drop"
+            )
         size = self._size(model)
         if (already := targets.reached(config, depth, size)) is not None:
             raise InputError(f"nothing to drop: the model already meets the target, {already}")
@@ -131,7 +145,7 @@ class Run:
             seed=config.seed,
         )
         self.metric = data.metric
-        settings = {
+        settings: dict[str, Any] = {
             "token_budget": config.eval_batch_size,
             "max_length": config.max_length,
             "truncate": config.truncate,
@@ -152,12 +166,14 @@ class Run:
         """Refuse a family of which no candidate can be removed; what is refused layer by layer is never a candidate."""
         candidates = units(self.config.unit, whole(self.base_depth))
         layouts = [remove(whole(self.base_depth), unit) for unit in candidates]
-        refusals = [surgery.refusal(model, layout) for layout in layouts]
+        refusals = [legality.refusal(model, layout) for layout in layouts]
         if all(refusals):
             raise InputError(f"this model cannot be trimmed by {self.config.unit}s: {refusals[0]}")
         shifted = [r for r, unit in zip(refusals, candidates, strict=True) if unit.kind == "pair"]
         if shifted and all(shifted):
             raise InputError(f"--unit pair: {shifted[0]}")
+        if not self._droppable(model, whole(self.base_depth), candidates):
+            raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
 
     def _claim(self) -> list[dict[str, Any]]:
         from accelerate.utils import broadcast_object_list
@@ -202,7 +218,8 @@ class Run:
         state = State(loaded.model, whole(self.base_depth))
         if stage is not None:
             self.console.say(f"going on after stage {stage['stage']}, at depth {len(stage['layout'])}")
-            state = State(self._load(len(stage["layout"])), rundir.load_layout(stage["layout"]), stage["stage"] + 1)
+            layout = rundir.load_layout(stage["layout"])
+            state = State(self._load(self.dir.checkpoint(len(layout))), layout, stage["stage"] + 1)
         for drop in self.journal.of("drop"):
             state.chosen = drop["trains"]
             if drop["stage"] == state.stages:
@@ -212,13 +229,13 @@ class Run:
                 state.reached = drop["reached"]
         if stage is not None and not state.pending and (last := self.journal.last("drop")) is not None:
             state.reached = last["reached"]
+        self._clean()
         return state
 
-    def _load(self, depth: int) -> Any:
-        return export.load_model(
-            self.dir.checkpoint(depth),
-            device=self.accelerator.device,
-            trust_remote_code=self.config.trust_remote_code,
+    def _load(self, folder: Path) -> Any:
+        """A checkpoint that this run wrote."""
+        return loading.load_model(
+            folder, device=self.accelerator.device, trust_remote_code=self.config.trust_remote_code
         )
 
     # ---- the loop
@@ -234,6 +251,7 @@ class Run:
                 epochs = config.epochs_per_drop * dropped + (config.final_epochs if state.reached else 0.0)
                 self._stage(state, epochs, f"depth {len(state.layout)}")
             elif state.reached:
+                self.console.say(f"end of the drops: {state.reached}")
                 return
             else:
                 self._drop(state)
@@ -283,6 +301,7 @@ class Run:
         if self.main:
             with journal.directory(self.dir.checkpoint(len(state.layout))) as folder:
                 state.model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
 
     def _clean(self) -> None:
@@ -298,14 +317,18 @@ class Run:
         number = len(self.journal.of("drop"))
         result = self._scan(state, number)
         original = [block.attention if block.attention is not None else 0 for block in state.layout]
-        evidence = self._evidence(state, result, original)
+        evidence = self._shared(lambda: self._evidence(state, result, original))
         choices = self._choose(state, result.candidates, evidence)
-        if state.chosen is None or self.config.sparse_update == "dynamic":
+        going = set().union(*(select.touches(choice.unit, state.layout) for choice in choices))
+        staying = {source for block in state.layout for source in block} - going
+        if self.config.sparse_update == "dynamic" or not staying.intersection(state.chosen or ()):
             state.chosen = self._trainable(state, result.candidates, evidence, choices)
         cut = _cut(len(state.layout), [choice.unit for choice in choices])
         surgery.apply_layout(state.model, cut)
         before, state.layout = state.layout, compose(state.layout, cut)
         state.reached = targets.reached(self.config, self.base_depth, self._size(state.model, measured=True))
+        if state.reached is None and not self._droppable(state.model, state.layout):
+            state.reached = "every layer that remains is protected or cannot be removed"
         self._keep_table(number, before, result, evidence, choices)
         state.pending.append(
             self.journal.add(
@@ -330,17 +353,13 @@ class Run:
             )
 
     def _scan(self, state: State, number: int) -> scan.ScanResult:
-        path = self.dir.scans / f"scan-{number:03d}.jsonl"
-        finished = {
-            record["batch"]: scan.Part.load(record) for record in self._shared(lambda: journal.read_lines(path))
-        }
-        written = bool(finished)
+        path, budget = self.dir.scans / f"scan-{number:03d}.jsonl", self.config.eval_batch_size
+        records = self._shared(lambda: journal.read_lines(path))
+        finished = {record["batch"]: scan.Part.load(record) for record in records if record.get("budget") == budget}
 
         def keep(batch: int, part: scan.Part) -> None:
-            nonlocal written
             if self.main:
-                journal.append_line(path, {"batch": batch, **part.dump()}, first=not written)
-            written = True
+                journal.append_line(path, {"batch": batch, "budget": budget, **part.dump()})
 
         wanted = targets.wanted_depth(self.config, self.base_depth)
         needed = scores.needs(self.config.strategy)
@@ -377,15 +396,9 @@ class Run:
 
     def _choose(self, state: State, candidates: list[Unit], evidence: scores.Evidence) -> list[Choice]:
         """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
-        allowed = set(select.droppable(candidates, state.layout, self.protected))
-        intact = whole(len(state.layout))
-        allowed = {i for i in allowed if surgery.refusal(state.model, remove(intact, candidates[i])) is None}
-        count = 1
-        if self.config.one_shot:
-            wanted = targets.wanted_depth(self.config, self.base_depth)
-            if wanted is None or self.config.unit != "block":
-                raise InputError("--one-shot needs --keep or --depth, and --unit block")
-            count = len(state.layout) - wanted
+        allowed = self._droppable(state.model, state.layout, candidates)
+        wanted = targets.wanted_depth(self.config, self.base_depth)
+        count = len(state.layout) - wanted if self.config.one_shot and wanted is not None else 1
         choices: list[Choice] = []
         for _ in range(count):
             open_ = allowed - {choice.index for choice in choices}
@@ -393,6 +406,13 @@ class Run:
                 select.choose(candidates, evidence, self.config.strategy, tolerance=self.tolerance, allowed=open_)
             )
         return choices
+
+    def _droppable(self, model: Any, layout: Layout, candidates: list[Unit] | None = None) -> set[int]:
+        """Which candidates may go: those that are not protected, and without which a stock model is left."""
+        intact = whole(len(layout))
+        candidates = units(self.config.unit, intact) if candidates is None else candidates
+        free = select.droppable(candidates, layout, self.protected)
+        return {i for i in free if len(intact) > 1 and legality.refusal(model, remove(intact, candidates[i])) is None}
 
     def _trainable(
         self, state: State, candidates: list[Unit], evidence: scores.Evidence, choices: list[Choice]
@@ -424,17 +444,23 @@ class Run:
     # ---- what is known of a depth
 
     def _size(self, model: Any, *, measured: bool = False) -> Size:
-        """Parameters, bytes as they will be saved, and (if a target asks for it) decode speed against the base, in turn."""
+        """Parameters, bytes as they will be saved, and (if a target asks for it) decode speed against the base."""
         speedup = None
         if measured and self.config.target_speedup is not None:
             speedup = self._shared(lambda: bench.ratio(self._against_base(model, "now"), "now", "base")[0])
         count = sum(parameter.numel() for parameter in model.parameters())
-        return Size(surgery.depth(model), count, count * self.save_dtype.itemsize, speedup)
+        return Size(decoder.depth(model), count, count * self.save_dtype.itemsize, speedup)
 
     def _against_base(self, model: Any, name: str) -> dict[str, list[float]]:
-        """Decode speeds of the base and of `model`, measured in turn; the base is loaded for it, in the model's dtype."""
+        """Decode speeds of the base and of `model`, measured in turn; the base is loaded for it, in that dtype."""
         path, code = models.path_of(self.config.model), self.config.trust_remote_code
-        base = export.load_model(path, dtype=model.dtype, device=self.accelerator.device, trust_remote_code=code)
+        base = loading.load_model(
+            path,
+            dtype=model.dtype,
+            device=self.accelerator.device,
+            trust_remote_code=code,
+            allow_pickle=self.config.allow_pickle,
+        )
         return bench.decode_speed({"base": base, name: model}, repeats=5)
 
     def _record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
@@ -469,7 +495,7 @@ class Run:
         stages = self.journal.of("stage")
         good = stages[-1] if self._above_floor() else stages[-2]
         depth, layout = len(good["layout"]), rundir.load_layout(good["layout"])
-        model = state.model if good is stages[-1] else self._load(depth)
+        model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(depth))
         models.cast(model, self.save_dtype)
         report: Any = None
         base = {"name": self.config.model, "sha256": loaded.fingerprint}
@@ -486,7 +512,7 @@ class Run:
             )
             journal.write_json(self.dir.plan, rundir.plan(layout, self.config.model) | {"sha256": loaded.fingerprint})
         self.accelerator.wait_for_everyone()
-        saved = export.load_model(self.dir.model, device=self.accelerator.device)
+        saved = self._load(self.dir.model)
         test = self.test.evaluate(saved, self.metric, self.share)
         if self.main:
             result = card.result(

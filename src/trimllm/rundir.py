@@ -18,8 +18,8 @@ from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
 from trimllm.layout import Block, Layout
 
-FREE_OF_CHOICE = ("resume", "output", "threads", "device", "micro_batch_size", "eval_batch_size")
-"""Settings that may differ when a run is resumed."""
+FREE_OF_CHOICE = ("resume", "output", "threads", "device", "micro_batch_size", "eval_batch_size", "lr", "max_grad_norm")
+"""Settings that may differ when a run is resumed: where it computes, and the remedies for a loss that diverged."""
 
 
 class RunDir:
@@ -50,8 +50,8 @@ def stored_settings(output: str | Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def claim(config: TrimConfig) -> list[dict[str, Any]]:
-    """Make the directory this run's own, and return the events of its journal so far.
+def check(config: TrimConfig) -> None:
+    """Whether the directory is free for this run; nothing is written.
 
     Raises:
         InputError: if it holds another run, one with other settings, or foreign files.
@@ -59,13 +59,26 @@ def claim(config: TrimConfig) -> list[dict[str, Any]]:
     run = RunDir(config.output)
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"--output {run.root}: this is a file: name a directory")
-    if not config.resume:
-        if run.root.exists() and any(run.root.iterdir()):
-            holds = "a run: add --resume to go on with it" if run.config.exists() else "files"
-            raise InputError(f"--output {run.root}: the directory already holds {holds}, or choose another one")
-    elif run.config.exists():
+    if not run.config.exists():
+        foreign = [path for path in run.root.glob("*") if not path.name.startswith(f".{run.config.name}")]
+        if foreign:
+            raise InputError(f"--output {run.root}: the directory already holds {foreign[0].name}: choose another one")
+    elif not config.resume:
+        raise InputError(
+            f"--output {run.root}: the directory already holds a run: add --resume to go on with it, "
+            "or choose another one"
+        )
+    else:
         _same_settings(config, stored_settings(run.root))
+
+
+def claim(config: TrimConfig) -> list[dict[str, Any]]:
+    """Make the directory this run's own, and return the events of its journal so far. Raises as `check` does."""
+    check(config)
+    run = RunDir(config.output)
     write_atomic(run.config, to_yaml(config.model_copy(update={"resume": False})))
+    for left_by_a_kill in (*run.root.glob(".model.*"), *run.checkpoints.glob(".depth-*")):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     return read_lines(run.journal)
 
 
@@ -80,7 +93,7 @@ def _same_settings(config: TrimConfig, stored: dict[str, Any]) -> None:
 
 
 def check_space(output: str | Path, weights: int) -> None:
-    """Raises InputError if the disk cannot hold two checkpoints and the result (`weights`: bytes of one, as trained)."""
+    """Raises InputError if the disk cannot hold two checkpoints and the result; `weights` are the bytes of one."""
     parent = Path(output).absolute()
     while not parent.exists():
         parent = parent.parent

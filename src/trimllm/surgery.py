@@ -18,7 +18,7 @@ from torch import nn
 
 from trimllm import families
 from trimllm.changes import Changes
-from trimllm.decoder import INDEX_NAMES, blocks, container, depth, text_config
+from trimllm.decoder import INDEX_NAMES, REFERENCE_NAMES, blocks, container, depth, text_config
 from trimllm.errors import InputError
 from trimllm.layout import Layout, whole, without
 from trimllm.legality import refusal
@@ -68,7 +68,7 @@ def apply_layout(model: nn.Module, layout: Layout) -> nn.Module:
     except BaseException:
         changes.undo()
         raise
-    _renumber(kept)
+    _renumber(kept, layout)
     _fold_scales(model, layout, kept)
     _rename_device_map(model, owner, name, layout)
     return model
@@ -123,12 +123,16 @@ def describe(model: nn.Module, layout: Layout, changes: Changes) -> None:
         families.update_config(config, layout)
 
 
-def _renumber(kept: list[nn.Module]) -> None:
+def _renumber(kept: list[nn.Module], layout: Layout) -> None:
+    moved = {old: place for place, old in enumerate(families.places(layout, "attention"))}
     for place, block in enumerate(kept):
         for module in block.modules():
             for name in INDEX_NAMES:
                 if isinstance(module.__dict__.get(name), int):
                     module.__dict__[name] = place
+            for name in REFERENCE_NAMES:
+                if isinstance(module.__dict__.get(name), int):
+                    module.__dict__[name] = moved[module.__dict__[name]]
 
 
 def _rename_device_map(model: nn.Module, owner: nn.Module, name: str, layout: Layout) -> None:

@@ -14,7 +14,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model is: blocks, parameters, bytes of weights as they will be saved, decode speed-up over the base."""
+    """How large a model is: blocks, parameters, bytes of weights as saved, decode speed-up over the base."""
 
     depth: int
     parameters: int
@@ -64,7 +64,7 @@ def reached(config: TrimConfig, base_depth: int, size: Size) -> str | None:
 
 
 def floor(config: TrimConfig, values: Sequence[float]) -> float:
-    """The calibration accuracy (percent) below which a depth does not count; `values` are those of all depths so far."""
+    """The calibration accuracy (percent) below which a depth does not count; `values` are those of all so far."""
     floors = [-math.inf]
     if config.min_accuracy is not None:
         floors.append(config.min_accuracy)

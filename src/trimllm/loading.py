@@ -1,0 +1,156 @@
+"""Models in: load a stock checkpoint and its tokenizer, or say in one line why it cannot be used.
+
+from trimllm.loading import load_model
+model = load_model("meta-llama/Llama-3.2-1B")
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimllm.errors import InputError, one_line
+
+TOKENIZER_FILES = ("*tokenizer*", "vocab*", "*.model", "*.codes", "*.tiktoken", "tekken*")
+"""Some releases of transformers make up an empty tokenizer where a folder has none of these."""
+
+
+def load_model(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> nn.Module:
+    """Load a causal language model, in evaluation mode.
+
+    Args:
+        path_or_id: a folder with a checkpoint, or a name on the Hugging Face hub.
+        dtype: of the weights; the checkpoint's own by default.
+        device: where to put it; CPU by default.
+        trust_remote_code: run the model code that the checkpoint brings.
+        allow_pickle: also accept weights that are not safetensors. Unpickling can run code: trust the source.
+
+    Raises:
+        InputError: if there is no such model, it is not a causal language model, or weights are missing.
+    """
+    name = str(path_or_id)
+    _check_path(name)
+    try:
+        with quiet():
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, info = load(
+                name,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise InputError(_explain(name, error, allow_pickle)) from error
+    lost = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    if lost:
+        raise InputError(
+            f"cannot use model {name!r}: its checkpoint lacks {len(lost)} weights that its config asks for, "
+            f"such as {sorted(lost)[0]}"
+        )
+    if model.config.is_encoder_decoder:
+        raise InputError(f"cannot use model {name!r}: it is an encoder-decoder, not a causal language model")
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that belongs to a checkpoint.
+
+    Raises:
+        InputError: if there is none.
+    """
+    name = str(path_or_id)
+    _check_path(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise InputError(f"cannot load a tokenizer from {name!r}: the folder has none; save one beside the model")
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(f"cannot load a tokenizer from {name!r}: {one_line(error)}") from error
+
+
+def _check_path(name: str) -> None:
+    """Fail on a path that does not exist before the hub is asked for a model of that name."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"cannot load {name!r}: the folder has no config.json; give the folder of a checkpoint")
+    elif path.exists():
+        raise InputError(f"cannot load {name!r}: it is a file; give the folder of a checkpoint")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"cannot load {name!r}: there is no such folder")
+
+
+def _explain(name: str, error: Exception, allow_pickle: bool) -> str:
+    text = one_line(error)
+    if "Unrecognized configuration class" in text:
+        return f"cannot use model {name!r}: it is not a causal language model"
+    if "trust_remote_code" in text:
+        return f"cannot load model {name!r}: it brings its own code; if you trust it, set trust_remote_code"
+    if "safetensors" in text and not allow_pickle:
+        return f"cannot load model {name!r}: it has no safetensors weights; if you trust its source, set allow_pickle"
+    if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
+        return f"cannot load model {name!r}: it is not in the local cache and the hub cannot be reached"
+    if "is not a local folder" in text or "Repository Not Found" in text:
+        return f"cannot load model {name!r}: there is no such folder, and no such public model on the hub"
+    return f"cannot load model {name!r}: {text}"
+
+
+def fingerprint(source: nn.Module | str | Path) -> str:
+    """SHA-256 of the weights, by name: of a folder's safetensors files, or of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    if isinstance(source, nn.Module):
+        for name, tensor in sorted(source.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+    files = weight_files(Path(source))
+    if not files:
+        raise InputError(f"cannot take the fingerprint of {str(source)!r}: it has no safetensors files")
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no reports: whatever matters is raised."""
+    logging = transformers.utils.logging
+    hub = huggingface_hub.utils.logging
+    level, hub_level, bars = logging.get_verbosity(), hub.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        hub.set_verbosity(hub_level)
+        if bars:
+            logging.enable_progress_bar()

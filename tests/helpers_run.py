@@ -1,0 +1,135 @@
+"""A tiny model, a tiny task and settings for whole runs."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimllm import bench
+from trimllm.console import Console
+from trimllm.demo import world
+from trimllm.loading import load_tokenizer
+from trimllm.models import DEMO
+from trimllm.progressive import trim
+
+DEPTH = 5
+
+
+def save_model(model: Any, folder: Path) -> Path:
+    """The model with the embedded model's tokenizer."""
+    model.save_pretrained(folder)
+    load_tokenizer(DEMO).save_pretrained(folder)
+    return folder
+
+
+def save_base(folder: Path, depth: int = DEPTH, dtype: torch.dtype = torch.float32, context: int = 128) -> Path:
+    """A random Llama whose blocks all differ and all matter."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(load_tokenizer(DEMO)),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return save_model(model.to(dtype), folder)
+
+
+def save_task(folder: Path, train: int = 24, test: int = 8) -> Path:
+    """Four-way questions with a train and a test file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("test", test)):
+        rows = world.questions("law", split)[:count]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def settings(model: Path, task: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """A run of seconds that stops at depth 3."""
+    quick = {
+        "model": str(model),
+        "task": str(task),
+        "output": str(output),
+        "calibration_size": 6,
+        "lr": 1e-3,
+        "batch_size": 128,
+        "eval_batch_size": 96,
+        "report_depths": False,
+        "device": "cpu",
+    }
+    target = {"max_params", "max_memory", "target_speedup", "min_accuracy", "max_drop", "keep", "depth"}
+    return quick | ({} if target & set(changes) else {"depth": 3}) | changes
+
+
+def run(model: Path, task: Path, output: Path, **changes: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """One quiet run."""
+    return trim(console=Console(quiet=True), **settings(model, task, output, **changes))
+
+
+def fast(monkeypatch: Any) -> None:
+    """Decode speeds as if every block took a millisecond, no waiting for the disk."""
+
+    def speeds(models: dict[str, Any], *, repeats: int = 5, **_: Any) -> dict[str, list[float]]:
+        return {name: [1000.0 / model.config.num_hidden_layers] * repeats for name, model in models.items()}
+
+    monkeypatch.setattr(bench, "decode_speed", speeds)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    gc.freeze()  # a stage ends with a full collection: spare it the imported modules
+
+
+def arguments(values: dict[str, Any]) -> list[str]:
+    """Settings as command-line options."""
+    out = []
+    for name, value in values.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(option if value else "--no-" + option[2:])
+        else:
+            out += [option, str(value)]
+    return out
+
+
+def command(
+    *words: str, launcher: list[str] | None = None, program: list[str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m trimllm ...` in a process of its own, or another program in its place."""
+    line = [sys.executable, *(launcher or []), *(program or ["-m", "trimllm"]), *words]
+    return subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+def journal(output: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """The events of a run."""
+    lines = [json.loads(line) for line in (output / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if event is None or line["event"] == event]
+
+
+def result(output: Path) -> dict[str, Any]:
+    return json.loads((output / "result.json").read_text(encoding="utf-8"))
+
+
+def drops(output: Path) -> list[list[str]]:
+    return [drop["units"] for drop in journal(output, "drop")]
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of the safetensors files."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))).hexdigest()

@@ -1,0 +1,375 @@
+"""The command line: help, settings from YAML, and one line with exit code 2 for everything that cannot be used."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import helpers_run as h
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+from trimllm import cli, commands, config
+from trimllm.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    h.fast(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return h.save_base(tmp_path_factory.mktemp("base"), depth=4)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return h.save_task(tmp_path_factory.mktemp("task"))
+
+
+def call(capsys, *words):
+    """(exit code, standard output, standard error)."""
+    code = cli.main([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+def refusal(capsys, *words, code=2):
+    """The one line of a refusal."""
+    got, out, err = call(capsys, *words)
+    lines = [line for line in err.splitlines() if line.startswith("trimllm: ")]
+    assert got == code, err
+    assert out == ""
+    assert len(lines) == 1
+    assert err.splitlines()[-1] == lines[0]
+    return lines[0].removeprefix("trimllm: ")
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_shows_an_example_and_describes_every_option(capsys, name):
+    code, out, err = call(capsys, name, "--help")
+    assert (code, err) == (0, "")
+    assert re.search(rf"Example:\n +trimllm {name}", out)
+    for field, info in cli.COMMANDS[name].model_fields.items():
+        assert info.description, f"{name} {field}"
+        if (name, field) != ("export", "run"):
+            assert f"--{field.replace('_', '-')}" in out
+
+
+def test_help_lists_every_command_with_what_it_does(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    for name in cli.COMMANDS:
+        assert re.search(rf"^    {name} +\w+", out, re.MULTILINE)
+    assert call(capsys)[1] == out
+
+
+def test_help_and_import_do_not_load_torch():
+    program = (
+        "import sys, time, trimllm; from trimllm import cli; code = cli.main(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "print(code, heavy, time.process_time(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    code, heavy, seconds = done.stderr.split()
+    assert (code, heavy) == ("0", "set()")
+    assert float(seconds) < 1, "half a second on a machine that does nothing else"
+
+
+def test_examples_in_help_are_accepted_by_the_parser():
+    for kind in cli.COMMANDS.values():
+        lines = re.findall(r"^ +trimllm (.+)$", kind.__doc__ or "", re.MULTILINE)
+        assert lines
+        for line in lines:
+            if "--resume" not in line:
+                assert isinstance(cli.parse(line.split()), kind)
+
+
+# ---- YAML
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: demo\ntask: demo_law\nlr: 1e-3\nkeep: 0.25\nprotect: [0, -1]\ntask-files: {train: a}\n")
+    parsed = cli.parse(["trim", "--config", str(path), "--output", "o", "--lr", "5e-4", "--no-report-depths"])
+    assert isinstance(parsed, config.TrimConfig)
+    assert (parsed.lr, parsed.keep, parsed.protect, parsed.output) == (5e-4, 0.25, (0, -1), "o")
+    assert (parsed.task_files, parsed.report_depths, parsed.batch_size) == ({"train": "a"}, False, 4096)
+
+
+def test_resolved_settings_can_be_read_back(tmp_path):
+    mine = config.TrimConfig(model="m", task="t", output="o", protect=(0, -1), lr=2e-5, task_files={"train": "a"})
+    (tmp_path / "config.yaml").write_text(config.to_yaml(mine))
+    assert cli.parse(["trim", f"--config={tmp_path / 'config.yaml'}"]) == mine
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: demo\n", r"unknown setting 'modle' \(did you mean 'model'\?\)"),
+        ("model: [\n", r"run\.yaml:2: not valid YAML"),
+        ("- a\n", r"expected `name: value` lines"),
+        ("model: demo\ntask: t\noutput: o\nlr: fast\n", r"--lr fast: .*number"),
+        ("model: demo\ntask: t\noutput: o\nbatch_size: [1]\n", r"--batch-size \[1\]: "),
+    ],
+)
+def test_bad_yaml_is_one_line(capsys, tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    assert re.search(message, refusal(capsys, "trim", "--config", tmp_path / "run.yaml"))
+
+
+def test_yaml_that_is_missing_or_not_text_is_one_line(capsys, tmp_path):
+    assert "No such file" in refusal(capsys, "scan", "--config", tmp_path / "no.yaml")
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    assert "not a text file" in refusal(capsys, "scan", "--config", tmp_path / "x.yaml")
+
+
+# ---- words that cannot be parsed
+
+TRIM = ["trim", "--model", "demo", "--task", "demo_law", "--output", "o"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trm"], "unknown command 'trm' (did you mean 'trim'?)"),
+        (["trim", "--modle", "x"], "unknown option --modle (did you mean '--model'?)"),
+        ([*TRIM, "--leer=3"], "unknown option --leer"),
+        ([*TRIM, "stray"], "unexpected argument 'stray'"),
+        (["trim", "--task", "demo_law", "--output", "o"], "--model is required"),
+        (["export", "--depth", "3"], "required: RUN"),
+        ([*TRIM, "--lr", "fast"], "--lr fast: must be a valid number"),
+        ([*TRIM, "--lr", "-1"], "--lr -1: must be greater than 0"),
+        ([*TRIM, "--keep", "2"], "--keep 2: must be less than 1"),
+        ([*TRIM, "--depth", "0"], "--depth 0: must be greater than 0"),
+        ([*TRIM, "--depth", "2.5"], "--depth 2.5: must be a valid integer"),
+        ([*TRIM, "--protect", "0,x"], "--protect x: must be a valid integer"),
+        ([*TRIM, "--keep", "0.5", "--depth", "3"], "give --keep or --depth, not both"),
+        ([*TRIM, "--sparse-update", "dinamic"], "(did you mean 'dynamic'?)"),
+        ([*TRIM, "--metric", "acc_nrm"], "--metric acc_nrm: must be 'acc', 'acc_norm' or 'likelihood' (did you mean"),
+        ([*TRIM, "--task-files", "train"], "--task-files cannot be read"),
+        ([*TRIM, "--strategy", "scan+nrom"], "unknown strategy 'scan+nrom': did you mean 'scan+norm'?"),
+        (["trim", "--output", "no/such/run", "--resume"], "there is no run in no/such/run"),
+        (["drop", "--model", "demo", "--output", "o", "--layers"], "--layers: expected one argument"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_words_that_cannot_be_used(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- input that cannot be used
+
+
+def folder(tmp_path, name, model):
+    return h.save_model(model, tmp_path / name)
+
+
+BERT = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.fixture(scope="module")
+def strange(base, tmp_path_factory):
+    """Folders that are not what the tool wants."""
+    root = tmp_path_factory.mktemp("strange")
+    h.save_model(BertForMaskedLM(BertConfig(vocab_size=1536, **BERT)), root / "bert")
+    t5 = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=1536, decoder_start_token_id=0)
+    h.save_model(T5ForConditionalGeneration(t5), root / "t5")
+    shutil.copytree(base, root / "pickle")
+    torch.save(AutoModelForCausalLM.from_pretrained(base).state_dict(), root / "pickle" / "pytorch_model.bin")
+    (root / "pickle" / "model.safetensors").unlink()
+    (root / "empty").mkdir()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "demo_lwa"}, r"unknown task 'demo_lwa'.*demo_law"),
+        ({"task": "no/such.jsonl"}, r"no/such\.jsonl does not exist"),
+        ({"depth": 4}, r"--depth 4: the model has only 4 layers"),
+        ({"depth": 7}, r"--depth 7: the model has only 4 layers"),
+        ({"protect": "0,4"}, r"--protect 4: the model has layers 0 to 3"),
+        ({"model": "STRANGE/bert"}, r"STRANGE/bert.*not a causal language model"),
+        ({"model": "STRANGE/t5"}, r"STRANGE/t5.*not a causal language model"),
+        ({"model": "STRANGE/pickle"}, r"STRANGE/pickle.*no safetensors weights.*allow.pickle"),
+        ({"model": "STRANGE/empty"}, r"STRANGE/empty.*no config\.json"),
+        ({"model": "STRANGE/none"}, r"STRANGE/none.*no such folder"),
+        ({"calibration_size": 24}, r"calibration_size 24 needs more than the 24 training rows"),
+        ({"device": "cuda:7"}, r"--device cuda:7: there is no such device"),
+        ({"device": "gpu"}, r"--device gpu: there is no such device"),
+        ({"text": "no/text.txt"}, r"no/text\.txt"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_trim_refuses_before_it_writes_or_computes(base, task, strange, tmp_path, capsys, changes, message):
+    changes = {k: v.replace("STRANGE", str(strange)) if isinstance(v, str) else v for k, v in changes.items()}
+    words = h.arguments(h.settings(base, task, tmp_path / "run", depth=3) | changes)
+    line = refusal(capsys, "trim", *words)
+    assert re.search(message.replace("STRANGE", re.escape(str(strange))), line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_row_with_an_answer_out_of_range_is_named(base, tmp_path, capsys):
+    rows = [{"question": f"Which {i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(20)]
+    rows[6]["answer"] = 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = h.arguments(h.settings(base, tmp_path / "rows.jsonl", tmp_path / "run"))
+    assert re.search(r"rows\.jsonl:7.*2", refusal(capsys, "trim", *words))
+
+
+def test_too_few_rows_are_counted(base, tmp_path, capsys):
+    rows = [{"question": f"Which {i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = h.arguments(h.settings(base, tmp_path / "rows.jsonl", tmp_path / "run", calibration_size=8))
+    assert "training rows" in refusal(capsys, "trim", *words)
+
+
+def test_prompts_longer_than_the_context_are_counted_and_work_with_truncate(base, task, tmp_path, capsys):
+    words = h.arguments(h.settings(base, task, tmp_path / "run", depth=3, max_length=16, epochs_per_drop=0))
+    line = refusal(capsys, "trim", *words)
+    assert re.search(
+        r"^\d+ of \d+ prompts do not fit the context of 16 tokens \(first: .*jsonl:\d+, \d+ tokens\)", line
+    )
+    assert "--truncate" in line
+    assert call(capsys, "trim", *words, "--truncate")[0] == 0
+
+
+def test_pickled_weights_are_read_when_they_are_allowed(strange, task, tmp_path, capsys):
+    words = h.arguments(h.settings(strange / "pickle", task, tmp_path / "run", depth=3, warmup_epochs=0))
+    code, out, err = call(capsys, "trim", *words, "--allow-pickle")
+    assert code == 0, err
+    assert "trimmed checkpoint:" in out
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_output_of_another_run_is_refused_before_the_model_is_loaded(task, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: x\n")
+    words = h.arguments(h.settings(tmp_path / "no such model", task, tmp_path / "run"))
+    assert "already holds a run: add --resume" in refusal(capsys, "trim", *words)
+
+
+# ---- the other commands
+
+
+def test_drop_saves_what_is_left(base, tmp_path, capsys):
+    code, out, _ = call(capsys, "drop", "--model", base, "--layers", "1,-1", "--output", tmp_path / "cut")
+    assert code == 0
+    assert "2 of 4 layers, reloaded and compared" in out
+    mine, original = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "cut", base))
+    for place, layer in enumerate((0, 2)):
+        for a, b in zip(mine.model.layers[place].parameters(), original.model.layers[layer].parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert json.loads((tmp_path / "cut" / "plan.json").read_text())["layers"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [("4", "--layers 4: the model has layers 0 to 3"), ("-5", "--layers -5"), ("0,1,2,3", "cannot drop all 4 layers")],
+)
+def test_drop_refuses_layers_that_are_not_there(base, tmp_path, capsys, layers, message):
+    assert message in refusal(capsys, "drop", "--model", base, f"--layers={layers}", "--output", tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_drop_with_a_full_disk_is_exit_code_1(base, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    line = refusal(capsys, "drop", "--model", base, "--layers", "1", "--output", tmp_path / "cut", code=1)
+    assert "disk is full" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_scan_writes_table_and_picture_and_refuses_to_do_it_twice(base, task, tmp_path, capsys):
+    words = ["--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "scan"]
+    assert "--protect 9" in refusal(capsys, "scan", *words, "--protect", "9")
+    assert not (tmp_path / "scan").exists()
+    code, out, _ = call(capsys, "scan", *words, "--unit", "sublayer", "--protect", "0,-1")
+    assert code == 0
+    record = json.loads((tmp_path / "scan" / "scan.json").read_text(), parse_constant=pytest.fail)
+    assert len(record["units"]) == 8
+    assert record["first"] in {row["unit"] for row in record["units"]}
+    assert record["first"][-1] in "12"
+    assert f"would go first: {record['first']}" in out
+    assert (tmp_path / "scan" / "scan.png").read_bytes().startswith(b"\x89PNG")
+    assert "already holds scan.json" in refusal(capsys, "scan", *words)
+
+
+def test_scan_with_every_layer_protected_still_keeps_its_table(base, task, tmp_path, capsys):
+    words = ["--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "scan"]
+    code, out, _ = call(capsys, "scan", *words, "--protect", "0,1,2,3", "--strategy", "angular")
+    assert code == 0
+    assert "nothing: every layer is protected" in out
+    assert len(json.loads((tmp_path / "scan" / "scan.json").read_text())["units"]) == 4
+
+
+def test_eval_prints_and_writes_the_same_numbers(base, task, tmp_path, capsys):
+    words = ["--model", base, "--task", task, "--calibration-size", "6"]
+    code, out, _ = call(capsys, "eval", *words, "--output", tmp_path / "e.json")
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert code == 0
+    assert f"acc {record['value']:.1f} +- {record['stderr']:.1f} (n=8)" in out
+    assert "this is a directory" in refusal(capsys, "eval", *words, "--output", tmp_path)
+    assert "needs a generation task" in refusal(capsys, "eval", *words, "--generate")
+
+
+def test_generated_answers_are_judged_against_every_reference(base, tmp_path, capsys, monkeypatch):
+    rows = [{"question": f"Name {i}?", "answer": ["the blue whale", "whale"]} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = ["Whale", "the red whale"] * 20
+    monkeypatch.setattr(commands, "generate", lambda *arguments, **_: answers[: len(arguments[2])])
+    words = ["eval", "--model", base, "--task", tmp_path / "rows.jsonl", "--generate", "--output", tmp_path / "e.json"]
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    found = json.loads((tmp_path / "e.json").read_text())["generation"]
+    assert found["exact_match"] == 50
+    assert 50 < found["rouge_l"] < 100
+    assert found["repetition"] == 0
+    assert "generated: exact_match 50.0" in out
+
+
+def test_generation_runs_on_the_model(base, tmp_path, capsys):
+    rows = [{"question": f"Name {i}?", "answer": "whale"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", "--model", base, "--task", tmp_path / "rows.jsonl", "--generate", "--max-new-tokens", "4"]
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    assert "generated: exact_match" in out
+
+
+def test_tasks_lists_the_built_in_ones(capsys):
+    code, out, _ = call(capsys, "tasks")
+    assert code == 0
+    assert "demo_medicine" in out
+
+
+def test_export_of_a_directory_without_a_run(capsys, tmp_path):
+    assert "holds no run" in refusal(capsys, "export", tmp_path, "--depth", "3")
+
+
+def test_failure_is_1_and_interruption_is_1(capsys, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", stop)
+    code, _, err = call(capsys, "tasks")
+    assert (code, err) == (1, "trimllm: interrupted; a run goes on with --resume\n")
+
+
+def test_every_setting_of_a_run_is_documented_and_typed():
+    for name, info in config.TrimConfig.model_fields.items():
+        assert info.description, name
+    with pytest.raises(InputError, match="--lr 0"):
+        config.make(config.TrimConfig, {"model": "m", "task": "t", "output": "o", "lr": 0})
+    assert yaml.safe_load(config.to_yaml(config.TrimConfig(model="m", task="t", output="o")))["strategy"] == "scan+norm"

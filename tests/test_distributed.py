@@ -1,0 +1,91 @@
+"""Two processes do what one does, and fail with one line."""
+
+from pathlib import Path
+
+import helpers_run as h
+import pytest
+import yaml
+from safetensors.torch import load_file
+from torch import distributed
+
+from trimllm import parallel
+
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+FAILING = """
+import sys
+from trimllm import cli, train
+from trimllm.errors import TrimError
+
+def fail(*_, **__):
+    raise TrimError("this process cannot go on")
+
+train_stage = train.train_stage
+train.train_stage = lambda *a, **k: fail() if a[4].process_index == 1 else train_stage(*a, **k)
+sys.exit(cli.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return h.save_base(tmp_path_factory.mktemp("base"), depth=4)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return h.save_task(tmp_path_factory.mktemp("task"))
+
+
+def test_two_processes_drop_the_same_layers_and_measure_the_same_accuracies(base, task, tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = h.command("trim", *h.arguments(h.settings(base, task, two, depth=3)), launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trimmed checkpoint:") == 1
+    assert sum(line.startswith("saved ") for line in done.stderr.splitlines()) == 1
+    h.fast(monkeypatch)
+    h.run(base, task, one, depth=3)
+    assert h.drops(two) == h.drops(one)
+    for a, b in zip(h.result(one)["history"], h.result(two)["history"], strict=True):
+        assert a["calibration"]["value"] == b["calibration"]["value"]
+        assert a["calibration"]["loss"] == pytest.approx(b["calibration"]["loss"], abs=1e-4)
+    assert h.result(one)["test"]["value"] == h.result(two)["test"]["value"]
+    alone, together = (load_file(run / "model" / "model.safetensors") for run in (one, two))
+    assert alone.keys() == together.keys()
+    assert max(float((alone[name] - together[name]).abs().max()) for name in alone) < 1e-4
+
+
+def test_failure_of_one_process_ends_both_with_one_line(base, task, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    words = h.arguments(h.settings(base, task, tmp_path / "run", depth=3))
+    done = h.command("trim", *words, launcher=TWO, program=[str(script)])
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("trimllm: ")] == [
+        "trimllm: this process cannot go on"
+    ]
+    assert "src/trimllm" not in done.stderr, "the process that lost its peer prints no traceback"
+
+
+def test_only_the_first_process_that_fails_reports_it(monkeypatch):
+    assert parallel.first_to_fail()
+    monkeypatch.setenv("RANK", "1")
+    assert not parallel.first_to_fail()
+    assert not parallel.another_failed()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert not parallel.another_failed()
+        assert [parallel.first_to_fail() for _ in range(3)] == [True, False, False]
+        assert parallel.another_failed()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_ready_accelerate_config_is_for_several_gpus_in_bf16():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = Path(__file__).parents[1] / "configs" / "multi_gpu.yaml"
+    config = load_config_from_file(str(path))
+    assert config.distributed_type.value == "MULTI_GPU"
+    assert (config.mixed_precision, config.num_processes, config.use_cpu) == ("bf16", 2, False)
+    assert "accelerate launch --config_file configs/multi_gpu.yaml" in path.read_text().splitlines()[0]
+    assert yaml.safe_load(path.read_text())["num_machines"] == 1

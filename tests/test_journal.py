@@ -1,0 +1,151 @@
+"""What a run remembers survives a kill."""
+
+import errno
+import json
+import os
+
+import pytest
+import yaml
+
+from trimllm import journal, rundir
+from trimllm.config import TrimConfig
+from trimllm.errors import InputError, TrimError
+from trimllm.layout import Block
+
+
+def test_events_come_back_in_order_with_their_values(tmp_path):
+    path = tmp_path / "new" / "journal.jsonl"
+    log = journal.Journal(path, [])
+    log.add("start", depth=3)
+    log.add("stage", loss=0.1, name="ä\n")
+    log.add("stage", loss=None)
+    assert journal.read_lines(path) == log.events
+    assert [event["loss"] for event in log.of("stage")] == [0.1, None]
+    assert log.last("stage")["loss"] is None
+    assert log.last("done") is None
+
+
+def test_process_that_does_not_write_remembers_the_same(tmp_path):
+    log = journal.Journal(tmp_path / "journal.jsonl", [], writes=False)
+    log.add("start", depth=3)
+    assert log.events == [{"event": "start", "depth": 3}]
+    assert not log.path.exists()
+
+
+@pytest.mark.parametrize("cut", range(1, 18))
+def test_line_torn_anywhere_is_cut_off_and_the_journal_goes_on(tmp_path, cut):
+    path = tmp_path / "journal.jsonl"
+    journal.append_line(path, {"event": "a"})
+    journal.append_line(path, {"event": "b", "x": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    assert journal.read_lines(path) == [{"event": "a"}]
+    journal.append_line(path, {"event": "b", "x": 1})
+    assert path.read_bytes() == whole
+
+
+def test_damage_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"event": "a"}\n{"ev\n{"event": "b"}\n')
+    with pytest.raises(TrimError, match="is damaged"):
+        journal.read_lines(path)
+
+
+def test_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    journal.write_json(path, {"depth": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(TrimError, match=r"no space left on the disk of .*plan\.json"):
+            journal.write_json(path, {"depth": 2})
+    assert json.loads(path.read_text()) == {"depth": 1}
+    journal.write_json(path, {"depth": 3})
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_json_that_others_can_read_has_no_nan(tmp_path):
+    path = tmp_path / "scan.json"
+    journal.write_json(path, {"rows": [{"importance": float("inf")}, (float("nan"), 1.5, True, None, "x")]})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "rows": [{"importance": None}, [None, 1.5, True, None, "x"]]
+    }
+
+
+def fill_halfway(path):
+    with journal.directory(path) as folder:
+        (folder / "weights").write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_directory_appears_whole_or_not_at_all(tmp_path):
+    with journal.directory(tmp_path / "depth-3") as folder:
+        (folder / "weights").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        fill_halfway(tmp_path / "depth-3")
+    assert (tmp_path / "depth-3" / "weights").read_text() == "old"
+    with journal.directory(tmp_path / "depth-3") as folder:
+        (folder / "other").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["depth-3", "other"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EIO])
+def test_disk_that_cannot_be_written_is_one_line(number):
+    with pytest.raises(TrimError, match=r"^cannot write to x: ") as error, journal.disk_errors("x"):
+        raise OSError(number, os.strerror(number))
+    assert error.value.exit_code == 1
+
+
+def test_other_errors_pass_through():
+    with pytest.raises(ValueError), journal.disk_errors("x"):
+        raise ValueError
+    with pytest.raises(InputError), journal.disk_errors("x"):
+        raise InputError("no")
+
+
+def config(tmp_path, **values):
+    return TrimConfig(**{"model": "m", "task": "t", "output": str(tmp_path / "run")} | values)
+
+
+def test_stored_settings_make_the_same_config(tmp_path):
+    mine = config(tmp_path, lr=3e-5, protect=(0, -1), task_files={"train": "a: b.jsonl"}, min_accuracy=60)
+    assert rundir.claim(mine) == []
+    assert TrimConfig(**rundir.stored_settings(mine.output)) == mine
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lr"] == 3e-5
+
+
+def test_run_that_died_before_its_first_event_can_be_resumed(tmp_path):
+    mine = config(tmp_path)
+    rundir.claim(mine)
+    rundir.RunDir(mine.output).config.with_name(".config.yaml.tmp").write_text("mod")
+    assert rundir.claim(mine.model_copy(update={"resume": True})) == []
+    rundir.RunDir(mine.output).config.unlink()
+    assert rundir.claim(mine) == []
+
+
+def test_half_written_leftovers_of_a_kill_are_removed(tmp_path):
+    mine = config(tmp_path)
+    rundir.claim(mine)
+    run = rundir.RunDir(mine.output)
+    for left in (run.root / ".model.x1y2", run.checkpoints / ".depth-4.tmp", run.checkpoints / "depth-5"):
+        left.mkdir(parents=True)
+    rundir.claim(mine.model_copy(update={"resume": True}))
+    assert [path.name for path in run.checkpoints.iterdir()] == ["depth-5"]
+    assert not (run.root / ".model.x1y2").exists()
+    assert run.kept_depths() == [5]
+
+
+def test_too_little_space_is_said_before_the_run(tmp_path):
+    with pytest.raises(InputError, match=r"GiB free, about .* GiB needed"):
+        rundir.check_space(tmp_path / "a" / "b", 2**60)
+    rundir.check_space(tmp_path / "a" / "b", 1)
+
+
+def test_layers_of_a_layout():
+    assert rundir.layers((Block(0, 0), Block(3, 3))) == [0, 3]
+    assert rundir.layers((Block(0, 1), Block(3, 3))) is None
+    layout = (Block(0, 1), Block(3, 3))
+    assert rundir.load_layout(rundir.dump_layout(layout)) == layout

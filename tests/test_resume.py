@@ -1,0 +1,297 @@
+"""A run that was interrupted anywhere gives what it would have given."""
+
+import json
+import os
+
+import helpers_run as h
+import pytest
+import safetensors
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from trimllm import cli, journal, progressive, scan, train, verification
+from trimllm.errors import InputError, TrimError
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it. (A real SIGKILL: benchmarks/kill_resume.py.)"""
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    h.fast(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return h.save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return h.save_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def straight(base, task, tmp_path_factory):
+    """The run that nobody interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        h.fast(patch)
+        output = tmp_path_factory.mktemp("straight") / "run"
+        h.run(base, task, output)
+        return output
+
+
+def kill_at(monkeypatch, owner, name, call, *, after=False):
+    """Die at call number `call` (1-based) of `owner.name`, before or after it does its work."""
+    work, calls = getattr(owner, name), [0]
+
+    def dying(*arguments, **more):
+        calls[0] += 1
+        if calls[0] == call and not after:
+            raise Killed
+        value = work(*arguments, **more)
+        if calls[0] == call:
+            raise Killed
+        return value
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+def assert_same(output, straight):
+    assert h.drops(output) == h.drops(straight)
+    assert h.weights_hash(output / "model") == h.weights_hash(straight / "model")
+    one, other = h.result(output), h.result(straight)
+    assert one["test"] == other["test"]
+    assert [row["calibration"] for row in one["history"]] == [row["calibration"] for row in other["history"]]
+    assert [event["event"] for event in h.journal(output)] == [event["event"] for event in h.journal(straight)]
+    left = {str(path.relative_to(output)) for path in output.rglob("*")}
+    assert left == {str(path.relative_to(straight)) for path in straight.rglob("*")}, (
+        "nothing of the killed run is left"
+    )
+
+
+POINTS = {
+    "before the journal begins": (progressive.Run, "_start", 1, False),
+    "before the base is journaled": (progressive.Run, "_record", 1, False),
+    "in the warm-up": (train, "_step", 2, False),
+    "between the first checkpoint and its journal line": (progressive.Run, "_checkpoint", 1, True),
+    "between warm-up and scan": (progressive.Run, "_drop", 1, False),
+    "in the first scan": (scan, "_part", 2, False),
+    "between scan and choice": (progressive.Run, "_choose", 1, False),
+    "after the drop, before its journal line": (progressive.Run, "_keep_table", 1, False),
+    "between drop and training": (progressive.Run, "_drop", 1, True),
+    "in the middle of a stage": (train, "_step", 7, False),
+    "while a checkpoint is written": (PreTrainedModel, "save_pretrained", 2, True),
+    "between a checkpoint and its journal line": (progressive.Run, "_checkpoint", 2, True),
+    "between the journal line and cleaning up": (progressive.Run, "_clean", 2, False),
+    "while an old checkpoint is deleted": (journal.shutil, "rmtree", 7, False),
+    "in the second scan": (scan, "_part", 4, False),
+    "before the export": (progressive.Run, "_finish", 1, False),
+    "in the export": (verification, "verify", 1, False),
+    "between the export and result.json": (progressive.Run, "_load", 1, False),
+    "between result.json and the last journal line": (journal, "write_json", 8, True),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(
+    base, task, tmp_path, straight, monkeypatch, point
+):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        owner, name, call, after = POINTS[point]
+        kill_at(patch, owner, name, call, after=after)
+        with pytest.raises(Killed):
+            h.run(base, task, output)
+    h.run(base, task, output, resume=True)
+    assert_same(output, straight)
+
+
+def test_run_killed_again_and_again_still_ends_the_same(base, task, tmp_path, straight, monkeypatch):
+    output, resume = tmp_path / "run", False
+    for owner, name, call, after in list(POINTS.values())[2::4]:
+        with monkeypatch.context() as patch:
+            kill_at(patch, owner, name, call, after=after)
+            try:
+                h.run(base, task, output, resume=resume)
+            except Killed:
+                resume = True
+    h.run(base, task, output, resume=True)
+    assert_same(output, straight)
+
+
+def count_parts(monkeypatch):
+    measured, part = [], scan._part
+    monkeypatch.setattr(scan, "_part", lambda *a, **k: measured.append(1) or part(*a, **k))
+    return measured
+
+
+def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path, straight, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, scan, "_part", 2)
+        with pytest.raises(Killed):
+            h.run(base, task, output, depth=4)
+    lines = (output / "scans" / "scan-000.jsonl").read_bytes().splitlines()
+    assert len(lines) == 1
+    measured = count_parts(monkeypatch)
+    h.run(base, task, output, depth=4, resume=True)
+    batches = len(measured) + 1
+    h.run(base, task, tmp_path / "other", depth=4)
+    assert len(measured) - (batches - 1) == batches
+
+
+def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, scan, "_part", 2)
+        with pytest.raises(Killed):
+            h.run(base, task, output, depth=4)
+    h.run(base, task, output, depth=4, resume=True, eval_batch_size=40)
+    h.run(base, task, tmp_path / "straight", depth=4, eval_batch_size=40)
+    tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, tmp_path / "straight")]
+    for one, other in zip(tables[0]["units"], tables[1]["units"], strict=True):
+        assert one["value"] == other["value"]
+        assert one["norm"] == pytest.approx(other["norm"], rel=1e-5)
+
+
+def test_line_torn_by_a_kill_is_cut_off(base, task, tmp_path, straight, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, progressive.Run, "_choose", 1)
+        with pytest.raises(Killed):
+            h.run(base, task, output)
+    for name in ("journal.jsonl", "scans/scan-000.jsonl"):
+        whole = (output / name).read_bytes()
+        (output / name).write_bytes(whole + whole.splitlines()[-1][:25])
+    h.run(base, task, output, resume=True)
+    assert_same(output, straight)
+
+
+def test_finished_run_is_returned_without_computing(base, task, straight, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*.safetensors")}
+    monkeypatch.setattr(progressive.Run, "_loop", None)
+    model, history = h.run(base, task, straight, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*.safetensors")} == before
+    assert model.config.num_hidden_layers == 3
+    assert [row["depth"] for row in history] == [5, 5, 4, 3]
+
+
+def test_python_resume_needs_the_output_only(straight):
+    model, _ = progressive.trim(output=str(straight), resume=True)
+    assert model.config.num_hidden_layers == 3
+
+
+def test_other_settings_are_refused_and_harmless_ones_are_not(base, task, straight):
+    with pytest.raises(InputError, match=r"--depth 2: the run in .* has 3"):
+        h.run(base, task, straight, resume=True, depth=2)
+    h.run(base, task, straight, resume=True, threads=1, micro_batch_size=64)
+    assert yaml.safe_load((straight / "config.yaml").read_text())["depth"] == 3
+
+
+def test_directory_of_another_run_or_with_other_files_is_refused(base, task, straight, tmp_path):
+    with pytest.raises(InputError, match="already holds a run: add --resume"):
+        h.run(base, task, straight)
+    (tmp_path / "thesis.tex").write_text("")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"already holds thesis\.tex: choose another"):
+            h.run(base, task, tmp_path, resume=resume)
+    with pytest.raises(InputError, match="this is a file"):
+        h.run(base, task, tmp_path / "thesis.tex")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_changed_base_weights_are_refused(task, tmp_path, monkeypatch):
+    mine, output = h.save_base(tmp_path / "base"), tmp_path / "run"
+    kill_at(monkeypatch, progressive.Run, "_drop", 1)
+    with pytest.raises(Killed):
+        h.run(mine, task, output)
+    file = mine / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError, match="its weights changed"):
+        h.run(mine, task, output, resume=True)
+
+
+# ---- failures that are not kills
+
+
+def test_loss_that_is_not_a_number_names_the_step_and_a_smaller_rate_goes_on(
+    base, task, tmp_path, straight, monkeypatch, capsys
+):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        step, calls = train._step, []
+
+        def diverging(*arguments):
+            calls.append(1)
+            return step(*arguments) if len(calls) < 7 else float("nan")
+
+        patch.setattr(train, "_step", diverging)
+        words = h.arguments(h.settings(base, task, output))
+        assert cli.main(["trim", *words]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("trimllm: the loss became nan at step ")
+    assert "lower --lr" in error
+    assert (output / "checkpoints" / "depth-5" / "model.safetensors").exists()
+    journaled = h.journal(output)
+    assert cli.main(["trim", "--output", str(output), "--resume", "--lr", "1e-4"]) == 0
+    assert h.journal(output)[: len(journaled)] == journaled
+    assert h.result(output)["settings"]["lr"] == 1e-4
+    assert h.drops(output)[0] == h.drops(straight)[0]
+
+
+def full_disk():
+    raise OSError(28, os.strerror(28))
+
+
+def safetensors_full_disk():
+    raise safetensors.SafetensorError(
+        'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
+    )
+
+
+@pytest.mark.parametrize("failure", [full_disk, safetensors_full_disk])
+@pytest.mark.parametrize("saves", [2, 4], ids=["checkpoint", "export"])
+def test_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
+    base, task, tmp_path, straight, monkeypatch, failure, saves
+):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        save, calls = PreTrainedModel.save_pretrained, []
+
+        def saving(self, folder, **more):
+            calls.append(1)
+            save(self, folder, **more)
+            if len(calls) == saves:
+                failure()
+
+        patch.setattr(PreTrainedModel, "save_pretrained", saving)
+        with pytest.raises(TrimError, match=r"no space left|disk is full") as error:
+            h.run(base, task, output)
+    assert error.value.exit_code == 1
+    assert "\n" not in str(error.value)
+    h.run(base, task, output, resume=True)
+    assert_same(output, straight)
+
+
+def test_full_disk_while_journaling_loses_only_that_event(base, task, tmp_path, straight, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: full_disk() if (output / "checkpoints" / "depth-4").exists() else None)
+        with pytest.raises(TrimError, match="no space left"):
+            h.run(base, task, output)
+    h.run(base, task, output, resume=True)
+    assert h.weights_hash(output / "model") == h.weights_hash(straight / "model")
+
+
+def test_resumed_weights_are_float32_even_if_the_base_is_not(task, tmp_path, monkeypatch):
+    mine, output = h.save_base(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, progressive.Run, "_drop", 2)
+        with pytest.raises(Killed):
+            h.run(mine, task, output)
+    h.run(mine, task, output, resume=True)
+    h.run(mine, task, tmp_path / "straight")
+    assert h.weights_hash(output / "model") == h.weights_hash(tmp_path / "straight" / "model")

@@ -1,0 +1,80 @@
+"""When a run ends: pure decisions."""
+
+import pytest
+
+from trimllm.config import TrimConfig
+from trimllm.errors import InputError
+from trimllm.targets import Size, floor, reached, wanted_depth
+
+
+def config(**values):
+    return TrimConfig(model="m", task="t", output="o", **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "depth", "wanted"),
+    [
+        ({}, 16, 8),
+        ({}, 5, 2),
+        ({}, 2, 1),
+        ({"keep": 0.5}, 16, 8),
+        ({"keep": 0.01}, 16, 1),
+        ({"keep": 0.8}, 16, 13),
+        ({"depth": 3}, 16, 3),
+        ({"depth": 3, "min_depth": 6}, 16, 6),
+        ({"max_params": 10}, 16, None),
+        ({"max_drop": 2}, 16, None),
+        ({"max_drop": 2, "keep": 0.25}, 16, 4),
+    ],
+    ids=str,
+)
+def test_wanted_depth(values, depth, wanted):
+    assert wanted_depth(config(**values), depth) == wanted
+
+
+@pytest.mark.parametrize(
+    ("values", "depth", "message"),
+    [
+        ({"depth": 4}, 4, "--depth 4"),
+        ({"depth": 9}, 4, "--depth 9"),
+        ({"keep": 0.99}, 4, "--keep 0.99"),
+        ({}, 1, "half"),
+    ],
+    ids=str,
+)
+def test_target_that_drops_nothing_is_an_error_with_the_depth(values, depth, message):
+    with pytest.raises(InputError, match=f"{message}.*the model has only {depth} layers"):
+        wanted_depth(config(**values), depth)
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "words"),
+    [
+        ({"depth": 3}, Size(4, 0, 0), None),
+        ({"depth": 3}, Size(3, 0, 0), "depth 3"),
+        ({"depth": 3}, Size(2, 0, 0), "depth 2"),
+        ({"max_params": 1000}, Size(4, 1001, 0), None),
+        ({"max_params": 1000}, Size(4, 1000, 0), "1,000 parameters"),
+        ({"max_memory": 1}, Size(4, 0, 2**30 + 1), None),
+        ({"max_memory": 1}, Size(4, 0, 2**30), "1.000 GiB"),
+        ({"target_speedup": 1.5}, Size(4, 0, 0, None), None),
+        ({"target_speedup": 1.5}, Size(4, 0, 0, 1.49), None),
+        ({"target_speedup": 1.5}, Size(4, 0, 0, 1.5), "1.50 times the base's speed"),
+        ({"max_params": 1}, Size(2, 9, 0), None),
+        ({"max_params": 1}, Size(1, 9, 0), "the minimum depth, 1"),
+        ({"max_params": 1, "min_depth": 4}, Size(4, 9, 0), "the minimum depth, 4"),
+        ({"min_accuracy": 50}, Size(1, 9, 0), "the minimum depth, 1"),
+        ({"max_params": 10, "depth": 2}, Size(3, 9, 0), "9 parameters"),
+    ],
+    ids=str,
+)
+def test_reached(values, size, words):
+    assert reached(config(**values), 16, size) == words
+
+
+def test_floor_is_the_stricter_of_both_and_follows_the_best_depth():
+    assert floor(config(), [90.0]) == -float("inf")
+    assert floor(config(min_accuracy=70), [90.0, 60.0]) == 70
+    assert floor(config(max_drop=5), [80.0, 90.0, 60.0]) == 85
+    assert floor(config(max_drop=5, min_accuracy=88), [80.0, 90.0]) == 88
+    assert floor(config(max_drop=0), [80.0]) == 80

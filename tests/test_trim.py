@@ -1,0 +1,372 @@
+"""The main loop: where it ends, what it drops and trains, and what it leaves in its directory."""
+
+import json
+
+import helpers_run as h
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimllm import cli, decoder, progressive, rundir, scores
+from trimllm.errors import InputError, TrimError
+from trimllm.evaluate import Scorer
+
+NO_TRAINING = {"warmup_epochs": 0, "epochs_per_drop": 0}
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    h.fast(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return h.save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return h.save_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def trained(base, task, tmp_path_factory):
+    """One run with everything switched on: its directory, and what trim() returned."""
+    with pytest.MonkeyPatch.context() as patch:
+        h.fast(patch)
+        output = tmp_path_factory.mktemp("trained") / "run"
+        return output, *h.run(base, task, output, depth=3, keep_checkpoints=True, report_depths=True, final_epochs=1)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Calibration accuracies per depth, in place of measured ones (the test split stays as it is)."""
+
+    def script(accuracies):
+        measure = Scorer.evaluate
+
+        def evaluate(self, model, *arguments, **more):
+            found = measure(self, model, *arguments, **more)
+            calibration = len(self.items) == 6
+            object.__setattr__(found, "value", accuracies[decoder.depth(model)] if calibration else found.value)
+            return found
+
+        monkeypatch.setattr(Scorer, "evaluate", evaluate)
+
+    return script
+
+
+def blocks(model):
+    return [{name: p.detach() for name, p in block.named_parameters()} for block in decoder.blocks(model)]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- the product
+
+
+def test_result_is_a_stock_checkpoint_that_generates_and_equals_the_returned_model(trained):
+    output, returned, _ = trained
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    prompt = tokenizer("Question: what is it?\nAnswer:", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False).shape[1] == (
+        prompt["input_ids"].shape[1] + 5
+    )
+    assert model.config.num_hidden_layers == 3
+    mine, stock = returned.state_dict(), model.state_dict()
+    assert mine.keys() == stock.keys()
+    assert all(torch.equal(mine[name], stock[name]) for name in mine)
+
+
+def test_layers_in_result_are_those_that_remain_and_nothing_else_changed_without_training(base, task, tmp_path):
+    model, _ = h.run(base, task, tmp_path / "run", depth=2, **NO_TRAINING)
+    original = AutoModelForCausalLM.from_pretrained(base)
+    kept = h.result(tmp_path / "run")["layers"]
+    assert len(kept) == 2
+    for block, layer in zip(blocks(model), kept, strict=True):
+        assert same(block, blocks(original)[layer])
+    assert torch.equal(model.get_input_embeddings().weight, original.get_input_embeddings().weight)
+    gone = [drop["units"][0] for drop in h.journal(tmp_path / "run", "drop")]
+    assert sorted(kept + [int(unit.removeprefix("block ")) for unit in gone]) == list(range(h.DEPTH))
+
+
+def test_every_file_of_a_run_agrees_with_the_others(trained, base):
+    output, _, history = trained
+    result, plan = h.result(output), json.loads((output / "plan.json").read_text())
+    assert [row["depth"] for row in history] == [5, 5, 4, 3]
+    assert [row["event"] for row in history] == ["base", "stage", "stage", "stage"]
+    assert all(row["test"]["n"] == 8 and row["calibration"]["n"] == 6 for row in history)
+    assert result["history"] == history
+    assert (result["depth"], result["base_depth"], result["rows"]["calibration"]) == (3, 5, 6)
+    assert result["layers"] == plan["layers"]
+    assert len(plan["layers"]) == 3
+    assert json.loads((output / "model" / "plan.json").read_text())["layers"] == plan["layers"]
+    assert [json.loads((output / "plans" / f"depth-{d}.json").read_text())["depth"] for d in (5, 4, 3)] == [5, 4, 3]
+    for number, drop in enumerate(result["drops"]):
+        scan = json.loads((output / "scans" / f"scan-{number:03d}.json").read_text())
+        assert [scan["units"][i]["unit"] for i in scan["dropped"]] == drop["units"]
+        assert len(scan["units"]) == h.DEPTH - number
+    assert not list((output / "scans").glob("*.jsonl"))
+    stored = yaml.safe_load((output / "config.yaml").read_text())
+    assert stored == result["settings"] | {"resume": False}
+    assert stored["model"] == str(base)
+    assert result["parameters"] == sum(p.numel() for p in trained[1].parameters())
+    assert result["decode_speedup"]["median"] == pytest.approx(5 / 3)
+    steps = [stage["train"]["steps"] for stage in h.journal(output, "stage")]
+    assert steps[2] > steps[1], "final epochs train longer after the last drop"
+
+
+def test_model_card_names_base_layers_and_accuracy(trained):
+    output, _, history = trained
+    card = (output / "model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers"
+    assert str(h.result(output)["layers"]) in card
+    assert h.result(output)["base"]["sha256"] in card
+    assert f"{history[-1]['calibration']['value']:.1f} +- " in card
+
+
+def test_kept_depth_is_exported_as_it_was(trained, capsys):
+    output, _, _ = trained
+    assert cli.main(["export", str(output), "--depth", "4"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(output / "model-depth-4")
+    kept = AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "depth-4")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), kept.state_dict().values(), strict=True))
+    assert json.loads((output / "model-depth-4" / "plan.json").read_text())["layers"]
+    assert cli.main(["export", str(output), "--depth", "2"]) == 2
+    assert "kept: 5, 4, 3" in capsys.readouterr().err
+
+
+def test_bfloat16_base_gives_a_bfloat16_checkpoint(task, tmp_path):
+    base = h.save_base(tmp_path / "base", dtype=torch.bfloat16)
+    model, _ = h.run(base, task, tmp_path / "run", depth=4)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert h.result(tmp_path / "run")["bytes"] == 2 * sum(p.numel() for p in model.parameters())
+
+
+# ---- where a run ends
+
+
+@pytest.mark.parametrize(
+    ("target", "depth"),
+    [
+        ({"keep": 0.6}, 3),
+        ({"depth": 4}, 4),
+        ({"max_params": 87_904 - 2 * 7_000}, 3),
+        ({"max_memory": (87_904 * 4 - 1) / 2**30}, 4),
+        ({"target_speedup": 1.6}, 3),
+        ({"max_params": 1, "min_depth": 3}, 3),
+        ({"depth": 1, "min_depth": 4}, 4),
+    ],
+    ids=str,
+)
+def test_run_ends_at_its_target(base, task, tmp_path, target, depth):
+    _, history = h.run(base, task, tmp_path / "run", **NO_TRAINING, **target)
+    assert h.result(tmp_path / "run")["depth"] == history[-1]["depth"] == depth
+    assert h.journal(tmp_path / "run", "drop")[-1]["reached"]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "target", "depth"),
+    [
+        ({5: 80, 4: 75, 3: 60, 2: 90}, {"min_accuracy": 70}, 4),
+        ({5: 80, 4: 85, 3: 81, 2: 79}, {"max_drop": 5}, 3),
+        ({5: 80, 4: 80, 3: 10}, {"min_accuracy": 70, "depth": 3}, 4),
+        ({5: 80, 4: 80, 3: 70}, {"min_accuracy": 70, "depth": 3}, 3),
+    ],
+    ids=["min_accuracy", "max_drop below the best so far", "violated by the last depth", "exactly the floor"],
+)
+def test_smallest_depth_not_below_the_floor_is_exported(
+    base, task, tmp_path, scripted, monkeypatch, accuracies, target, depth
+):
+    scripted(accuracies)
+    saved = {}
+    checkpoint = progressive.Run._checkpoint
+
+    def keep(self, state):
+        checkpoint(self, state)
+        saved[len(state.layout)] = {k: v.clone() for k, v in state.model.state_dict().items()}
+
+    monkeypatch.setattr(progressive.Run, "_checkpoint", keep)
+    model, _ = h.run(base, task, tmp_path / "run", **target)
+    result = h.result(tmp_path / "run")
+    assert result["depth"] == decoder.depth(model) == depth
+    assert len(result["layers"]) == depth
+    assert all(torch.equal(tensor, saved[depth][name]) for name, tensor in model.state_dict().items())
+
+
+def test_floor_above_the_fine_tuned_model_is_an_error_that_says_so(base, task, tmp_path, scripted):
+    scripted({5: 50})
+    with pytest.raises(TrimError, match=r"only 50\.0 on the calibration set, below the floor of 90\.0"):
+        h.run(base, task, tmp_path / "run", min_accuracy=90)
+
+
+def test_run_without_depth_target_ends_when_only_protected_layers_are_left(base, task, tmp_path):
+    h.run(base, task, tmp_path / "run", max_params=1, protect=(0, 2, -1), **NO_TRAINING)
+    assert h.result(tmp_path / "run")["layers"] == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 5}, "only 5 layers"),
+        ({"keep": 0.95}, "--keep 0.95"),
+        ({"max_params": 10**9}, "already meets the target"),
+        ({"protect": (5,)}, "--protect 5: the model has layers 0 to 4"),
+        ({"depth": 2, "protect": (0, 1, 2)}, "--protect keeps 3 layers, and the run is to end with 2"),
+        ({"max_params": 1, "protect": (0, 1, 2, 3, 4)}, "nothing is left to drop"),
+        ({"one_shot": True, "max_drop": 2}, "--one-shot must know how many"),
+        ({"one_shot": True, "unit": "pair"}, "--one-shot drops blocks only"),
+        ({"strategy": "scan+norn"}, "did you mean 'scan+norm'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(base, task, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message.replace("+", r"\+")):
+        h.run(base, task, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what goes, and what trains
+
+
+@pytest.mark.parametrize("strategy", scores.STRATEGIES)
+def test_strategy_runs_and_drops_what_its_table_calls_least_important(base, task, tmp_path, strategy):
+    h.run(base, task, tmp_path / "run", depth=4, strategy=strategy, **NO_TRAINING)
+    table = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())
+    assert (table["strategy"], len(table["units"])) == (strategy, 5)
+    known = [row["importance"] for row in table["units"] if row["importance"] is not None]
+    if strategy != "scan+norm":
+        assert table["units"][table["dropped"][0]]["importance"] == min(known)
+    if strategy in ("first", "last", "symmetric"):
+        assert table["dropped"] == [{"first": 0, "last": 4, "symmetric": 2}[strategy]]
+
+
+def test_protected_layers_stay(base, task, tmp_path):
+    h.run(base, task, tmp_path / "run", depth=2, strategy="last", protect=(0, -1), **NO_TRAINING)
+    assert h.result(tmp_path / "run")["layers"] == [0, 4]
+
+
+def test_pair_repacks_an_attention_with_a_later_mlp(base, task, tmp_path, monkeypatch):
+    lowest = scores.Score((), lambda evidence: (evidence.position != 1.5).astype(float), "")
+    monkeypatch.setitem(scores.SCORES, "last", lowest)
+    model, _ = h.run(base, task, tmp_path / "run", unit="pair", strategy="last", depth=4, **NO_TRAINING)
+    result = h.result(tmp_path / "run")
+    assert result["drops"][0]["units"] == ["MLP 1 + attention 2"]
+    assert [tuple(block.values()) for block in result["blocks"]] == [(0, 0), (1, 2), (3, 3), (4, 4)]
+    assert result["layers"] is None
+    assert "re-packed pairs" in (tmp_path / "run" / "model" / "README.md").read_text()
+    original = blocks(AutoModelForCausalLM.from_pretrained(base))
+    for mine, block in zip(blocks(model), result["blocks"], strict=True):
+        for name, tensor in mine.items():
+            half = "mlp" if name.startswith(("mlp", "post_attention")) else "attention"
+            assert torch.equal(tensor, original[block[half]][name]), name
+
+
+def test_one_shot_drops_all_by_one_scan_and_trains_as_long_as_the_stages(base, task, tmp_path):
+    h.run(base, task, tmp_path / "one", depth=2, one_shot=True, strategy="last")
+    h.run(base, task, tmp_path / "step", depth=2, strategy="last")
+    (drop,) = h.journal(tmp_path / "one", "drop")
+    assert drop["units"] == ["block 4", "block 3", "block 2"]
+    assert h.result(tmp_path / "one")["layers"] == [0, 1]
+    one, step = (h.journal(tmp_path / name, "stage") for name in ("one", "step"))
+    assert len(one) == 2
+    assert one[1]["train"]["steps"] == pytest.approx(sum(s["train"]["steps"] for s in step[1:]), abs=3)
+
+
+def test_several_drops_per_stage_each_have_their_own_scan(base, task, tmp_path):
+    h.run(base, task, tmp_path / "run", depth=2, drops_per_stage=2)
+    stages = h.journal(tmp_path / "run", "stage")
+    assert [len(stage["dropped"]) for stage in stages] == [0, 2, 1]
+    assert [stage["depth"] for stage in stages] == [5, 3, 2]
+    assert len(list((tmp_path / "run" / "scans").glob("scan-*.json"))) == 3
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic", "off"])
+def test_sparse_update_trains_the_chosen_blocks_and_no_other(base, task, tmp_path, mode):
+    output = tmp_path / "run"
+    h.run(base, task, output, depth=3, sparse_update=mode, keep_checkpoints=True, train_ratio=0.2, text_ratio=0)
+    drops = h.journal(output, "drop")
+    before = AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "depth-5")
+    after = AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "depth-4")
+    kept = [block["attention"] for block in drops[0]["layout"]]
+    moved = [layer for layer, now in zip(kept, blocks(after), strict=True) if not same(now, blocks(before)[layer])]
+    assert moved == (kept if mode == "off" else drops[0]["trains"])
+    assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+    if mode == "off":
+        assert drops[0]["trains"] is None
+    else:
+        assert len(drops[0]["trains"]) == 1
+        assert not any(f"block {drops[0]['trains'][0]}" in drop["units"] for drop in drops[:1])
+
+
+def test_frozen_embeddings_do_not_move_after_the_warm_up(base, task, tmp_path):
+    output = tmp_path / "run"
+    h.run(base, task, output, depth=4, train_embeddings=False, keep_checkpoints=True)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(output / "checkpoints" / f"depth-{depth}") for depth in (5, 4)
+    )
+    assert torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+    assert torch.equal(before.model.norm.weight, after.model.norm.weight)
+    original = AutoModelForCausalLM.from_pretrained(base)
+    assert not torch.equal(before.get_input_embeddings().weight, original.get_input_embeddings().weight)
+
+
+def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, task, tmp_path, monkeypatch):
+    choose = progressive.Run._trainable
+
+    def worst(self, state, candidates, evidence, choices):
+        chosen = choose(self, state, candidates, evidence, choices)
+        return [3] if len(state.layout) == h.DEPTH else chosen
+
+    monkeypatch.setattr(progressive.Run, "_trainable", worst)
+    h.run(base, task, tmp_path / "run", depth=3, strategy="last", train_ratio=0.2, train_embeddings=False)
+    first, second = h.journal(tmp_path / "run", "drop")
+    assert first["trains"] == [3]
+    assert second["units"] == ["block 3"]
+    assert second["trains"]
+    assert set(second["trains"]) <= {0, 1, 2}
+    assert h.journal(tmp_path / "run", "stage")[-1]["train"]["steps"] > 0
+
+
+def test_zero_epochs_drop_greedily_without_a_step(base, task, tmp_path):
+    _, history = h.run(base, task, tmp_path / "run", depth=2, **NO_TRAINING)
+    assert [row["train"]["steps"] for row in history[1:]] == [0, 0, 0, 0]
+    assert all(row["train"]["loss"] is None for row in history[1:])
+
+
+def test_domain_text_is_trained_on(base, task, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The statute Wexford requires a permit. " * 40)
+    with_text, without = tmp_path / "with", tmp_path / "without"
+    h.run(base, task, with_text, depth=4, text=str(text))
+    h.run(base, task, without, depth=4)
+    tokens = [h.journal(run, "stage")[0]["train"]["tokens"] for run in (with_text, without)]
+    assert tokens[0] > 1.5 * tokens[1]
+
+
+# ---- the API
+
+
+def test_settings_that_do_not_exist_are_input_errors_in_python_too():
+    with pytest.raises(InputError, match="unknown setting 'kep': did you mean 'keep'"):
+        progressive.trim(model="demo", task="demo_law", output="x", kep=0.5)
+    with pytest.raises(InputError, match="--task is required"):
+        progressive.trim(model="demo", output="x")
+
+
+def test_checkpoints_that_nobody_needs_are_deleted(base, task, tmp_path):
+    h.run(base, task, tmp_path / "run", depth=2)
+    assert rundir.RunDir(tmp_path / "run").kept_depths() == [3, 2]
+
+
+def test_console_says_every_depth_once(base, task, tmp_path, capsys):
+    progressive.trim(**h.settings(base, task, tmp_path / "run", depth=4))
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("depth   5  base") for line in lines) == 1
+    assert sum(line.startswith("depth   4  - block") for line in lines) == 1
+    assert lines[-1].startswith(f"saved {tmp_path / 'run' / 'model'}: 4 of 5 layers")
