@@ -1,6 +1,6 @@
 """The demo's claim over several seeds: half the depth against full fine-tuning and one-shot removal.
 
-    python benchmarks/demo_seeds.py                                  # three seeds, medicine; about 15 minutes on 2 cores
+    python benchmarks/demo_seeds.py                      # three seeds, medicine; 15 minutes on 2 cores
     python benchmarks/demo_seeds.py --domain law --unit pair --seeds 0 1 2
 
 Prints a table with the mean over seeds and its spread; the last line is one JSON object.

@@ -11,7 +11,7 @@ from tiny import build
 
 from trimllm.decoder import blocks, depth, halves, mid_block, parameters_of, text_config
 from trimllm.errors import InputError
-from trimllm.families import Family, branching, config_updates
+from trimllm.families import FAMILIES, Family, branching, config_updates
 from trimllm.layout import Block, Unit, remove, whole, without
 from trimllm.legality import refusal
 from trimllm.surgery import apply_layout, drop_layers
@@ -228,6 +228,28 @@ def test_unknown_rule_is_refused_instead_of_guessed(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(__import__("trimllm.families").families.PER_LAYER, "no_rope_layers")
     model = build("smollm3")
     assert "use_rope" in str(refusal(model, without(whole(6), [1])))
+
+
+def test_family_that_this_release_computes_wrongly_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", Family(since="5.999"))
+    model, layout = build("llama"), without(whole(6), [1])
+    message = "'llama' needs transformers 5.999 or newer"
+    assert message in str(refusal(model, layout))
+    with pytest.raises(InputError, match=message), trial(model, layout):
+        pass
+
+
+def test_number_of_the_layer_whose_keys_are_reused_follows_that_layer() -> None:
+    model = build("llama")
+    blocks(model)[5].self_attn.kv_shared_layer_index = 3
+    drop_layers(model, [1, 4])
+    assert blocks(model)[3].self_attn.kv_shared_layer_index == 2
+
+
+def test_rope_parameters_of_a_layer_type_that_is_gone_are_forgotten() -> None:
+    model = build("gemma3_text")
+    drop_layers(model, [0, 3])
+    assert set(text_config(model).layer_types) == {"full_attention"} == set(text_config(model).rope_parameters)
 
 
 def test_alibi_and_recurrent_families_do_not_branch() -> None:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+import transformers
+from packaging.version import Version
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCAB = 64
 
@@ -224,6 +227,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
         "use_mamba_kernels": False,
     },
+    "nemotron_h-moe": {
+        **COMMON,
+        **MOE,
+        "layers_block_type": _cycle("mamba", "attention", "moe"),
+        "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "use_mamba_kernels": False,
+    },
     "dbrx": {
         "vocab_size": VOCAB,
         "d_model": 32,
@@ -344,8 +360,27 @@ TOWERS: dict[str, dict[str, Any]] = {
 """Vision-language models whose text decoder is cut: model type -> values of its config."""
 
 
+SINCE = {"gemma3n_text": "5.6.0", "gemma4_text": "5.5.2", "nemotron_h": "5.6.0", "dbrx": "5.15.0"}
+"""The first release of transformers that has the family as it is tested here, where its name came earlier."""
+
+
+def absent(family: str) -> str | None:
+    """Why the installed transformers cannot build this family, or None."""
+    have, kind = transformers.__version__, family.partition("-")[0]
+    if kind not in CONFIG_MAPPING:
+        return f"transformers {have} has no {kind}"
+    if Version(have) < Version(SINCE.get(family, "0")):
+        return f"transformers {have} has no {family} as it is since {SINCE[family]}"
+    return None
+
+
 def build(family: str, depth: int = 6, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of `family` with `depth` layers, random weights, in evaluation mode on CPU in float32."""
+    """A tiny model of `family` with `depth` layers, random weights, in evaluation mode on CPU in float32.
+
+    Where the installed transformers has no such family, the test is skipped by name.
+    """
+    if reason := absent(family):
+        pytest.skip(reason)
     if family in TOWERS:
         return _build_tower(family, depth, seed)
     values = {k: v(depth) if callable(v) else v for k, v in CONFIGS[family].items()}

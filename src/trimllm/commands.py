@@ -125,6 +125,9 @@ def run_drop(command: config.DropConfig) -> None:
     """Surgery only: the model as saved, less some layers."""
     if not command.layers:
         raise InputError("--layers names no layer: give at least one, such as --layers 3,7")
+    if command.streaming:
+        _drop_on_disk(command)
+        return
     loaded = models.load(command)
     depth = decoder.depth(loaded.model)
     for layer in command.layers:
@@ -140,6 +143,30 @@ def run_drop(command: config.DropConfig) -> None:
         base=command.model,
     )
     print(f"{command.output}: {depth - len(dropped)} of {depth} layers, reloaded and compared ({_differences(report)})")
+
+
+def _drop_on_disk(command: config.DropConfig) -> None:
+    from trimllm.streaming import drop_on_disk
+
+    source = models.path_of(command.model)
+    if not Path(source).is_dir():
+        raise InputError(
+            f"--model {command.model}: --streaming cuts a directory on this disk: download the model first"
+        )
+    with Console().progress("bytes") as show:
+        done = drop_on_disk(
+            source,
+            command.layers,
+            command.output,
+            max_shard_size=command.max_shard_size,
+            trust_remote_code=command.trust_remote_code,
+            base=command.model,
+            progress=show,
+        )
+    print(
+        f"{command.output}: {len(done.kept)} of {done.depth} layers, {done.bytes / 1e9:.3f} GB in "
+        f"{done.shards} file(s), names, shapes and config checked"
+    )
 
 
 def _differences(report: Any) -> str:

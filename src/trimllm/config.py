@@ -184,12 +184,17 @@ class DropConfig(ModelSettings):
 
     Example:
       trimllm drop --model DIR_OR_HUB_ID --layers 3,7 --output trimmed
+      trimllm drop --model DIR --layers 3,7 --output trimmed --streaming
     """
 
     layers: tuple[int, ...]
     """Layers to remove, 0-based, negative from the end: 3,7."""
     output: str
     """Directory of the new checkpoint."""
+    streaming: bool = False
+    """Cut on disk, tensor by tensor, without loading the model: for a --model directory larger than memory."""
+    max_shard_size: str = "5GB"
+    """With --streaming: largest weight file."""
 
 
 class EvalConfig(TaskSettings, ModelSettings):

@@ -54,7 +54,7 @@ class Family:
     own_cache: bool = False
     """The cache is of a kind that the forward pass makes itself, in some releases of transformers."""
     since: str | None = None
-    """The first release of transformers whose forward pass without a cache is right; None: all that we support."""
+    """The first release of transformers whose forward pass is right; None: all that we support."""
     reason: str | None = None
     """Why this family cannot be cut at all."""
     variants: tuple[tuple[str, bool, dict[str, Any]], ...] = ()
@@ -134,7 +134,7 @@ FAMILIES: dict[str, Family] = {
         branching=False,
         variants=(("apply_residual_connection_post_layernorm", True, {"normed_residual": True}),),
     ),
-    "dbrx": Family(layers="blocks", whole="its second norm is inside the attention module"),
+    "dbrx": Family(layers="blocks", whole="its second norm is inside the attention module", since="5.15.0"),
     "falcon": Family(
         attention=("input_layernorm", "self_attention"),
         layers="h",
@@ -400,10 +400,7 @@ def illegal(config: Any, layout: Layout) -> str | None:
         return f"model type {config.model_type!r} cannot be cut: {row.reason}"
     have = metadata.version("transformers")
     if row.since and _release(have) < _release(row.since):
-        return (
-            f"model type {config.model_type!r} needs transformers {row.since} or newer: "
-            f"the forward pass of {have} without a cache is wrong"
-        )
+        return f"model type {config.model_type!r} needs transformers {row.since} or newer: {have} computes it wrongly"
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
         return None

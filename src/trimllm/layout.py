@@ -1,4 +1,4 @@
-"""What a trimmed model is made of: for each block that remains, which original attention and which original MLP it holds.
+"""What a trimmed model is made of: which original attention and which original MLP each remaining block holds.
 
 A pre-norm decoder block is `x + A(norm1(x))` followed by `x + M(norm2(x))`: two halves. Dropping whole blocks, adjacent
 pairs that re-pack into stock blocks, and (on trial only) single sub-layers are all one operation on this list.
@@ -14,7 +14,7 @@ from trimllm.errors import InputError
 
 
 class Block(NamedTuple):
-    """One decoder block: the index its attention half comes from, and its MLP half. `None` bypasses that half (trial only)."""
+    """One decoder block: the index its attention half comes from, and its MLP half's. `None` bypasses it (trial only)."""
 
     attention: int | None
     mlp: int | None
@@ -24,7 +24,7 @@ Layout = tuple[Block, ...]
 
 
 class Unit(NamedTuple):
-    """Something that can be dropped. `kind` is "block", "pair", "attention" or "mlp"; `index` is the block it begins in.
+    """Something that can be dropped: its `kind` ("block", "pair", "attention" or "mlp") and the block it begins in.
 
     block i: A_i and M_i. pair i: M_i and A_{i+1}, the shifted pair (A_i then joins M_{i+1} in one stock block).
     attention i / mlp i: one sub-layer, for scans only.
@@ -58,7 +58,7 @@ def without(layout: Layout, positions: Iterable[int]) -> Layout:
 
 
 def units(kind: str, layout: Layout) -> list[Unit]:
-    """All candidates for removal: `kind` is "block" (n of them), "pair" (2n-1, in order of depth) or "sublayer" (2n)."""
+    """All candidates for removal: `kind` is "block" (n of them), "pair" (2n-1, by depth) or "sublayer" (2n)."""
     depth = len(layout)
     if kind == "block":
         return [Unit("block", i) for i in range(depth)]

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from trimllm import families
-from trimllm.decoder import HALVES, INDEX_NAMES, REFERENCE_NAMES, blocks, depth, plain_attributes, repackable, text_config
+from trimllm.decoder import (
+    HALVES,
+    INDEX_NAMES,
+    REFERENCE_NAMES,
+    blocks,
+    depth,
+    plain_attributes,
+    repackable,
+    text_config,
+)
 from trimllm.errors import InputError, one_line
 from trimllm.layout import Layout
 
@@ -59,7 +68,7 @@ def refusal(model: nn.Module, layout: Layout) -> str | None:
     try:
         wanted = copy.deepcopy(config)
         families.update_config(wanted.get_text_config(decoder=True), layout)
-        wanted = config.__class__.from_dict(wanted.to_dict())
+        wanted = config.__class__.from_dict(wanted.to_diff_dict())  # as on disk
     except InputError as error:
         return str(error)
     except Exception as error:  # a config class may refuse values in any way it likes
@@ -84,7 +93,7 @@ def _built_facts(model_class: Any, config: Any) -> tuple[Facts, ...]:
     key = (model_class, config.to_json_string(use_diff=False))
     if key not in _BUILT:
         with torch.device("meta"):
-            built = model_class(config.__class__.from_dict(config.to_dict()))
+            built = model_class(config.__class__.from_dict(config.to_diff_dict()))
         while len(_BUILT) >= 4:
             del _BUILT[next(iter(_BUILT))]
         _BUILT[key] = tuple(_facts(block) for block in blocks(built))
@@ -112,7 +121,11 @@ def _difference(row: families.Family, old: tuple[Facts, ...], new: tuple[Facts, 
 
 def _exempt(row: families.Family) -> tuple[str, ...]:
     """Facts that other rules take care of: scales folded into weights, and who keeps keys and values for others."""
-    return ("@store_full_length_kv", *(f"@{name}" for name in REFERENCE_NAMES), *(("@scaling",) if row.inverse_scale else ()))
+    return (
+        "@store_full_length_kv",
+        *(f"@{name}" for name in REFERENCE_NAMES),
+        *(("@scaling",) if row.inverse_scale else ()),
+    )
 
 
 def _facts(block: nn.Module) -> Facts:

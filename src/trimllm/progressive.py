@@ -345,12 +345,7 @@ class Run:
                 seconds=result.seconds,
             )
         )
-        for choice in choices:
-            score = "" if not result.trials else f", {result.trials[choice.index].value:.1f} without it"
-            self.console.say(
-                f"  drop {describe(choice.unit, before)} ({choice.why}{score}; intact {result.base.value:.1f}; "
-                f"scan {clock(result.seconds)})"
-            )
+        self.console.say(f"  {drop_line(choices, before, result)}")
 
     def _scan(self, state: State, number: int) -> scan.ScanResult:
         path, budget = self.dir.scans / f"scan-{number:03d}.jsonl", self.config.eval_batch_size
@@ -552,6 +547,15 @@ def describe(unit: Unit, layout: Layout) -> str:
         whole_block = here.attention == here.mlp
         return f"block {here.attention}" if whole_block else f"block {here.attention}/{here.mlp}"
     return f"{unit.kind} {getattr(here, unit.kind)}"
+
+
+def drop_line(choices: list[Choice], layout: Layout, result: scan.ScanResult) -> str:
+    """What goes and why, for the user."""
+    names = ", ".join(describe(choice.unit, layout) for choice in choices)
+    if len(choices) > 1:
+        return f"drop {names} at once (intact {result.base.value:.1f}; scan {clock(result.seconds)})"
+    score = f", {result.trials[choices[0].index].value:.1f} without it" if result.trials else ""
+    return f"drop {names} ({choices[0].why}{score}; intact {result.base.value:.1f}; scan {clock(result.seconds)})"
 
 
 def depth_row(
