@@ -12,6 +12,7 @@ from trimllm import (
     config,
     decoder,
     export,
+    inputs,
     journal,
     loading,
     models,
@@ -26,7 +27,7 @@ from trimllm import (
 )
 from trimllm.console import Console, table
 from trimllm.errors import InputError
-from trimllm.evaluate import Evaluation, Scorer, generate
+from trimllm.evaluate import Evaluation, generate
 from trimllm.layout import whole, without
 from trimllm.progressive import describe, trim
 
@@ -39,33 +40,6 @@ def run_trim(command: config.TrimConfig) -> None:
         print(f"trimmed checkpoint: {Path(command.output) / 'model'}")
 
 
-def load_task(command: Any, tokenizer: Any) -> tasks.TaskData:
-    """The task that a command names, by its settings."""
-    return tasks.load_task(
-        command.task,
-        tokenizer=tokenizer,
-        calibration_size=command.calibration_size,
-        resolution=command.resolution,
-        max_train=command.max_train,
-        max_test=command.max_test,
-        files=command.task_files,
-        metric=command.metric,
-        seed=command.seed,
-    )
-
-
-def scorer(command: Any, loaded: models.Loaded, items: Any) -> Scorer:
-    """Items ready for the command's model."""
-    return Scorer(
-        loaded.model,
-        loaded.tokenizer,
-        items,
-        token_budget=command.eval_batch_size,
-        max_length=command.max_length,
-        truncate=command.truncate,
-    )
-
-
 def run_scan(command: config.ScanConfig) -> None:
     """Importance of every unit: table, scan.json, scan.png."""
     from trimllm.plot import importance_plot
@@ -76,16 +50,22 @@ def run_scan(command: config.ScanConfig) -> None:
     loaded = models.load(command)
     depth = decoder.depth(loaded.model)
     protected = select.protected(command.protect, depth)
-    data = load_task(command, loaded.tokenizer)
+    data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
         console.say(f"  {note}")
     with console.progress("scan") as show:
         result = scan.scan(
-            loaded.model, scorer(command, loaded, data.calibration), data.metric, command.unit, progress=show
+            loaded.model,
+            inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration),
+            data.metric,
+            command.unit,
+            progress=show,
         )
     extra = {}
     if "taylor" in needed:
-        extra["taylor"] = weights.taylor(loaded.model, scorer(command, loaded, data.calibration), result.candidates)
+        extra["taylor"] = weights.taylor(
+            loaded.model, inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration), result.candidates
+        )
     if "magnitude" in needed:
         extra["magnitude"] = weights.magnitude(loaded.model, result.candidates)
     evidence = result.evidence(scan.positions(result.candidates, range(depth)), depth, command.seed, **extra)
@@ -181,13 +161,13 @@ def run_eval(command: config.EvalConfig) -> None:
     if command.output and Path(command.output).is_dir():
         raise InputError(f"--output {command.output}: this is a directory: name a JSON file")
     loaded = models.load(command)
-    data = load_task(command, loaded.tokenizer)
+    data = inputs.task_data(command, loaded.tokenizer)
     if command.generate and data.kind != "generation":
         raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}: leave it out")
     console = Console()
     for note in data.notes:
         console.say(f"  {note}")
-    evaluation = scorer(command, loaded, data.test).evaluate(loaded.model, data.metric)
+    evaluation = inputs.scorer(command, loaded.model, loaded.tokenizer, data.test).evaluate(loaded.model, data.metric)
     record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
     print(f"{data.name}: {evaluation_line(evaluation)}")
     if command.generate:

@@ -14,7 +14,7 @@ from trimllm.errors import InputError
 
 
 class Block(NamedTuple):
-    """One decoder block: the index its attention half comes from, and its MLP half's. `None` bypasses it (trial only)."""
+    """One decoder block: where its attention half comes from, and its MLP half. `None` bypasses it (trial only)."""
 
     attention: int | None
     mlp: int | None

@@ -24,6 +24,7 @@ from trimllm import (
     card,
     decoder,
     export,
+    inputs,
     journal,
     legality,
     loading,
@@ -41,7 +42,7 @@ from trimllm import (
 from trimllm.config import TrimConfig, make
 from trimllm.console import Console, clock
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluate import Evaluation, Scorer
+from trimllm.evaluate import Evaluation
 from trimllm.journal import Journal
 from trimllm.layout import Layout, Unit, compose, remove, units, whole
 from trimllm.models import DTYPES, Loaded, load
@@ -49,7 +50,7 @@ from trimllm.parallel import Share
 from trimllm.rundir import RunDir
 from trimllm.select import Choice
 from trimllm.targets import Size
-from trimllm.tasks import TaskData, load_task, load_text
+from trimllm.tasks import TaskData, load_text
 
 History = list[dict[str, Any]]
 
@@ -133,25 +134,10 @@ class Run:
         if (already := targets.reached(config, depth, size)) is not None:
             raise InputError(f"nothing to drop: the model already meets the target, {already}")
         self._cuttable(model)
-        data = load_task(
-            config.task,
-            tokenizer=tokenizer,
-            calibration_size=config.calibration_size,
-            resolution=config.resolution,
-            max_train=config.max_train,
-            max_test=config.max_test,
-            files=config.task_files,
-            metric=config.metric,
-            seed=config.seed,
-        )
+        data = inputs.task_data(config, tokenizer)
         self.metric = data.metric
-        settings: dict[str, Any] = {
-            "token_budget": config.eval_batch_size,
-            "max_length": config.max_length,
-            "truncate": config.truncate,
-        }
-        self.calibration = Scorer(model, tokenizer, data.calibration, **settings)
-        self.test = Scorer(model, tokenizer, data.test, **settings)
+        self.calibration = inputs.scorer(config, model, tokenizer, data.calibration)
+        self.test = inputs.scorer(config, model, tokenizer, data.test)
         longest = train.longest(model, config.max_length)
         self.task_rows = train.task_examples(tokenizer, data.train, longest, truncate=config.truncate)
         train.check(self.task_rows)
