@@ -100,7 +100,8 @@ def main() -> int:
             continue
         if code:
             raise SystemExit(f"a resumed run failed with exit code {code}: see {log}")
-        whole = min(whole, time.perf_counter() - began)  # on a busy machine the first run may have been a slow one
+        if not resume:  # on a busy machine the first run may have been a slow one
+            whole = min(whole, time.perf_counter() - began)
         ended.append(outcome(output))
         output = root / f"killed-{len(ended)}"
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from trimllm import cli, journal, progressive, scan, train, verification
+from trimllm import cli, deciding, journal, progressive, scan, train, verification
 from trimllm.errors import InputError, TrimError
 
 
@@ -79,8 +79,8 @@ POINTS = {
     "between the first checkpoint and its journal line": (progressive.Run, "_checkpoint", 1, True),
     "between warm-up and scan": (progressive.Run, "_drop", 1, False),
     "in the first scan": (scan, "_part", 2, False),
-    "between scan and choice": (progressive.Run, "_choose", 1, False),
-    "after the drop, before its journal line": (progressive.Run, "_keep_table", 1, False),
+    "between scan and choice": (deciding.Decider, "_choose", 1, False),
+    "after the drop, before its journal line": (deciding.Decider, "table", 1, False),
     "between drop and training": (progressive.Run, "_drop", 1, True),
     "in the middle of a stage": (train, "_step", 7, False),
     "while a checkpoint is written": (PreTrainedModel, "save_pretrained", 2, True),
@@ -160,7 +160,7 @@ def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path, 
 def test_line_torn_by_a_kill_is_cut_off(base, task, tmp_path, straight, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        kill_at(patch, progressive.Run, "_choose", 1)
+        kill_at(patch, deciding.Decider, "_choose", 1)
         with pytest.raises(Killed):
             h.run(base, task, output)
     for name in ("journal.jsonl", "scans/scan-000.jsonl"):

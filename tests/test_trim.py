@@ -8,7 +8,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimllm import cli, decoder, progressive, rundir, scores
+from trimllm import cli, deciding, decoder, progressive, rundir, scores
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluate import Scorer
 
@@ -317,13 +317,13 @@ def test_frozen_embeddings_do_not_move_after_the_warm_up(base, task, tmp_path):
 
 
 def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, task, tmp_path, monkeypatch):
-    choose = progressive.Run._trainable
+    choose = deciding.Decider._trainable
 
-    def worst(self, state, candidates, evidence, choices):
-        chosen = choose(self, state, candidates, evidence, choices)
-        return [3] if len(state.layout) == h.DEPTH else chosen
+    def worst(self, layout, result, evidence, choices):
+        chosen = choose(self, layout, result, evidence, choices)
+        return [3] if len(layout) == h.DEPTH else chosen
 
-    monkeypatch.setattr(progressive.Run, "_trainable", worst)
+    monkeypatch.setattr(deciding.Decider, "_trainable", worst)
     h.run(base, task, tmp_path / "run", depth=3, strategy="last", train_ratio=0.2, train_embeddings=False)
     first, second = h.journal(tmp_path / "run", "drop")
     assert first["trains"] == [3]

@@ -1,4 +1,4 @@
-"""The documents that go with a trimmed model: its model card and result.json."""
+"""What is said of a run: its lines on the way, its table, the model card and result.json."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 from trimllm import bench, rundir
 from trimllm.config import TrimConfig
-from trimllm.console import table
+from trimllm.console import clock, table
 from trimllm.evaluate import Evaluation
+from trimllm.layout import Layout, describe
+from trimllm.scan import ScanResult
+from trimllm.select import Choice
+from trimllm.targets import Size
 from trimllm.tasks import TaskData
 
 LIBRARIES = ("trimllm", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
@@ -79,11 +83,13 @@ def result(
     base: dict[str, str],
     test: Evaluation,
     verified: Any,
-    speeds: dict[str, list[float]],
+    speeds: dict[str, list[float]] | None,
     seconds: float,
 ) -> dict[str, Any]:
     """The contents of result.json."""
-    median, least, largest = bench.ratio(speeds, "trimmed", "base")
+    speedup = (
+        dict(zip(("median", "min", "max"), bench.ratio(speeds, "trimmed", "base"), strict=True)) if speeds else None
+    )
     return {
         "base": base,
         "task": data.name,
@@ -95,7 +101,7 @@ def result(
         "layers": rundir.layers(rundir.load_layout(stage["layout"])),
         "parameters": stage["parameters"],
         "bytes": stage["bytes"],
-        "decode_speedup": {"median": median, "min": least, "max": largest},
+        "decode_speedup": speedup,
         "verified": vars(verified),
         "rows": {
             "train": len(data.train),
@@ -111,3 +117,27 @@ def result(
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "libraries": {name: version(name) for name in LIBRARIES},
     }
+
+
+def drop_line(choices: list[Choice], layout: Layout, result: ScanResult) -> str:
+    """What goes and why, for the user."""
+    names = ", ".join(describe(choice.unit, layout) for choice in choices)
+    if len(choices) > 1:
+        return f"drop {names} at once (intact {result.base.value:.1f}; scan {clock(result.seconds)})"
+    score = f", {result.trials[choices[0].index].value:.1f} without it" if result.trials else ""
+    return f"drop {names} ({choices[0].why}{score}; intact {result.base.value:.1f}; scan {clock(result.seconds)})"
+
+
+def depth_row(
+    event: str, size: Size, calibration: Evaluation, test: Evaluation | None, speed: float, more: dict[str, Any]
+) -> str:
+    """The line that a user sees for a depth."""
+    dropped = ", ".join(unit for drop in more.get("dropped", []) for unit in drop["units"])
+    what = "base" if event == "base" else (f"- {dropped}" if dropped else "fine-tuned")
+    report = more.get("train") or {}
+    trained = f"  loss {report['loss']:.3f} in {clock(report['seconds'])}" if report.get("loss") is not None else ""
+    tested = f"  test {test}" if test else ""
+    return (
+        f"depth {size.depth:3d}  {what:24s}  calibration {calibration}{tested}  "
+        f"{size.parameters / 1e6:.2f} M parameters  {speed:.0f} tokens/s{trained}"
+    )

@@ -28,8 +28,8 @@ from trimllm import (
 from trimllm.console import Console, table
 from trimllm.errors import InputError
 from trimllm.evaluate import Evaluation, generate
-from trimllm.layout import whole, without
-from trimllm.progressive import describe, trim
+from trimllm.layout import describe, whole, without
+from trimllm.progressive import trim
 
 
 def run_trim(command: config.TrimConfig) -> None:

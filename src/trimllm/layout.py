@@ -82,6 +82,17 @@ def remove(layout: Layout, unit: Unit) -> Layout:
     return (*layout[:i], half, *layout[i + 1 :])
 
 
+def describe(unit: Unit, layout: Layout) -> str:
+    """The unit in original indices: `block 7` or `MLP 3 + attention 4`."""
+    here = layout[unit.index]
+    if unit.kind == "pair":
+        return f"MLP {here.mlp} + attention {layout[unit.index + 1].attention}"
+    if unit.kind == "block":
+        whole_block = here.attention == here.mlp
+        return f"block {here.attention}" if whole_block else f"block {here.attention}/{here.mlp}"
+    return f"{unit.kind} {getattr(here, unit.kind)}"
+
+
 def shared_prefix(before: Layout, after: Layout) -> int:
     """How many leading blocks the two layouts have in common: what a trial deletion need not compute again."""
     for position, (old, new) in enumerate(zip(before, after, strict=False)):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from trimllm.errors import TrimError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,28 @@ class Share:
         from accelerate.utils import gather_object
 
         return gather_object(mine)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, known to all; every process must call it. An InputError is raised in all."""
+        if self.world == 1:
+            return make()
+        from accelerate.utils import broadcast_object_list
+
+        box: list[Any] = [None]
+        if self.first:
+            try:
+                box = [make()]
+            except TrimError as error:
+                box = [error]
+        broadcast_object_list(box)
+        if isinstance(box[0], TrimError):
+            raise box[0]
+        return box[0]
 
 
 ALONE = Share()

@@ -26,29 +26,25 @@ from trimllm import (
     export,
     inputs,
     journal,
-    legality,
     loading,
     models,
     rundir,
-    scan,
     scores,
     select,
     sparse,
     surgery,
     targets,
     train,
-    weights,
 )
 from trimllm.config import TrimConfig, make
-from trimllm.console import Console, clock
+from trimllm.console import Console
+from trimllm.deciding import Decider
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluate import Evaluation
 from trimllm.journal import Journal
-from trimllm.layout import Layout, Unit, compose, remove, units, whole
+from trimllm.layout import Layout, Unit, compose, describe, remove, whole
 from trimllm.models import DTYPES, Loaded, load
 from trimllm.parallel import Share
 from trimllm.rundir import RunDir
-from trimllm.select import Choice
 from trimllm.targets import Size
 from trimllm.tasks import TaskData, load_text
 
@@ -108,7 +104,9 @@ class Run:
         started = time.perf_counter()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
-        self.journal = Journal(self.dir.journal, self._claim(), writes=self.main)
+        self.journal = Journal(
+            self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.main
+        )
         if (done := self.journal.last("done")) is not None:
             self.console.say(f"{self.dir.root} is finished: {done['table']}")
             return self._load(self.dir.model), self.history()
@@ -123,17 +121,11 @@ class Run:
         self.tokenizer = tokenizer
         self.save_dtype = DTYPES.get(config.save_dtype, loaded.saved)
         depth = decoder.depth(model)
-        self.base_depth, self.protected = depth, select.protected(config.protect, depth)
-        wanted = targets.wanted_depth(config, depth)
-        if wanted is not None and len(self.protected) > wanted:
-            raise InputError(
-                f"--protect keeps {len(self.protected)} layers, and the run is to end with {wanted}: "
-                "protect fewer, or ask for a smaller drop"
-            )
+        self.base_depth = depth
+        targets.wanted_depth(config, depth)
         size = self._size(model)
         if (already := targets.reached(config, depth, size)) is not None:
             raise InputError(f"nothing to drop: the model already meets the target, {already}")
-        self._cuttable(model)
         data = inputs.task_data(config, tokenizer)
         self.metric = data.metric
         self.calibration = inputs.scorer(config, model, tokenizer, data.calibration)
@@ -143,37 +135,11 @@ class Run:
         train.check(self.task_rows)
         texts = load_text(config.text) if config.text else []
         self.text_rows = train.text_examples(tokenizer, texts, min(longest, config.batch_size))
-        self.tolerance = select.tolerance_points(self.metric, len(data.calibration), config.tie_tolerance)
+        self.decider = Decider(config, model, self.calibration, self.metric)
+        self.decider.check(model)
         self.pad_id = self.calibration.pad_id
         rundir.check_space(config.output, sum(p.numel() * p.element_size() for p in model.parameters()))
         return data
-
-    def _cuttable(self, model: Any) -> None:
-        """Refuse a family of which no candidate can be removed; what is refused layer by layer is never a candidate."""
-        candidates = units(self.config.unit, whole(self.base_depth))
-        layouts = [remove(whole(self.base_depth), unit) for unit in candidates]
-        refusals = [legality.refusal(model, layout) for layout in layouts]
-        if all(refusals):
-            raise InputError(f"this model cannot be trimmed by {self.config.unit}s: {refusals[0]}")
-        shifted = [r for r, unit in zip(refusals, candidates, strict=True) if unit.kind == "pair"]
-        if shifted and all(shifted):
-            raise InputError(f"--unit pair: {shifted[0]}")
-        if not self._droppable(model, whole(self.base_depth), candidates):
-            raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
-
-    def _claim(self) -> list[dict[str, Any]]:
-        from accelerate.utils import broadcast_object_list
-
-        box: list[Any] = [None]
-        if self.main:
-            try:
-                box = [rundir.claim(self.config)]
-            except TrimError as error:
-                box = [error]
-        broadcast_object_list(box)
-        if isinstance(box[0], TrimError):
-            raise box[0]
-        return box[0]
 
     def _start(self, loaded: Loaded, data: TaskData) -> None:
         config, say = self.config, self.console.say
@@ -189,12 +155,10 @@ class Run:
         )
         for note in (*data.notes, *filter(None, {self.calibration.note, self.test.note})):
             say(f"  {note}")
-        if data.left_out:
-            say(f"  {len(data.left_out)} training rows left out: their text is also in the reported or calibration set")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
         if "+" in config.strategy:
-            say(f"candidates within {self.tolerance:.2f} points are tied; the largest activation norm goes first")
+            say(f"candidates within {self.decider.tolerance:.2f} points are tied: the largest activation norm goes")
         if not self.journal.of("base"):
             self._record("base", loaded.model, whole(self.base_depth))
 
@@ -241,6 +205,9 @@ class Run:
                 return
             else:
                 self._drop(state)
+        self.console.say(
+            "end of the drops: the last one fell below the accuracy floor; the depth before it is the result"
+        )
 
     def _above_floor(self) -> bool:
         """Whether the last stage's calibration accuracy is acceptable; if not, the depth before it is the result."""
@@ -253,7 +220,6 @@ class Run:
                 f"the fine-tuned model itself reaches only {values[0]:.1f} on the calibration set, below the floor of "
                 f"{limit:.1f}: lower --min-accuracy, or train longer (--warmup-epochs)"
             )
-        self.console.say(f"stopped: {values[-1]:.1f} on the calibration set is below the floor of {limit:.1f}")
         return False
 
     def _stage(self, state: State, epochs: float, name: str) -> None:
@@ -300,22 +266,22 @@ class Run:
 
     def _drop(self, state: State) -> None:
         """Scan, choose, cut. The scan's finished batches survive a kill."""
-        number = len(self.journal.of("drop"))
-        result = self._scan(state, number)
-        original = [block.attention if block.attention is not None else 0 for block in state.layout]
-        evidence = self._shared(lambda: self._evidence(state, result, original))
-        choices = self._choose(state, result.candidates, evidence)
+        name = f"scan-{len(self.journal.of('drop')):03d}"
+        parts = self.dir.scans / f"{name}.jsonl"
+        decision = self.decider.decide(state.model, state.layout, parts, self.share, self.console)
+        choices, result = decision.choices, decision.result
         going = set().union(*(select.touches(choice.unit, state.layout) for choice in choices))
         staying = {source for block in state.layout for source in block} - going
         if self.config.sparse_update == "dynamic" or not staying.intersection(state.chosen or ()):
-            state.chosen = self._trainable(state, result.candidates, evidence, choices)
+            state.chosen = decision.trains
         cut = _cut(len(state.layout), [choice.unit for choice in choices])
         surgery.apply_layout(state.model, cut)
         before, state.layout = state.layout, compose(state.layout, cut)
         state.reached = targets.reached(self.config, self.base_depth, self._size(state.model, measured=True))
-        if state.reached is None and not self._droppable(state.model, state.layout):
+        if state.reached is None and not self.decider.droppable(state.model, state.layout):
             state.reached = "every layer that remains is protected or cannot be removed"
-        self._keep_table(number, before, result, evidence, choices)
+        if self.main:
+            journal.write_json(self.dir.scans / f"{name}.json", self.decider.table(decision, before))
         state.pending.append(
             self.journal.add(
                 "drop",
@@ -331,96 +297,9 @@ class Run:
                 seconds=result.seconds,
             )
         )
-        self.console.say(f"  {drop_line(choices, before, result)}")
-
-    def _scan(self, state: State, number: int) -> scan.ScanResult:
-        path, budget = self.dir.scans / f"scan-{number:03d}.jsonl", self.config.eval_batch_size
-        records = self._shared(lambda: journal.read_lines(path))
-        finished = {record["batch"]: scan.Part.load(record) for record in records if record.get("budget") == budget}
-
-        def keep(batch: int, part: scan.Part) -> None:
-            if self.main:
-                journal.append_line(path, {"batch": batch, "budget": budget, **part.dump()})
-
-        wanted = targets.wanted_depth(self.config, self.base_depth)
-        needed = scores.needs(self.config.strategy)
-        with self.console.progress(f"scan of {len(state.layout)} layers") as show:
-            return scan.scan(
-                state.model,
-                self.calibration,
-                self.metric,
-                self.config.unit,
-                trials=bool(needed & {"accuracy", "loss"}),
-                run=max(1, len(state.layout) - wanted) if wanted else 1,
-                finished=finished,
-                on_part=keep,
-                progress=show,
-                share=self.share,
-            )
-
-    def _shared(self, read: Any) -> Any:
-        from accelerate.utils import broadcast_object_list
-
-        box = [read() if self.main else None]
-        broadcast_object_list(box)
-        return box[0]
-
-    def _evidence(self, state: State, result: scan.ScanResult, original: list[int]) -> scores.Evidence:
-        needed = scores.needs(self.config.strategy)
-        extra = {}
-        if "taylor" in needed:
-            extra["taylor"] = weights.taylor(state.model, self.calibration, result.candidates)
-        if "magnitude" in needed:
-            extra["magnitude"] = weights.magnitude(state.model, result.candidates)
-        position = scan.positions(result.candidates, original)
-        return result.evidence(position, self.base_depth, self.config.seed + len(state.layout), **extra)
-
-    def _choose(self, state: State, candidates: list[Unit], evidence: scores.Evidence) -> list[Choice]:
-        """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
-        allowed = self._droppable(state.model, state.layout, candidates)
-        wanted = targets.wanted_depth(self.config, self.base_depth)
-        count = len(state.layout) - wanted if self.config.one_shot and wanted is not None else 1
-        choices: list[Choice] = []
-        for _ in range(count):
-            open_ = allowed - {choice.index for choice in choices}
-            choices.append(
-                select.choose(candidates, evidence, self.config.strategy, tolerance=self.tolerance, allowed=open_)
-            )
-        return choices
-
-    def _droppable(self, model: Any, layout: Layout, candidates: list[Unit] | None = None) -> set[int]:
-        """Which candidates may go: those that are not protected, and without which a stock model is left."""
-        intact = whole(len(layout))
-        candidates = units(self.config.unit, intact) if candidates is None else candidates
-        free = select.droppable(candidates, layout, self.protected)
-        return {i for i in free if len(intact) > 1 and legality.refusal(model, remove(intact, candidates[i])) is None}
-
-    def _trainable(
-        self, state: State, candidates: list[Unit], evidence: scores.Evidence, choices: list[Choice]
-    ) -> list[int] | None:
-        """Original indices of the r * N blocks most likely to stay, ties by the norm; None trains everything."""
-        count = sparse.count(self.config.train_ratio, self.base_depth)
-        going = {choice.unit for choice in choices}
-        staying = [i for i, unit in enumerate(candidates) if unit.kind == "block" and unit not in going]
-        if self.config.sparse_update == "off" or count >= len(staying):
-            return None
-        decider = scores.importance(scores.parts(self.config.strategy)[0], evidence)
-        breaker = scores.s_norm(evidence.norm) if evidence.norm is not None else np.zeros(len(candidates))
-        order = sorted(staying, key=lambda i: (-decider[i], -breaker[i], i))
-        return sorted(
-            source for i in order[:count] if (source := state.layout[candidates[i].index].attention) is not None
-        )
-
-    def _keep_table(
-        self, number: int, layout: Layout, result: scan.ScanResult, evidence: scores.Evidence, choices: list[Choice]
-    ) -> None:
-        if not self.main:
-            return
-        table = scan.table(result, evidence, self.config.strategy, [describe(u, layout) for u in result.candidates])
-        dropped = [choice.index for choice in choices]
-        path = self.dir.scans / f"scan-{number:03d}.json"
-        journal.write_json(path, {**table, "dropped": dropped, "tied": list(choices[0].tied)})
-        (self.dir.scans / f"scan-{number:03d}.jsonl").unlink(missing_ok=True)
+        if self.main:
+            parts.unlink(missing_ok=True)
+        self.console.say(f"  {card.drop_line(choices, before, result)}")
 
     # ---- what is known of a depth
 
@@ -428,7 +307,7 @@ class Run:
         """Parameters, bytes as they will be saved, and (if a target asks for it) decode speed against the base."""
         speedup = None
         if measured and self.config.target_speedup is not None:
-            speedup = self._shared(lambda: bench.ratio(self._against_base(model, "now"), "now", "base")[0])
+            speedup = self.share.from_first(lambda: bench.ratio(self._against_base(model, "now"), "now", "base")[0])
         count = sum(parameter.numel() for parameter in model.parameters())
         return Size(decoder.depth(model), count, count * self.save_dtype.itemsize, speedup)
 
@@ -443,6 +322,14 @@ class Run:
             allow_pickle=self.config.allow_pickle,
         )
         return bench.decode_speed({"base": base, name: model}, repeats=5)
+
+    def _final_speeds(self, saved: Any) -> dict[str, list[float]] | None:
+        """Speeds of base and result, or None if the device cannot hold both: the result is saved all the same."""
+        try:
+            return self._against_base(saved, "trimmed")
+        except torch.OutOfMemoryError:
+            self.console.say("the decode speed was not compared: base and result together exceed the device's memory")
+            return None
 
     def _record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
         """Evaluate a depth and journal it, with a row for the user."""
@@ -464,7 +351,7 @@ class Run:
         )
         if self.main:
             journal.write_json(self.dir.plans / f"depth-{size.depth}.json", rundir.plan(layout, self.config.model))
-        self.console.say(depth_row(event, size, calibration, test, float(np.median(speed)), more))
+        self.console.say(card.depth_row(event, size, calibration, test, float(np.median(speed)), more))
 
     def history(self) -> History:
         """One row per depth: the base, the warmed-up model, and every depth on the way."""
@@ -505,7 +392,7 @@ class Run:
                 base,
                 test,
                 report,
-                self._against_base(saved, "trimmed"),
+                self._final_speeds(saved),
                 seconds,
             )
             journal.write_json(self.dir.result, result)
@@ -522,41 +409,6 @@ def _cut(depth: int, dropped: list[Unit]) -> Layout:
         return remove(whole(depth), dropped[0])
     gone = {unit.index for unit in dropped}
     return tuple(block for block in whole(depth) if block.attention not in gone)
-
-
-def describe(unit: Unit, layout: Layout) -> str:
-    """The unit in original indices: `block 7` or `MLP 3 + attention 4`."""
-    here = layout[unit.index]
-    if unit.kind == "pair":
-        return f"MLP {here.mlp} + attention {layout[unit.index + 1].attention}"
-    if unit.kind == "block":
-        whole_block = here.attention == here.mlp
-        return f"block {here.attention}" if whole_block else f"block {here.attention}/{here.mlp}"
-    return f"{unit.kind} {getattr(here, unit.kind)}"
-
-
-def drop_line(choices: list[Choice], layout: Layout, result: scan.ScanResult) -> str:
-    """What goes and why, for the user."""
-    names = ", ".join(describe(choice.unit, layout) for choice in choices)
-    if len(choices) > 1:
-        return f"drop {names} at once (intact {result.base.value:.1f}; scan {clock(result.seconds)})"
-    score = f", {result.trials[choices[0].index].value:.1f} without it" if result.trials else ""
-    return f"drop {names} ({choices[0].why}{score}; intact {result.base.value:.1f}; scan {clock(result.seconds)})"
-
-
-def depth_row(
-    event: str, size: Size, calibration: Evaluation, test: Evaluation | None, speed: float, more: dict[str, Any]
-) -> str:
-    """The line that a user sees for a depth."""
-    dropped = ", ".join(unit for drop in more.get("dropped", []) for unit in drop["units"])
-    what = "base" if event == "base" else (f"- {dropped}" if dropped else "fine-tuned")
-    report = more.get("train") or {}
-    trained = f"  loss {report['loss']:.3f} in {clock(report['seconds'])}" if report.get("loss") is not None else ""
-    tested = f"  test {test}" if test else ""
-    return (
-        f"depth {size.depth:3d}  {what:24s}  calibration {calibration}{tested}  "
-        f"{size.parameters / 1e6:.2f} M parameters  {speed:.0f} tokens/s{trained}"
-    )
 
 
 def accelerator(config: TrimConfig) -> Any:

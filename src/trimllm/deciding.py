@@ -1,0 +1,153 @@
+"""What goes next: from the scan of the present model to the units that are dropped and the blocks that train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimllm import decoder, journal, legality, scan, scores, select, sparse, targets, weights
+from trimllm.config import TrimConfig
+from trimllm.console import Console
+from trimllm.errors import InputError
+from trimllm.evaluate import Scorer
+from trimllm.layout import Layout, describe, remove, units, whole
+from trimllm.parallel import Share
+from trimllm.scan import ScanResult
+from trimllm.scores import Evidence
+from trimllm.select import Choice
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a scan led to."""
+
+    choices: list[Choice]
+    """The units to drop: one, or with --one-shot all."""
+    trains: list[int] | None
+    """Original indices of the blocks that train by this scan (sparse update); None: all."""
+    result: ScanResult
+    evidence: Evidence
+
+
+class Decider:
+    """Decides on a run's calibration set, by its settings."""
+
+    def __init__(self, config: TrimConfig, model: Any, calibration: Scorer, metric: str) -> None:
+        self.config, self.calibration, self.metric = config, calibration, metric
+        self.base_depth = decoder.depth(model)
+        self.wanted = targets.wanted_depth(config, self.base_depth)
+        self.protected = select.protected(config.protect, self.base_depth)
+        self.tolerance = select.tolerance_points(metric, len(calibration.items), config.tie_tolerance)
+
+    def check(self, model: Any) -> None:
+        """Refuse what cannot succeed, before anything is computed.
+
+        Raises:
+            InputError: if the protected layers leave too little, or nothing can be removed from this model exactly.
+        """
+        if self.wanted is not None and len(self.protected) > self.wanted:
+            raise InputError(
+                f"--protect keeps {len(self.protected)} layers, and the run is to end with {self.wanted}: "
+                "protect fewer, or ask for a smaller drop"
+            )
+        candidates = units(self.config.unit, whole(self.base_depth))
+        refusals = [legality.refusal(model, remove(whole(self.base_depth), unit)) for unit in candidates]
+        if all(refusals):
+            raise InputError(f"this model cannot be trimmed by {self.config.unit}s: {refusals[0]}")
+        shifted = [r for r, unit in zip(refusals, candidates, strict=True) if unit.kind == "pair"]
+        if shifted and all(shifted):
+            raise InputError(f"--unit pair: {shifted[0]}")
+        if not self.droppable(model, whole(self.base_depth)):
+            raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
+
+    def droppable(self, model: Any, layout: Layout, candidates: list[Any] | None = None) -> set[int]:
+        """Which candidates may go: those that are not protected, and without which a stock model is left."""
+        intact = whole(len(layout))
+        candidates = units(self.config.unit, intact) if candidates is None else candidates
+        free = select.droppable(candidates, layout, self.protected)
+        return {i for i in free if len(intact) > 1 and legality.refusal(model, remove(intact, candidates[i])) is None}
+
+    def decide(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> Decision:
+        """Scan the present model (`layout`: its original halves) and choose.
+
+        Finished batches are kept in the file `parts`; those that stand there already are not computed again.
+        """
+        result = self._scan(model, parts, share, console)
+        evidence = share.from_first(lambda: self._evidence(model, layout, result))
+        choices = self._choose(model, layout, result, evidence)
+        return Decision(choices, self._trainable(layout, result, evidence, choices), result, evidence)
+
+    def _scan(self, model: Any, parts: Path, share: Share, console: Console) -> ScanResult:
+        budget, depth = self.config.eval_batch_size, decoder.depth(model)
+        records = share.from_first(lambda: journal.read_lines(parts))
+        finished = {record["batch"]: scan.Part.load(record) for record in records if record.get("budget") == budget}
+
+        def keep(batch: int, part: scan.Part) -> None:
+            if share.first:
+                journal.append_line(parts, {"batch": batch, "budget": budget, **part.dump()})
+
+        needed = scores.needs(self.config.strategy)
+        with console.progress(f"scan of {depth} layers") as show:
+            return scan.scan(
+                model,
+                self.calibration,
+                self.metric,
+                self.config.unit,
+                trials=bool(needed & {"accuracy", "loss"}),
+                run=max(1, depth - self.wanted) if self.wanted else 1,
+                finished=finished,
+                on_part=keep,
+                progress=show,
+                share=share,
+            )
+
+    def _evidence(self, model: Any, layout: Layout, result: ScanResult) -> Evidence:
+        needed = scores.needs(self.config.strategy)
+        extra = {}
+        if "taylor" in needed:
+            extra["taylor"] = weights.taylor(model, self.calibration, result.candidates)
+        if "magnitude" in needed:
+            extra["magnitude"] = weights.magnitude(model, result.candidates)
+        original = [block.attention if block.attention is not None else 0 for block in layout]
+        position = scan.positions(result.candidates, original)
+        return result.evidence(position, self.base_depth, self.config.seed + len(layout), **extra)
+
+    def _choose(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[Choice]:
+        """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
+        allowed = self.droppable(model, layout, result.candidates)
+        count = len(layout) - self.wanted if self.config.one_shot and self.wanted is not None else 1
+        choices: list[Choice] = []
+        for _ in range(count):
+            open_ = allowed - {choice.index for choice in choices}
+            choices.append(
+                select.choose(
+                    result.candidates, evidence, self.config.strategy, tolerance=self.tolerance, allowed=open_
+                )
+            )
+        return choices
+
+    def _trainable(
+        self, layout: Layout, result: ScanResult, evidence: Evidence, choices: list[Choice]
+    ) -> list[int] | None:
+        """Original indices of the r * N blocks most likely to stay, ties by the norm; None trains everything."""
+        candidates = result.candidates
+        count = sparse.count(self.config.train_ratio, self.base_depth)
+        going = {choice.unit for choice in choices}
+        staying = [i for i, unit in enumerate(candidates) if unit.kind == "block" and unit not in going]
+        if self.config.sparse_update == "off" or count >= len(staying):
+            return None
+        decider = scores.importance(scores.parts(self.config.strategy)[0], evidence)
+        breaker = scores.s_norm(evidence.norm) if evidence.norm is not None else np.zeros(len(candidates))
+        order = sorted(staying, key=lambda i: (-decider[i], -breaker[i], i))
+        return sorted(source for i in order[:count] if (source := layout[candidates[i].index].attention) is not None)
+
+    def table(self, decision: Decision, layout: Layout) -> dict[str, Any]:
+        """The scan as JSON, with what was dropped; `layout` is the one that was scanned."""
+        result = decision.result
+        names = [describe(unit, layout) for unit in result.candidates]
+        table = scan.table(result, decision.evidence, self.config.strategy, names)
+        dropped = [choice.index for choice in decision.choices]
+        return {**table, "dropped": dropped, "tied": list(decision.choices[0].tied)}
