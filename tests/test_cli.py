@@ -1,6 +1,9 @@
 """The command line: help, settings from YAML, and one line with exit code 2 for everything that cannot be used."""
 
+import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,8 +15,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from trimllm import cli, commands, config
-from trimllm.errors import InputError
+from trimllm import cli, commands, config, journal, legality, models, scan
+from trimllm.errors import InputError, TrimError
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +136,7 @@ def test_yaml_that_is_missing_or_not_text_is_one_line(capsys, tmp_path):
 # ---- words that cannot be parsed
 
 TRIM = ["trim", "--model", "demo", "--task", "demo_law", "--output", "o"]
+DROP = ["drop", "--model", "demo", "--layers", "1", "--output", "o"]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,12 @@ TRIM = ["trim", "--model", "demo", "--task", "demo_law", "--output", "o"]
         ([*TRIM, "--strategy", "scan+nrom"], "unknown strategy 'scan+nrom': did you mean 'scan+norm'?"),
         (["trim", "--output", "no/such/run", "--resume"], "there is no run in no/such/run"),
         (["drop", "--model", "demo", "--output", "o", "--layers"], "--layers: expected one argument"),
+        ([*DROP, "--max-shard-size", "1GB"], "--max-shard-size is for --streaming"),
+        ([*DROP, "--streaming", "--dtype", "float16"], "--dtype is not for --streaming"),
+        ([*DROP, "--streaming", "--device", "cpu"], "--device is not for --streaming"),
+        ([*DROP, "--streaming", "--threads", "2"], "--threads is not for --streaming"),
+        ([*DROP, "--streaming", "--allow-pickle"], "--allow-pickle is not for --streaming"),
+        (["scan", *TRIM[1:], "--run", "2"], "--run is for --strategy angular"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
@@ -281,6 +291,15 @@ def test_drop_refuses_layers_that_are_not_there(base, tmp_path, capsys, layers, 
     assert not (tmp_path / "cut").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--streaming"]], ids=["in memory", "streaming"])
+@pytest.mark.parametrize("holds", ["notes.txt", "plan.json"])
+def test_drop_refuses_a_directory_in_use_before_it_loads_the_model(tmp_path, capsys, no_model, more, holds):
+    (tmp_path / holds).write_text("")
+    line = refusal(capsys, "drop", "--model", "demo", "--layers", "1", "--output", tmp_path, *more)
+    assert line.startswith(f"--output {tmp_path}: the directory is not empty: choose another one")
+    assert "overwrite" not in line
+
+
 def test_drop_with_a_full_disk_is_exit_code_1(base, tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -301,7 +320,8 @@ def test_scan_writes_table_and_picture_and_refuses_to_do_it_twice(base, task, tm
     assert len(record["units"]) == 8
     assert record["first"] in {row["unit"] for row in record["units"]}
     assert record["first"][-1] in "12"
-    assert f"would go first: {record['first']}" in out
+    assert f"least important: {record['first']}" in out, "no sub-layer goes alone"
+    assert "would go first" not in out
     assert (tmp_path / "scan" / "scan.png").read_bytes().startswith(b"\x89PNG")
     assert "already holds scan.json" in refusal(capsys, "scan", *words)
 
@@ -312,6 +332,80 @@ def test_scan_with_every_layer_protected_still_keeps_its_table(base, task, tmp_p
     assert code == 0
     assert "nothing: every layer is protected" in out
     assert len(json.loads((tmp_path / "scan" / "scan.json").read_text())["units"]) == 4
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails where a model is loaded."""
+
+    def load(*_, **__):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(models, "load", load)
+
+
+def test_scan_and_eval_refuse_an_output_that_cannot_be_written_before_they_compute(task, tmp_path, capsys, no_model):
+    (tmp_path / "file").write_text("")
+    words = ["--model", "demo", "--task", task, "--output"]
+    for name, output in (("scan", "file/scan"), ("eval", "file/results/e.json"), ("scan", "file")):
+        line = refusal(capsys, name, *words, tmp_path / output)
+        assert re.search(r"--output .*file.*(choose another --output|name a directory)$", line)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_finding_out_whether_a_directory_can_be_written_leaves_nothing(tmp_path):
+    commands._check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_missing_permission_names_the_remedy(number):
+    with pytest.raises(TrimError, match=r"^cannot write to x: .*: choose another --output$"), journal.disk_errors("x"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_scan_prints_its_table_before_it_writes(base, task, tmp_path, capsys, monkeypatch):
+    def denied(*_):
+        raise TrimError("cannot write")
+
+    monkeypatch.setattr(journal, "write_json", denied)
+    words = ["--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "scan"]
+    code, out, err = call(capsys, "scan", *words)
+    assert (code, "would go first: block" in out, "block 3" in out) == (1, True, True), err
+
+
+@pytest.mark.parametrize("unit", ["block", "pair"])
+def test_scan_recommends_only_what_a_cut_can_express(base, task, tmp_path, capsys, monkeypatch, unit):
+    def only_the_second(_, layout):
+        return None if layout == ((0, 0), (2, 2), (3, 3)) else "not this one"
+
+    monkeypatch.setattr(legality, "refusal", only_the_second)
+    words = ["--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "scan", "--unit", unit]
+    assert "would go first: block 1 (" in call(capsys, "scan", *words)[1]
+    monkeypatch.setattr(legality, "refusal", lambda *_: "no such config")
+    words[-3] = tmp_path / "again"
+    assert "would go first: nothing: no such config" in call(capsys, "scan", *words)[1]
+    assert json.loads((tmp_path / "again" / "scan.json").read_text())["first"] is None
+
+
+def test_scan_says_its_notes_and_compares_runs_of_half_the_depth(base, task, tmp_path, capsys, monkeypatch):
+    original, runs = scan.scan, []
+
+    def noted(*arguments, run, **more):
+        runs.append(run)
+        return dataclasses.replace(original(*arguments, run=run, **more), notes=("layer 0 must stay",))
+
+    monkeypatch.setattr(scan, "scan", noted)
+    words = ["--model", base, "--task", task, "--calibration-size", "6", "--strategy", "angular"]
+    code, out, err = call(capsys, "scan", *words, "--output", tmp_path / "half")
+    assert code == 0, err
+    assert "  layer 0 must stay\n" in err
+    assert re.search(r"would go first: block [012] ", out), "no run of two begins at the last block"
+    code, out, err = call(capsys, "scan", *words, "--output", tmp_path / "three", "--run", "3", "--protect", "0,1")
+    assert code == 0, err
+    assert "would go first: nothing: no run fits" in out
+    assert runs == [2, 3]
+    assert "--run 5: the model has only 4 layers" in refusal(capsys, "scan", *words, "--output", "x", "--run", "5")
 
 
 def test_eval_prints_and_writes_the_same_numbers(base, task, tmp_path, capsys):
@@ -356,6 +450,37 @@ def test_tasks_lists_the_built_in_ones(capsys):
 
 def test_export_of_a_directory_without_a_run(capsys, tmp_path):
     assert "holds no run" in refusal(capsys, "export", tmp_path, "--depth", "3")
+
+
+def test_export_needs_no_base_and_takes_the_dtype_of_the_run(task, tmp_path, capsys):
+    base, output = h.save_base(tmp_path / "base", depth=4), tmp_path / "run"
+    h.run(base, task, output, depth=3, warmup_epochs=0, epochs_per_drop=0)
+    start, *others = h.journal(output)
+    lines = [start | {"save_dtype": "bfloat16"}, *others]
+    (output / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.rmtree(base)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "plan.json").write_text("{}")
+    line = refusal(capsys, "export", output, "--depth", "3", "--output", tmp_path / "used")
+    assert line.startswith(f"--output {tmp_path / 'used'}: the directory is not empty: choose another one")
+    code, _, err = call(capsys, "export", output, "--depth", "3")
+    assert code == 0, err
+    assert AutoModelForCausalLM.from_pretrained(output / "model-depth-3").dtype == torch.bfloat16
+    assert (output / "model-depth-3" / "tokenizer.json").exists()
+
+
+def test_export_of_an_older_run_takes_the_dtype_of_its_base(task, tmp_path, capsys):
+    base, output = h.save_base(tmp_path / "base", depth=4, dtype=torch.bfloat16), tmp_path / "run"
+    h.run(base, task, output, depth=3, warmup_epochs=0, epochs_per_drop=0)
+    start, *others = h.journal(output)
+    start.pop("save_dtype", None)
+    (output / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [start, *others]))
+    code, _, err = call(capsys, "export", output, "--depth", "3")
+    assert code == 0, err
+    assert AutoModelForCausalLM.from_pretrained(output / "model-depth-3").dtype == torch.bfloat16
+    shutil.rmtree(base)
+    line = refusal(capsys, "export", output, "--depth", "3", "--output", tmp_path / "again")
+    assert line.endswith("cannot be read: put the model back there")
 
 
 def test_failure_is_1_and_interruption_is_1(capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -278,3 +279,14 @@ def test_generation_cuts_prompts_from_the_left_and_refuses_to_cut_all(tokenizer)
     assert answer == tokenizer.decode([last], skip_special_tokens=True).strip()
     with pytest.raises(InputError, match="fill the context of 64"):
         generate(model, tokenizer, [Item("r:1", "q", (" a",))], max_new_tokens=64)
+
+
+def test_standard_error_counts_questions_of_one_group_as_dependent():
+    hits = (True, True, True, False, False, False)
+    items = [Item(f"r:{i}", "q", (" a", " b"), group="xy"[i // 3], lengths=(1, 1)) for i in range(6)]
+    rows = tuple((0.0, -1.0) if hit else (-1.0, 0.0) for hit in hits)
+    scores = Scores(rows, ((1, 1),) * 6, ((False, False),) * 6)
+    together = judge(items, scores, "acc").stderr
+    apart = judge([replace(item, group=None) for item in items], scores, "acc").stderr
+    assert apart == pytest.approx(100 * (0.25 / 5) ** 0.5)
+    assert together == pytest.approx(100 * (2 * 1.5**2 * 2) ** 0.5 / 6)

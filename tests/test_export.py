@@ -18,6 +18,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.export import save_trimmed
 from trimllm.layout import Block
 from trimllm.loading import fingerprint, load_model, load_tokenizer
+from trimllm.models import path_of
 from trimllm.surgery import drop_layers
 from trimllm.verification import verify
 
@@ -214,9 +215,44 @@ def test_load_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
     edit_config(folder, num_hidden_layers=2)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    assert "allow_pickle" in message(folder)
+    assert "--allow-pickle (in Python: allow_pickle=True)" in message(folder)
     assert load_model(folder, allow_pickle=True, dtype=torch.bfloat16).dtype == torch.bfloat16
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert "not a causal language model" in message(folder)
     (folder / "config.json").write_text("{")
     assert "cannot load model" in message(folder)
+
+
+def test_only_a_checkpoint_without_safetensors_is_told_to_allow_pickle(tmp_path: Path) -> None:
+    folder = tmp_path / "safetensors"
+    save_trimmed(build("llama", depth=2), folder, verify=False)
+    whole = (folder / "model.safetensors").read_bytes()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "a-1.safetensors")}
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"the folder has no model\.safetensors; give the folder"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError) as cut:
+        load_model(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError) as shard:
+        load_model(folder)
+    assert "pickle" not in f"{cut.value} {shard.value}"
+
+
+def test_code_of_a_checkpoint_is_refused_with_the_option_that_allows_it(tmp_path: Path) -> None:
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("")
+    with pytest.raises(InputError, match=r"give --trust-remote-code \(in Python: trust_remote_code=True\)"):
+        load_model(tmp_path)
+
+
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_trimmed(build("llama", depth=2), tmp_path / "m", verify=False)
+    load_tokenizer(path_of("demo")).save_pretrained(tmp_path / "m")
+    assert load_model("~/m").config.num_hidden_layers == 2
+    assert len(load_tokenizer("~/m")) == len(load_tokenizer(path_of("demo")))
+    assert path_of("~/m") == str(tmp_path / "m")

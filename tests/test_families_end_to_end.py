@@ -6,6 +6,7 @@ import torch
 from tiny import CONFIGS, randomize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trimllm import bench
 from trimllm.loading import load_tokenizer
 from trimllm.models import DEMO
 
@@ -38,7 +39,7 @@ def test_family_is_trimmed_by_two_blocks_and_stays_stock(family, task, tmp_path)
     returned, history = h.run(
         base, task, tmp_path / "run", depth=2, calibration_size=3, batch_size=256, max_length=64, drops_per_stage=2
     )
-    assert [row["depth"] for row in history] == [4, 4, 2]
+    assert [row["depth"] for row in history] == [4, 4, 2, 2]
     assert_stock(tmp_path / "run" / "model", returned, 2, torch.float32)
     assert (tmp_path / "run" / "model" / "config.json").read_text().count("trimllm") == 0
 
@@ -59,3 +60,9 @@ def assert_stock(folder, returned, depth, dtype):
     assert out.shape[1] == ids.shape[1] + 5
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, returned(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "recurrent_gemma"])
+def test_decode_speed_is_measured_whatever_the_model_calls_its_cache(family, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(family, tmp_path / "base"))
+    assert bench.decode_once(model, new=3) > 0

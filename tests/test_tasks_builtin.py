@@ -202,5 +202,5 @@ def test_unreachable_hub_says_how_to_use_local_files(monkeypatch):
         load_task("casehold")
     assert str(error.value) == (
         "task 'casehold': cannot load split 'train' of coastalcph/lex_glue/case_hold from the Hub (Couldn't reach the "
-        "Hub); connect once to fill the cache, or give local copies with --task-files train=FILE test=FILE"
+        "Hub); connect once to fill the cache, or give local copies with --task-files train=FILE,test=FILE"
     )

@@ -206,6 +206,11 @@ def test_bad_yaml(tmp_path, text, expected):
     assert said.startswith(expected) or expected in said
 
 
+def test_text_too_short_to_split_says_how_many_characters_it_takes(tmp_path):
+    said = message(write(tmp_path, "A few words.", name="a.txt"))
+    assert said == "12 characters of text are too few to train and to measure on: give at least 2,400 characters"
+
+
 def test_missing_yaml(tmp_path):
     assert message(tmp_path / "x.yaml") == "cannot read the task file FILE: No such file or directory; check the path"
 

@@ -58,6 +58,22 @@ def test_context_stands_before_the_question_and_keeps_its_questions_together(tmp
     assert len(set.union(*groups)) == 5
 
 
+@pytest.mark.parametrize("contexts", [["Answer in one word."], ["Answer.", "Be brief.", "Think."]])
+def test_context_that_is_an_instruction_does_not_group(tmp_path, contexts):
+    rows = [{**QUESTIONS[0], "question": f"q {n}", "context": contexts[n % len(contexts)]} for n in range(60)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert [len(part) for part in (task.train, task.calibration, task.test)] == [39, 9, 12]
+    assert {item.group for item in task.train} == {None}
+    said = f"column 'context' has {len(contexts)} different values in 60 rows, one of them in {60 // len(contexts)}: "
+    assert task.notes[0].startswith(said + "taken as an instruction")
+
+
+def test_contexts_that_begin_alike_are_different_groups(tmp_path):
+    rows = [{**row, "context": f"{'Read this. ' * 30}Text {n // 4}."} for n, row in enumerate(QUESTIONS)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert len({item.group for part in (task.train, task.calibration, task.test) for item in part}) == 5
+
+
 def test_classification_turns_labels_into_readable_choices(tmp_path):
     rows = [{"text": f"text {n}", "label": ["card_lost", "age limit"][n % 2]} for n in range(20)]
     jsonl(tmp_path / "train.jsonl", rows[:15])
@@ -174,6 +190,18 @@ def test_one_plain_text_file_is_split_itself(tmp_path):
     assert task.train[0].place == f"{tmp_path / 'book.txt'}:1 part 1"
 
 
+def test_a_short_plain_text_file_is_cut_finer(tmp_path):
+    path = tmp_path / "note.txt"
+    for size in (2_400, 6_000, 90_000):
+        path.write_text("".join(f"Line {n} of it is no longer than this.\n" for n in range(10_000))[:size])
+        task = load_task(path)
+        parts = (task.train, task.calibration, task.test)
+        assert min(map(len, parts)) > 0
+        longest = max(200, size // 100)
+        assert max(len(item.target) for part in parts for item in part) <= 2 * longest
+        assert task.notes[0] == f"{path}:1: a short text, cut in pieces of about {longest:,} characters"
+
+
 def test_pieces_put_together_are_the_text():
     for text in ("word " * 5000, "x" * 20_000, "a\n" * 9000, "short", "a paragraph\n \n" * 900):
         cut = pieces(text, 1000)
@@ -227,6 +255,7 @@ def test_folder_by_file_names(tmp_path):
     task = load_task(tmp_path)
     assert len(task.test) == 6
     assert task.notes[0] == "not used: extra.jsonl (no train, valid or test in its name)"
+    assert task.notes[1] == "validation: 4 rows not used (calibration is held out of train)"
 
 
 def test_test_split_without_answers_gives_way_to_validation(tmp_path):

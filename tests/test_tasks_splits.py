@@ -128,5 +128,9 @@ def test_too_few_rows():
         split(ITEMS[:2], [])
     with pytest.raises(InputError, match="all 10 training rows would go into the calibration set"):
         split([choice(number, group="one") for number in range(10)], TEST)
+    with pytest.raises(InputError, match="all 10 rows would be held out for the report, because they are of one group"):
+        split([choice(number, group="one") for number in range(10)], [])
+    with pytest.raises(InputError, match="there are no training rows"):
+        split([], TEST)
     with pytest.raises(InputError, match="every training row also stands in the calibration set"):
         split([choice(number, "same") for number in range(10)], TEST)

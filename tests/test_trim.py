@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimllm import cli, deciding, decoder, progressive, rundir, scores
+from trimllm.config import TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluate import Scorer
 
@@ -97,8 +98,9 @@ def test_layers_in_result_are_those_that_remain_and_nothing_else_changed_without
 def test_every_file_of_a_run_agrees_with_the_others(trained, base):
     output, _, history = trained
     result, plan = h.result(output), json.loads((output / "plan.json").read_text())
-    assert [row["depth"] for row in history] == [5, 5, 4, 3]
-    assert [row["event"] for row in history] == ["base", "stage", "stage", "stage"]
+    assert [row["depth"] for row in history] == [5, 5, 4, 3, 3]
+    assert [row["event"] for row in history] == ["base", "stage", "stage", "stage", "saved"]
+    assert result["test"] == history[-1]["test"]
     assert all(row["test"]["n"] == 8 and row["calibration"]["n"] == 6 for row in history)
     assert result["history"] == history
     assert (result["depth"], result["base_depth"], result["rows"]["calibration"]) == (3, 5, 6)
@@ -128,6 +130,18 @@ def test_model_card_names_base_layers_and_accuracy(trained):
     assert str(h.result(output)["layers"]) in card
     assert h.result(output)["base"]["sha256"] in card
     assert f"{history[-1]['calibration']['value']:.1f} +- " in card
+    assert "as saved" in card
+
+
+def test_final_epochs_without_a_known_end_are_refused(base, task, tmp_path):
+    with pytest.raises(InputError, match="final-epochs needs a target besides the floor"):
+        h.run(base, task, tmp_path / "run", depth=None, max_drop=5.0, final_epochs=2.0)
+
+
+def test_settings_beside_a_config_are_refused(base, task, tmp_path):
+    config = TrimConfig(model=str(base), task=str(task), output=str(tmp_path / "run"))
+    with pytest.raises(InputError, match="not both"):
+        progressive.trim(config, lr=1e-3)
 
 
 def test_kept_depth_is_exported_as_it_was(trained, capsys):
@@ -335,8 +349,8 @@ def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, tas
 
 def test_zero_epochs_drop_greedily_without_a_step(base, task, tmp_path):
     _, history = h.run(base, task, tmp_path / "run", depth=2, **NO_TRAINING)
-    assert [row["train"]["steps"] for row in history[1:]] == [0, 0, 0, 0]
-    assert all(row["train"]["loss"] is None for row in history[1:])
+    assert [row["train"]["steps"] for row in history[1:-1]] == [0, 0, 0, 0]
+    assert all(row["train"]["loss"] is None for row in history[1:-1])
 
 
 def test_domain_text_is_trained_on(base, task, tmp_path):

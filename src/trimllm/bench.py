@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trimllm import encoding
+from trimllm import decoder, encoding, families
 
 
 def _synchronize(device: torch.device) -> None:
@@ -29,13 +29,13 @@ def decode_once(model: Any, *, batch: int = 1, prompt: int = 32, new: int = 64, 
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (batch, prompt), generator=generator).to(model.device)
+    cached = families.family(decoder.text_config(model)).cache_argument
     out = model(input_ids=ids, use_cache=True)
-    cache = out.past_key_values
     token = out.logits[:, -1:].argmax(-1)
     _synchronize(model.device)
     started, steps = time.perf_counter(), 0
     while steps < new and (steps == 0 or time.perf_counter() - started < limit):
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **({cached: out[cached]} if out.get(cached) is not None else {}))
         token = out.logits[:, -1:].argmax(-1)
         steps += 1
     _synchronize(model.device)

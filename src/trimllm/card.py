@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from trimllm import bench, rundir
@@ -19,6 +20,10 @@ from trimllm.tasks import TaskData
 LIBRARIES = ("trimllm", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
+STEPS = {"base": "base", "stage": "fine-tuned", "saved": "as saved"}
+"""What a row without a drop is."""
+
+
 def percent(record: dict[str, Any] | None) -> str:
     """`87.2 +- 1.5` of a journaled evaluation."""
     return f"{record['value']:.1f} +- {record['stderr']:.1f}" if record else "-"
@@ -32,7 +37,7 @@ def depth_table(history: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 row["depth"],
-                dropped or ("base" if row["event"] == "base" else "fine-tuned"),
+                dropped or STEPS[row["event"]],
                 percent(row["calibration"]),
                 percent(row["test"]),
                 f"{row['parameters'] / 1e6:.2f}",
@@ -44,19 +49,19 @@ def depth_table(history: list[dict[str, Any]]) -> str:
 
 
 def trimmed(
-    config: TrimConfig, data: TaskData, stage: dict[str, Any], history: list[dict[str, Any]], base: dict[str, str]
+    config: TrimConfig, data: TaskData, layout: Layout, history: list[dict[str, Any]], base: dict[str, str]
 ) -> str:
     """The model card of the trimmed checkpoint (Markdown with the Hub's metadata block)."""
-    layout = rundir.load_layout(stage["layout"])
     kept = rundir.layers(layout)
+    name = Path(base["name"]).name
+    on_hub = "" if Path(base["name"]).exists() or "/" not in base["name"] else f"base_model: {base['name']}\n"
     which = f"layers {kept}" if kept else "re-packed pairs, listed in plan.json"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [trimllm, layer-pruning]
-base_model: {base["name"]}
----
-# {base["name"]}, trimmed to {len(layout)} of {history[0]["depth"]} layers
+{on_hub}---
+# {name}, trimmed to {len(layout)} of {history[0]["depth"]} layers
 
 A stock {data.name} specialist: it loads with `AutoModelForCausalLM.from_pretrained` and needs no special code.
 It keeps {which} (0-based, of the base) and was fine-tuned on `{data.name}` while layers were dropped (TrimLLM,
@@ -69,8 +74,9 @@ Base weights: SHA-256 {base["sha256"]}
 {depth_table(history)}
 ```
 
-`test` is the reported split ({data.metric}, with its standard error), which no decision was taken on;
-`calibration` ({len(data.calibration)} rows held out of train) decided what was dropped.
+The last row is this checkpoint, loaded again after it was saved; the others were measured on the way, in
+training precision. `test` is the reported split ({data.metric}, with its standard error), which no decision was taken
+on; `calibration` ({len(data.calibration)} rows held out of train) decided what was dropped.
 """
 
 
@@ -81,10 +87,9 @@ def result(
     history: list[dict[str, Any]],
     drops: list[dict[str, Any]],
     base: dict[str, str],
-    test: Evaluation,
+    saved: dict[str, Any],
     verified: Any,
     speeds: dict[str, list[float]] | None,
-    seconds: float,
 ) -> dict[str, Any]:
     """The contents of result.json."""
     speedup = (
@@ -94,7 +99,8 @@ def result(
         "base": base,
         "task": data.name,
         "metric": data.metric,
-        "test": test.summary(),
+        "test": saved["test"],
+        "calibration": saved["calibration"],
         "depth": stage["depth"],
         "base_depth": history[0]["depth"],
         "blocks": stage["layout"],
@@ -113,7 +119,10 @@ def result(
         "history": history,
         "drops": drops,
         "settings": config.model_dump(mode="json"),
-        "seconds": seconds,
+        "seconds": {
+            "training": sum(row["train"]["seconds"] for row in history if "train" in row),
+            "scans": sum(drop["seconds"] for drop in drops),
+        },
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "libraries": {name: version(name) for name in LIBRARIES},
     }
@@ -133,7 +142,7 @@ def depth_row(
 ) -> str:
     """The line that a user sees for a depth."""
     dropped = ", ".join(unit for drop in more.get("dropped", []) for unit in drop["units"])
-    what = "base" if event == "base" else (f"- {dropped}" if dropped else "fine-tuned")
+    what = f"- {dropped}" if dropped else STEPS[event]
     report = more.get("train") or {}
     trained = f"  loss {report['loss']:.3f} in {clock(report['seconds'])}" if report.get("loss") is not None else ""
     tested = f"  test {test}" if test else ""

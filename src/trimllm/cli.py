@@ -186,10 +186,16 @@ def main(arguments: list[str] | None = None) -> int:
         if first_to_fail():
             print(f"trimllm: {error}", file=sys.stderr)
         return error.exit_code
-    except RuntimeError:
+    except RuntimeError as error:
         if another_failed():
             return 1
-        raise
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        remedy = (
+            "a smaller --micro-batch-size or --eval-batch-size, or --gradient-checkpointing; trim goes on with --resume"
+        )
+        print(f"trimllm: out of memory on the device: {remedy}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("trimllm: interrupted; a run goes on with --resume", file=sys.stderr)
         return 1

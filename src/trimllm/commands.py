@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from trimllm import (
     export,
     inputs,
     journal,
+    legality,
     loading,
     models,
     parallel,
@@ -28,7 +32,7 @@ from trimllm import (
 from trimllm.console import Console, table
 from trimllm.errors import InputError
 from trimllm.evaluate import Evaluation, generate
-from trimllm.layout import describe, whole, without
+from trimllm.layout import Unit, describe, remove, whole, without
 from trimllm.progressive import trim
 
 
@@ -46,9 +50,12 @@ def run_scan(command: config.ScanConfig) -> None:
 
     output, console = Path(command.output), Console()
     _fresh(output, "scan.json")
+    _check_writable(output)
     needed = scores.needs(command.strategy)
     loaded = models.load(command)
     depth = decoder.depth(loaded.model)
+    if command.run is not None and command.run > depth:
+        raise InputError(f"--run {command.run}: the model has only {depth} layers")
     protected = select.protected(command.protect, depth)
     data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
@@ -59,8 +66,11 @@ def run_scan(command: config.ScanConfig) -> None:
             inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration),
             data.metric,
             command.unit,
+            run=command.run or max(1, depth // 2),
             progress=show,
         )
+    for note in result.notes:
+        console.say(f"  {note}")
     extra = {}
     if "taylor" in needed:
         extra["taylor"] = weights.taylor(
@@ -72,18 +82,36 @@ def run_scan(command: config.ScanConfig) -> None:
     names = [describe(unit, whole(depth)) for unit in result.candidates]
     record = scan.table(result, evidence, command.strategy, names)
     tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
-    allowed = select.droppable(result.candidates, whole(depth), protected)
+    allowed, reason = _open(command, loaded.model, result.candidates, protected)
+    if "angular" in command.strategy and allowed:
+        allowed = [i for i in allowed if math.isfinite(result.run_cosine[i])]
+        reason = "no run fits behind a layer that may go: ask for a shorter --run"
     record |= {"model": command.model, "task": data.name, "metric": data.metric, "first": None}
-    first = "nothing: every layer is protected"
+    first = f"nothing: {reason}"
     if allowed:
         choice = select.choose(result.candidates, evidence, command.strategy, tolerance=tolerance, allowed=allowed)
-        record["first"] = names[choice.index]
-        first = f"{names[choice.index]} ({choice.why})"
-    journal.write_json(output / "scan.json", record)
-    importance_plot(record, output / "scan.png")
+        record["first"] = first = names[choice.index]
+        first += "" if command.unit == "sublayer" and len(choice.tied) == 1 else f" ({choice.why})"
     print(f"intact: {data.metric} {result.base}")
     print(scan_table(record))
-    print(f"would go first: {first}; {output / 'scan.json'}, {output / 'scan.png'}")
+    print(f"{'least important' if command.unit == 'sublayer' else 'would go first'}: {first}")
+    journal.write_json(output / "scan.json", record)
+    importance_plot(record, output / "scan.png")
+    print(f"written: {output / 'scan.json'}, {output / 'scan.png'}")
+
+
+def _open(
+    command: config.ScanConfig, model: Any, candidates: list[Unit], protected: frozenset[int]
+) -> tuple[list[int], str]:
+    """Which candidates may go, and why none may; sub-layers never go alone, so only protection counts for them."""
+    intact = whole(decoder.depth(model))
+    free = select.droppable(candidates, intact, protected)
+    if command.unit == "sublayer" or not free:
+        return free, "every layer is protected"
+    if len(intact) == 1:
+        return [], "the model has only one layer"
+    refusals = [legality.refusal(model, remove(intact, candidates[i])) for i in free]
+    return [i for i, why in zip(free, refusals, strict=True) if why is None], refusals[0] or ""
 
 
 def scan_table(record: dict[str, Any]) -> str:
@@ -91,20 +119,25 @@ def scan_table(record: dict[str, Any]) -> str:
     rows = [
         [
             row["unit"],
-            f"{row['importance']:.4g}",
+            "-" if row["importance"] is None else f"{row['importance']:.4g}",
             f"{row['value']:.1f} +- {row['stderr']:.1f}",
             f"{row['loss']:.3f}",
             f"{row['norm']:.1f}",
         ]
-        for row in sorted(record["units"], key=lambda row: -row["importance"])
+        for row in sorted(record["units"], key=_by_importance)
     ]
     return table(["unit", "importance", f"{record['metric']} without it", "loss", "norm"], rows)
+
+
+def _by_importance(row: dict[str, Any]) -> float:
+    return -math.inf if row["importance"] is None else -row["importance"]
 
 
 def run_drop(command: config.DropConfig) -> None:
     """Surgery only: the model as saved, less some layers."""
     if not command.layers:
         raise InputError("--layers names no layer: give at least one, such as --layers 3,7")
+    export.check_target(Path(command.output))
     if command.streaming:
         _drop_on_disk(command)
         return
@@ -138,7 +171,7 @@ def _drop_on_disk(command: config.DropConfig) -> None:
             source,
             command.layers,
             command.output,
-            max_shard_size=command.max_shard_size,
+            max_shard_size=command.max_shard_size or "5GB",
             trust_remote_code=command.trust_remote_code,
             base=command.model,
             progress=show,
@@ -160,6 +193,8 @@ def run_eval(command: config.EvalConfig) -> None:
     """One model, one task, the reported split."""
     if command.output and Path(command.output).is_dir():
         raise InputError(f"--output {command.output}: this is a directory: name a JSON file")
+    if command.output:
+        _check_writable(Path(command.output).parent)
     loaded = models.load(command)
     data = inputs.task_data(command, loaded.tokenizer)
     if command.generate and data.kind != "generation":
@@ -212,16 +247,36 @@ def run_export(command: config.ExportConfig) -> None:
         raise InputError(
             f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
         )
+    output = command.output or str(run.root / f"model-depth-{command.depth}")
+    export.check_target(Path(output))
     stored = config.make(config.TrimConfig, rundir.stored_settings(command.run))
-    loaded = models.load(stored)
+    dtype = saved_dtype(run, stored)
+    tokenizer = loading.load_tokenizer(folder, trust_remote_code=stored.trust_remote_code)
     plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
     model: Any = loading.load_model(folder, trust_remote_code=stored.trust_remote_code)
-    models.cast(model, models.DTYPES.get(stored.save_dtype, loaded.saved))
-    output = command.output or str(run.root / f"model-depth-{command.depth}")
+    models.cast(model, dtype or model.dtype)
     report = export.save_trimmed(
-        model, output, tokenizer=loaded.tokenizer, layout=rundir.load_layout(plan["blocks"]), base=stored.model
+        model, output, tokenizer=tokenizer, layout=rundir.load_layout(plan["blocks"]), base=stored.model
     )
     print(f"{output}: {command.depth} layers, reloaded and compared ({_differences(report)})")
+
+
+def saved_dtype(run: rundir.RunDir, stored: config.TrimConfig) -> Any:
+    """The dtype of the run's result: as its journal says, else as settings and the config of the base say.
+
+    The journal is only read: the run may still be going on.
+    """
+    lines = run.journal.read_text(encoding="utf-8").splitlines() if run.journal.exists() else []
+    starts = [json.loads(line) for line in lines if line.startswith('{"event": "start"') and line.endswith("}")]
+    name = starts[0].get("save_dtype", stored.save_dtype) if starts else stored.save_dtype
+    if name in models.DTYPES:
+        return models.DTYPES[name]
+    try:
+        return models.saved_dtype(models.path_of(stored.model), stored)
+    except (OSError, ValueError):
+        raise InputError(
+            f"the dtype of {stored.model}, which the run did not note, cannot be read: put the model back there"
+        ) from None
 
 
 def run_tasks(_: config.TasksConfig) -> None:
@@ -243,6 +298,24 @@ def _fresh(output: Path, product: str) -> None:
         raise InputError(f"--output {output}: this is a file: name a directory")
     if (output / product).exists():
         raise InputError(f"--output {output}: it already holds {product}: choose another directory")
+
+
+def _check_writable(directory: Path) -> None:
+    """Refuse a directory that cannot be made or written to; what was made to find out is removed again."""
+    made: list[Path] = []
+    try:
+        for path in reversed([directory, *directory.parents]):
+            if not path.is_dir():
+                path.mkdir()
+                made.append(path)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {directory}: {error.strerror or error}: choose another --output") from None
+    finally:
+        with suppress(OSError):
+            for path in reversed(made):
+                path.rmdir()
 
 
 CARRY_OUT: dict[type[config.Settings], Callable[[Any], None]] = {

@@ -6,6 +6,7 @@ a run writes beside its results.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -34,7 +35,7 @@ class ModelSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights in memory; auto: float32 to train (bf16 mixed precision on a GPU), else as saved."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps ...; auto takes the first accelerator."""
+    """cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one (to train: CUDA only)."""
     threads: Positive | None = None
     """CPU threads for torch (default: torch's own choice)."""
     trust_remote_code: bool = False
@@ -73,7 +74,7 @@ class ScoreSettings(Settings):
     """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular,
     loss, perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
     tie_tolerance: Annotated[float, Field(ge=0)] | None = None
-    """Accuracy points within which candidates are tied (default: one calibration question)."""
+    """Accuracy points within which candidates are tied (default: one calibration question; none for likelihoods)."""
     protect: tuple[int, ...] = ()
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
     eval_batch_size: Positive = 4096
@@ -128,7 +129,7 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     target_speedup: Annotated[float, Field(gt=1)] | None = None
     """Stop when decoding at batch 1 is so many times as fast as the base (measured)."""
     min_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
-    """Floor in percent on the calibration set: the result is the smallest model that is not below it."""
+    """Floor in percent on the calibration set: the first depth below it ends the run, the one before is the result."""
     max_drop: Annotated[float, Field(ge=0)] | None = None
     """Floor in points below the best calibration accuracy so far."""
     min_depth: Positive = 1
@@ -138,7 +139,7 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
     """Epochs after every drop; 0 drops without training."""
     final_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """More epochs after the last drop."""
+    """More epochs after the last drop of a run that a size or speed ends (one that a floor ends is known too late)."""
     drops_per_stage: Positive = 1
     """Units dropped one after the other, each by a scan of its own, before training goes on."""
     one_shot: bool = False
@@ -154,6 +155,16 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     def _one_depth_target(self) -> TrimConfig:
         if self.keep is not None and self.depth is not None:
             raise ValueError("give --keep or --depth, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _final_epochs_have_an_end(self) -> TrimConfig:
+        floors = self.min_accuracy is not None or self.max_drop is not None
+        sizes = (self.keep, self.depth, self.max_params, self.max_memory, self.target_speedup)
+        if self.final_epochs and floors and all(size is None for size in sizes) and self.min_depth == 1:
+            raise ValueError(
+                "--final-epochs needs a target besides the floor: which drop is the last is known too late"
+            )
         return self
 
     @model_validator(mode="after")
@@ -175,8 +186,16 @@ class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):
 
     unit: Literal["block", "pair", "sublayer"] = "block"  # type: ignore[assignment]
     """What is deleted on trial: blocks, pairs, or attention and MLP separately."""
+    run: Positive | None = None
+    """Blocks in the contiguous runs that --strategy angular compares (default: half of the depth)."""
     output: str
     """Directory for scan.json and scan.png."""
+
+    @model_validator(mode="after")
+    def _runs_are_for_angular(self) -> ScanConfig:
+        if self.run is not None and "angular" not in self.strategy:
+            raise ValueError("--run is for --strategy angular: leave it out")
+        return self
 
 
 class DropConfig(ModelSettings):
@@ -193,8 +212,20 @@ class DropConfig(ModelSettings):
     """Directory of the new checkpoint."""
     streaming: bool = False
     """Cut on disk, tensor by tensor, without loading the model: for a --model directory larger than memory."""
-    max_shard_size: str = "5GB"
-    """With --streaming: largest weight file."""
+    max_shard_size: str | None = None
+    """With --streaming: largest weight file (default: 5GB)."""
+
+    @model_validator(mode="after")
+    def _every_option_is_used(self) -> DropConfig:
+        if not self.streaming and self.max_shard_size is not None:
+            raise ValueError("--max-shard-size is for --streaming: leave it out, or add --streaming")
+        unused = [
+            n for n in ("dtype", "device", "threads", "allow_pickle") if getattr(self, n) not in ("auto", None, False)
+        ]
+        if self.streaming and unused:
+            option = "--" + unused[0].replace("_", "-")
+            raise ValueError(f"{option} is not for --streaming, which never loads the model: leave one of them out")
+        return self
 
 
 class EvalConfig(TaskSettings, ModelSettings):
@@ -283,7 +314,7 @@ def make(kind: type[S], values: dict[str, Any]) -> S:
         InputError: in one line, for the first value that cannot be used.
     """
     try:
-        return kind(**values)
+        return kind(**{name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in values.items()})
     except ValidationError as error:
         raise InputError(explain(error, kind)) from None
 

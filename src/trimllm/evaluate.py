@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from trimllm import decoder, encoding, families
 from trimllm.encoding import Batch, Batches, Encoded
@@ -129,11 +130,10 @@ def batch_pieces(model: Any, batch: Batch) -> Pieces:
     """
     logprobs, greedy = target_logprobs(model, batch)
     count = len(batch.owners)
-    total = torch.zeros(count, dtype=torch.float64, device=logprobs.device)
-    total.index_add_(0, batch.segment, logprobs.double())
-    misses = torch.zeros(count, dtype=torch.long, device=logprobs.device)
-    misses.index_add_(0, batch.segment, (~greedy).long())
-    lengths = torch.bincount(batch.segment, minlength=count)
+    logprobs, greedy, segment = logprobs.cpu(), greedy.cpu(), batch.segment.cpu()  # not every device adds in float64
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, segment, logprobs.double())
+    misses = torch.zeros(count, dtype=torch.long).index_add_(0, segment, (~greedy).long())
+    lengths = torch.bincount(segment, minlength=count)
     if not torch.isfinite(total).all():
         raise TrimError(
             "the model's log-likelihoods are not finite numbers: its weights are damaged or dtype too narrow"
@@ -268,10 +268,23 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
         for row, characters in zip(scores.loglik, lengths, strict=True)
     ]
     hits = {"acc": np.array(picks) == answers, "acc_norm": np.array(normed) == answers}
-    share = float(hits[metric].mean())
-    error = 100 * math.sqrt(share * (1 - share) / max(n - 1, 1))
+    error = 100 * _standard_error(hits[metric], [item.group for item in items])
     percent = {name: 100 * float(hit.mean()) for name, hit in hits.items()}
     return Evaluation(metric, percent[metric], error, n, loss, **percent, correct=tuple(map(bool, hits[metric])))
+
+
+def _standard_error(hits: np.ndarray, groups: Sequence[str | None]) -> float:
+    """Binomial standard error of the share of hits; questions of one group (an entity, an article) are not independent,
+    so where there are groups theirs is taken if it is larger (the cluster-robust variance of a mean)."""
+    share, n = hits.mean(), len(hits)
+    binomial = math.sqrt(share * (1 - share) / max(n - 1, 1))
+    sums: dict[str | None, float] = {}
+    for hit, group in zip(hits, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + float(hit - share)
+    if None in sums or len(sums) < 2:
+        return binomial
+    clustered = math.sqrt(sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / n
+    return max(binomial, clustered)
 
 
 def score_items(model: Any, tokenizer: Any, items: Sequence[Item], **settings: Any) -> list[list[float]]:
@@ -301,6 +314,8 @@ def generate(
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     answers = [""] * len(items)
+    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
     with evaluating(model):
         for begin in range(0, len(order), batch_size):
             group = order[begin : begin + batch_size]
@@ -308,11 +323,7 @@ def generate(
             ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in group])
             mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
             out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
             )
             for row, i in zip(out[:, length:], group, strict=True):
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()

@@ -58,7 +58,7 @@ def save_trimmed(
         TrimError: if the disk is full, or the checkpoint differs from the model in memory.
     """
     target = Path(directory)
-    _check_target(target, overwrite)
+    check_target(target, overwrite=overwrite)
     layout = whole(depth(model)) if layout is None else layout
     if len(layout) != depth(model):
         raise TrimError(f"the layout describes {len(layout)} blocks and the model has {depth(model)}")
@@ -85,15 +85,22 @@ def save_trimmed(
     return report
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool = False) -> None:
+    """Whether an export may be written there; nothing is written.
+
+    Raises:
+        InputError: if it is a file, or a directory in use that is not (with `overwrite`) an earlier export.
+    """
     if target.exists() and not target.is_dir():
-        raise InputError(f"cannot save to {target}: it is a file")
+        raise InputError(f"--output {target}: it is a file: name a directory")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not (target / "plan.json").exists():
-        raise InputError(f"cannot save to {target}: the folder is not empty; choose another")
+        raise InputError(f"--output {target}: the directory is not empty: choose another one")
     if not overwrite:
-        raise InputError(f"cannot save to {target}: it holds an earlier export; choose another folder or set overwrite")
+        raise InputError(
+            f"--output {target}: the directory is not empty: choose another one (it holds an earlier export)"
+        )
 
 
 def _check_space(model: nn.Module, parent: Path) -> None:

@@ -30,7 +30,9 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise TrimError(f"no space left on the disk of {path}: free some, then go on with --resume") from None
         if isinstance(error, OSError):
-            raise TrimError(f"cannot write to {path}: {error.strerror or error}") from None
+            denied = number in (errno.EACCES, errno.EPERM, errno.EROFS)
+            remedy = ": choose another --output" if denied else ""
+            raise TrimError(f"cannot write to {path}: {error.strerror or error}{remedy}") from None
         raise
 
 

@@ -7,6 +7,7 @@ model = load_model("meta-llama/Llama-3.2-1B")
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,10 @@ from trimllm.errors import InputError, one_line
 
 TOKENIZER_FILES = ("*tokenizer*", "vocab*", "*.model", "*.codes", "*.tiktoken", "tekken*")
 """Some releases of transformers make up an empty tokenizer where a folder has none of these."""
+
+_NO_SAFETENSORS = ("no file named model.safetensors found in directory", "thus cannot be loaded with `safetensors`")
+"""What transformers says of a folder and of a Hub repository without such weights."""
+_PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 def load_model(
@@ -44,7 +49,7 @@ def load_model(
     Raises:
         InputError: if there is no such model, it is not a causal language model, or weights are missing.
     """
-    name = str(path_or_id)
+    name = os.path.expanduser(path_or_id)
     _check_path(name)
     try:
         with quiet():
@@ -75,9 +80,9 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
     Raises:
         InputError: if there is none.
     """
-    name = str(path_or_id)
+    name = os.path.expanduser(path_or_id)
     _check_path(name)
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise InputError(f"cannot load a tokenizer from {name!r}: the folder has none; save one beside the model")
     try:
@@ -89,7 +94,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
 
 def _check_path(name: str) -> None:
     """Fail on a path that does not exist before the hub is asked for a model of that name."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise InputError(f"cannot load {name!r}: the folder has no config.json; give the folder of a checkpoint")
@@ -100,13 +105,22 @@ def _check_path(name: str) -> None:
 
 
 def _explain(name: str, error: Exception, allow_pickle: bool) -> str:
-    text = one_line(error)
+    text, whole = one_line(error), str(error)
     if "Unrecognized configuration class" in text:
         return f"cannot use model {name!r}: it is not a causal language model"
-    if "trust_remote_code" in text:
-        return f"cannot load model {name!r}: it brings its own code; if you trust it, set trust_remote_code"
-    if "safetensors" in text and not allow_pickle:
-        return f"cannot load model {name!r}: it has no safetensors weights; if you trust its source, set allow_pickle"
+    if "trust_remote_code" in whole:
+        return (
+            f"cannot load model {name!r}: it brings its own code; if you trust it, give --trust-remote-code "
+            "(in Python: trust_remote_code=True)"
+        )
+    if not allow_pickle and any(each in whole for each in _NO_SAFETENSORS):
+        folder = Path(name)
+        if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _PICKLES):
+            return f"cannot load model {name!r}: the folder has no model.safetensors; give the folder of a checkpoint"
+        return (
+            f"cannot load model {name!r}: it has no safetensors weights; if you trust its source, give --allow-pickle "
+            "(in Python: allow_pickle=True)"
+        )
     if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
         return f"cannot load model {name!r}: it is not in the local cache and the hub cannot be reached"
     if "is not a local folder" in text or "Repository Not Found" in text:

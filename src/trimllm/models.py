@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ class Loaded:
 
 
 def path_of(name: str) -> str:
-    """Where the model is: `demo` is the embedded one, anything else a directory or Hub id as given."""
-    return str(DEMO) if name == "demo" and not Path(name).exists() else name
+    """Where the model is: `demo` is the embedded one, others a directory (`~` is the home) or a Hub id."""
+    return str(DEMO) if name == "demo" and not Path(name).exists() else os.path.expanduser(name)
 
 
 def device_of(name: str) -> torch.device:
@@ -71,7 +72,7 @@ def load(settings: ModelSettings, *, training: bool = False, device: torch.devic
         raise InputError(f"the tokenizer of {settings.model} has {len(tokenizer)} tokens, its model only {vocabulary}")
     _check_causal(model, settings.model)
     mark = loading.fingerprint(path if any(Path(path).glob("*.safetensors")) else model)
-    return Loaded(model, tokenizer, _saved_dtype(path, settings) or model.dtype, mark)
+    return Loaded(model, tokenizer, saved_dtype(path, settings) or model.dtype, mark)
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:
+def saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:
     """The dtype that the checkpoint's config names."""
     from transformers import AutoConfig
 

@@ -10,7 +10,6 @@ weights are those of the last checkpoint, the order of training rows comes from 
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,8 @@ def trim(config: TrimConfig | None = None, *, console: Console | None = None, **
         InputError: if the settings, the model or the data cannot be used.
         TrimError: if training or saving fails; the journal is kept, and the run can be resumed.
     """
+    if config is not None and settings:
+        raise InputError(f"trim(config, {next(iter(settings))}=...): give a config or settings by name, not both")
     if config is None and settings.get("resume") and "output" in settings:
         settings = rundir.stored_settings(settings["output"]) | settings
     return Run(config or make(TrimConfig, settings), console or Console()).go()
@@ -101,7 +102,6 @@ class Run:
         scores.parts(self.config.strategy)
         if self.main:
             rundir.check(self.config)
-        started = time.perf_counter()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
         self.journal = Journal(
@@ -113,7 +113,7 @@ class Run:
         self._start(loaded, data)
         state = self._restore(loaded)
         self._loop(state)
-        return self._finish(state, loaded, data, time.perf_counter() - started)
+        return self._finish(state, loaded, data)
 
     def _prepare(self, loaded: Loaded) -> TaskData:
         """Everything that can be wrong with model and data is found here, before anything is computed or written."""
@@ -145,7 +145,8 @@ class Run:
         config, say = self.config, self.console.say
         first = self.journal.last("start")
         if first is None:
-            first = self.journal.add("start", base=loaded.fingerprint, depth=self.base_depth)
+            dtype = str(self.save_dtype).removeprefix("torch.")
+            first = self.journal.add("start", base=loaded.fingerprint, depth=self.base_depth, save_dtype=dtype)
         elif first["base"] != loaded.fingerprint:
             raise InputError(f"--model {config.model}: its weights changed since the run in {config.output} began")
         say(f"{config.model}: {self.base_depth} layers, {self._size(loaded.model).parameters:,} parameters")
@@ -157,7 +158,7 @@ class Run:
             say(f"  {note}")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
-        if "+" in config.strategy:
+        if "+" in config.strategy and self.decider.tolerance:
             say(f"candidates within {self.decider.tolerance:.2f} points are tied: the largest activation norm goes")
         if not self.journal.of("base"):
             self._record("base", loaded.model, whole(self.base_depth))
@@ -218,7 +219,7 @@ class Run:
         if len(values) == 1:
             raise TrimError(
                 f"the fine-tuned model itself reaches only {values[0]:.1f} on the calibration set, below the floor of "
-                f"{limit:.1f}: lower --min-accuracy, or train longer (--warmup-epochs)"
+                f"{limit:.1f}: go on with --resume and a lower --min-accuracy, or train longer in a new run"
             )
         return False
 
@@ -334,7 +335,7 @@ class Run:
     def _record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
         """Evaluate a depth and journal it, with a row for the user."""
         calibration = self.calibration.evaluate(model, self.metric, self.share)
-        report = self.config.report_depths or event == "base"
+        report = self.config.report_depths or event != "stage"
         test = self.test.evaluate(model, self.metric, self.share) if report else None
         size = self._size(model)
         speed = bench.decode_speed({"now": model}, repeats=3)["now"] if self.main else [0.0]
@@ -349,17 +350,17 @@ class Run:
             tokens_per_second=float(np.median(speed)),
             **more,
         )
-        if self.main:
+        if self.main and event != "saved":
             journal.write_json(self.dir.plans / f"depth-{size.depth}.json", rundir.plan(layout, self.config.model))
         self.console.say(card.depth_row(event, size, calibration, test, float(np.median(speed)), more))
 
     def history(self) -> History:
-        """One row per depth: the base, the warmed-up model, and every depth on the way."""
-        return [*self.journal.of("base"), *self.journal.of("stage")]
+        """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
+        return [row for event in ("base", "stage", "saved") for row in self.journal.of(event)]
 
     # ---- the product
 
-    def _finish(self, state: State, loaded: Loaded, data: TaskData, seconds: float) -> tuple[Any, History]:
+    def _finish(self, state: State, loaded: Loaded, data: TaskData) -> tuple[Any, History]:
         stages = self.journal.of("stage")
         good = stages[-1] if self._above_floor() else stages[-2]
         depth, layout = len(good["layout"]), rundir.load_layout(good["layout"])
@@ -368,21 +369,23 @@ class Run:
         report: Any = None
         base = {"name": self.config.model, "sha256": loaded.fingerprint}
         if self.main:
-            text = card.trimmed(self.config, data, good, self.history(), base)
             report = export.save_trimmed(
                 model,
                 self.dir.model,
                 tokenizer=loaded.tokenizer,
                 layout=layout,
                 base=self.config.model,
-                card=text,
                 overwrite=True,
             )
             journal.write_json(self.dir.plan, rundir.plan(layout, self.config.model) | {"sha256": loaded.fingerprint})
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
-        test = self.test.evaluate(saved, self.metric, self.share)
+        if self.journal.last("saved") is None:
+            self._record("saved", saved, layout)
+        row = self.journal.events[-1]
         if self.main:
+            text = card.trimmed(self.config, data, layout, self.history(), base)
+            journal.write_atomic(self.dir.model / "README.md", text)
             result = card.result(
                 self.config,
                 data,
@@ -390,16 +393,16 @@ class Run:
                 self.history(),
                 self.journal.of("drop"),
                 base,
-                test,
+                row,
                 report,
                 self._final_speeds(saved),
-                seconds,
             )
             journal.write_json(self.dir.result, result)
         self.console.say(
-            f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {self.metric} {test}, reloaded and compared"
+            f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {self.metric} {card.percent(row['test'])}, "
+            "reloaded and compared"
         )
-        self.journal.add("done", table=f"{depth} layers, {self.metric} {test}")
+        self.journal.add("done", table=f"{depth} layers, {self.metric} {card.percent(row['test'])}")
         return saved, self.history()
 
 

@@ -18,8 +18,11 @@ from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
 from trimllm.layout import Block, Layout
 
-FREE_OF_CHOICE = ("resume", "output", "threads", "device", "micro_batch_size", "eval_batch_size", "lr", "max_grad_norm")
-"""Settings that may differ when a run is resumed: where it computes, and the remedies for a loss that diverged."""
+FREE_OF_CHOICE = (
+    *("resume", "output", "threads", "device", "micro_batch_size", "eval_batch_size", "gradient_checkpointing"),
+    *("lr", "max_grad_norm", "min_accuracy", "max_drop"),
+)
+"""Settings that may differ when a run is resumed: where it computes, and the remedies for what can end it."""
 
 
 class RunDir:

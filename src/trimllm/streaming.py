@@ -177,7 +177,9 @@ def _config(source: Path, trust_remote_code: bool) -> Any:
     except Exception as error:
         text = one_line(error)
         if "trust_remote_code" in text:
-            text = "it brings its own code; if you trust it, set trust_remote_code"
+            text = (
+                "it brings its own code; if you trust it, give --trust-remote-code (in Python: trust_remote_code=True)"
+            )
         raise InputError(f"cannot read {source / 'config.json'}: {text}") from error
 
 

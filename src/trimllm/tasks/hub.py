@@ -22,6 +22,6 @@ def read_hub(source: Source, split: str, task: str) -> list[Row]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"task {task!r}: cannot load split {split!r} of {name} from the Hub ({reason}); connect once to fill the "
-            "cache, or give local copies with --task-files train=FILE test=FILE"
+            "cache, or give local copies with --task-files train=FILE,test=FILE"
         ) from error
     return [Row(f"{name}[{split}]:{number}", dict(values)) for number, values in enumerate(data, 1)]

@@ -9,13 +9,13 @@ from typing import Any
 from trimllm.errors import InputError
 from trimllm.tasks.catalog import builtin_tasks, find_builtin
 from trimllm.tasks.items import Item, TaskData
-from trimllm.tasks.recognize import labelled, recognize
+from trimllm.tasks.recognize import labelled, recognize, without_shared_context
 from trimllm.tasks.render import Renderer
 from trimllm.tasks.rows import Row
 from trimllm.tasks.sources import Files, Parts, file_parts, spec_parts, unused_files
 from trimllm.tasks.spec import TaskSpec, check_metric, nearest, read_spec
 from trimllm.tasks.splits import split
-from trimllm.tasks.text import cut
+from trimllm.tasks.text import PIECE, SMALL_PIECE, cut, piece_for
 
 
 def load_task(
@@ -49,9 +49,12 @@ def load_task(
     train_rows, reported_rows = _roles(spec.name, parts, notes)
     renderer = Renderer(spec, tokenizer)
     lenient = files is None and spec.source is not None and spec.source.hub is not None
+    train, reported = (_items(renderer, rows, lenient, notes) for rows in (train_rows, reported_rows))
+    if spec.kind == "text" and len(train_rows) == 1:
+        _check_length(train, bool(reported))
     done = split(
-        _items(renderer, train_rows, lenient, notes),
-        _items(renderer, reported_rows, lenient, notes),
+        train,
+        reported,
         calibration_size=calibration_size,
         resolution=resolution,
         max_train=max_train,
@@ -95,7 +98,8 @@ def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Part
     parts = file_parts(path)
     notes = [f"not used: {file.name} (no train, valid or test in its name)" for file in unused_files(path)]
     name = path.resolve().name.split(".")[0]
-    spec = recognize(name, parts.get("train") or next(iter(parts.values())), tokenizer)
+    rows = parts.get("train") or next(iter(parts.values()))
+    spec = without_shared_context(recognize(name, rows, tokenizer), rows, notes)
     check_metric(metric, spec.kind)
     return spec, {part: rows for part, rows in parts.items() if part == "train" or labelled(rows, spec)}, notes
 
@@ -109,6 +113,8 @@ def _roles(name: str, parts: Parts, notes: list[str]) -> tuple[list[Row], list[R
         notes.append(f"no train split: the {len(validation):,} validation rows are trained on")
         return validation, test
     if test:
+        if validation:
+            notes.append(f"validation: {len(validation):,} rows not used (calibration is held out of train)")
         return train, test
     if validation:
         notes.append(f"no test split with answers: the {len(validation):,} validation rows are reported")
@@ -132,7 +138,22 @@ def _items(renderer: Renderer, rows: Sequence[Row], lenient: bool, notes: list[s
                 raise
     if bad:
         notes.append(f"skipped {len(bad):,} of {len(rows):,} rows that cannot be used (first: {bad[0]})")
-    return cut(items) if renderer.spec.kind == "text" else items
+    if renderer.spec.kind != "text":
+        return items
+    piece = piece_for(items)
+    if piece < PIECE:
+        notes.append(f"{items[0].place}: a short text, cut in pieces of about {piece:,} characters")
+    return cut(items, piece)
+
+
+def _check_length(pieces: Sequence[Item], tested: bool) -> None:
+    """A single document must give pieces for train, calibration and (unless there is a test set) test."""
+    needed = 5 if tested else 6
+    if len(pieces) < needed:
+        raise InputError(
+            f"{sum(len(item.target) for item in pieces):,} characters of text are too few to train and to measure on: "
+            f"give at least {2 * needed * SMALL_PIECE:,} characters"
+        )
 
 
 def _unknown(name: str) -> InputError:

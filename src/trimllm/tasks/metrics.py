@@ -1,17 +1,11 @@
-"""Numbers about answers: standard errors, exact match, ROUGE-L and repetition. Pure functions; no model here."""
+"""Numbers about answers: exact match, ROUGE-L and repetition. Pure functions; no model here."""
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-
-
-def binomial_stderr(share: float, count: int) -> float:
-    """Standard error of a share (0 to 1) of `count` independent questions, by the unbiased sample variance."""
-    return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:

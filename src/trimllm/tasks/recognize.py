@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -18,11 +19,14 @@ RECOGNIZED = (
 """The column sets, in the order they are looked for; further columns are ignored (`context` is used where it is)."""
 
 _CONTEXT = "{% if context is defined and context %}{{ context }}\n{% endif %}"
-_GROUP = "{{ (context or '')[:200] if context is defined else '' }}"
+_GROUP = "{{ context | digest if context is defined else '' }}"
 _INPUT = "{% if input is defined and input %}\n{{ input }}{% endif %}"
 _GLUED = (
     "{{ '' if prompt[-1:].isspace() or completion[:1].isspace() else ' ' }}{{ completion | required('completion') }}"
 )
+
+_PASSAGES = 10
+"""Fewer different contexts than this, each in more rows than this on average, are instructions, not passages."""
 
 
 class Columns(NamedTuple):
@@ -62,6 +66,24 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
         f"{name}: cannot tell the task from the columns {', '.join(sorted(present))}; recognized are {RECOGNIZED}; "
         "rename the columns or name them in a task YAML (--task my.yaml)"
     )
+
+
+def without_shared_context(spec: TaskSpec, rows: Collection[Row], notes: list[str]) -> TaskSpec:
+    """A recognized spec that does not group by `context` where the context is an instruction rather than a passage.
+
+    Grouping by a text that half of the rows share would put all of them on one side of every split.
+    """
+    counts = Counter(str(row.values["context"]) for row in rows if row.values.get("context"))
+    if spec.group is None or not counts:
+        return spec
+    most, total = max(counts.values()), counts.total()
+    if 2 * most < len(rows) and (len(counts) >= _PASSAGES or total <= _PASSAGES * len(counts)):
+        return spec
+    notes.append(
+        f"column 'context' has {len(counts):,} different values in {total:,} rows, one of them in {most:,}: taken as "
+        "an instruction, so rows that share it may stand on both sides of a split"
+    )
+    return spec.model_copy(update={"group": None})
 
 
 def labelled(rows: Iterable[Row], spec: TaskSpec) -> bool:

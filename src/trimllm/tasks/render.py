@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -174,10 +175,16 @@ def _environment(tokenizer: Any) -> SandboxedEnvironment:
         regex_replace=lambda text, pattern, replacement="": re.sub(pattern, replacement, text),
         literal=ast.literal_eval,
         required=_required,
+        digest=_digest,
         chat_prompt=lambda messages: chat_prompt(messages, tokenizer),
         chat_answer=chat_answer,
     )
     return environment
+
+
+def _digest(value: Any) -> str:
+    """A short key for a long text; the empty key for none."""
+    return hashlib.sha256(str(value).encode("utf-8", "surrogatepass")).hexdigest()[:16] if value else ""
 
 
 def _not_null(value: Any) -> Any:

@@ -54,9 +54,16 @@ def split(
     """
     _check(calibration_size, resolution, max_train, max_test)
     notes: list[str] = []
+    if not train:
+        raise InputError("there are no training rows (`where` keeps none of them): give other rows")
     if not test:
         train, test = hold_out_test(train, seed)
         total = len(train) + len(test)
+        if not train:
+            raise InputError(
+                f"all {total:,} rows would be held out for the report, because they are of one group: give a test file "
+                "(test=FILE), or a `group` with more values in the task YAML"
+            )
         notes.append(f"no test split: {len(test):,} of {total:,} rows held out for the report (seed {seed})")
     train, leaked = _without(train, test, "reported", notes)
     size = _calibration_size(len(train), len(leaked), calibration_size, resolution)

@@ -13,6 +13,10 @@ from trimllm.tasks.sources import data_files
 
 PIECE = 4_000
 """Characters after which a long document is cut at the next paragraph: about 1,000 tokens of English."""
+FEW_PIECES = 50
+"""A single document that would give fewer pieces is cut finer, down to ..."""
+SMALL_PIECE = 200
+"""... this many characters a piece."""
 WORLD_PREFIX = "demo_"
 _BOUNDARIES = (re.compile(r"\n[ \t]*\n"), re.compile(r"\n"), re.compile(r"\s"))
 
@@ -56,6 +60,13 @@ def cut(items: list[Item], piece: int = PIECE) -> list[Item]:
             place = item.place if len(texts) == 1 else f"{item.place} part {number}"
             out.append(replace(item, place=place, continuations=(text,), lengths=(len(text),), group=group))
     return out
+
+
+def piece_for(items: list[Item]) -> int:
+    """Where to cut: at `PIECE` characters, or earlier if a single document would give too few pieces to split."""
+    if len(items) != 1 or len(pieces(items[0].target)) >= FEW_PIECES:
+        return PIECE
+    return min(PIECE, max(SMALL_PIECE, len(items[0].target) // (2 * FEW_PIECES)))
 
 
 def pieces(text: str, piece: int = PIECE) -> list[str]:
