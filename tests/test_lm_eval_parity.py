@@ -10,16 +10,14 @@ import json
 import random
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
-from test_tasks_builtin import ROWS
-
-pytest.importorskip("lm_eval")
-
 import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from test_tasks_builtin import ROWS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -28,7 +26,7 @@ from trimllm.tasks.catalog import find_builtin
 from trimllm.tasks.render import Renderer
 from trimllm.tasks.rows import Row
 
-HARNESS = Path(pytest.importorskip("lm_eval.tasks").__file__).parent
+HARNESS = Path(lm_eval.tasks.__file__).parent
 YAML = {
     "piqa": "piqa/piqa.yaml",
     "sciq": "sciq/sciq.yaml",

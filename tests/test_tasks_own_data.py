@@ -222,8 +222,8 @@ def test_formats_give_the_same_items(tmp_path):
         file.write(lines)
     with lzma.open(tmp_path / "q.jsonl.xz", "wt") as file:
         file.write(lines)
-    pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist(QUESTIONS), tmp_path / "q.parquet")
     names = ("q.jsonl", "q.csv", "q.json", "q.jsonl.gz", "q.jsonl.xz", "q.parquet")
@@ -238,7 +238,8 @@ def test_formats_give_the_same_items(tmp_path):
 
 
 def test_zstandard(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
+    import zstandard
+
     with zstandard.open(tmp_path / "q.jsonl.zst", "wt") as file:
         file.write("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     assert len(load_task(tmp_path / "q.jsonl.zst").test) == 4
