@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from trimllm import cli, deciding, journal, progressive, scan, train, verification
+from trimllm import card, cli, deciding, journal, progressive, scan, train, verification
 from trimllm.errors import InputError, TrimError
 
 
@@ -295,3 +295,19 @@ def test_resumed_weights_are_float32_even_if_the_base_is_not(task, tmp_path, mon
     h.run(mine, task, output, resume=True)
     h.run(mine, task, tmp_path / "straight")
     assert h.weights_hash(output / "model") == h.weights_hash(tmp_path / "straight" / "model")
+
+
+def test_row_of_the_saved_model_is_measured_anew_when_the_run_went_on_after_it(base, task, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, card, "result", 1)
+        with pytest.raises(Killed):
+            h.run(base, task, output)
+    events = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "saved"
+    stale = events[-1] | {"depth": 4, "test": None}
+    lines = [json.dumps(event) for event in [*events[:-2], stale, events[-2]]]
+    (output / "journal.jsonl").write_text("\n".join(lines) + "\n")
+    _, history = h.run(base, task, output, resume=True)
+    assert [row["depth"] for row in history if row["event"] == "saved"] == [3]
+    assert h.result(output)["test"] == history[-1]["test"] == events[-1]["test"]

@@ -356,7 +356,7 @@ class Run:
 
     def history(self) -> History:
         """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
-        return [row for event in ("base", "stage", "saved") for row in self.journal.of(event)]
+        return [*self.journal.of("base"), *self.journal.of("stage"), *self.journal.of("saved")[-1:]]
 
     # ---- the product
 
@@ -380,7 +380,7 @@ class Run:
             journal.write_json(self.dir.plan, rundir.plan(layout, self.config.model) | {"sha256": loaded.fingerprint})
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
-        if self.journal.last("saved") is None:
+        if self.journal.events[-1]["event"] != "saved":  # an older one may be of a depth before a floor was lowered
             self._record("saved", saved, layout)
         row = self.journal.events[-1]
         if self.main:
