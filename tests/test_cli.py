@@ -61,7 +61,7 @@ def test_help_shows_an_example_and_describes_every_option(capsys, name):
     assert re.search(rf"Example:\n +trimllm {name}", out)
     for field, info in cli.COMMANDS[name].model_fields.items():
         assert info.description, f"{name} {field}"
-        if (name, field) != ("export", "run"):
+        if (name, field) != ("export", "source"):
             assert f"--{field.replace('_', '-')}" in out
 
 
@@ -147,7 +147,7 @@ DROP = ["drop", "--model", "demo", "--layers", "1", "--output", "o"]
         ([*TRIM, "--leer=3"], "unknown option --leer"),
         ([*TRIM, "stray"], "unexpected argument 'stray'"),
         (["trim", "--task", "demo_law", "--output", "o"], "--model is required"),
-        (["export", "--depth", "3"], "required: RUN"),
+        (["export", "--depth", "3"], "required: SOURCE"),
         ([*TRIM, "--lr", "fast"], "--lr fast: must be a valid number"),
         ([*TRIM, "--lr", "-1"], "--lr -1: must be greater than 0"),
         ([*TRIM, "--keep", "2"], "--keep 2: must be less than 1"),

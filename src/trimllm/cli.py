@@ -48,7 +48,7 @@ class _Eval(settings.EvalConfig, _Configurable):
 
 class _Export(settings.ExportConfig):
     __doc__ = settings.ExportConfig.__doc__
-    run: CliPositionalArg[str] = Field(description="directory of a `trimllm trim` run")
+    source: CliPositionalArg[str] = Field(description="directory of a `trimllm trim` run, or of a checkpoint")
 
 
 COMMANDS: dict[str, type[settings.Settings]] = {

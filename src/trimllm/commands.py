@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from trimllm import (
     inputs,
     journal,
     legality,
-    loading,
     models,
     parallel,
     rundir,
@@ -237,46 +235,27 @@ def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.T
 
 
 def run_export(command: config.ExportConfig) -> None:
-    """A kept depth of a run, as a verified checkpoint in the dtype of the run's result."""
-    run = rundir.RunDir(command.run)
-    if not run.config.exists():
-        raise InputError(f"{command.run} holds no run: give the --output of a trimllm trim")
-    folder = run.checkpoint(command.depth)
-    if not folder.exists():
-        kept = ", ".join(map(str, run.kept_depths())) or "none"
-        raise InputError(
-            f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
-        )
-    output = command.output or str(run.root / f"model-depth-{command.depth}")
-    export.check_target(Path(output))
-    stored = config.make(config.TrimConfig, rundir.stored_settings(command.run))
-    dtype = saved_dtype(run, stored)
-    tokenizer = loading.load_tokenizer(folder, trust_remote_code=stored.trust_remote_code)
-    plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
-    model: Any = loading.load_model(folder, trust_remote_code=stored.trust_remote_code)
-    models.cast(model, dtype or model.dtype)
-    report = export.save_trimmed(
-        model, output, tokenizer=tokenizer, layout=rundir.load_layout(plan["blocks"]), base=stored.model
-    )
-    print(f"{output}: {command.depth} layers, reloaded and compared ({_differences(report)})")
+    """A kept depth of a run as a checkpoint, or a checkpoint in another format."""
+    from trimllm import handover
+    from trimllm.handover import source
+
+    target = Path(command.output or _default_target(command))
+    if command.to == "checkpoint":
+        export.check_target(target)
+        report = source.save_depth(command, target)
+        print(f"{target}: {command.depth} layers, reloaded and compared ({_differences(report)})")
+        return
+    with source.checkpoint(command) as folder:
+        print(f"{target}: {handover.write(folder, target, command)}")
 
 
-def saved_dtype(run: rundir.RunDir, stored: config.TrimConfig) -> Any:
-    """The dtype of the run's result: as its journal says, else as settings and the config of the base say.
-
-    The journal is only read: the run may still be going on.
-    """
-    lines = run.journal.read_text(encoding="utf-8").splitlines() if run.journal.exists() else []
-    starts = [json.loads(line) for line in lines if line.startswith('{"event": "start"') and line.endswith("}")]
-    name = starts[0].get("save_dtype", stored.save_dtype) if starts else stored.save_dtype
-    if name in models.DTYPES:
-        return models.DTYPES[name]
-    try:
-        return models.saved_dtype(models.path_of(stored.model), stored)
-    except (OSError, ValueError):
-        raise InputError(
-            f"the dtype of {stored.model}, which the run did not note, cannot be read: put the model back there"
-        ) from None
+def _default_target(command: config.ExportConfig) -> Path:
+    """Beside what is handed over, named by what it becomes."""
+    stem = "model" if rundir.RunDir(command.source).config.exists() else Path(command.source).resolve().name
+    stem += f"-depth-{command.depth}" if command.depth else ""
+    stem += "" if command.to == "checkpoint" else f"-{command.quant or command.to}"
+    parent = Path(command.source) if rundir.RunDir(command.source).config.exists() else Path(command.source).parent
+    return parent / (f"{stem}.gguf" if command.to == "gguf" else stem)
 
 
 def run_tasks(_: config.TasksConfig) -> None:

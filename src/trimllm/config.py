@@ -246,18 +246,31 @@ class EvalConfig(TaskSettings, ModelSettings):
 
 
 class ExportConfig(Settings):
-    """Turn a depth that a run kept into a checkpoint of its own, verified.
+    """Hand a model over: a depth that a run kept as a checkpoint of its own, or a checkpoint in another format.
 
     Example:
       trimllm export runs/medicine --depth 10
+      trimllm export runs/medicine --to gguf --quant q8_0
     """
 
-    run: str
-    """Directory of a `trimllm trim` run."""
-    depth: Positive
-    """Which depth; kept are the last one, and all with --keep-checkpoints."""
+    source: str
+    """Directory of a `trimllm trim` run, or of a checkpoint."""
+    depth: Positive | None = None
+    """Of a run: which depth; kept are the last one, and all with --keep-checkpoints (default: the run's result)."""
+    to: Literal["checkpoint", "gguf", "onnx", "openvino", "int8", "int4"] = "checkpoint"
+    """checkpoint: a depth of a run; gguf: for llama.cpp; onnx, openvino: graphs; int8, int4: quantized weights."""
+    quant: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
+    """With --to gguf: type of the matrices (default: f16)."""
     output: str | None = None
-    """Where to write it (default: RUN/model-depth-N)."""
+    """What to write (default: beside the source, named by depth and format)."""
+
+    @model_validator(mode="after")
+    def _every_option_is_used(self) -> ExportConfig:
+        if self.to == "checkpoint" and self.depth is None:
+            raise ValueError("name what the run kept with --depth N, or another format with --to")
+        if self.quant is not None and self.to != "gguf":
+            raise ValueError("--quant is for --to gguf: leave it out")
+        return self
 
 
 class TasksConfig(Settings):

@@ -1,0 +1,85 @@
+"""What is handed over: the result of a run, a depth that it kept, or any checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimllm import config, export, loading, models, rundir
+from trimllm.errors import InputError
+from trimllm.rundir import RunDir
+from trimllm.verification import Report
+
+
+@contextmanager
+def checkpoint(command: config.ExportConfig) -> Iterator[Path]:
+    """A directory with the stock checkpoint that `command` names; a kept depth is cast and saved for as long as that.
+
+    Raises:
+        InputError: if there is none.
+    """
+    run = RunDir(command.source)
+    if command.depth is not None:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=run.root if run.root.is_dir() else None) as scratch:
+            folder = Path(scratch) / "checkpoint"
+            save_depth(command, folder)
+            yield folder
+    elif run.config.exists():
+        if not run.model.exists():
+            kept = ", ".join(map(str, run.kept_depths())) or "none"
+            raise InputError(f"{run.root}: the run is not finished: name a depth it kept with --depth (kept: {kept})")
+        yield run.model
+    else:
+        folder = Path(models.path_of(command.source))
+        if not (folder / "config.json").exists():
+            raise InputError(f"{command.source} holds neither a run nor a checkpoint: give one of the two")
+        yield folder
+
+
+def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
+    """A kept depth of a run, as a verified checkpoint in the dtype of the run's result.
+
+    Raises:
+        InputError: if there is no such run, or it did not keep that depth.
+    """
+    run = RunDir(command.source)
+    if not run.config.exists():
+        raise InputError(f"{command.source} holds no run: give the --output of a trimllm trim")
+    assert command.depth is not None
+    folder = run.checkpoint(command.depth)
+    if not folder.exists():
+        kept = ", ".join(map(str, run.kept_depths())) or "none"
+        raise InputError(
+            f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
+        )
+    stored = config.make(config.TrimConfig, rundir.stored_settings(command.source))
+    dtype = saved_dtype(run, stored)
+    tokenizer = loading.load_tokenizer(folder, trust_remote_code=stored.trust_remote_code)
+    plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
+    model: Any = loading.load_model(folder, trust_remote_code=stored.trust_remote_code)
+    models.cast(model, dtype or model.dtype)
+    return export.save_trimmed(
+        model, target, tokenizer=tokenizer, layout=rundir.load_layout(plan["blocks"]), base=stored.model
+    )
+
+
+def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:
+    """The dtype of the run's result: as its journal says, else as settings and the config of the base say.
+
+    The journal is only read: the run may still be going on.
+    """
+    lines = run.journal.read_text(encoding="utf-8").splitlines() if run.journal.exists() else []
+    starts = [json.loads(line) for line in lines if line.startswith('{"event": "start"') and line.endswith("}")]
+    name = starts[0].get("save_dtype", stored.save_dtype) if starts else stored.save_dtype
+    if name in models.DTYPES:
+        return models.DTYPES[name]
+    try:
+        return models.saved_dtype(models.path_of(stored.model), stored)
+    except (OSError, ValueError):
+        raise InputError(
+            f"the dtype of {stored.model}, which the run did not note, cannot be read: put the model back there"
+        ) from None
