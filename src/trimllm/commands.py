@@ -55,6 +55,7 @@ def run_scan(command: config.ScanConfig) -> None:
     if command.run is not None and command.run > depth:
         raise InputError(f"--run {command.run}: the model has only {depth} layers")
     protected = select.protected(command.protect, depth)
+    length = legality.run_length(loaded.model, command.unit, keep_pattern=command.keep_pattern)
     data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
         console.say(f"  {note}")
@@ -64,6 +65,7 @@ def run_scan(command: config.ScanConfig) -> None:
             inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration),
             data.metric,
             command.unit,
+            length=length,
             run=command.run or max(1, depth // 2),
             progress=show,
         )

@@ -75,6 +75,9 @@ class ScoreSettings(Settings):
     loss, perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
     tie_tolerance: Annotated[float, Field(ge=0)] | None = None
     """Accuracy points within which candidates are tied (default: one calibration question; none for likelihoods)."""
+    keep_pattern: bool = False
+    """Drop adjacent layers, as many at a time as a period of the model's layer types has (Gemma 3: six), for engines
+    that take the pattern from the family and not from the checkpoint."""
     protect: tuple[int, ...] = ()
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
     eval_batch_size: Positive = 4096

@@ -40,6 +40,7 @@ class Decider:
         self.base_depth = decoder.depth(model)
         self.wanted = targets.wanted_depth(config, self.base_depth)
         self.protected = select.protected(config.protect, self.base_depth)
+        self.length = legality.run_length(model, config.unit, keep_pattern=config.keep_pattern)
         self.tolerance = select.tolerance_points(metric, len(calibration.items), config.tie_tolerance)
 
     def check(self, model: Any) -> None:
@@ -53,7 +54,13 @@ class Decider:
                 f"--protect keeps {len(self.protected)} layers, and the run is to end with {self.wanted}: "
                 "protect fewer, or ask for a smaller drop"
             )
-        candidates = units(self.config.unit, whole(self.base_depth))
+        if self.wanted is not None and (self.base_depth - self.wanted) % self.length:
+            below = self.base_depth - (self.base_depth - self.wanted) // self.length * self.length
+            raise InputError(
+                f"--keep-pattern drops {self.length} of {self.base_depth} layers at a time, and the run is to end with "
+                f"{self.wanted}: ask for --depth {below if below < self.base_depth else self.base_depth - self.length}"
+            )
+        candidates = units(self.config.unit, whole(self.base_depth), self.length)
         refusals = [legality.refusal(model, remove(whole(self.base_depth), unit)) for unit in candidates]
         if all(refusals):
             raise InputError(f"this model cannot be trimmed by {self.config.unit}s: {refusals[0]}")
@@ -66,9 +73,11 @@ class Decider:
     def droppable(self, model: Any, layout: Layout, candidates: list[Any] | None = None) -> set[int]:
         """Which candidates may go: those that are not protected, and without which a stock model is left."""
         intact = whole(len(layout))
-        candidates = units(self.config.unit, intact) if candidates is None else candidates
+        if len(intact) - self.length < self.config.min_depth:
+            return set()
+        candidates = units(self.config.unit, intact, self.length) if candidates is None else candidates
         free = select.droppable(candidates, layout, self.protected)
-        return {i for i in free if len(intact) > 1 and legality.refusal(model, remove(intact, candidates[i])) is None}
+        return {i for i in free if legality.refusal(model, remove(intact, candidates[i])) is None}
 
     def decide(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> Decision:
         """Scan the present model (`layout`: its original halves) and choose.
@@ -96,6 +105,7 @@ class Decider:
                 self.calibration,
                 self.metric,
                 self.config.unit,
+                length=self.length,
                 trials=bool(needed & {"accuracy", "loss"}),
                 run=max(1, depth - self.wanted) if self.wanted else 1,
                 finished=finished,
@@ -118,10 +128,12 @@ class Decider:
     def _choose(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[Choice]:
         """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
         allowed = self.droppable(model, layout, result.candidates)
-        count = len(layout) - self.wanted if self.config.one_shot and self.wanted is not None else 1
+        all_at_once = self.config.one_shot and self.wanted is not None
+        count = (len(layout) - (self.wanted or 0)) // self.length if all_at_once else 1
         choices: list[Choice] = []
         for _ in range(count):
-            open_ = allowed - {choice.index for choice in choices}
+            gone = {place for choice in choices for place in choice.unit.blocks}
+            open_ = {i for i in allowed if gone.isdisjoint(result.candidates[i].blocks)}
             choices.append(
                 select.choose(
                     result.candidates, evidence, self.config.strategy, tolerance=self.tolerance, allowed=open_
@@ -133,16 +145,22 @@ class Decider:
         self, layout: Layout, result: ScanResult, evidence: Evidence, choices: list[Choice]
     ) -> list[int] | None:
         """Original indices of the r * N blocks most likely to stay, ties by the norm; None trains everything."""
-        candidates = result.candidates
         count = sparse.count(self.config.train_ratio, self.base_depth)
         going = {choice.unit for choice in choices}
-        staying = [i for i, unit in enumerate(candidates) if unit.kind == "block" and unit not in going]
-        if self.config.sparse_update == "off" or count >= len(staying):
-            return None
+        blocks = {i: unit for i, unit in enumerate(result.candidates) if unit.kind == "block"}
+        gone = {place for unit in going if unit.kind == "block" for place in unit.blocks}
         decider = scores.importance(scores.parts(self.config.strategy)[0], evidence)
-        breaker = scores.s_norm(evidence.norm) if evidence.norm is not None else np.zeros(len(candidates))
-        order = sorted(staying, key=lambda i: (-decider[i], -breaker[i], i))
-        return sorted(source for i in order[:count] if (source := layout[candidates[i].index].attention) is not None)
+        breaker = scores.s_norm(evidence.norm) if evidence.norm is not None else np.zeros(len(result.candidates))
+        # A block in several runs goes with the least important of them.
+        rank = {
+            place: min((decider[i], breaker[i]) for i, unit in blocks.items() if place in unit.blocks)
+            for place in range(len(layout))
+            if place not in gone and any(place in unit.blocks for unit in blocks.values())
+        }
+        if self.config.sparse_update == "off" or count >= len(rank):
+            return None
+        order = sorted(rank, key=lambda place: (-rank[place][0], -rank[place][1], place))
+        return sorted(source for place in order[:count] if (source := layout[place].attention) is not None)
 
     def table(self, decision: Decision, layout: Layout) -> dict[str, Any]:
         """The scan as JSON, with what was dropped; `layout` is the one that was scanned."""

@@ -381,6 +381,20 @@ def config_updates(config: Any, layout: Layout) -> dict[str, Any]:
     return updates
 
 
+def period(config: Any) -> int | None:
+    """After how many layers the pattern of layer types (sliding windows, experts, positions) begins again.
+
+    1 where all layers are alike, None where they follow no pattern. A run of so many adjacent layers can go from any
+    place, and the pattern is what it was.
+    """
+    depth, values = config.num_hidden_layers, config.to_dict()
+    lists = [value for name in PER_LAYER if isinstance(value := values.get(name), list) and len(value) == depth]
+    named = [value for name in INDICES if isinstance(value := values.get(name), list)]
+    kinds = [tuple(str(entry[i]) for entry in lists) + tuple(i in entry for entry in named) for i in range(depth)]
+    periods = [p for p in range(1, depth // 2 + 1) if all(kinds[i] == kinds[i % p] for i in range(depth))]
+    return periods[0] if periods else None
+
+
 def update_config(config: Any, layout: Layout) -> None:
     """Write `config_updates` into `config`, with the overrides of single layers (`per_layer_config`) moved along."""
     updates = config_updates(config, layout)

@@ -26,15 +26,23 @@ Layout = tuple[Block, ...]
 class Unit(NamedTuple):
     """Something that can be dropped: its `kind` ("block", "pair", "attention" or "mlp") and the block it begins in.
 
-    block i: A_i and M_i. pair i: M_i and A_{i+1}, the shifted pair (A_i then joins M_{i+1} in one stock block).
-    attention i / mlp i: one sub-layer, for scans only.
+    block i: A_i and M_i, and the `length` - 1 blocks behind it (a run). pair i: M_i and A_{i+1}, the shifted pair (A_i
+    then joins M_{i+1} in one stock block). attention i / mlp i: one sub-layer, for scans only.
     """
 
     kind: str
     index: int  # type: ignore[assignment]
+    length: int = 1
 
     def __str__(self) -> str:
-        return f"M{self.index}+A{self.index + 1}" if self.kind == "pair" else f"{self.kind} {self.index}"
+        if self.kind == "pair":
+            return f"M{self.index}+A{self.index + 1}"
+        return f"{self.kind} {self.index}" if self.length == 1 else f"blocks {self.index}-{self.blocks[-1]}"
+
+    @property
+    def blocks(self) -> range:
+        """Places of the blocks of which the unit holds a part."""
+        return range(self.index, self.index + (2 if self.kind == "pair" else self.length))
 
 
 def whole(depth: int) -> Layout:
@@ -57,11 +65,14 @@ def without(layout: Layout, positions: Iterable[int]) -> Layout:
     return tuple(block for position, block in enumerate(layout) if position not in dropped)
 
 
-def units(kind: str, layout: Layout) -> list[Unit]:
-    """All candidates for removal: `kind` is "block" (n of them), "pair" (2n-1, by depth) or "sublayer" (2n)."""
+def units(kind: str, layout: Layout, length: int = 1) -> list[Unit]:
+    """All candidates for removal: `kind` is "block" (n of them), "pair" (2n-1, by depth) or "sublayer" (2n).
+
+    With `length` > 1 blocks go in runs of so many, which may begin anywhere (n - length + 1 of them).
+    """
     depth = len(layout)
     if kind == "block":
-        return [Unit("block", i) for i in range(depth)]
+        return [Unit("block", i, length) for i in range(depth - length + 1)]
     if kind == "pair":
         shifted = [[Unit("block", i), Unit("pair", i)] for i in range(depth)]
         return [unit for both in shifted for unit in both][:-1]
@@ -74,7 +85,7 @@ def remove(layout: Layout, unit: Unit) -> Layout:
     """The layout after `unit` (its index a place in `layout`) is gone; sub-layers leave a bypassed half behind."""
     i = unit.index
     if unit.kind == "block":
-        return without(layout, [i])
+        return without(layout, unit.blocks)
     if unit.kind == "pair":
         merged = Block(layout[i].attention, layout[i + 1].mlp)
         return (*layout[:i], merged, *layout[i + 2 :])
@@ -88,8 +99,9 @@ def describe(unit: Unit, layout: Layout) -> str:
     if unit.kind == "pair":
         return f"MLP {here.mlp} + attention {layout[unit.index + 1].attention}"
     if unit.kind == "block":
-        whole_block = here.attention == here.mlp
-        return f"block {here.attention}" if whole_block else f"block {here.attention}/{here.mlp}"
+        held = [layout[i] for i in unit.blocks]
+        names = [str(b.attention) if b.attention == b.mlp else f"{b.attention}/{b.mlp}" for b in held]
+        return f"block {names[0]}" if unit.length == 1 else f"blocks {' '.join(names)}"
     return f"{unit.kind} {getattr(here, unit.kind)}"
 
 

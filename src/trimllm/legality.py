@@ -119,6 +119,22 @@ def _difference(row: families.Family, old: tuple[Facts, ...], new: tuple[Facts, 
     return None
 
 
+def run_length(model: nn.Module, unit: str, *, keep_pattern: bool) -> int:
+    """How many adjacent blocks go at a time: 1, or with `keep_pattern` a period of the pattern of layer types.
+
+    Raises:
+        InputError: if there is no pattern to keep, or `unit` would break it.
+    """
+    if not keep_pattern:
+        return 1
+    found = families.period(text_config(model))
+    if found is None:
+        raise InputError("--keep-pattern: the types of the layers follow no pattern that repeats: leave it out")
+    if found > 1 and unit != "block":
+        raise InputError(f"--keep-pattern drops {found} blocks at a time: leave out --unit {unit}")
+    return found
+
+
 def _exempt(row: families.Family) -> tuple[str, ...]:
     """Facts that other rules take care of: scales folded into weights, and who keeps keys and values for others."""
     return (

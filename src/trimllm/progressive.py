@@ -410,7 +410,7 @@ def _cut(depth: int, dropped: list[Unit]) -> Layout:
     """The layout of the present model after several units (blocks if more than one) are gone."""
     if len(dropped) == 1:
         return remove(whole(depth), dropped[0])
-    gone = {unit.index for unit in dropped}
+    gone = {place for unit in dropped for place in unit.blocks}
     return tuple(block for block in whole(depth) if block.attention not in gone)
 
 

@@ -95,6 +95,7 @@ def scan(
     metric: str,
     unit: str = "block",
     *,
+    length: int = 1,
     trials: bool = True,
     run: int = 1,
     finished: Mapping[int, Part] | None = None,
@@ -102,14 +103,14 @@ def scan(
     progress: Callable[[int, int], None] | None = None,
     share: Share = ALONE,
 ) -> ScanResult:
-    """Measure every candidate of kind `unit` on the scorer's items.
+    """Measure every candidate of kind `unit` (runs of `length` blocks) on the scorer's items.
 
     `trials=False` measures activations only. `run` is the number of blocks of the runs that `angular` compares.
     `finished` holds parts of an earlier, interrupted scan; `on_part` receives each new one, on every process of
     `share`. Units without which the family's layers could not stand are no candidates; the notes name them.
     """
     started = time.perf_counter()
-    candidates, notes = _candidates(model, unit)
+    candidates, notes = _candidates(model, units(unit, whole(decoder.depth(model)), length))
     parts: dict[int, Part] = dict(finished or {})
     todo = [number for number in range(len(scorer.batches)) if number not in parts]
     notes += [scorer.note] if scorer.note else []
@@ -133,14 +134,14 @@ def scan(
     return _collect(parts, scorer, metric, candidates, trials, time.perf_counter() - started, tuple(notes))
 
 
-def _candidates(model: Any, unit: str) -> tuple[list[Unit], list[str]]:
-    """The units of this kind that may go, and notes on those that may not.
+def _candidates(model: Any, every: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
+    """Those of `every` unit that may go, and notes on those that may not.
 
     Raises:
         InputError: if none may go; says why.
     """
     intact = whole(decoder.depth(model))
-    refused = {u: families.illegal(decoder.text_config(model), remove(intact, u)) for u in units(unit, intact)}
+    refused = {u: families.illegal(decoder.text_config(model), remove(intact, u)) for u in every}
     candidates = [u for u, reason in refused.items() if reason is None]
     if not candidates:
         raise InputError(next(reason for reason in refused.values() if reason))
@@ -216,7 +217,7 @@ def _forward_keeping_stream(model: Any, batch: Batch, *, mids: bool) -> tuple[Pi
 def ends(unit: Unit) -> tuple[float, float]:
     """Where the unit begins and ends in the residual stream (see `_forward_keeping_stream`)."""
     begin = {"block": 0.0, "attention": 0.0, "mlp": 0.5, "pair": 0.5}[unit.kind]
-    length = {"block": 1.0, "pair": 1.0, "attention": 0.5, "mlp": 0.5}[unit.kind]
+    length = {"block": float(unit.length), "pair": 1.0, "attention": 0.5, "mlp": 0.5}[unit.kind]
     return unit.index + begin, unit.index + begin + length
 
 
@@ -268,7 +269,8 @@ def _resumes_exactly(model: Any, batch: Batch) -> bool:
 def positions(candidates: Sequence[Unit], original: Sequence[int]) -> Array:
     """(n,) place of each candidate in the original model, in blocks; `original` has each present block's index."""
     shift = {"pair": 0.5, "mlp": 0.25}
-    return np.array([original[unit.index] + shift.get(unit.kind, 0.0) for unit in candidates])
+    middle = [np.mean([original[i] for i in unit.blocks[: unit.length]]) for unit in candidates]
+    return np.array([place + shift.get(unit.kind, 0.0) for place, unit in zip(middle, candidates, strict=True)])
 
 
 def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence[str]) -> dict[str, Any]:

@@ -89,12 +89,12 @@ def droppable(candidates: Sequence[Unit], layout: Layout, kept: Collection[int])
 def touches(unit: Unit, layout: Layout) -> set[int]:
     """Original blocks whose attention or MLP the unit contains."""
     i = unit.index
-    held = {
-        "block": lambda: layout[i],
-        "pair": lambda: (layout[i].mlp, layout[i + 1].attention),
-        "attention": lambda: (layout[i].attention,),
-        "mlp": lambda: (layout[i].mlp,),
-    }[unit.kind]()
+    if unit.kind == "block":
+        held = [half for place in unit.blocks for half in layout[place]]
+    elif unit.kind == "pair":
+        held = [layout[i].mlp, layout[i + 1].attention]
+    else:
+        held = [getattr(layout[i], unit.kind)]
     return {source for source in held if source is not None}
 
 

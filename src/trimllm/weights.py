@@ -18,7 +18,7 @@ def parameters(model: Any, unit: Unit) -> Iterable[torch.nn.Parameter]:
     """The parameters that leave with the unit."""
     i = unit.index
     if unit.kind == "block":
-        return list(decoder.blocks(model)[i].parameters())
+        return [parameter for place in unit.blocks for parameter in decoder.blocks(model)[place].parameters()]
     if unit.kind == "pair":
         return [*decoder.parameters_of(model, "mlp", i), *decoder.parameters_of(model, "attention", i + 1)]
     return list(decoder.parameters_of(model, unit.kind, i))

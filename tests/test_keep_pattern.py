@@ -1,0 +1,155 @@
+"""Runs of adjacent blocks, which keep the pattern of layer types: found, scanned, dropped, refused."""
+
+from __future__ import annotations
+
+import helpers_run as h
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig
+
+import trimllm
+from trimllm import families, weights
+from trimllm.errors import InputError
+from trimllm.layout import Unit, describe, remove, units, whole
+from trimllm.select import touches
+from trimllm.trial import trial
+
+IDS = torch.arange(3, 15)[None]
+ALTERNATE = ["sliding_attention", "full_attention"] * 3
+SIX = ["sliding_attention"] * 5 + ["full_attention"]
+
+
+def test_a_run_goes_as_one_unit():
+    assert units("block", whole(5), 3) == [Unit("block", 0, 3), Unit("block", 1, 3), Unit("block", 2, 3)]
+    run = Unit("block", 1, 3)
+    assert [block.attention for block in remove(whole(5), run)] == [0, 4]
+    assert (str(run), describe(run, whole(5)), touches(run, whole(5))) == ("blocks 1-3", "blocks 1 2 3", {1, 2, 3})
+    repacked = remove(whole(5), Unit("pair", 1))
+    assert describe(Unit("block", 0, 2), repacked) == "blocks 0 1/2"
+    assert touches(Unit("block", 0, 2), repacked) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "period"),
+    [
+        (["full_attention"] * 6, 1),
+        (["sliding_attention", "full_attention"] * 3, 2),
+        ((SIX * 4)[:20], 6),
+        (SIX, None),
+        (["full_attention", "full_attention", "sliding_attention", "full_attention"], None),
+    ],
+)
+def test_period_of_the_layer_types(kinds, period):
+    config = Gemma3TextConfig(num_hidden_layers=len(kinds), layer_types=kinds)
+    assert families.period(config) == period
+
+
+def test_period_counts_every_list_and_every_index():
+    config = tiny.build("smollm3", 6).config
+    assert families.period(config) == 3, "positions repeat after three layers"
+    config = tiny.build("qwen3_moe", 6).config
+    assert families.period(config) is None, "one layer alone has no experts"
+
+
+@pytest.mark.parametrize("start", range(5))
+def test_wherever_a_run_begins_the_pattern_is_what_it_was(start, monkeypatch):
+    monkeypatch.setitem(tiny.CONFIGS, "gemma2", {**tiny.CONFIGS["gemma2"], "layer_types": ALTERNATE})
+    model = tiny.build("gemma2", 6)
+    assert families.period(model.config) == 2
+    before = list(model.config.layer_types)
+    trimllm.apply_layout(model, remove(whole(6), Unit("block", start, 2)))
+    assert model.config.layer_types == before[:4]
+
+
+def test_trial_of_a_run_is_the_model_without_its_blocks_and_weights_count_them_all():
+    model = tiny.build("gemma2", 6)
+    run = Unit("block", 1, 2)
+    with trial(model, remove(whole(6), run)):
+        tried = model(input_ids=IDS, use_cache=False).logits
+    ones = weights.magnitude(model, units("block", whole(6)))
+    assert weights.magnitude(model, [run]) == pytest.approx([ones[1] + ones[2]])
+    trimllm.drop_layers(model, [1, 2])
+    left = model(input_ids=IDS, use_cache=False).logits
+    assert np.array_equal(tried.detach().numpy(), left.detach().numpy())
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A random Gemma 3 of eight layers: three with a window, one without, and again."""
+    folder = tmp_path_factory.mktemp("windowed")
+    stock = h.save_base(tmp_path_factory.mktemp("llama"))
+    shape = {name: getattr(AutoConfig.from_pretrained(stock), name) for name in ("vocab_size", "hidden_size")}
+    config = Gemma3TextConfig(
+        **shape,
+        num_hidden_layers=8,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        sliding_window=512,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return h.save_model(Gemma3ForCausalLM(config), folder)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return h.save_task(tmp_path_factory.mktemp("task"))
+
+
+def test_run_drops_whole_periods(windowed, task, tmp_path, monkeypatch):
+    h.fast(monkeypatch)
+    output = tmp_path / "run"
+    model, _ = h.run(windowed, task, output, keep_pattern=True, depth=4, warmup_epochs=0.2, epochs_per_drop=0.2)
+    assert model.config.layer_types == ["sliding_attention"] * 3 + ["full_attention"]
+    (dropped,) = h.drops(output)
+    first = int(dropped[0].split()[1])
+    assert dropped == ["blocks " + " ".join(str(first + i) for i in range(4))]
+    (drop,) = h.journal(output, "drop")
+    assert len(drop["trains"]) == 2
+    assert not set(drop["trains"]) & set(range(first, first + 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 5}, "--keep-pattern drops 4 of 8 layers at a time, and the run is to end with 5: ask for --depth 4"),
+        ({"depth": 4, "unit": "pair"}, "--keep-pattern drops 4 blocks at a time: leave out --unit pair"),
+    ],
+)
+def test_what_would_break_the_pattern_is_refused(windowed, task, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        h.run(windowed, task, tmp_path / "run", keep_pattern=True, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_pattern_is_refused(windowed, task, tmp_path):
+    model = trimllm.load_model(windowed)
+    trimllm.drop_layers(model, [0])
+    folder = h.save_model(model, tmp_path / "cut")
+    with pytest.raises(InputError, match="follow no pattern that repeats"):
+        h.run(folder, task, tmp_path / "run", keep_pattern=True, depth=4)
+
+
+def test_one_shot_drops_runs_that_do_not_overlap(task, tmp_path, monkeypatch):
+    h.fast(monkeypatch)
+    base = tmp_path / "base"
+    base.mkdir()
+    config = AutoConfig.from_pretrained(h.save_base(tmp_path / "llama"))
+    values = config.to_dict() | {"num_hidden_layers": 8, "layer_types": ["sliding_attention", "full_attention"] * 4}
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types", "pad_token_id")
+    gemma = Gemma3TextConfig(**{name: values[name] for name in kept}, num_attention_heads=4, num_key_value_heads=2)
+    gemma.update({"head_dim": 8, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 0})
+    h.save_model(Gemma3ForCausalLM(gemma), base)
+    model, _ = h.run(base, task, tmp_path / "run", keep_pattern=True, depth=4, one_shot=True, warmup_epochs=0.2)
+    assert model.config.layer_types == ["sliding_attention", "full_attention"] * 2
+    (dropped,) = h.drops(tmp_path / "run")
+    gone = [int(name) for unit in dropped for name in unit.split()[1:]]
+    assert len(dropped) == 2
+    assert len(set(gone)) == 4
