@@ -1,9 +1,7 @@
 """The command line: help, settings from YAML, and one line with exit code 2 for everything that cannot be used."""
 
 import dataclasses
-import errno
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -351,17 +349,6 @@ def test_scan_and_eval_refuse_an_output_that_cannot_be_written_before_they_compu
         line = refusal(capsys, name, *words, tmp_path / output)
         assert re.search(r"--output .*file.*(choose another --output|name a directory)$", line)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_finding_out_whether_a_directory_can_be_written_leaves_nothing(tmp_path):
-    commands._check_writable(tmp_path / "a" / "b")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_missing_permission_names_the_remedy(number):
-    with pytest.raises(TrimError, match=r"^cannot write to x: .*: choose another --output$"), journal.disk_errors("x"):
-        raise OSError(number, os.strerror(number))
 
 
 def test_scan_prints_its_table_before_it_writes(base, task, tmp_path, capsys, monkeypatch):

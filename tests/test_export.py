@@ -67,7 +67,7 @@ def test_plan_of_shifted_pairs_has_no_list_of_layers(tmp_path: Path) -> None:
     model = build("llama", depth=2)
     save_trimmed(model, tmp_path / "out", layout=(Block(0, 1), Block(2, 2)))
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert "layers" not in plan
+    assert plan["layers"] is None
     assert plan["blocks"] == [{"attention": 0, "mlp": 1}, {"attention": 2, "mlp": 2}]
 
 

@@ -268,7 +268,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
                 failure()
 
         patch.setattr(PreTrainedModel, "save_pretrained", saving)
-        with pytest.raises(TrimError, match=r"no space left|disk is full") as error:
+        with pytest.raises(TrimError, match="the disk is full") as error:
             h.run(base, task, output)
     assert error.value.exit_code == 1
     assert "\n" not in str(error.value)
@@ -280,7 +280,7 @@ def test_full_disk_while_journaling_loses_only_that_event(base, task, tmp_path, 
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: full_disk() if (output / "checkpoints" / "depth-4").exists() else None)
-        with pytest.raises(TrimError, match="no space left"):
+        with pytest.raises(TrimError, match="the disk is full"):
             h.run(base, task, output)
     h.run(base, task, output, resume=True)
     assert h.weights_hash(output / "model") == h.weights_hash(straight / "model")

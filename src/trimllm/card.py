@@ -11,7 +11,7 @@ from trimllm import bench, rundir
 from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluate import Evaluation
-from trimllm.layout import Layout, describe
+from trimllm.layout import Layout, describe, whole_layers
 from trimllm.scan import ScanResult
 from trimllm.select import Choice
 from trimllm.targets import Size
@@ -52,7 +52,7 @@ def trimmed(
     config: TrimConfig, data: TaskData, layout: Layout, history: list[dict[str, Any]], base: dict[str, str]
 ) -> str:
     """The model card of the trimmed checkpoint (Markdown with the Hub's metadata block)."""
-    kept = rundir.layers(layout)
+    kept = whole_layers(layout)
     name = Path(base["name"]).name
     on_hub = "" if Path(base["name"]).exists() or "/" not in base["name"] else f"base_model: {base['name']}\n"
     which = f"layers {kept}" if kept else "re-packed pairs, listed in plan.json"
@@ -104,7 +104,7 @@ def result(
         "depth": stage["depth"],
         "base_depth": history[0]["depth"],
         "blocks": stage["layout"],
-        "layers": rundir.layers(rundir.load_layout(stage["layout"])),
+        "layers": whole_layers(rundir.load_layout(stage["layout"])),
         "parameters": stage["parameters"],
         "bytes": stage["bytes"],
         "decode_speedup": speedup,

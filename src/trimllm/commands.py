@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from trimllm import (
     config,
     decoder,
     export,
+    folders,
     inputs,
     journal,
     legality,
@@ -48,7 +47,7 @@ def run_scan(command: config.ScanConfig) -> None:
 
     output, console = Path(command.output), Console()
     _fresh(output, "scan.json")
-    _check_writable(output)
+    folders.check_writable(output)
     needed = scores.needs(command.strategy)
     loaded = models.load(command)
     depth = decoder.depth(loaded.model)
@@ -137,7 +136,7 @@ def run_drop(command: config.DropConfig) -> None:
     """Surgery only: the model as saved, less some layers."""
     if not command.layers:
         raise InputError("--layers names no layer: give at least one, such as --layers 3,7")
-    export.check_target(Path(command.output))
+    folders.check_target(command.output, source=models.path_of(command.model))
     if command.streaming:
         _drop_on_disk(command)
         return
@@ -194,7 +193,7 @@ def run_eval(command: config.EvalConfig) -> None:
     if command.output and Path(command.output).is_dir():
         raise InputError(f"--output {command.output}: this is a directory: name a JSON file")
     if command.output:
-        _check_writable(Path(command.output).parent)
+        folders.check_writable(Path(command.output).parent)
     loaded = models.load(command)
     data = inputs.task_data(command, loaded.tokenizer)
     if command.generate and data.kind != "generation":
@@ -243,7 +242,7 @@ def run_export(command: config.ExportConfig) -> None:
 
     target = Path(command.output or _default_target(command))
     if command.to == "checkpoint":
-        export.check_target(target)
+        folders.check_target(target, source=rundir.RunDir(command.source).checkpoint(command.depth or 0))
         report = source.save_depth(command, target)
         print(f"{target}: {command.depth} layers, reloaded and compared ({_differences(report)})")
         return
@@ -279,24 +278,6 @@ def _fresh(output: Path, product: str) -> None:
         raise InputError(f"--output {output}: this is a file: name a directory")
     if (output / product).exists():
         raise InputError(f"--output {output}: it already holds {product}: choose another directory")
-
-
-def _check_writable(directory: Path) -> None:
-    """Refuse a directory that cannot be made or written to; what was made to find out is removed again."""
-    made: list[Path] = []
-    try:
-        for path in reversed([directory, *directory.parents]):
-            if not path.is_dir():
-                path.mkdir()
-                made.append(path)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise InputError(f"--output {directory}: {error.strerror or error}: choose another --output") from None
-    finally:
-        with suppress(OSError):
-            for path in reversed(made):
-                path.rmdir()
 
 
 CARRY_OUT: dict[type[config.Settings], Callable[[Any], None]] = {

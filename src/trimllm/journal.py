@@ -1,39 +1,18 @@
-"""What a run remembers: an append-only journal of events, and files that appear whole or not at all.
+"""What a run remembers: an append-only journal of events, and files that are the old ones or the new ones.
 
 The journal is JSON lines; every line is on disk before the run goes on. A line torn by a kill is cut off on reading.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trimllm.errors import TrimError
-
-
-@contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line. safetensors has an error class of its own for it."""
-    try:
-        yield
-    except TrimError:
-        raise
-    except Exception as error:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise TrimError(f"no space left on the disk of {path}: free some, then go on with --resume") from None
-        if isinstance(error, OSError):
-            denied = number in (errno.EACCES, errno.EPERM, errno.EROFS)
-            remedy = ": choose another --output" if denied else ""
-            raise TrimError(f"cannot write to {path}: {error.strerror or error}{remedy}") from None
-        raise
+from trimllm.folders import disk_errors
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -59,22 +38,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def directory(path: Path) -> Iterator[Path]:
-    """Fill a new directory under another name; it gets its own name when the block ends well."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with disk_errors(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
 
 
 class Journal:

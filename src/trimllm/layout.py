@@ -8,7 +8,7 @@ Indices are 0-based and refer to the model the layout is applied to.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trimllm.errors import InputError
 
@@ -122,3 +122,15 @@ def compose(outer: Layout, inner: Layout) -> Layout:
         )
         for block in inner
     )
+
+
+def whole_layers(layout: Layout) -> list[int] | None:
+    """Original indices of whole blocks, or None if pairs were re-packed."""
+    intact = all(block.attention == block.mlp for block in layout)
+    return [block.attention for block in layout if block.attention is not None] if intact else None
+
+
+def plan_record(layout: Layout, base: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The contents of a `plan.json`: the model that was trimmed, and which of its halves each block holds."""
+    blocks = [block._asdict() for block in layout]
+    return {"base": base, "depth": len(layout), "blocks": blocks, "layers": whole_layers(layout)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trimllm.journal import disk_errors
+from trimllm.folders import disk_errors
 
 
 def importance_plot(record: dict[str, Any], path: Path) -> None:

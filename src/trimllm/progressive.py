@@ -23,6 +23,7 @@ from trimllm import (
     card,
     decoder,
     export,
+    folders,
     inputs,
     journal,
     loading,
@@ -40,7 +41,7 @@ from trimllm.console import Console
 from trimllm.deciding import Decider
 from trimllm.errors import InputError, TrimError
 from trimllm.journal import Journal
-from trimllm.layout import Layout, Unit, compose, describe, remove, whole
+from trimllm.layout import Layout, Unit, compose, describe, plan_record, remove, whole
 from trimllm.models import DTYPES, Loaded, load
 from trimllm.parallel import Share
 from trimllm.rundir import RunDir
@@ -252,7 +253,7 @@ class Run:
 
     def _checkpoint(self, state: State) -> None:
         if self.main:
-            with journal.directory(self.dir.checkpoint(len(state.layout))) as folder:
+            with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
                 state.model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
@@ -351,7 +352,7 @@ class Run:
             **more,
         )
         if self.main and event != "saved":
-            journal.write_json(self.dir.plans / f"depth-{size.depth}.json", rundir.plan(layout, self.config.model))
+            journal.write_json(self.dir.plans / f"depth-{size.depth}.json", plan_record(layout, self.config.model))
         self.console.say(card.depth_row(event, size, calibration, test, float(np.median(speed)), more))
 
     def history(self) -> History:
@@ -377,7 +378,7 @@ class Run:
                 base=self.config.model,
                 overwrite=True,
             )
-            journal.write_json(self.dir.plan, rundir.plan(layout, self.config.model) | {"sha256": loaded.fingerprint})
+            journal.write_json(self.dir.plan, plan_record(layout, self.config.model) | {"sha256": loaded.fingerprint})
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
         if self.journal.events[-1]["event"] != "saved":  # an older one may be of a depth before a floor was lowered

@@ -114,14 +114,3 @@ def dump_layout(layout: Layout) -> list[dict[str, int | None]]:
 
 def load_layout(record: list[dict[str, int | None]]) -> Layout:
     return tuple(Block(block["attention"], block["mlp"]) for block in record)
-
-
-def layers(layout: Layout) -> list[int] | None:
-    """Original indices of whole blocks, or None if pairs were re-packed."""
-    whole = all(block.attention == block.mlp for block in layout)
-    return [block.attention for block in layout if block.attention is not None] if whole else None
-
-
-def plan(layout: Layout, base: str) -> dict[str, Any]:
-    """The contents of a plan file."""
-    return {"base": base, "depth": len(layout), "blocks": dump_layout(layout), "layers": layers(layout)}

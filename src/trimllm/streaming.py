@@ -10,14 +10,10 @@ checkpoint fits its config, transformers says itself: it "loads" names and shape
 from __future__ import annotations
 
 import copy
-import errno
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from trimllm import families, shards
+from trimllm import families, folders, shards
 from trimllm.decoder import blocks, depth, text_config
 from trimllm.errors import InputError, TrimError, one_line
-from trimllm.layout import Layout, whole, without
+from trimllm.layout import Layout, plan_record, whole, without
 from trimllm.legality import refusal
 from trimllm.loading import quiet
 from trimllm.renumbering import Numbering, list_paths
@@ -123,7 +119,7 @@ def drop_on_disk(
         TrimError: if the disk is full, or what was written does not fit the new config.
     """
     source, target, limit = Path(source).expanduser(), Path(target).expanduser(), shards.parse_size(max_shard_size)
-    _check_target(target)
+    folders.check_target(target, source=source)
     config = _config(source, trust_remote_code)
     tensors, metadata = shards.read(source)
     old = Skeleton(model_class(config, trust_remote_code), plain_config(config), tensors)
@@ -147,7 +143,7 @@ def drop_on_disk(
 
     total = sum(tensor.size for tensor in plan)
     groups = shards.grouped(plan, limit)
-    with _appearing(target, total) as scratch:
+    with folders.appearing(target, needed=total) as scratch:
         done = 0
 
         def wrote(size: int, name: str) -> None:
@@ -158,7 +154,8 @@ def drop_on_disk(
 
         shards.write(scratch, groups, wrote)
         new.save_pretrained(scratch)
-        _write_plan(scratch, layout, str(source) if base is None else base)
+        record = plan_record(layout, str(source) if base is None else base)
+        (scratch / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _copy_files(source, scratch, numbering, trust_remote_code)
         _check_written(scratch, old.kind, plan, expected, trust_remote_code)
     kept = tuple(numbering.kept)
@@ -310,48 +307,6 @@ def _folded(old: Skeleton, tensor: Tensor, name: str, numbering: Numbering) -> P
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _check_target(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise InputError(f"cannot save to {target}: it is a file")
-    if target.is_dir() and any(target.iterdir()):
-        raise InputError(f"cannot save to {target}: the folder is not empty; choose another")
-
-
-@contextmanager
-def _appearing(target: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when all went well, and is removed otherwise."""
-    scratch: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < needed:
-            sizes = f"{needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free"
-            raise TrimError(f"cannot save to {target}: the disk is full ({sizes})")
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield scratch
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o777 & ~umask)
-        if target.exists():
-            target.rmdir()
-        scratch.rename(target)
-    except OSError as error:
-        text = "the disk is full" if error.errno == errno.ENOSPC else one_line(error)
-        raise TrimError(f"cannot save to {target}: {text}") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _write_plan(folder: Path, layout: Layout, base: Any) -> None:
-    plan = {
-        "base": base,
-        "blocks": [block._asdict() for block in layout],
-        "layers": [block.attention for block in layout],
-    }
-    (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_files(source: Path, folder: Path, numbering: Numbering, code: bool) -> None:

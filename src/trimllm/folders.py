@@ -1,0 +1,216 @@
+"""New folders that appear whole or not at all, and whether they may be written where the user wants them.
+
+    check_target(target, source=model_folder)
+    with appearing(target, needed=size) as folder:
+        ...
+
+The files are written to `.NAME.partial-XXXX` beside the target. The end of the block gives it its own name; an error
+removes it; what a kill leaves of it is removed by the next call for the same target.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from trimllm.errors import InputError, TrimError, one_line
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one line. safetensors has an error class of its own, with the number in it.
+
+    Raises:
+        TrimError: instead of any error of the operating system.
+    """
+    try:
+        yield
+    except TrimError:
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        if number in FULL or "No space left" in str(error):
+            raise TrimError(_full(path)) from error
+        if number is None and not isinstance(error, OSError):
+            raise
+        remedy = ": choose another --output" if number in DENIED else ""
+        reason = os.strerror(number) if number else one_line(error)
+        other = f" ({name})" if (name := getattr(error, "filename", None)) and _outside(name, path) else ""
+        raise TrimError(f"cannot write to {path}: {reason}{other}{remedy}") from error
+
+
+def _full(path: str | Path, sizes: str = "") -> str:
+    remedy = "free some space, then start again (trimllm trim goes on with --resume)"
+    return f"cannot write to {path}: the disk is full{sizes}: {remedy}"
+
+
+def _outside(name: str, path: str | Path) -> bool:
+    return Path(path).absolute().parent not in Path(os.fsdecode(name)).absolute().parents
+
+
+# ---- checks before work ----------------------------------------------------------------------------------------------
+
+
+def check_target(target: str | Path, *, source: str | Path | None = None, overwrite: bool = False) -> None:
+    """Whether a checkpoint may be written there; nothing is left behind.
+
+    Args:
+        target: must not exist, be empty, or (with `overwrite`) hold an earlier export.
+        source: where the model comes from, if that is a folder: the target must lie apart from it.
+        overwrite: an earlier export, known by its `plan.json`, may be replaced.
+
+    Raises:
+        InputError: if it is a file, in use, part of the model's folder or around it, or cannot be written.
+    """
+    folder = Path(target).expanduser()
+    check_apart(folder, source)
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(f"--output {target}: it is a link to {os.readlink(folder)}, which does not exist: mend it")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {target}: it is a file: name a directory")
+    if folder.is_dir() and any(folder.iterdir()):
+        export = (folder / "plan.json").exists()
+        if not export or not overwrite:
+            why = " (it holds an earlier export)" if export else ""
+            raise InputError(f"--output {target}: the directory is not empty: choose another one{why}")
+    check_writable(folder.resolve().parent, target)
+
+
+def check_apart(target: str | Path, source: str | Path | None) -> None:
+    """Raise InputError if `source` is a folder and `target`, through whatever links, is it, in it or around it."""
+    if not source or not Path(source).is_dir():
+        return
+    new, model = Path(target).resolve(), Path(source).resolve()
+    if new == model:
+        raise InputError(f"--output {target}: the model is read from this directory: choose another one")
+    if model in new.parents:
+        raise InputError(f"--output {target}: it lies inside the model's directory {source}: choose another one")
+    if new in model.parents:
+        raise InputError(f"--output {target}: the model's directory {source} lies inside it: choose another one")
+
+
+def check_writable(directory: str | Path, output: str | Path | None = None) -> None:
+    """Refuse a directory that cannot be made or written to; what was made to find out is removed again.
+
+    Raises:
+        InputError: which names `output`, by default the directory.
+    """
+    made: list[Path] = []
+    try:
+        _make(Path(directory), made)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        name = directory if output is None else output
+        raise InputError(f"--output {name}: {error.strerror or error}: choose another --output") from None
+    finally:
+        _unmake(made)
+
+
+def _make(directory: Path, made: list[Path]) -> None:
+    """Make a directory and those above it; `made` gets each new one."""
+    for path in reversed([directory, *directory.parents]):
+        if not path.is_dir():
+            path.mkdir()
+            made.append(path)
+
+
+def _unmake(made: list[Path]) -> None:
+    with suppress(OSError):
+        for path in reversed(made):
+            path.rmdir()
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def appearing(target: str | Path, *, needed: int = 0, overwrite: bool = False) -> Iterator[Path]:
+    """Fill a new folder under another name; it becomes `target` when the block ends well, and is removed otherwise.
+
+    Args:
+        target: must not exist or be empty, unless `overwrite`; a link is followed.
+        needed: bytes that must be free on the disk.
+        overwrite: an older folder there stays until the new one is whole, and is then replaced.
+
+    Raises:
+        TrimError: if the disk is full or cannot be written.
+    """
+    place = Path(target).expanduser().resolve()
+    made: list[Path] = []
+    with ExitStack() as undo, disk_errors(target):
+        undo.callback(_unmake, made)
+        _make(place.parent, made)
+        _remove_leftovers(place)
+        free = shutil.disk_usage(place.parent).free
+        if free < needed:
+            raise TrimError(_full(target, f" ({needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free)"))
+        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        with _locked(folder):
+            yield folder
+            folder.chmod(0o777 & ~_umask())
+            _rename(folder, place, overwrite)
+        made.clear()
+
+
+def _rename(folder: Path, place: Path, overwrite: bool) -> None:
+    if not (overwrite and place.exists()):
+        if place.exists():
+            place.rmdir()
+        folder.rename(place)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old-", dir=place.parent))
+    place.rename(old / "folder")
+    try:
+        folder.rename(place)
+    except BaseException:
+        (old / "folder").rename(place)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, where the file system has locks; the end of the process, however it comes, frees it.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Remove the partial folders of this target that no living process holds."""
+    for folder in place.parent.glob(f".{glob.escape(place.name)}.partial-*"):
+        with suppress(OSError), _locked(folder):
+            shutil.rmtree(folder)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

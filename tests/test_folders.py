@@ -1,0 +1,225 @@
+"""A new folder is whole or not there, whatever happens; and it may only be written where nothing else is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import tempfile
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from trimllm import folders
+from trimllm.errors import InputError, TrimError
+from trimllm.folders import appearing, check_target, check_writable, disk_errors
+
+
+def fill(target: Path, text: str, error: BaseException | None = None, **options: Any) -> None:
+    with appearing(target, **options) as folder:
+        (folder / "weights").write_text(text)
+        (folder / "more").mkdir()
+        if error is not None:
+            raise error
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ---- appearing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError(), TrimError("no"), OSError(errno.EIO, "bad disk")])
+def test_a_folder_appears_whole_or_not_at_all(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(TrimError if isinstance(error, OSError) else type(error)):
+        fill(tmp_path / "a" / "b" / "out", "half", error)
+    assert not names(tmp_path), "nor are the folders above it"
+    fill(tmp_path / "a" / "b" / "out", "whole")
+    assert names(tmp_path) == ["a", "a/b", "a/b/out", "a/b/out/more", "a/b/out/weights"]
+
+
+def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    with pytest.raises(KeyboardInterrupt):
+        fill(out, "half", KeyboardInterrupt(), overwrite=True)
+    with pytest.raises(TrimError, match=r"^cannot write to .*out: Directory not empty$"):
+        fill(out, "new")
+    real = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            raise OSError(errno.EIO, "bad disk")
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(TrimError, match="cannot write"):
+            fill(out, "new", overwrite=True)
+    assert (out / "weights").read_text() == "old"
+    fill(out, "new", overwrite=True)
+    assert (out / "weights").read_text() == "new"
+    assert names(tmp_path) == ["out", "out/more", "out/weights"]
+
+
+def test_an_empty_folder_and_a_link_to_one_are_filled_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    check_target(tmp_path / "link")
+    fill(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "real" / "weights").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_folder_has_the_users_permissions(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        fill(tmp_path / "out", "new")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage(9, 9, 2**30))
+    words = r"the disk is full \(2\.00 GiB needed, 1\.00 GiB free\): free some space, then start again"
+    with pytest.raises(TrimError, match=words):
+        fill(tmp_path / "a" / "out", "new", needed=2**31)
+    assert not names(tmp_path)
+
+
+def test_what_a_kill_leaves_is_removed_by_the_next_call_but_not_what_lives(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with appearing(tmp_path / "out") as folder:
+            (folder / "weights").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.partial-")
+    check_target(tmp_path / "out")
+    with appearing(tmp_path / "out") as alive:
+        assert not left.exists()
+        with appearing(tmp_path / "out") as other:
+            assert alive.exists()
+            assert other != alive
+        os.rmdir(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+# ---- where it may be written -----------------------------------------------------------------------------------------
+
+
+def test_a_target_is_a_new_or_an_empty_directory_apart_from_the_model(tmp_path: Path) -> None:
+    def refused(target: Path, words: str, **options: Any) -> None:
+        with pytest.raises(InputError, match=f"^--output {target}: {words}"):
+            check_target(target, source=tmp_path / "model", **options)
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "plan.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("")
+    refused(model, "the model is read from this directory: choose another one", overwrite=True)
+    refused(tmp_path / "link", "the model is read from this directory", overwrite=True)
+    refused(tmp_path / "a" / ".." / "model", "the model is read from this directory")
+    refused(model / "cut", "it lies inside the model's directory")
+    refused(tmp_path / "link" / "a" / "cut", "it lies inside the model's directory")
+    refused(tmp_path, "the model's directory .* lies inside it", overwrite=True)
+    refused(tmp_path / "file", "it is a file: name a directory")
+    refused(tmp_path / "nowhere", "it is a link to .*gone, which does not exist")
+    refused(tmp_path / "used", "the directory is not empty: choose another one$", overwrite=True)
+    refused(tmp_path / "file" / "out", "Not a directory|File exists")
+    check_target(tmp_path / "new" / "out", source=model)
+    check_target(model, overwrite=True)
+    with pytest.raises(InputError, match="earlier export"):
+        check_target(model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "model", "nowhere", "used"]
+
+
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fill(Path("~/out"), "new")
+    with pytest.raises(InputError, match="not empty"):
+        check_target("~/out")
+    assert (tmp_path / "out" / "weights").exists()
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without the rights of root, whom no permission binds."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_directory_that_is_read_only_is_refused_before_any_work() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o555)
+        try:
+            with as_nobody():
+                for target in (Path(name, "out"), Path(name, "a", "out")):
+                    with pytest.raises(InputError, match=f"^--output {target}: Permission denied: choose another"):
+                        check_target(target)
+                with pytest.raises(TrimError, match=r"Permission denied.*: choose another --output$"):
+                    fill(Path(name, "out"), "new")
+            assert not names(Path(name))
+        finally:
+            Path(name).chmod(0o755)
+
+
+def test_finding_out_whether_a_directory_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- errors of the disk ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EIO, errno.EFBIG])
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_disk_that_cannot_be_written_is_one_line(number: int, kind: type[Exception]) -> None:
+    words = os.strerror(number)
+    given = OSError(number, words) if kind is OSError else SafetensorError(f"I/O error: {words} (os error {number})")
+    with pytest.raises(TrimError, match=rf"^cannot write to x: {words}") as error, disk_errors("x"):
+        raise given
+    assert error.value.exit_code == 1
+    assert str(error.value).endswith(": choose another --output") == (number in (errno.EACCES, errno.EROFS))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_full_disk_is_one_line_with_the_remedy(number: int, kind: type[Exception]) -> None:
+    given = OSError(number, "x") if kind is OSError else SafetensorError(f"I/O error: x (os error {number})")
+    with pytest.raises(TrimError, match=r"^cannot write to x: the disk is full: free some space"), disk_errors("x"):
+        raise given
+
+
+def test_file_that_is_not_the_target_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrimError, match=r"^cannot write to .*out: No such file or directory \(/no/such/file\)$"):
+        fill(tmp_path / "out", "", FileNotFoundError(errno.ENOENT, "no", "/no/such/file"))
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(ValueError), disk_errors("x"):
+        raise ValueError
+    with pytest.raises(InputError), disk_errors("x"):
+        raise InputError("no")
