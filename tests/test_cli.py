@@ -282,7 +282,11 @@ def test_drop_saves_what_is_left(base, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [("4", "--layers 4: the model has layers 0 to 3"), ("-5", "--layers -5"), ("0,1,2,3", "cannot drop all 4 layers")],
+    [
+        ("4", "layer 4 does not exist: the model has layers 0 to 3 (or -4 to -1)"),
+        ("-5", "layer -5 does not exist"),
+        ("0,1,2,3", "cannot drop all 4 layers"),
+    ],
 )
 def test_drop_refuses_layers_that_are_not_there(base, tmp_path, capsys, layers, message):
     assert message in refusal(capsys, "drop", "--model", base, f"--layers={layers}", "--output", tmp_path / "cut")

@@ -220,7 +220,7 @@ def test_load_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert "not a causal language model" in message(folder)
     (folder / "config.json").write_text("{")
-    assert "cannot load model" in message(folder)
+    assert "config.json: it is not JSON" in message(folder)
 
 
 def test_only_a_checkpoint_without_safetensors_is_told_to_allow_pickle(tmp_path: Path) -> None:

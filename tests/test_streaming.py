@@ -376,7 +376,9 @@ def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
             drop_on_disk(source, [0], tmp_path / "disk")
 
     shard.write_bytes(whole_file[:-8])
-    refused(f"{shard.name} is cut short")
+    refused(
+        rf"{shard.name} is torn: its header asks for {len(whole_file)} bytes, and the file has {len(whole_file) - 8}"
+    )
     shard.write_bytes(b"\xff" * 100)
     refused(f"{shard.name} is not a safetensors file")
     shard.unlink()
@@ -390,9 +392,9 @@ def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
     (source / shards.INDEX).write_text(json.dumps({"weight_map": {k: v for k, v in places.items() if v != shard.name}}))
     refused("weights are not as its config asks for")
     (source / shards.INDEX).unlink()
-    refused("neither model.safetensors nor")
+    refused("has no model.safetensors")
     (source / "config.json").unlink()
-    refused("no folder with a config.json")
+    refused("the folder has no config.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from trimllm import (
 from trimllm.console import Console, table
 from trimllm.errors import InputError
 from trimllm.evaluate import Evaluation, generate
-from trimllm.layout import Unit, describe, remove, whole, without
+from trimllm.layout import Unit, describe, positions, remove, whole, without
 from trimllm.progressive import trim
 
 
@@ -142,10 +144,7 @@ def run_drop(command: config.DropConfig) -> None:
         return
     loaded = models.load(command)
     depth = decoder.depth(loaded.model)
-    for layer in command.layers:
-        if not -depth <= layer < depth:
-            raise InputError(f"--layers {layer}: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
-    dropped = {layer % depth for layer in command.layers}
+    dropped = positions(command.layers, depth)
     surgery.drop_layers(loaded.model, dropped)
     report = export.save_trimmed(
         loaded.model,
@@ -193,6 +192,7 @@ def run_eval(command: config.EvalConfig) -> None:
     if command.output and Path(command.output).is_dir():
         raise InputError(f"--output {command.output}: this is a directory: name a JSON file")
     if command.output:
+        _check_result(Path(command.output))
         folders.check_writable(Path(command.output).parent)
     loaded = models.load(command)
     data = inputs.task_data(command, loaded.tokenizer)
@@ -209,6 +209,17 @@ def run_eval(command: config.EvalConfig) -> None:
         print("generated: " + ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items()))
     if command.output:
         journal.write_json(Path(command.output), record)
+
+
+def _check_result(path: Path) -> None:
+    """Refuse to replace a file that is not the result of an earlier evaluation."""
+    if not path.exists():
+        return
+    with suppress(OSError, ValueError):
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(earlier, dict) and {"model", "task", "metric"} <= earlier.keys():
+            return
+    raise InputError(f"--output {path}: the file exists, and is no earlier result: choose another one")
 
 
 def evaluation_line(evaluation: Evaluation) -> str:

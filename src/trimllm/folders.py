@@ -39,7 +39,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     except TrimError:
         raise
     except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
+        found = re.search(r"\b(?:os error|Os \{ code:) (\d+)", str(error))
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number in FULL or "No space left" in str(error):
             raise TrimError(_full(path)) from error
@@ -123,6 +123,8 @@ def _make(directory: Path, made: list[Path]) -> None:
     """Make a directory and those above it; `made` gets each new one."""
     for path in reversed([directory, *directory.parents]):
         if not path.is_dir():
+            if path.exists():
+                raise NotADirectoryError(errno.ENOTDIR, f"{path} is a file", str(path))
             path.mkdir()
             made.append(path)
 

@@ -50,6 +50,25 @@ def whole(depth: int) -> Layout:
     return tuple(Block(i, i) for i in range(depth))
 
 
+def positions(layers: Iterable[int], depth: int) -> list[int]:
+    """The layers that a user named, as places in a model of `depth` layers; negative ones count from the end.
+
+    Raises:
+        InputError: if one does not exist, or two of them are the same layer.
+    """
+    found: dict[int, int] = {}
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise InputError(f"layer {layer} does not exist: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
+        place = layer % depth
+        if place in found:
+            first = found[place]
+            same = f"layer {layer} is" if layer == first else f"layers {first} and {layer} are the same one,"
+            raise InputError(f"{same} named twice: the model has {depth} layers, name each one once")
+        found[place] = layer
+    return list(found)
+
+
 def without(layout: Layout, positions: Iterable[int]) -> Layout:
     """The layout less the blocks at `positions` (0-based places in `layout`, not original indices).
 

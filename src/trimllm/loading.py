@@ -7,7 +7,9 @@ model = load_model("meta-llama/Llama-3.2-1B")
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trimllm import shards
 from trimllm.errors import InputError, one_line
 
 TOKENIZER_FILES = ("*tokenizer*", "vocab*", "*.model", "*.codes", "*.tiktoken", "tekken*")
@@ -51,6 +54,8 @@ def load_model(
     """
     name = os.path.expanduser(path_or_id)
     _check_path(name)
+    if Path(name).is_dir():
+        check_folder(Path(name))
     try:
         with quiet():
             load: Any = AutoModelForCausalLM.from_pretrained
@@ -62,7 +67,7 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as error:
-        raise InputError(_explain(name, error, allow_pickle)) from error
+        raise InputError(explain(name, error, allow_pickle=allow_pickle)) from error
     lost = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     if lost:
         raise InputError(
@@ -92,19 +97,52 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
         raise InputError(f"cannot load a tokenizer from {name!r}: {one_line(error)}") from error
 
 
-def _check_path(name: str) -> None:
-    """Fail on a path that does not exist before the hub is asked for a model of that name."""
+def _check_path(name: str, *, local: bool = False) -> None:
+    """Fail on a path that does not exist before the hub is asked for a model of that name (never, if `local`)."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise InputError(f"cannot load {name!r}: the folder has no config.json; give the folder of a checkpoint")
     elif path.exists():
         raise InputError(f"cannot load {name!r}: it is a file; give the folder of a checkpoint")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif local or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"cannot load {name!r}: there is no such folder")
 
 
-def _explain(name: str, error: Exception, allow_pickle: bool) -> str:
+def check_folder(folder: Path) -> None:
+    """Check what transformers would report in many lines, or not at all: the config, and the sizes of weight files.
+
+    Without a model type transformers goes by the folder's name; weights that a file lacks it makes up at random.
+
+    Raises:
+        InputError: if it is not the folder of a checkpoint, or a weight file is missing or torn.
+    """
+    _check_path(str(folder), local=True)
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: it is not JSON ({one_line(error)}): download it again") from error
+    if not isinstance(config, dict) or not (config.get("model_type") or config.get("auto_map")):
+        raise InputError(f"cannot use {path}: it names no model_type: give the folder of a transformers checkpoint")
+    if shards.present(folder):
+        shards.read(folder)
+
+
+def no_safetensors(name: str) -> str:
+    """What to do about a folder, or a repository on the hub, without safetensors weights."""
+    folder = Path(name)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _PICKLES):
+        return f"cannot load model {name!r}: the folder has no {shards.SINGLE}; give the folder of a checkpoint"
+    return (
+        f"cannot load model {name!r}: it has no safetensors weights, only pickled ones, which can run code: convert it "
+        "to safetensors, or, if you trust its source, give --allow-pickle (in Python: allow_pickle=True), which "
+        "--streaming does not take"
+    )
+
+
+def explain(name: str, error: Exception, *, allow_pickle: bool = False) -> str:
+    """What an error of transformers about the model means, in one line, with the remedy."""
     text, whole = one_line(error), str(error)
     if "Unrecognized configuration class" in text:
         return f"cannot use model {name!r}: it is not a causal language model"
@@ -114,12 +152,11 @@ def _explain(name: str, error: Exception, allow_pickle: bool) -> str:
             "(in Python: trust_remote_code=True)"
         )
     if not allow_pickle and any(each in whole for each in _NO_SAFETENSORS):
-        folder = Path(name)
-        if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _PICKLES):
-            return f"cannot load model {name!r}: the folder has no model.safetensors; give the folder of a checkpoint"
+        return no_safetensors(name)
+    if found := re.search(r"model type `?'?([^`' ]+)'?`? but Transformers does not recognize", whole):
         return (
-            f"cannot load model {name!r}: it has no safetensors weights; if you trust its source, give --allow-pickle "
-            "(in Python: allow_pickle=True)"
+            f"cannot use model {name!r}: its config.json names the model type {found[1]!r}, which transformers "
+            f"{transformers.__version__} does not know: use a newer transformers"
         )
     if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
         return f"cannot load model {name!r}: it is not in the local cache and the hub cannot be reached"

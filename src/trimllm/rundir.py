@@ -13,10 +13,12 @@ from typing import Any
 
 import yaml
 
+from trimllm import folders
 from trimllm.config import TrimConfig, to_yaml
 from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
 from trimllm.layout import Block, Layout
+from trimllm.models import path_of
 
 FREE_OF_CHOICE = (
     *("resume", "output", "threads", "device", "micro_batch_size", "eval_batch_size", "gradient_checkpointing"),
@@ -57,9 +59,11 @@ def check(config: TrimConfig) -> None:
     """Whether the directory is free for this run; nothing is written.
 
     Raises:
-        InputError: if it holds another run, one with other settings, or foreign files.
+        InputError: if it holds another run, one with other settings, or foreign files; cannot be written; or is, holds
+            or lies in the model's directory.
     """
     run = RunDir(config.output)
+    folders.check_apart(run.root, path_of(config.model))
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"--output {run.root}: this is a file: name a directory")
     if not run.config.exists():
@@ -73,6 +77,7 @@ def check(config: TrimConfig) -> None:
         )
     else:
         _same_settings(config, stored_settings(run.root))
+    folders.check_writable(run.root)
 
 
 def claim(config: TrimConfig) -> list[dict[str, Any]]:

@@ -64,6 +64,11 @@ class Planned:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+def present(folder: Path) -> bool:
+    """Whether the folder has safetensors weights, by the names that transformers looks for."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
 def read(folder: Path) -> tuple[list[Tensor], dict[str, str]]:
     """The tensors of the checkpoint in `folder`, in the order of files and offsets, and the metadata of its files.
 
@@ -73,11 +78,12 @@ def read(folder: Path) -> tuple[list[Tensor], dict[str, str]]:
     if (folder / SINGLE).exists():
         return read_file(folder / SINGLE)
     if not (folder / INDEX).exists():
-        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}: save the model as safetensors first")
+        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}: give the folder of a checkpoint")
     try:
-        places = {str(name): str(file) for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{folder / INDEX} is not an index of shards: {one_line(error)}") from error
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        places = {str(name): str(file) for name, file in index["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / INDEX} is not an index of shards: {one_line(error)}: download it again") from error
     found: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in sorted(set(places.values())):
@@ -88,7 +94,10 @@ def read(folder: Path) -> tuple[list[Tensor], dict[str, str]]:
         found |= {tensor.name: tensor for tensor in tensors if places.get(tensor.name, file) == file}
     lost = [name for name in places if name not in found]
     if lost:
-        raise InputError(f"{folder / INDEX} places {lost[0]!r} in {places[lost[0]]}, which does not have it")
+        raise InputError(
+            f"{folder / INDEX} places {lost[0]!r} in {places[lost[0]]}, which does not have it: "
+            "download the checkpoint again"
+        )
     return list(found.values()), metadata
 
 
@@ -102,22 +111,37 @@ def read_file(path: Path) -> tuple[list[Tensor], dict[str, str]]:
         length = path.stat().st_size
         with path.open("rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
-            if header > min(length - 8, LONGEST_HEADER):
-                raise InputError(f"{path} is not a safetensors file, or is cut short: download it again")
+            if length < 8:
+                raise InputError(_torn(path, "begins with 8 bytes", length))
+            if header > LONGEST_HEADER:
+                asks = f"its header would have {header} bytes, the file has {length}"
+                raise InputError(f"{path} is not a safetensors file ({asks}): download it again")
+            if 8 + header > length:
+                raise InputError(_torn(path, f"asks for {8 + header} bytes for itself", length))
             entries: dict[str, Any] = json.loads(stream.read(header))
         metadata = entries.pop("__metadata__", {})
         tensors = []
         for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
+            begin, end = map(int, entry["data_offsets"])
             tensors.append(Tensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, path, 8 + header + begin))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: download the checkpoint again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} has no valid safetensors header: {one_line(error)}") from error
+        text = one_line(error)
+        raise InputError(f"{path} has no valid safetensors header: {text}: download it again") from error
+    wanted = max((tensor.start + tensor.size for tensor in tensors), default=8 + header)
+    if length != wanted:
+        raise InputError(_torn(path, f"asks for {wanted} bytes", length))
     for tensor in tensors:
-        if tensor.size < 0 or tensor.start < 8 + header or tensor.start + tensor.size > length:
-            raise InputError(f"{path} is cut short: it ends before tensor {tensor.name!r} does; download it again")
+        if tensor.size < 0 or tensor.start < 8 + header:
+            raise InputError(f"{path} has no valid safetensors header: tensor {tensor.name!r} lies outside the data")
     return sorted(tensors, key=lambda tensor: (tensor.start, tensor.name)), metadata
+
+
+def _torn(path: Path, asks: str, length: int) -> str:
+    return f"{path} is torn: its header {asks}, and the file has {length}: download it again"
 
 
 # ---- what becomes of a tensor ----------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ from transformers import AutoConfig
 from trimllm import families, folders, shards
 from trimllm.decoder import blocks, depth, text_config
 from trimllm.errors import InputError, TrimError, one_line
-from trimllm.layout import Layout, plan_record, whole, without
+from trimllm.layout import Layout, plan_record, positions, whole, without
 from trimllm.legality import refusal
-from trimllm.loading import quiet
+from trimllm.loading import check_folder, explain, no_safetensors, quiet
 from trimllm.renumbering import Numbering, list_paths
 from trimllm.shards import Planned, Tensor
 from trimllm.skeleton import (
@@ -120,7 +120,10 @@ def drop_on_disk(
     """
     source, target, limit = Path(source).expanduser(), Path(target).expanduser(), shards.parse_size(max_shard_size)
     folders.check_target(target, source=source)
+    check_folder(source)
     config = _config(source, trust_remote_code)
+    if not shards.present(source):
+        raise InputError(no_safetensors(str(source)))
     tensors, metadata = shards.read(source)
     old = Skeleton(model_class(config, trust_remote_code), plain_config(config), tensors)
     missing = old.fit
@@ -128,7 +131,10 @@ def drop_on_disk(
         lost = sorted(missing.lost | missing.shapes)
         raise InputError(f"cannot use {source}: {len(lost)} weights are not as its config asks for, such as {lost[0]}")
     count = depth(old.model)
-    layout = _layout(layers, count)
+    dropped = positions(layers, count)
+    if not dropped:
+        raise InputError("no layer to drop was named: give at least one")
+    layout = without(whole(count), dropped)
     reason = refusal(old.model, layout)
     if reason:
         raise InputError(reason)
@@ -167,17 +173,10 @@ def drop_on_disk(
 
 
 def _config(source: Path, trust_remote_code: bool) -> Any:
-    if not (source / "config.json").is_file():
-        raise InputError(f"cannot read {source}: it is no folder with a config.json; streaming works on local folders")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
-        text = one_line(error)
-        if "trust_remote_code" in text:
-            text = (
-                "it brings its own code; if you trust it, give --trust-remote-code (in Python: trust_remote_code=True)"
-            )
-        raise InputError(f"cannot read {source / 'config.json'}: {text}") from error
+        raise InputError(explain(str(source), error)) from error
 
 
 def _new_config(config: Any, layout: Layout, numbering: Numbering, old: Skeleton) -> Any:
@@ -192,16 +191,6 @@ def _new_config(config: Any, layout: Layout, numbering: Numbering, old: Skeleton
 
 
 # ---- what happens to each tensor -------------------------------------------------------------------------------------
-
-
-def _layout(layers: Iterable[int], count: int) -> Layout:
-    chosen = list(layers)
-    if not chosen:
-        raise InputError("no layer to drop was named: give at least one")
-    for layer in chosen:
-        if not -count <= layer < count:
-            raise InputError(f"layer {layer} does not exist: the model has layers 0 to {count - 1} (or -{count} to -1)")
-    return without(whole(count), {layer % count for layer in chosen})
 
 
 def _numbering(

@@ -20,7 +20,7 @@ from trimllm import families
 from trimllm.changes import Changes
 from trimllm.decoder import INDEX_NAMES, REFERENCE_NAMES, blocks, container, depth, text_config
 from trimllm.errors import InputError
-from trimllm.layout import Layout, whole, without
+from trimllm.layout import Layout, positions, whole, without
 from trimllm.legality import refusal
 
 
@@ -29,15 +29,17 @@ def drop_layers(model: nn.Module, layers: Iterable[int]) -> nn.Module:
 
     Args:
         model: a causal language model of transformers.
-        layers: indices of the blocks to remove, 0-based, in the model as it is.
+        layers: indices of the blocks to remove, 0-based, in the model as it is; negative ones count from the end.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: if a layer does not exist, none would remain, or the family cannot be cut there exactly.
+        InputError: if a layer does not exist or is named twice, none would remain, or the family cannot be cut there
+            exactly.
     """
-    return apply_layout(model, without(whole(depth(model)), layers))
+    count = depth(model)
+    return apply_layout(model, without(whole(count), positions(layers, count)))
 
 
 def apply_layout(model: nn.Module, layout: Layout) -> nn.Module:
