@@ -63,6 +63,7 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
     _check_family(model)
     ids, mask = _rows(model)
     wanted, layers = _logits(model, ids, mask), decoder.depth(model)
+    kind, runtime = model.config.model_type, PACKAGES[command.to][-1]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
@@ -71,7 +72,12 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
                 _export(model, graph, exporter, settings)
                 tokenizer.save_pretrained(graph)
             del model  # a runtime holds the weights a second time
-            difference = _difference(STEPPERS[command.to](graph), ids, mask, wanted)
+            try:
+                difference = _difference(STEPPERS[command.to](graph), ids, mask, wanted)
+            except Exception as error:
+                raise TrimError(
+                    f"{kind}: {runtime} cannot run the {command.to} graph: {one_line(error)}; {target} was not written"
+                ) from error
             if not difference <= TOLERANCE * float(wanted[mask == 1].std()):
                 raise TrimError(
                     f"the {command.to} graph is not the model: logits differ by {difference:.3g} from transformers'; "
@@ -80,7 +86,6 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
             graph.rename(target)
     except OSError as error:
         raise TrimError(f"cannot write {target}: {one_line(error)}") from error
-    runtime = PACKAGES[command.to][-1]
     cast = "float32" if stored == torch.float32 else f"float32 (the checkpoint is {str(stored).removeprefix('torch.')})"
     return (
         f"{layers} layers in {cast}, run by {runtime} {version(runtime)}: prompt and {STEPS} decode steps of "
@@ -125,7 +130,9 @@ def _check_family(model: Any) -> None:
     ropes = getattr(config, "rope_parameters", None) or {}
     ropes = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
     if any("dynamic" in rope.get("rope_type", "") for rope in ropes):
-        raise InputError(f"{kind} with rope_type dynamic cannot be exported: a graph keeps the frequencies of its trace")
+        raise InputError(
+            f"{kind} with rope_type dynamic cannot be exported: a graph keeps the frequencies of its trace"
+        )
     layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     if other := layers - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
         raise InputError(
@@ -197,7 +204,7 @@ def _export(model: Any, graph: Path, exporter: Any, settings: Any) -> None:
 
 
 def _difference(step: Step, ids: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference from `wanted` (batch, seq, vocab) at places that are not padding: prompt, then one by one."""
+    """The largest difference from `wanted` (batch, seq, vocab) outside padding: prompt, then one by one."""
     places = (mask.cumsum(1) - 1).clamp(min=0)
     ends = [PREFILL, *range(PREFILL + 1, ids.shape[1] + 1)]
     found = [
