@@ -252,8 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
     record = {"engine": options.engine, "version": version(options.engine), "dtype": options.dtype}
     record |= alone(measure, options, options.model, expected, True)
     print(
-        f"{options.model}: greedy text of {record['equal']} of {record['prompts']} prompts equal, {record['ties']} more "
-        f"up to a tie; log-probabilities differ by {record['logprob_difference']:.2g} "
+        f"{options.model}: greedy text of {record['equal']} of {record['prompts']} prompts equal, "
+        f"{record['ties']} more up to a tie; log-probabilities differ by {record['logprob_difference']:.2g} "
         f"(allowed: {record['tolerance']})"
     )
     trimmed = statistics.median(record["tokens_per_s"])

@@ -1,4 +1,4 @@
-"""A trimmed checkpoint as an ONNX or OpenVINO graph: the same logits and greedy text, in a loop over the runtime alone."""
+"""A trimmed checkpoint as an ONNX or OpenVINO graph: the same logits and greedy text, in a loop of plain numpy."""
 
 from __future__ import annotations
 
