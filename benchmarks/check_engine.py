@@ -111,22 +111,18 @@ def speed(engine: Engine, prompts: list[Tokens], new: int, repeats: int, clock: 
 def expect(folder: str, dtype: str, prompts: list[str], new: int) -> list[Expected]:
     """What transformers computes, one prompt at a time, without padding."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    # Not as arguments of `generate`: what is None there is filled from the model's own, and its end of text with it.
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
     rows = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
         with torch.no_grad():
-            whole = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=type(model.generation_config)(
-                    do_sample=False, max_new_tokens=new, min_new_tokens=new, eos_token_id=None, pad_token_id=0
-                ),
-            )
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids))
             scores = model(input_ids=whole[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
         given = scores.gather(1, whole[0, 1:, None])[:, 0]
         start = ids.shape[1] - 1

@@ -14,7 +14,7 @@ import tiny
 import torch
 import transformers
 from conftest import make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.exporters import ExportedModel, OnnxExporter
 
 import trimllm
@@ -70,8 +70,8 @@ def decode(step: graphs.Step) -> tuple[Any, list[list[int]]]:
 def expected(model: Any) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
     """What `decode` should find, by `generate` and one forward pass without a cache; and where there is no padding."""
     ids, mask = rows()
-    settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    whole_rows = model.generate(ids, attention_mask=mask, pad_token_id=0, **settings)
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NEW, pad_token_id=0)  # no end of text
+    whole_rows = model.generate(ids, attention_mask=mask)
     mask = torch.cat([mask, torch.ones(3, NEW - 1, dtype=mask.dtype)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=whole_rows[:, :-1], attention_mask=mask, position_ids=positions, use_cache=False).logits
