@@ -17,6 +17,7 @@ _PUBLIC = {
     "apply_layout": "surgery",
     "save_trimmed": "export",
     "verify": "verification",
+    "push_to_hub": "hub",
     "load_model": "loading",
     "load_tokenizer": "loading",
     "load_task": "tasks",

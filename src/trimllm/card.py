@@ -1,10 +1,9 @@
-"""What is said of a run: its lines on the way, its table, the model card and result.json."""
+"""What is said of a run: its lines on the way, its table, and result.json."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from trimllm import bench, rundir
@@ -46,38 +45,6 @@ def depth_table(history: list[dict[str, Any]]) -> str:
             ]
         )
     return table(["depth", "dropped", "calibration", "test", "M params", "MB", "tokens/s"], rows)
-
-
-def trimmed(
-    config: TrimConfig, data: TaskData, layout: Layout, history: list[dict[str, Any]], base: dict[str, str]
-) -> str:
-    """The model card of the trimmed checkpoint (Markdown with the Hub's metadata block)."""
-    kept = whole_layers(layout)
-    name = Path(base["name"]).name
-    on_hub = "" if Path(base["name"]).exists() or "/" not in base["name"] else f"base_model: {base['name']}\n"
-    which = f"layers {kept}" if kept else "re-packed pairs, listed in plan.json"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [trimllm, layer-pruning]
-{on_hub}---
-# {name}, trimmed to {len(layout)} of {history[0]["depth"]} layers
-
-A stock {data.name} specialist: it loads with `AutoModelForCausalLM.from_pretrained` and needs no special code.
-It keeps {which} (0-based, of the base) and was fine-tuned on `{data.name}` while layers were dropped (TrimLLM,
-arXiv 2412.11242; strategy {config.strategy}, unit {config.unit}, sparse update {config.sparse_update} with
-r = {config.train_ratio}). Knowledge outside that domain is reduced.
-
-Base weights: SHA-256 {base["sha256"]}
-
-```
-{depth_table(history)}
-```
-
-The last row is this checkpoint, loaded again after it was saved; the others were measured on the way, in
-training precision. `test` is the reported split ({data.metric}, with its standard error), which no decision was taken
-on; `calibration` ({len(data.calibration)} rows held out of train) decided what was dropped.
-"""
 
 
 def result(

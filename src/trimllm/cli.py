@@ -51,12 +51,19 @@ class _Export(settings.ExportConfig):
     source: CliPositionalArg[str] = Field(description="directory of a `trimllm trim` run, or of a checkpoint")
 
 
+class _Push(settings.PushConfig):
+    __doc__ = settings.PushConfig.__doc__
+    directory: CliPositionalArg[str] = Field(description="directory of a `trimllm trim` run, or of a checkpoint")
+    repo_id: CliPositionalArg[str] = Field(description="repository on the Hub: YOUR_NAME/REPOSITORY")
+
+
 COMMANDS: dict[str, type[settings.Settings]] = {
     "trim": settings.TrimConfig,
     "scan": settings.ScanConfig,
     "drop": settings.DropConfig,
     "eval": settings.EvalConfig,
     "export": settings.ExportConfig,
+    "push": settings.PushConfig,
     "tasks": settings.TasksConfig,
     "demo": settings.DemoConfig,
 }
@@ -86,6 +93,7 @@ class _Root(BaseSettings):
     drop: CliSubCommand[_Drop] = _about(_Drop)
     eval: CliSubCommand[_Eval] = _about(_Eval)
     export: CliSubCommand[_Export] = _about(_Export)
+    push: CliSubCommand[_Push] = _about(_Push)
     tasks: CliSubCommand[settings.TasksConfig] = _about(settings.TasksConfig)
     demo: CliSubCommand[settings.DemoConfig] = _about(settings.DemoConfig)
 

@@ -18,6 +18,7 @@ from trimllm import (
     inputs,
     journal,
     legality,
+    model_card,
     models,
     parallel,
     rundir,
@@ -51,7 +52,7 @@ def run_scan(command: config.ScanConfig) -> None:
     _fresh(output, "scan.json")
     folders.check_writable(output)
     needed = scores.needs(command.strategy)
-    loaded = models.load(command)
+    loaded = _load(command)
     depth = decoder.depth(loaded.model)
     if command.run is not None and command.run > depth:
         raise InputError(f"--run {command.run}: the model has only {depth} layers")
@@ -142,24 +143,44 @@ def run_drop(command: config.DropConfig) -> None:
     if command.streaming:
         _drop_on_disk(command)
         return
-    loaded = models.load(command)
+    loaded = _load(command)
+    if getattr(loaded.model, "is_quantized", False):
+        raise InputError(
+            f"--model {command.model} is quantized: add --streaming, which moves its weights as they are, or drop from "
+            "the unquantized model"
+        )
     depth = decoder.depth(loaded.model)
     dropped = positions(command.layers, depth)
     surgery.drop_layers(loaded.model, dropped)
+    layout, base = without(whole(depth), dropped), models.origin(command.model)
     report = export.save_trimmed(
         loaded.model,
         command.output,
         tokenizer=loaded.tokenizer,
-        layout=without(whole(depth), dropped),
-        base=command.model,
+        layout=layout,
+        base=base,
+        card=model_card.cut(base, layout, depth),
     )
     print(f"{command.output}: {depth - len(dropped)} of {depth} layers, reloaded and compared ({_differences(report)})")
+
+
+def _load(command: config.ModelSettings) -> models.Loaded:
+    """The model of a command, with what the user should know of it."""
+    loaded = models.load(command)
+    for note in loaded.notes:
+        Console().say(f"  {note}")
+    return loaded
 
 
 def _drop_on_disk(command: config.DropConfig) -> None:
     from trimllm.streaming import drop_on_disk
 
     source = models.path_of(command.model)
+    if (Path(source) / "adapter_config.json").exists():
+        raise InputError(
+            f"--model {command.model} is an adapter, and --streaming only moves tensors: leave it out, or merge the "
+            "adapter into its base first"
+        )
     if not Path(source).is_dir():
         raise InputError(
             f"--model {command.model}: --streaming cuts a directory on this disk: download the model first"
@@ -174,6 +195,8 @@ def _drop_on_disk(command: config.DropConfig) -> None:
             base=command.model,
             progress=show,
         )
+    layout = tuple(whole(done.depth)[layer] for layer in done.kept)
+    journal.write_atomic(Path(command.output) / "README.md", model_card.cut(command.model, layout, done.depth))
     print(
         f"{command.output}: {len(done.kept)} of {done.depth} layers, {done.bytes / 1e9:.3f} GB in "
         f"{done.shards} file(s), names, shapes and config checked"
@@ -194,7 +217,7 @@ def run_eval(command: config.EvalConfig) -> None:
     if command.output:
         _check_result(Path(command.output))
         folders.check_writable(Path(command.output).parent)
-    loaded = models.load(command)
+    loaded = _load(command)
     data = inputs.task_data(command, loaded.tokenizer)
     if command.generate and data.kind != "generation":
         raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}: leave it out")
@@ -270,6 +293,13 @@ def _default_target(command: config.ExportConfig) -> Path:
     return parent / (f"{stem}.gguf" if command.to == "gguf" else stem)
 
 
+def run_push(command: config.PushConfig) -> None:
+    """A finished export, to the Hub."""
+    from trimllm.hub import push_to_hub
+
+    print(f"pushed: {push_to_hub(command.directory, command.repo_id, private=command.private)}")
+
+
 def run_tasks(_: config.TasksConfig) -> None:
     """The built-in tasks."""
     rows = [list(row) for row in tasks.list_tasks()]
@@ -297,6 +327,7 @@ CARRY_OUT: dict[type[config.Settings], Callable[[Any], None]] = {
     config.DropConfig: run_drop,
     config.EvalConfig: run_eval,
     config.ExportConfig: run_export,
+    config.PushConfig: run_push,
     config.TasksConfig: run_tasks,
     config.DemoConfig: run_demo,
 }

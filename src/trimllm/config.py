@@ -264,6 +264,8 @@ class ExportConfig(Settings):
     """checkpoint: a depth of a run; gguf: for llama.cpp; onnx, openvino: graphs; int8, int4: quantized weights."""
     quant: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
     """With --to gguf: type of the matrices (default: f16)."""
+    task: str | None = None
+    """With --to int8 or int4: also evaluate the quantized model on this task (as `trimllm eval` does)."""
     output: str | None = None
     """What to write (default: beside the source, named by depth and format)."""
 
@@ -273,7 +275,24 @@ class ExportConfig(Settings):
             raise ValueError("name what the run kept with --depth N, or another format with --to")
         if self.quant is not None and self.to != "gguf":
             raise ValueError("--quant is for --to gguf: leave it out")
+        if self.task is not None and self.to not in ("int8", "int4"):
+            raise ValueError("--task is for --to int8 and int4: leave it out")
         return self
+
+
+class PushConfig(Settings):
+    """Put a finished checkpoint on the Hugging Face Hub, with its model card.
+
+    Example:
+      trimllm push runs/medicine YOUR_NAME/medicine-8-layers --private
+    """
+
+    directory: str
+    """Directory of a `trimllm trim` run (its result is taken), or of a checkpoint that trimllm wrote."""
+    repo_id: str
+    """Repository on the Hub: YOUR_NAME/REPOSITORY; made if it is not there."""
+    private: bool = False
+    """Make the repository private; one that exists stays what it is."""
 
 
 class TasksConfig(Settings):

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from trimllm import folders, verification
+from trimllm import adapters, folders, verification
 from trimllm.decoder import depth
-from trimllm.errors import TrimError
+from trimllm.errors import InputError, TrimError
 from trimllm.layout import Layout, plan_record, whole
 from trimllm.loading import quiet
 from trimllm.verification import Report, weight_bytes
@@ -51,10 +51,17 @@ def save_trimmed(
         What the comparison measured, or None without `verify`.
 
     Raises:
-        InputError: if `directory` is in use, cannot be written, or holds (or lies in) the model's own folder.
+        InputError: if `directory` is in use, cannot be written, or holds (or lies in) the model's own folder; or if the
+            model is quantized or has an adapter that is not merged.
         TrimError: if the disk is full, or the checkpoint differs from the model in memory.
     """
     folders.check_target(directory, source=getattr(model, "name_or_path", None), overwrite=overwrite)
+    adapters.check_merged(model)
+    if getattr(model, "is_quantized", False):
+        raise InputError(
+            "a quantized model cannot be saved after a cut: cut the unquantized one and quantize the result, or cut "
+            "the files with trimllm drop --streaming"
+        )
     layout = whole(depth(model)) if layout is None else layout
     if len(layout) != depth(model):
         raise TrimError(f"the layout describes {len(layout)} blocks and the model has {depth(model)}")

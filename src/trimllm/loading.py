@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import huggingface_hub
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trimllm import shards
+from trimllm import adapters, shards
 from trimllm.errors import InputError, one_line
 
 TOKENIZER_FILES = ("*tokenizer*", "vocab*", "*.model", "*.codes", "*.tiktoken", "tekken*")
@@ -39,29 +40,42 @@ def load_model(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    quantization: Any = None,
 ) -> nn.Module:
-    """Load a causal language model, in evaluation mode.
+    """Load a causal language model, in evaluation mode. An adapter of PEFT is loaded as its base, and merged.
 
     Args:
-        path_or_id: a folder with a checkpoint, or a name on the Hugging Face hub.
+        path_or_id: a folder with a checkpoint or an adapter, or a name on the Hugging Face hub.
         dtype: of the weights; the checkpoint's own by default.
         device: where to put it; CPU by default.
         trust_remote_code: run the model code that the checkpoint brings.
         allow_pickle: also accept weights that are not safetensors. Unpickling can run code: trust the source.
+        quantization: quantize the weights on the way, as this config of transformers says.
 
     Raises:
         InputError: if there is no such model, it is not a causal language model, or weights are missing.
     """
     name = os.path.expanduser(path_or_id)
+    if (base := adapters.base_of(name)) is not None:
+        model: Any = load_model(
+            base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+        )
+        return adapters.merge(model, name).eval()
     _check_path(name)
     if Path(name).is_dir():
         check_folder(Path(name))
     try:
         with quiet():
             load: Any = AutoModelForCausalLM.from_pretrained
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            quantized = quantization is not None or getattr(config, "quantization_config", None) is not None
+            if quantized:  # bitsandbytes says of every product of matrices that it rounds
+                getLogger("bitsandbytes").setLevel(ERROR)
             model, info = load(
                 name,
                 dtype=dtype or "auto",
+                **({"quantization_config": quantization} if quantization is not None else {}),
+                device_map={"": device or "cpu"} if quantized else None,  # by default bitsandbytes takes a GPU
                 trust_remote_code=trust_remote_code,
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
@@ -86,7 +100,10 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
         InputError: if there is none.
     """
     name = os.path.expanduser(path_or_id)
-    _check_path(name)
+    if (base := adapters.base_of(name)) is not None and not (Path(name) / "tokenizer_config.json").exists():
+        name = base
+    if base is None or name == base:
+        _check_path(name)
     folder = Path(name)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise InputError(f"cannot load a tokenizer from {name!r}: the folder has none; save one beside the model")
@@ -182,6 +199,16 @@ def fingerprint(source: nn.Module | str | Path) -> str:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def fingerprint_of_adapter(name: str, base: str, merged: nn.Module) -> str:
+    """SHA-256 of an adapter's files and its base's; of the merged weights where one of them is on the hub.
+
+    Merging rounds, perhaps otherwise with another number of threads; the files are what they are.
+    """
+    if not weight_files(Path(name)) or not weight_files(Path(base)):
+        return fingerprint(merged)
+    return hashlib.sha256(f"{fingerprint(base)} {fingerprint(name)}".encode()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:

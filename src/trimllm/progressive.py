@@ -27,6 +27,7 @@ from trimllm import (
     inputs,
     journal,
     loading,
+    model_card,
     models,
     rundir,
     scores,
@@ -123,6 +124,7 @@ class Run:
         self.save_dtype = DTYPES.get(config.save_dtype, loaded.saved)
         depth = decoder.depth(model)
         self.base_depth = depth
+        self.origin = models.origin(config.model)
         targets.wanted_depth(config, depth)
         size = self._size(model)
         if (already := targets.reached(config, depth, size)) is not None:
@@ -151,6 +153,8 @@ class Run:
         elif first["base"] != loaded.fingerprint:
             raise InputError(f"--model {config.model}: its weights changed since the run in {config.output} began")
         say(f"{config.model}: {self.base_depth} layers, {self._size(loaded.model).parameters:,} parameters")
+        for note in loaded.notes:
+            say(f"  {note}")
         say(
             f"{data.name}: {len(data.train):,} training rows, {len(data.calibration):,} for calibration, "
             f"{len(data.test):,} reported; metric {data.metric}"
@@ -352,7 +356,7 @@ class Run:
             **more,
         )
         if self.main and event != "saved":
-            journal.write_json(self.dir.plans / f"depth-{size.depth}.json", plan_record(layout, self.config.model))
+            journal.write_json(self.dir.plans / f"depth-{size.depth}.json", plan_record(layout, self.origin))
         self.console.say(card.depth_row(event, size, calibration, test, float(np.median(speed)), more))
 
     def history(self) -> History:
@@ -368,24 +372,25 @@ class Run:
         model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(depth))
         models.cast(model, self.save_dtype)
         report: Any = None
-        base = {"name": self.config.model, "sha256": loaded.fingerprint}
+        named = {"name": self.origin} if isinstance(self.origin, str) else self.origin
+        base = named | {"sha256": loaded.fingerprint}
         if self.main:
             report = export.save_trimmed(
                 model,
                 self.dir.model,
                 tokenizer=loaded.tokenizer,
                 layout=layout,
-                base=self.config.model,
+                base=self.origin,
                 overwrite=True,
             )
-            journal.write_json(self.dir.plan, plan_record(layout, self.config.model) | {"sha256": loaded.fingerprint})
+            journal.write_json(self.dir.plan, plan_record(layout, self.origin) | {"sha256": loaded.fingerprint})
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
         if self.journal.events[-1]["event"] != "saved":  # an older one may be of a depth before a floor was lowered
             self._record("saved", saved, layout)
         row = self.journal.events[-1]
         if self.main:
-            text = card.trimmed(self.config, data, layout, self.history(), base)
+            text = model_card.trimmed(self.config, data, layout, self.history(), base)
             journal.write_atomic(self.dir.model / "README.md", text)
             result = card.result(
                 self.config,

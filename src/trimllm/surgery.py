@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimllm import families
+from trimllm import adapters, families
 from trimllm.changes import Changes
 from trimllm.decoder import INDEX_NAMES, REFERENCE_NAMES, blocks, container, depth, text_config
 from trimllm.errors import InputError
@@ -35,9 +35,10 @@ def drop_layers(model: nn.Module, layers: Iterable[int]) -> nn.Module:
         The same model.
 
     Raises:
-        InputError: if a layer does not exist or is named twice, none would remain, or the family cannot be cut there
-            exactly.
+        InputError: if a layer does not exist or is named twice, none would remain, the family cannot be cut there
+            exactly, or the model has an adapter that is not merged.
     """
+    adapters.check_merged(model)
     count = depth(model)
     return apply_layout(model, without(whole(count), positions(layers, count)))
 
@@ -53,8 +54,10 @@ def apply_layout(model: nn.Module, layout: Layout) -> nn.Module:
         The same model.
 
     Raises:
-        InputError: if the family cannot be cut so exactly; the message gives the layers and the reason.
+        InputError: if the family cannot be cut so exactly; the message gives the layers and the reason. Also if the
+            model has an adapter that is not merged.
     """
+    adapters.check_merged(model)
     if layout == whole(depth(model)):
         return model
     reason = refusal(model, layout)

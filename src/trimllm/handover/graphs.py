@@ -13,7 +13,6 @@ import importlib.util
 import inspect
 import io
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -27,7 +26,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, DynamicCache
 
-from trimllm import decoder, export, loading
+from trimllm import decoder, folders, loading
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.verification import PREFILL, STEPS
@@ -55,7 +54,7 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
         InputError: if `target` is in use, a package is missing or too old, or the family cannot be exported.
         TrimError: if the export fails, or the graph on disk computes other logits than transformers.
     """
-    export.check_target(target)
+    folders.check_target(target, source=folder)
     exporter, settings = _exporter(command.to)
     tokenizer = loading.load_tokenizer(folder)
     stored = AutoConfig.from_pretrained(folder).dtype or torch.float32
@@ -64,28 +63,22 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
     ids, mask = _rows(model)
     wanted, layers = _logits(model, ids, mask), decoder.depth(model)
     kind, runtime = model.config.model_type, PACKAGES[command.to][-1]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            graph = Path(scratch) / "graph"
-            with _silent():
-                _export(model, graph, exporter, settings)
-                tokenizer.save_pretrained(graph)
-            del model  # a runtime holds the weights a second time
-            try:
-                difference = _difference(STEPPERS[command.to](graph), ids, mask, wanted)
-            except Exception as error:
-                raise TrimError(
-                    f"{kind}: {runtime} cannot run the {command.to} graph: {one_line(error)}; {target} was not written"
-                ) from error
-            if not difference <= TOLERANCE * float(wanted[mask == 1].std()):
-                raise TrimError(
-                    f"the {command.to} graph is not the model: logits differ by {difference:.3g} from transformers'; "
-                    f"{target} was not written"
-                )
-            graph.rename(target)
-    except OSError as error:
-        raise TrimError(f"cannot write {target}: {one_line(error)}") from error
+    with folders.appearing(target) as graph:
+        with _silent():
+            _export(model, graph, exporter, settings)
+            tokenizer.save_pretrained(graph)
+        del model  # a runtime holds the weights a second time
+        try:
+            difference = _difference(STEPPERS[command.to](graph), ids, mask, wanted)
+        except Exception as error:
+            raise TrimError(
+                f"{kind}: {runtime} cannot run the {command.to} graph: {one_line(error)}; {target} was not written"
+            ) from error
+        if not difference <= TOLERANCE * float(wanted[mask == 1].std()):
+            raise TrimError(
+                f"the {command.to} graph is not the model: logits differ by {difference:.3g} from transformers'; "
+                f"{target} was not written"
+            )
     cast = "float32" if stored == torch.float32 else f"float32 (the checkpoint is {str(stored).removeprefix('torch.')})"
     return (
         f"{layers} layers in {cast}, run by {runtime} {version(runtime)}: prompt and {STEPS} decode steps of "

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimllm import config, export, loading, models, rundir
+from trimllm import config, export, loading, model_card, models, rundir
 from trimllm.errors import InputError
 from trimllm.rundir import RunDir
 from trimllm.verification import Report
@@ -62,9 +62,22 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
     plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
     model: Any = loading.load_model(folder, trust_remote_code=stored.trust_remote_code)
     models.cast(model, dtype or model.dtype)
+    layout = rundir.load_layout(plan["blocks"])
     return export.save_trimmed(
-        model, target, tokenizer=tokenizer, layout=rundir.load_layout(plan["blocks"]), base=stored.model
+        model,
+        target,
+        tokenizer=tokenizer,
+        layout=layout,
+        base=plan["base"],
+        card=model_card.depth_of_run(stored, plan["base"], layout, _stages(run, command.depth)),
     )
+
+
+def _stages(run: RunDir, depth: int) -> list[dict[str, Any]]:
+    """The journaled stages of training down to `depth`. The journal is only read: the run may still be going on."""
+    lines = run.journal.read_text(encoding="utf-8").splitlines() if run.journal.exists() else []
+    stages = [json.loads(line) for line in lines if line.startswith('{"event": "stage"') and line.endswith("}")]
+    return [stage for stage in stages if stage["depth"] >= depth]
 
 
 def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:

@@ -1,0 +1,100 @@
+"""Adapters of PEFT (LoRA and its like): merged before anything is cut, since they name layers by number.
+
+An adapter is a folder or Hub repository with `adapter_config.json`, which names its base. `--model ADAPTER` works on
+the base with the adapter merged into its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from trimllm.errors import InputError, one_line
+
+REMEDY = "merge it first, with `model = model.merge_and_unload()`"
+
+
+def base_of(name: str | Path) -> str | None:
+    """The base that an adapter names; None if `name` is no adapter.
+
+    Raises:
+        InputError: if it is one whose base is not named, or is not there.
+    """
+    if _is_path(os.fspath(name)) and not Path(name).is_dir():
+        return None
+    path = find_adapter_config_file(os.fspath(name))
+    if path is None:
+        return None
+    try:
+        base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise InputError(f"cannot use adapter {str(name)!r}: its adapter_config.json names no base_model_name_or_path")
+    if (Path(name) / "config.json").exists():
+        raise InputError(
+            f"cannot use {str(name)!r}: it holds a model and an adapter: move adapter_config.json into another folder"
+        )
+    local = Path(base).expanduser()
+    if not local.is_dir() and _is_path(base):
+        raise InputError(
+            f"cannot use adapter {str(name)!r}: its base {base} is not there: put the right path into "
+            "base_model_name_or_path of its adapter_config.json"
+        )
+    if (local / "adapter_config.json").exists():
+        raise InputError(f"cannot use adapter {str(name)!r}: its base {base} is an adapter, too: merge that one first")
+    return str(local) if local.is_dir() else base
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be a path, not one on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def merge(model: nn.Module, name: str | Path) -> nn.Module:
+    """The base `model` with the adapter `name` added to its weights, in their dtype; no trace of PEFT remains.
+
+    Raises:
+        InputError: if PEFT is missing, the adapter is of a kind that cannot be merged, or does not fit the model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise InputError(f"--model {name}: to read an adapter, pip install 'trimllm[peft]'") from None
+    if getattr(model, "is_quantized", False):
+        raise InputError(
+            f"cannot merge adapter {str(name)!r}: its base is quantized, and merging would round it again: name the "
+            "unquantized base in its adapter_config.json"
+        )
+    before = set(vars(model))
+    try:
+        wrapped: Any = PeftModel.from_pretrained(model, os.fspath(name))
+        fit = wrapped.load_adapter(os.fspath(name), "default")
+    except Exception as error:
+        raise InputError(f"cannot use adapter {str(name)!r}: {one_line(error)}") from error
+    wrong = [*fit.missing_keys, *fit.unexpected_keys]
+    if wrong:
+        raise InputError(
+            f"adapter {str(name)!r} does not fit its base: {len(wrong)} weights are missing or left over, such as "
+            f"{sorted(wrong)[0]}; was the base cut or changed since the adapter was trained?"
+        )
+    if not hasattr(wrapped.base_model, "merge_and_unload"):
+        kind = wrapped.active_peft_config.peft_type.value
+        raise InputError(f"cannot use adapter {str(name)!r}: one of kind {kind} is no change of weights")
+    merged = wrapped.merge_and_unload(safe_merge=True)
+    for left in set(vars(merged)) - before:  # the configs of the adapter
+        delattr(merged, left)
+    return merged.requires_grad_(True)
+
+
+def check_merged(model: nn.Module) -> None:
+    """Raise InputError for a model with adapters that are not merged: a cut would leave them at the wrong layers."""
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            place = f" (at {name})" if name else ""
+            raise InputError(f"the model has an adapter that is not merged{place}: {REMEDY}")

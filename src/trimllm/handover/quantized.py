@@ -1,0 +1,157 @@
+"""A checkpoint with 8-bit or 4-bit weights, by bitsandbytes: stock transformers reads it, on CPU and on GPUs.
+
+    trimllm export runs/law --to int8
+
+int8: LLM.int8() (arXiv 2208.07339), a scale per row, columns of outliers in 16 bits. int4: NF4 (QLoRA, arXiv
+2305.14314), a scale per 64 weights. Embeddings, output head and norms stay in 16 bits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from trimllm import config, folders, inputs, journal, loading, model_card, models
+from trimllm.errors import InputError, TrimError
+from trimllm.layout import plan_record, whole
+
+COLUMNS, ROWS = 64, 32
+"""bitsandbytes' 4-bit kernel for CPUs takes matrices whose sizes are multiples of these; a GPU takes any."""
+TRAVELS = ("LICENSE*", "NOTICE*", "plan.json")
+"""Files that go with the weights."""
+
+
+def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
+    """Quantize the checkpoint in `folder` to the directory `target`.
+
+    Raises:
+        InputError: if bitsandbytes is missing, `target` is in use, or the model is quantized or has nothing to be so.
+        TrimError: if what was written is not smaller, or differs from the quantized model in memory.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"--to {command.to} needs bitsandbytes: pip install 'trimllm[quantize]'")
+    folders.check_target(target, source=folder)
+    stock = AutoConfig.from_pretrained(folder)
+    if getattr(stock, "quantization_config", None) is not None:
+        raise InputError(f"{command.source} is quantized already: give the unquantized checkpoint")
+    tokenizer = loading.load_tokenizer(folder)
+    data = inputs.task_data(_evaluation(command, folder), tokenizer) if command.task else None
+    dtype = torch.float16 if stock.dtype == torch.float16 else torch.bfloat16
+    kept = _too_odd(folder) if command.to == "int4" else []
+    model: Any = loading.load_model(folder, dtype=dtype, quantization=_settings(command.to, dtype, kept, folder))
+    share = _share(model)
+    if not share:
+        raise InputError(f"{command.source}: its model has no linear layers outside its head: nothing to quantize")
+    with folders.appearing(target) as scratch:
+        with loading.quiet():
+            model.save_pretrained(
+                scratch
+            )  # before any forward: on CPUs that repacks the 4-bit weights, rounding scales
+            tokenizer.save_pretrained(scratch)
+        for pattern in TRAVELS:
+            for file in folder.glob(pattern):
+                shutil.copy(file, scratch)
+        if not (scratch / "plan.json").exists():
+            plan = plan_record(whole(stock.get_text_config().num_hidden_layers), command.source)
+            journal.write_json(scratch / "plan.json", plan)
+        sizes = _bytes(folder), _bytes(scratch)
+        if sizes[1] >= sizes[0]:
+            raise TrimError(
+                f"{command.source}: {command.to} would take {sizes[1] / 1e6:.2f} MB, not less than now "
+                f"({sizes[0] / 1e6:.2f} MB): only {share:.0%} of its weights can be quantized"
+            )
+        difference = _compare(scratch, model)
+        measured, results = "", []
+        if data is not None:
+            settings = _evaluation(command, scratch)
+            loaded = models.load(settings)
+            scorer = inputs.scorer(settings, loaded.model, tokenizer, data.test)
+            value = scorer.evaluate(loaded.model, data.metric)
+            measured = f"{data.name}: {data.metric} {value.value:.1f} +- {value.stderr:.1f} (n={value.n})"
+            results = [model_card.evaluation(data.name, data.metric, value.summary(), settings.task)]
+        text = model_card.quantized(folder, command.source, command.to, share, sizes, results, measured)
+        (scratch / "README.md").write_text(text, encoding="utf-8")
+    odd = f", {' and '.join(kept)} in 16 bits: sizes not multiples of {COLUMNS} and {ROWS}" if kept else ""
+    accuracy = f"; {measured}" if measured else ""
+    return (
+        f"{command.to}, {sizes[1] / 1e6:.2f} MB instead of {sizes[0] / 1e6:.2f} ({share:.0%} of the weights quantized"
+        f"{odd}), reloaded and compared (largest logit difference: {difference:.2g}){accuracy}"
+    )
+
+
+def _evaluation(command: config.ExportConfig, folder: Path) -> config.EvalConfig:
+    assert command.task is not None
+    return config.EvalConfig(model=str(folder), task=command.task)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in loading.weight_files(folder))
+
+
+def _settings(to: str, dtype: torch.dtype, kept: list[str], folder: Path) -> BitsAndBytesConfig:
+    skipped = [*get_keys_to_not_convert(_skeleton(folder)), *kept] if kept else None
+    if to == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped
+    )
+
+
+def _skeleton(folder: Path) -> nn.Module:
+    """The model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def _too_odd(folder: Path) -> list[str]:
+    """Names (their last two parts) of linear layers that the 4-bit kernel for CPUs cannot take."""
+    model = _skeleton(folder)
+    head = set(get_keys_to_not_convert(model))
+    names = {
+        ".".join(name.split(".")[-2:])
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name not in head
+        and (module.in_features % COLUMNS or module.out_features % ROWS)
+    }
+    return sorted(names)
+
+
+def _share(model: nn.Module) -> float:
+    """Share of the weights that is quantized."""
+    import bitsandbytes
+
+    kinds = (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit)
+    linear = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, kinds))
+    others = {
+        id(parameter): parameter.numel()
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if not (isinstance(module, kinds) and name == "weight")
+    }
+    return linear / (linear + sum(others.values()))
+
+
+def _compare(folder: Path, model: Any) -> float:
+    """The largest difference of logits between the checkpoint, loaded again, and the quantized model in memory."""
+    with loading.quiet():
+        load: Any = AutoModelForCausalLM.from_pretrained
+        fresh, info = load(folder, device_map={"": "cpu"}, output_loading_info=True, use_safetensors=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise TrimError(f"the checkpoint in {folder} is wrong: {what.replace('_', ' ')}, such as {min(info[what])}")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mine, other = (each.eval()(input_ids=ids, use_cache=False).logits.float() for each in (model, fresh))
+    difference = float((mine - other).abs().max())
+    if not (torch.isfinite(other).all() and difference <= 1e-3 * float(mine.std())):
+        raise TrimError(f"the checkpoint in {folder} is not the quantized model: logits differ by {difference:.3g}")
+    return difference
