@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from trimllm import config, folders, inputs, journal, loading, model_card, models
-from trimllm.errors import InputError, TrimError
+from trimllm.errors import InputError, TrimError, one_line
 from trimllm.layout import plan_record, whole
 
 COLUMNS, ROWS = 64, 32
@@ -48,7 +48,9 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     model: Any = loading.load_model(folder, dtype=dtype, quantization=_settings(command.to, dtype, kept, folder))
     share = _share(model)
     if not share:
-        raise InputError(f"{command.source}: its model has no linear layers outside its head: nothing to quantize")
+        raise InputError(
+            f"{command.source}: nothing to quantize: its model has no linear layers that {command.to} takes"
+        )
     with folders.appearing(target) as scratch:
         with loading.quiet():
             model.save_pretrained(
@@ -141,9 +143,12 @@ def _share(model: nn.Module) -> float:
 
 def _compare(folder: Path, model: Any) -> float:
     """The largest difference of logits between the checkpoint, loaded again, and the quantized model in memory."""
-    with loading.quiet():
-        load: Any = AutoModelForCausalLM.from_pretrained
-        fresh, info = load(folder, device_map={"": "cpu"}, output_loading_info=True, use_safetensors=True)
+    try:
+        with loading.quiet():
+            load: Any = AutoModelForCausalLM.from_pretrained
+            fresh, info = load(folder, device_map={"": "cpu"}, output_loading_info=True, use_safetensors=True)
+    except Exception as error:
+        raise TrimError(f"the checkpoint in {folder} cannot be loaded again: {one_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise TrimError(f"the checkpoint in {folder} is wrong: {what.replace('_', ' ')}, such as {min(info[what])}")
