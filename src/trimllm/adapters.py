@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trimllm.errors import InputError, one_line
@@ -56,7 +57,13 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
-def merge(model: nn.Module, name: str | Path) -> nn.Module:
+def _has_safetensors(name: str) -> bool:
+    if Path(name).is_dir():
+        return (Path(name) / "adapter_model.safetensors").exists()
+    return bool(cached_file(name, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False))
+
+
+def merge(model: nn.Module, name: str | Path, *, allow_pickle: bool = False) -> nn.Module:
     """The base `model` with the adapter `name` added to its weights, in their dtype; no trace of PEFT remains.
 
     Raises:
@@ -72,9 +79,19 @@ def merge(model: nn.Module, name: str | Path) -> nn.Module:
             "unquantized base in its adapter_config.json"
         )
     before = set(vars(model))
+    if not (allow_pickle or _has_safetensors(os.fspath(name))):
+        raise InputError(
+            f"cannot use adapter {str(name)!r}: it has no adapter_model.safetensors; if you trust its source, give "
+            "--allow-pickle (in Python: allow_pickle=True)"
+        )
     try:
         wrapped: Any = PeftModel.from_pretrained(model, os.fspath(name))
+        if not hasattr(wrapped.base_model, "merge_and_unload"):
+            kind = wrapped.active_peft_config.peft_type.value
+            raise InputError(f"cannot use adapter {str(name)!r}: one of kind {kind} is no change of weights")
         fit = wrapped.load_adapter(os.fspath(name), "default")
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"cannot use adapter {str(name)!r}: {one_line(error)}") from error
     wrong = [*fit.missing_keys, *fit.unexpected_keys]
@@ -83,9 +100,6 @@ def merge(model: nn.Module, name: str | Path) -> nn.Module:
             f"adapter {str(name)!r} does not fit its base: {len(wrong)} weights are missing or left over, such as "
             f"{sorted(wrong)[0]}; was the base cut or changed since the adapter was trained?"
         )
-    if not hasattr(wrapped.base_model, "merge_and_unload"):
-        kind = wrapped.active_peft_config.peft_type.value
-        raise InputError(f"cannot use adapter {str(name)!r}: one of kind {kind} is no change of weights")
     merged = wrapped.merge_and_unload(safe_merge=True)
     for left in set(vars(merged)) - before:  # the configs of the adapter
         delattr(merged, left)

@@ -60,7 +60,7 @@ def load_model(
         model: Any = load_model(
             base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
         )
-        return adapters.merge(model, name).eval()
+        return adapters.merge(model, name, allow_pickle=allow_pickle).eval()
     _check_path(name)
     if Path(name).is_dir():
         check_folder(Path(name))

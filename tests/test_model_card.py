@@ -1,0 +1,146 @@
+"""The card says what the model is, in a form that the Hub's own library reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import helpers_run as h
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard
+
+from trimllm import cli, model_card, models
+from trimllm.config import TrimConfig
+from trimllm.layout import whole
+from trimllm.tasks import TaskData
+
+SUMMARY = {"value": 81.25, "stderr": 1.5, "n": 500, "metric": "acc"}
+
+
+def loaded(text: str) -> ModelCard:
+    """The card, read by the Hub's library without leave to skip what it does not understand."""
+    return ModelCard(text, ignore_metadata_errors=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a base with a licence, all depths kept."""
+    root = tmp_path_factory.mktemp("card")
+    with pytest.MonkeyPatch.context() as patch:
+        h.fast(patch)
+        base = h.save_base(root / "base", depth=4)
+        (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+        more = {"depth": 2, "keep_checkpoints": True, "report_depths": True, "warmup_epochs": 0.2}
+        h.run(base, h.save_task(root / "task"), root / "run", epochs_per_drop=0.2, **more)
+    return root / "run"
+
+
+def test_card_of_a_run_names_base_licence_layers_scores_and_accuracy(run: Path) -> None:
+    card, result = loaded((run / "model" / "README.md").read_text()), h.result(run)
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    assert card.data.get("base_model") is None, "a directory is no name on the Hub"
+    measured = card.data.eval_results[0]
+    assert measured.metric_value == pytest.approx(result["test"]["value"], abs=1e-3)
+    assert measured.metric_args["standard_error"] == pytest.approx(result["test"]["stderr"], abs=1e-3)
+    assert measured.metric_args["rows"] == result["test"]["n"] == 8
+    assert (measured.metric_type, measured.metric_name, measured.dataset_split) == ("accuracy", "acc", "test")
+    assert f"layers {result['layers']} of the base" in card.text
+    assert result["base"]["sha256"] in card.text
+    assert f"Base: `{result['base']['name']}`" in card.text
+    assert "AutoModelForCausalLM.from_pretrained" in card.text
+    for drop in result["drops"]:
+        assert f"| {drop['units'][0]} | {drop['accuracy'][0]:.1f} | {drop['importance'][0]:.4g} |" in card.text
+
+
+def test_card_of_a_kept_depth_lists_only_the_drops_down_to_it(run: Path, tmp_path: Path) -> None:
+    assert cli.main(["export", str(run), "--depth", "3", "--output", str(tmp_path / "three")]) == 0
+    card = loaded((tmp_path / "three" / "README.md").read_text())
+    first, second = (drop["units"][0] for drop in h.result(run)["drops"])
+    assert f"| {first} |" in card.text
+    assert f"| {second} |" not in card.text
+    assert f"layers {json.loads((tmp_path / 'three' / 'plan.json').read_text())['layers']}" in card.text
+    stage = next(stage for stage in h.journal(run, "stage") if stage["depth"] == 3)
+    assert f"{stage['test']['value']:.1f} +- {stage['test']['stderr']:.1f} on the 8 reported ones" in card.text
+    assert card.data.license == "apache-2.0"
+
+
+@pytest.mark.parametrize("more", [[], ["--streaming"]], ids=["in memory", "streaming"])
+def test_card_of_a_bare_cut_says_that_nothing_was_trained(run: Path, tmp_path: Path, more: list[str]) -> None:
+    words = ["--model", str(run.parent / "base"), "--layers", "1,2", "--output", str(tmp_path / "cut")]
+    assert cli.main(["drop", *words, *more]) == 0
+    card = loaded((tmp_path / "cut" / "README.md").read_text())
+    assert "cut to 2 of 4 layers" in card.text
+    assert "nothing was trained since" in card.text
+    assert "layers [0, 3] of the base" in card.text
+    assert card.data.license == "apache-2.0"
+    assert not card.data.eval_results
+
+
+def test_names_on_the_hub_of_base_and_data_become_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_card, "_file", lambda base, name: None)
+    config = TrimConfig(model="org/base-7B", task="pubmedqa", output="o")
+    data = TaskData("pubmedqa", "choice", "acc", (), (), ())
+    row: dict[str, Any] = {"depth": 3, "event": "saved", "calibration": SUMMARY, "test": SUMMARY}
+    row |= {"parameters": 1, "bytes": 1, "tokens_per_second": 1.0}
+    base = {"name": "org/base-7B", "adapter": "org/lora", "sha256": "abc"}
+    card = loaded(model_card.trimmed(config, data, whole(3), [row | {"event": "base"}, row], base))
+    assert card.data.base_model == "org/base-7B"
+    assert card.data.datasets == ["qiaojin/PubMedQA"]
+    assert card.data.eval_results[0].dataset_type == "qiaojin/PubMedQA"
+    assert card.data.eval_results[0].dataset_config == "pqa_labeled"
+    assert card.data.eval_results[0].metric_value == 81.25
+    assert card.data.metrics == ["accuracy"]
+    assert "acc 81.2 +- 1.5 (n=500)" in card.text
+    assert "with the adapter `org/lora` merged" in card.text
+
+
+@pytest.mark.parametrize(
+    ("files", "expected", "says"),
+    [
+        ({"README.md": "---\nlicense: mit\n---\n"}, {"license": "mit"}, "card of the base"),
+        (
+            {"README.md": "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n"},
+            {"license": "other", "license_name": "llama3", "license_link": "LICENSE"},
+            "Licence: llama3",
+        ),
+        ({"config.json": '{"license": "gemma"}'}, {"license": "gemma"}, "config of the base"),
+        ({"LICENSE": "\n   Apache License\n   Version 2.0"}, {"license": "apache-2.0"}, "file LICENSE"),
+        ({"LICENSE.txt": "My own terms"}, {"license": "other", "license_link": "LICENSE.txt"}, "read it before"),
+        ({"README.md": "# No metadata"}, {"license": "other", "license_name": "unknown"}, "Licence: unknown"),
+        ({}, {"license": "other", "license_name": "unknown"}, "Licence: unknown"),
+    ],
+)
+def test_licence_is_that_of_the_base_or_said_to_be_unknown(
+    tmp_path: Path, files: dict[str, str], expected: dict[str, str], says: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    card = loaded(model_card.cut(str(tmp_path), whole(2), 3))
+    assert {name: card.data.get(name) for name in expected} == expected
+    assert says in card.text
+
+
+def test_licence_of_a_base_on_the_hub_is_read_there_if_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: llama3\n---\n")
+    asked = []
+
+    def download(repo: str, name: str) -> str:
+        asked.append((repo, name))
+        if name != "README.md" or repo != "org/base":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(model_card, "hf_hub_download", download)
+    assert model_card.licence("org/base").id == "llama3"
+    assert asked == [("org/base", "README.md")]
+    assert model_card.licence("org/other").more == {"license_name": "unknown"}
+
+
+def test_the_embedded_model_is_its_own_origin_without_a_licence_of_its_own() -> None:
+    assert model_card.licence("demo").id == "other"
+    assert models.origin("demo") == "demo"
