@@ -141,6 +141,16 @@ def test_licence_of_a_base_on_the_hub_is_read_there_if_it_can_be(
     assert model_card.licence("org/other").more == {"license_name": "unknown"}
 
 
+def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
+    def stage(depth: int, unit: str) -> dict[str, Any]:
+        return {"depth": depth, "dropped": [{"units": [unit], "accuracy": [50.0], "importance": [0.1], "why": "least"}]}
+
+    rows = [stage(3, "block 1"), stage(2, "block 0"), {"depth": 3}]
+    text = model_card._scores(rows, 3, "acc")
+    assert "| block 1 | 50.0 | 0.1 | least |" in text
+    assert "block 0" not in text
+
+
 def test_the_embedded_model_is_its_own_origin_without_a_licence_of_its_own() -> None:
     assert model_card.licence("demo").id == "other"
     assert models.origin("demo") == "demo"
