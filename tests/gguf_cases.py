@@ -1,6 +1,6 @@
 """Tiny models and tokenizers for the GGUF hand-over: every family that it serves, with every setting that it writes.
 
-    model = build("gemma3-out-of-step")     # weights are random; rows are multiples of 32, so that all types can hold them
+    model = build("gemma3-out-of-step")     # rows are multiples of 32, so that all types can hold them
     save(model, folder, tokenizer_of("gemma3-out-of-step"))
 
 Used by `test_gguf.py`, which reads the files with transformers, and by `benchmarks/llamacpp.py`, which runs them.
@@ -21,10 +21,13 @@ import trimllm
 VOCAB = 448
 TEXT = (
     "the cat sat on the mat. a dog ran to the cat; the man had no hat? In 1984, Anna's 12 cats didn't eat 3.50 kg of "
-    "fish — naïve café, Größe, 中文 字, привет мир!\n\n\tdef f(x):\n        return x  # twice the cat\n it's they'll WE'RE"
+    "fish — naïve café, Größe, 中文 字, привет мир!\n\n\tdef f(x):\n        return x  # twice\n it's they'll WE'RE"
 )
 SPECIAL = ("<pad>", "<s>", "</s>")
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace("{1,3}", "")
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -100,7 +103,9 @@ CASES = {
         "gemma3_text", {**GEMMA3, "rope_parameters": {SLIDING: LOCAL, FULL: LINEAR}}, 12, (0, 3, 8), "spm"
     ),
     "gemma3-untied": Case("gemma3_text", {**GEMMA3, "tie_word_embeddings": False}, 12, (6, 7, 8), "spm"),
-    "gemma3-62": Case("gemma3_text", {**GEMMA3, "layer_types": _period(6, 68), "head_dim": 32}, 68, tuple(range(6)), "spm"),
+    "gemma3-62": Case(
+        "gemma3_text", {**GEMMA3, "layer_types": _period(6, 68), "head_dim": 32}, 68, tuple(range(6)), "spm"
+    ),
 }
 
 

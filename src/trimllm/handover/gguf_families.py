@@ -1,4 +1,4 @@
-"""What a model of each family is in a GGUF file, as llama.cpp computes it: metadata, tensors, and what it cannot express.
+"""What a model of each family is in a GGUF file, as llama.cpp computes it: metadata, tensors, what it cannot express.
 
 Read from the source of llama.cpp as llama-cpp-python 0.3.36 builds it (`src/models/*.cpp`, `src/llama-hparams.h`).
 """

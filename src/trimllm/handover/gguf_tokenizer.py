@@ -1,6 +1,6 @@
 """A tokenizer in a GGUF file: llama.cpp rebuilds it from tokens, merges or scores, and a name for how text is split.
 
-What it cannot rebuild is refused: tokens that differ are worse than no file. Two kinds exist there (`src/llama-vocab.cpp`):
+What it cannot rebuild is refused: tokens that differ are worse than no file. Two kinds exist (`src/llama-vocab.cpp`):
 byte-level BPE ("gpt2"), whose split is one of a fixed list of regular expressions, and SentencePiece BPE ("llama"),
 which merges whatever neighbours make a token, best score first.
 """
@@ -40,15 +40,41 @@ SPLITS: dict[str, tuple[list[str], bool]] = {
         [rf"{_HEAD}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_HEAD}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}|{_PATH}"],
         False,
     ),
-    "qwen35": ([rf"{_SUFFIX}|{_HEAD}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+"], False),
+    "qwen35": (
+        [
+            rf"{_SUFFIX}|{_HEAD}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ],
+        False,
+    ),
     "seed-coder": ([rf"{_SUFFIX}|{_HEAD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"], False),
     "deepseek-coder": ([r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"], False),
 }
 """`tokenizer.ggml.pre` -> regular expressions that split a text one after the other, and whether llama.cpp takes words
 that are tokens as they are, whatever the merges say. Those of the families we write, as their tokenizers state them."""
 
-ATOMS = ("a", "B", "é", "中", "\u0301", "1", "٣", " ", "\u00a0", "\n", "\r", "\t", "'", "s", "LL", ".", "/", "-", "$", "🙂")
+ATOMS = (
+    "a",
+    "B",
+    "é",
+    "中",
+    "\u0301",
+    "1",
+    "٣",
+    " ",
+    "\u00a0",
+    "\n",
+    "\r",
+    "\t",
+    "'",
+    "s",
+    "LL",
+    ".",
+    "/",
+    "-",
+    "$",
+    "🙂",
+)
 """Letters, marks, digits, spaces, line ends and signs of every kind that the expressions tell apart."""
 
 
@@ -205,7 +231,9 @@ def _sentencepiece(backend: Any, stated: dict[str, Any], tokens: list[str]) -> d
     prefixed = _spelled(backend, "a") == [f"{SPACE}a"]
     for text in ("a", "a b", "a  b\tc\n\nd", "é 中\u00a0x 🙂", "a\r\n b ", "1 22", "Ａ ﬁ ½ e\u0301"):
         if _spelled(backend, text) != [SPACE * prefixed + text.replace(" ", SPACE)]:
-            raise _refuse(f"spelling of {text!r} as {_spelled(backend, text)}", "splits no text, and replaces spaces only")
+            raise _refuse(
+                f"spelling of {text!r} as {_spelled(backend, text)}", "splits no text, and replaces spaces only"
+            )
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     added = {token["content"] for token in stated["added_tokens"]}
     ranks = _ranks(pairs, model["vocab"], added)
