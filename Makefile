@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The oldest release we support, one between, and the newest (the one in constraints.txt).
 MATRIX ?= 5.5.0 5.17.0 $(shell sed -n 's/^transformers==\([0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test test-matrix lint types clean
+.PHONY: demo test test-matrix check-llamacpp lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/trimllm demo $(if $(DOMAIN),--domain $(DOMAIN)) $(if $(SEED),--seed $(SEED))
@@ -21,6 +21,21 @@ test-matrix: $(MATRIX:%=test-transformers-%)
 test-transformers-%: .venv-transformers-%/.installed
 	OMP_NUM_THREADS=1 .venv-transformers-$*/bin/python -m pytest -n $(WORKERS) -rs \
 		tests/test_surgery.py tests/test_surgery_families.py tests/test_export.py
+
+# Not part of the tests: llama-cpp-python has no wheels, and its build takes 10 minutes on 2 cores.
+check-llamacpp: $(VENV)/.installed-dev .venv-llamacpp/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llamacpp.py --engine .venv-llamacpp/bin/python
+
+# Its C++ is optimized little, to build sooner; the kernels of matrix products are C, and keep -O3.
+LLAMACPP_FLAGS := '-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG' -DLLAVA_BUILD=OFF
+.venv-llamacpp/.installed:
+	$(PYTHON) -m venv .venv-llamacpp
+	echo 'set(LLAMA_BUILD_COMMON OFF)' > .venv-llamacpp/library.cmake
+	CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) \
+		CMAKE_ARGS="$(LLAMACPP_FLAGS) -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/.venv-llamacpp/library.cmake" \
+		.venv-llamacpp/bin/python -m pip install --quiet --constraint constraints.txt \
+		--no-binary llama-cpp-python llama-cpp-python==0.3.36
+	touch $@
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -51,4 +66,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-transformers-* runs
+	rm -rf $(VENV) .venv-transformers-* .venv-llamacpp runs
