@@ -48,6 +48,8 @@ EXACT = 1e-5
 ROUNDED = 3.0
 """In other types: the mean difference, in units of what rounding the weights alone changes in transformers. llama.cpp
 rounds what the weights are multiplied with, too: to float16, or to blocks of 8 bits."""
+HALF = 1e-3
+"""Added to that: what rounding to float16 alone does where weights are exact (the demo base, bfloat16: 5e-4)."""
 TABLE = 5e-4
 """The same for Gemma, whose activation llama.cpp takes from a table in float16, beside transformers with such a table:
 where float32 rounds differently, the entry is another one."""
@@ -247,7 +249,7 @@ def check(names: list[str], python: Path, folder: Path) -> tuple[list[dict[str, 
             if kind != "f32":
                 alone = expected(rounded(model, folder / f"{name}-{kind}.gguf"), rows)
                 found[-1]["weights"] = float((np.abs(alone - want).max(-1) / np.abs(want).max(-1)).mean())
-                if not row["mean"] <= ROUNDED * found[-1]["weights"]:
+                if not row["mean"] <= ROUNDED * found[-1]["weights"] + HALF:
                     wrong.append(
                         f"{name} {kind}: logits differ by {row['mean']:.2g}, {found[-1]['weights']:.2g} by weights"
                     )

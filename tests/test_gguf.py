@@ -468,9 +468,15 @@ def test_tensors_without_a_place_and_lost_ones_are_refused(checkpoints: Any, tmp
     assert "blk.2.ffn_up.weight" in refusal(folder, tmp_path / "model.gguf")
 
 
-def test_file_appears_whole_or_not_at_all(checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FULL_DISK = [OSError(errno.ENOSPC, "No space left on device"), OSError("4096 requested and 0 written")]
+
+
+@pytest.mark.parametrize("error", FULL_DISK, ids=["system", "numpy"])
+def test_file_appears_whole_or_not_at_all(
+    error: OSError, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: Any, tensor: Any, **_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
