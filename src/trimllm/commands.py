@@ -30,9 +30,10 @@ from trimllm import (
     weights,
 )
 from trimllm.console import Console, table
+from trimllm.deciding import race_of
 from trimllm.errors import InputError
 from trimllm.evaluate import Evaluation, generate
-from trimllm.layout import Unit, describe, positions, remove, whole, without
+from trimllm.layout import Unit, describe, positions, remove, units, whole, without
 from trimllm.progressive import trim
 
 
@@ -61,6 +62,9 @@ def run_scan(command: config.ScanConfig) -> None:
     data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
         console.say(f"  {note}")
+    every = units(command.unit, whole(depth), length)
+    tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
+    may_go = [every[i] for i in _open(command, loaded.model, every, protected)[0]]
     with console.progress("scan") as show:
         result = scan.scan(
             loaded.model,
@@ -69,6 +73,7 @@ def run_scan(command: config.ScanConfig) -> None:
             command.unit,
             length=length,
             run=command.run or max(1, depth // 2),
+            race=race_of(command, tolerance, may_go, command.seed),
             progress=show,
         )
     for note in result.notes:
@@ -83,8 +88,9 @@ def run_scan(command: config.ScanConfig) -> None:
     evidence = result.evidence(scan.positions(result.candidates, range(depth)), depth, command.seed, **extra)
     names = [describe(unit, whole(depth)) for unit in result.candidates]
     record = scan.table(result, evidence, command.strategy, names)
-    tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
     allowed, reason = _open(command, loaded.model, result.candidates, protected)
+    if result.running is not None:
+        allowed = [i for i in allowed if i in result.running]
     if "angular" in command.strategy and allowed:
         allowed = [i for i in allowed if math.isfinite(result.run_cosine[i])]
         reason = "no run fits behind a layer that may go: ask for a shorter --run"
@@ -123,7 +129,7 @@ def scan_table(record: dict[str, Any]) -> str:
             row["unit"],
             "-" if row["importance"] is None else f"{row['importance']:.4g}",
             f"{row['value']:.1f} +- {row['stderr']:.1f}",
-            f"{row['loss']:.3f}",
+            "-" if row["loss"] is None else f"{row['loss']:.3f}",
             f"{row['norm']:.1f}",
         ]
         for row in sorted(record["units"], key=_by_importance)

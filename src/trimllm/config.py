@@ -19,6 +19,9 @@ from trimllm.errors import InputError
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
+CONFIDENCE = 0.999
+"""Of a race: tried on recorded scans, see docs/lab.md."""
+
 
 class Settings(BaseModel):
     """Base of all settings: unknown names and wrong types are errors."""
@@ -73,6 +76,10 @@ class ScoreSettings(Settings):
     strategy: str = "scan+norm"
     """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular,
     loss, perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
+    scan: Literal["exact", "racing"] = "exact"
+    """exact: every candidate on all calibration rows; racing: candidates that cannot win any more stop early."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
+    """With --scan racing: probability of finding the winner of the exact scan."""
     tie_tolerance: Annotated[float, Field(ge=0)] | None = None
     """Accuracy points within which candidates are tied (default: one calibration question; none for likelihoods)."""
     keep_pattern: bool = False
@@ -82,6 +89,16 @@ class ScoreSettings(Settings):
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
     eval_batch_size: Positive = 4096
     """Tokens per batch in scans and evaluations."""
+
+    @model_validator(mode="after")
+    def _races_are_for_accuracy(self) -> ScoreSettings:
+        if self.scan == "racing" and not self.strategy.startswith("scan"):
+            raise ValueError(
+                f"--scan racing compares accuracies, and --strategy {self.strategy} does not: leave it out"
+            )
+        if self.scan == "exact" and "confidence" in self.model_fields_set and self.confidence != CONFIDENCE:
+            raise ValueError("--confidence is for --scan racing: leave it out, or add --scan racing")
+        return self
 
 
 class TrainSettings(Settings):
@@ -175,6 +192,8 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
         others = (self.max_params, self.max_memory, self.target_speedup, self.min_accuracy, self.max_drop)
         if self.one_shot and self.unit != "block":
             raise ValueError("--one-shot drops blocks only: leave out --unit pair")
+        if self.one_shot and self.scan == "racing":
+            raise ValueError("--one-shot ranks all candidates, and --scan racing finds one: leave one of them out")
         if self.one_shot and self.keep is None and self.depth is None and any(o is not None for o in others):
             raise ValueError("--one-shot must know how many layers go: give --keep or --depth")
         return self

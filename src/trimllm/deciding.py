@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,23 @@ from typing import Any
 import numpy as np
 
 from trimllm import decoder, journal, legality, scan, scores, select, sparse, targets, weights
-from trimllm.config import TrimConfig
+from trimllm.config import ScoreSettings, TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluate import Scorer
-from trimllm.layout import Layout, describe, remove, units, whole
+from trimllm.layout import Layout, Unit, describe, remove, units, whole
 from trimllm.parallel import Share
-from trimllm.scan import ScanResult
+from trimllm.scan import Race, ScanResult
 from trimllm.scores import Evidence
 from trimllm.select import Choice
+
+
+def race_of(config: ScoreSettings, tolerance: float, allowed: Collection[Unit], seed: int) -> Race | None:
+    """The race that `--scan racing` asks for, among the units that may go."""
+    if config.scan == "exact":
+        return None
+    by_norm = "norm" in scores.parts(config.strategy)
+    return Race(config.confidence, tolerance if by_norm else 0.0, by_norm, frozenset(allowed), seed)
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,17 @@ class Decider:
 
         Finished batches are kept in the file `parts`; those that stand there already are not computed again.
         """
-        result = self._scan(model, parts, share, console)
+        result = self._scan(model, layout, parts, share, console)
         evidence = share.from_first(lambda: self._evidence(model, layout, result))
         choices = self._choose(model, layout, result, evidence)
         return Decision(choices, self._trainable(layout, result, evidence, choices), result, evidence)
 
-    def _scan(self, model: Any, parts: Path, share: Share, console: Console) -> ScanResult:
+    def _race(self, model: Any, layout: Layout) -> Race | None:
+        every = units(self.config.unit, whole(len(layout)), self.length)
+        allowed = [every[i] for i in self.droppable(model, layout, every)]
+        return race_of(self.config, self.tolerance, allowed, self.config.seed + len(layout))
+
+    def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         budget, depth = self.config.eval_batch_size, decoder.depth(model)
         records = share.from_first(lambda: journal.read_lines(parts))
         finished = {record["batch"]: scan.Part.load(record) for record in records if record.get("budget") == budget}
@@ -108,6 +122,7 @@ class Decider:
                 length=self.length,
                 trials=bool(needed & {"accuracy", "loss"}),
                 run=max(1, depth - self.wanted) if self.wanted else 1,
+                race=self._race(model, layout),
                 finished=finished,
                 on_part=keep,
                 progress=show,
@@ -128,6 +143,7 @@ class Decider:
     def _choose(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[Choice]:
         """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
         allowed = self.droppable(model, layout, result.candidates)
+        allowed &= set(result.running if result.running is not None else allowed)
         all_at_once = self.config.one_shot and self.wanted is not None
         count = (len(layout) - (self.wanted or 0)) // self.length if all_at_once else 1
         choices: list[Choice] = []

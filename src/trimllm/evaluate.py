@@ -191,6 +191,11 @@ class Scorer:
         made = encoding.rows(encoded, branches=branches)
         return Batches(made, self.token_budget, pad_id=self.pad_id, dtype=model.dtype, device=model.device)
 
+    def batches_of(self, model: Any, items: Sequence[int]) -> Batches:
+        """Batches of some of the items."""
+        wanted = set(items)
+        return self._batches(model, [one for one in self.encoded if one.item in wanted], self.branches)
+
     def _decide(self, model: Any) -> bool:
         many = [one for one in self.encoded if sum(len(ids) > 1 for ids in one.continuations) > 1]
         if not many:
@@ -261,16 +266,31 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
         raise InputError(f"unknown metric {metric!r}: use acc, acc_norm or likelihood")
     if any(len(item.continuations) < 2 for item in items):
         raise InputError(f"metric {metric} needs choices, and this task has none: use likelihood")
-    picks = [int(np.argmax(row)) for row in scores.loglik]
-    lengths = [item.lengths or [len(text.strip()) for text in item.continuations] for item in items]
-    normed = [
-        int(np.argmax(np.array(row) / np.maximum(characters, 1)))
-        for row, characters in zip(scores.loglik, lengths, strict=True)
-    ]
-    hits = {"acc": np.array(picks) == answers, "acc_norm": np.array(normed) == answers}
+    hits = {name: outcomes(items, scores, name)[0] for name in ("acc", "acc_norm")}
     error = 100 * _standard_error(hits[metric], [item.group for item in items])
     percent = {name: 100 * float(hit.mean()) for name, hit in hits.items()}
     return Evaluation(metric, percent[metric], error, n, loss, **percent, correct=tuple(map(bool, hits[metric])))
+
+
+def outcomes(items: Sequence[Item], scores: Scores, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Per item (items,): whether the right choice scores highest, and by how much (less than 0: another one does).
+
+    `metric` "acc" scores by log-likelihood, "acc_norm" by log-likelihood per character.
+    """
+    hits, margins = [], []
+    for item, row in zip(items, scores.loglik, strict=True):
+        values = np.array(row)
+        if metric == "acc_norm":
+            values = values / np.maximum(item.lengths or [len(text.strip()) for text in item.continuations], 1)
+        hits.append(int(np.argmax(values)) == item.answer)
+        margins.append(values[item.answer] - np.delete(values, item.answer).max())
+    return np.array(hits), np.array(margins)
+
+
+def estimate(share: float, seen: int, metric: str) -> Evaluation:
+    """An evaluation that was broken off after `seen` items: the share of hits that is expected over all."""
+    error = 100 * math.sqrt(share * (1 - share) / max(seen - 1, 1))
+    return Evaluation(metric, 100 * float(share), error, seen, math.nan)
 
 
 def _standard_error(hits: np.ndarray, groups: Sequence[str | None]) -> float:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from trimllm import decoder, evaluate, families
+from trimllm import activations, decoder, evaluate, families, racing
 from trimllm.encoding import Batch
 from trimllm.errors import InputError
 from trimllm.evaluate import Evaluation, Pieces, Scorer
@@ -33,7 +32,7 @@ class Part:
 
     base: Pieces
     trials: list[Pieces]
-    """Per candidate; empty if the scan only measured activations."""
+    """Per candidate, {} for one that is not in the race any more; empty if only activations were measured."""
     tokens: int
     sums: dict[str, list[float]]
     """Sums over unpadded tokens, one number per candidate: `norm`, `cosine`, `run_cosine`."""
@@ -60,6 +59,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Race:
+    """A scan that stops candidates which cannot win."""
+
+    confidence: float
+    """Probability of the winner that a scan of all items has."""
+    tolerance: float = 0.0
+    """Accuracy points within which candidates are tied."""
+    by_norm: bool = True
+    """Of tied candidates the one with the largest norm wins; else the deepest."""
+    allowed: frozenset[Unit] | None = None
+    """Units that may go (default: all); the others run in the first round only."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class ScanResult:
     """Per candidate, in order of depth: its evaluation when deleted (none if only activations were asked for)."""
 
@@ -72,6 +86,10 @@ class ScanResult:
     run_cosine: Array
     seconds: float
     notes: tuple[str, ...] = field(default=())
+    running: tuple[int, ...] | None = None
+    """After a race: the candidates that it did not stop. The values of the others are what they were expected to be."""
+    computed: float = 1.0
+    """Share of the trials (candidates times items) that were computed."""
 
     def evidence(self, position: Array, depth: int, seed: int = 0, **extra: Array) -> Evidence:
         """What the scores need; `position` (n,) are the candidates' places in the original model of `depth` blocks."""
@@ -98,6 +116,7 @@ def scan(
     length: int = 1,
     trials: bool = True,
     run: int = 1,
+    race: Race | None = None,
     finished: Mapping[int, Part] | None = None,
     on_part: Callable[[int, Part], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -106,32 +125,85 @@ def scan(
     """Measure every candidate of kind `unit` (runs of `length` blocks) on the scorer's items.
 
     `trials=False` measures activations only. `run` is the number of blocks of the runs that `angular` compares.
+    With `race`, candidates that cannot win are stopped on the way (multiple choice only; see `racing`).
     `finished` holds parts of an earlier, interrupted scan; `on_part` receives each new one, on every process of
     `share`. Units without which the family's layers could not stand are no candidates; the notes name them.
     """
     started = time.perf_counter()
     candidates, notes = _candidates(model, units(unit, whole(decoder.depth(model)), length))
     parts: dict[int, Part] = dict(finished or {})
-    todo = [number for number in range(len(scorer.batches)) if number not in parts]
     notes += [scorer.note] if scorer.note else []
+    if race is not None and (metric not in ("acc", "acc_norm") or len(scorer.items) < 2 * racing.SMALLEST):
+        notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
+        race = None
     with evaluate.evaluating(model):
         resume = trials and _resumes_exactly(model, scorer.batches[0])
         if trials and not resume:
             kind = model.config.model_type
             notes.append(f"every candidate computes the whole model: {kind} cannot be resumed midway")
-        for begin in range(0, len(todo), share.world):
-            mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
-            made = [
-                (number, _part(model, scorer.batches[number], candidates, trials=trials, run=run, resume=resume))
-                for number in mine
-            ]
-            for number, part in share.gather(made):
-                parts[number] = part
-                if on_part:
-                    on_part(number, part)
-            if progress:
-                progress(len(parts), len(scorer.batches))
-    return _collect(parts, scorer, metric, candidates, trials, time.perf_counter() - started, tuple(notes))
+
+        def work(batches: Sequence[Batch], first: int, tried: Sequence[int]) -> list[Part]:
+            """The parts of `batches`, numbered from `first` on, with trials of these candidates."""
+            numbers = range(first, first + len(batches))
+            todo = [number for number in numbers if number not in parts]
+            for begin in range(0, len(todo), share.world):
+                mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
+                made = [
+                    (n, _part(model, batches[n - first], candidates, tried=tried, run=run, resume=resume)) for n in mine
+                ]
+                for number, part in share.gather(made):
+                    parts[number] = part
+                    if on_part:
+                        on_part(number, part)
+                if progress:
+                    progress(len(parts), max(len(parts), numbers.stop))
+            return [parts[number] for number in numbers]
+
+        everyone = range(len(candidates)) if trials and race is None else ()
+        intact = work(scorer.batches, 0, everyone)
+        result = _collect(intact, scorer, metric, candidates, bool(everyone))
+        if trials and race is not None:
+            result = _race(model, race, result, intact, scorer, work)
+    return replace(result, seconds=time.perf_counter() - started, notes=(*notes, *result.notes))
+
+
+def _race(
+    model: Any,
+    race: Race,
+    intact: ScanResult,
+    parts: Sequence[Part],
+    scorer: Scorer,
+    work: Callable[[Sequence[Batch], int, Sequence[int]], list[Part]],
+) -> ScanResult:
+    """Trials in rounds of items, hardest first; candidates without a chance to win stop (see `racing`)."""
+    count, metric = len(scorer.items), intact.base.metric
+    hits, margins = evaluate.outcomes(
+        scorer.items, evaluate.gather([part.base for part in parts], scorer.encoded), metric
+    )
+    position = positions(intact.candidates, range(decoder.depth(model)))
+    breaker = intact.norm if race.by_norm else np.zeros(len(intact.candidates))
+    allowed = np.array([race.allowed is None or unit in race.allowed for unit in intact.candidates])
+    rule = racing.Rule(race.tolerance * count / 100, breaker, position, allowed)
+    first = len(parts)
+
+    def compute(running: list[int], items: list[int]) -> Array:
+        nonlocal first
+        batches = scorer.batches_of(model, items)
+        new = work(batches, first, running)
+        first += len(batches)
+        places, encoded = sorted(items), [one for one in scorer.encoded if one.item in set(items)]
+        order = np.argsort(np.argsort(items))
+        rows = []
+        for i in running:
+            scores = evaluate.gather([part.trials[i] for part in new], encoded)
+            rows.append(evaluate.outcomes([scorer.items[k] for k in places], scores, metric)[0][order])
+        return np.stack(rows)
+
+    end = racing.race(compute, hits, margins, rule, race.confidence, race.seed)
+    trials = [evaluate.estimate(e / count, n, metric) for e, n in zip(end.expected, end.seen, strict=True)]
+    share = end.computed / (count * len(trials))
+    note = f"race: {len(end.running)} of {len(trials)} candidates to the end, {share:.0%} of the trials computed"
+    return replace(intact, trials=trials, running=end.running, computed=share, notes=(note,))
 
 
 def _candidates(model: Any, every: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
@@ -148,17 +220,7 @@ def _candidates(model: Any, every: Sequence[Unit]) -> tuple[list[Unit], list[str
     return candidates, [f"{u} must stay: {reason}" for u, reason in refused.items() if reason]
 
 
-def _collect(
-    parts: Mapping[int, Part],
-    scorer: Scorer,
-    metric: str,
-    candidates: list[Unit],
-    trials: bool,
-    seconds: float,
-    notes: tuple[str, ...],
-) -> ScanResult:
-    ordered = [parts[number] for number in sorted(parts)]
-
+def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: list[Unit], trials: bool) -> ScanResult:
     def judged(pieces: list[Pieces]) -> Evaluation:
         return evaluate.judge(scorer.items, evaluate.gather(pieces, scorer.encoded), metric)
 
@@ -168,15 +230,17 @@ def _collect(
         for name in ("norm", "cosine", "run_cosine")
     }
     tried = [judged([part.trials[i] for part in ordered]) for i in range(len(candidates))] if trials else []
-    return ScanResult(candidates, judged([part.base for part in ordered]), tried, **means, seconds=seconds, notes=notes)
+    return ScanResult(candidates, judged([part.base for part in ordered]), tried, **means, seconds=0.0)
 
 
 @torch.no_grad()
-def _part(model: Any, batch: Batch, candidates: list[Unit], *, trials: bool, run: int, resume: bool) -> Part:
-    base, stream = _forward_keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in candidates))
-    part = Part(base, [], int(batch.real.sum()), _activations(stream, batch, candidates, run))
-    if trials:
-        part.trials = [_trial(model, batch, unit, stream, resume) for unit in candidates]
+def _part(model: Any, batch: Batch, candidates: list[Unit], *, tried: Sequence[int], run: int, resume: bool) -> Part:
+    base, stream = activations.keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in candidates))
+    part = Part(base, [], int(batch.real.sum()), activations.sums(stream, batch, candidates, run))
+    if tried:
+        part.trials = [
+            _trial(model, batch, unit, stream, resume) if i in tried else {} for i, unit in enumerate(candidates)
+        ]
     return part
 
 
@@ -190,72 +254,13 @@ def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tenso
         return evaluate.batch_pieces(model, batch)
 
 
-def _forward_keeping_stream(model: Any, batch: Batch, *, mids: bool) -> tuple[Pieces, dict[float, torch.Tensor]]:
-    """Scores of the intact model, and the residual stream: key i before block i, i + 0.5 amid it, n at the end."""
-    stream: dict[float, torch.Tensor] = {}
-
-    def keep(key: float) -> Callable[..., None]:
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stream[key] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    def keep_output(_module: Any, _args: Any, output: Any) -> None:
-        stream[depth] = output[0] if isinstance(output, tuple) else output
-
-    depth = decoder.depth(model)
-    with ExitStack() as hooks:
-        for i, block in enumerate(decoder.blocks(model)):
-            hooks.callback(block.register_forward_pre_hook(keep(i), with_kwargs=True).remove)
-            middle = decoder.mid_block(model, i) if mids else None
-            if middle is not None:
-                hooks.callback(middle.register_forward_pre_hook(keep(i + 0.5), with_kwargs=True).remove)
-        hooks.callback(decoder.blocks(model)[-1].register_forward_hook(keep_output).remove)
-        return evaluate.batch_pieces(model, batch), stream
-
-
-def ends(unit: Unit) -> tuple[float, float]:
-    """Where the unit begins and ends in the residual stream (see `_forward_keeping_stream`)."""
-    begin = {"block": 0.0, "attention": 0.0, "mlp": 0.5, "pair": 0.5}[unit.kind]
-    length = {"block": float(unit.length), "pair": 1.0, "attention": 0.5, "mlp": 0.5}[unit.kind]
-    return unit.index + begin, unit.index + begin + length
-
-
-def _activations(
-    stream: dict[float, torch.Tensor], batch: Batch, candidates: Sequence[Unit], run: int
-) -> dict[str, list[float]]:
-    """Sums over unpadded tokens: norm of the stream behind each unit, cosine over the unit, cosine over a run."""
-    depth = max(stream)
-
-    def tokens(key: float) -> torch.Tensor | None:
-        hidden = stream.get(key)
-        if hidden is None:
-            return None
-        hidden = hidden[0] if hidden.dim() == 4 else hidden  # AltUp carries several streams, the first is the main one
-        return hidden.reshape(-1, hidden.shape[-1])[batch.real.flatten()].float()
-
-    def cosine(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
-        if a is None or b is None:
-            return float("nan")
-        return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).sum())
-
-    sums: dict[str, list[float]] = {"norm": [], "cosine": [], "run_cosine": []}
-    for unit in candidates:
-        begin, end = ends(unit)
-        before, behind = tokens(begin), tokens(end)
-        sums["norm"].append(float("nan") if behind is None else float(behind.norm(dim=-1).sum()))
-        sums["cosine"].append(cosine(before, behind))
-        sums["run_cosine"].append(cosine(before, tokens(begin + run)) if begin + run <= depth else float("nan"))
-    return sums
-
-
 @torch.no_grad()
 def _resumes_exactly(model: Any, batch: Batch) -> bool:
     """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked."""
     depth = decoder.depth(model)
     if not families.family(decoder.text_config(model)).resumable or depth < 2:
         return False
-    base, stream = _forward_keeping_stream(model, batch, mids=False)
+    base, stream = activations.keeping_stream(model, batch, mids=False)
     try:
         with trial(model, whole(depth), resume_from=depth // 2) as injection:
             injection.hidden = stream[depth // 2]
@@ -282,7 +287,11 @@ def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence
         row: dict[str, Any] = {"unit": name, "importance": float(decider[i]) if np.isfinite(decider[i]) else None}
         if result.trials:
             trial = result.trials[i]
-            row |= {"value": trial.value, "stderr": trial.stderr, "loss": trial.loss}
+            row |= {
+                "value": trial.value,
+                "stderr": trial.stderr,
+                "loss": trial.loss if np.isfinite(trial.loss) else None,
+            }
         if norms is not None:
             row |= {"norm": float(result.norm[i]), "s_norm": float(norms[i])}
         rows.append(row | {"cosine": float(result.cosine[i])})
