@@ -57,11 +57,19 @@ class _Push(settings.PushConfig):
     repo_id: CliPositionalArg[str] = Field(description="repository on the Hub: YOUR_NAME/REPOSITORY")
 
 
+class _Bench(settings.BenchConfig):
+    __doc__ = settings.BenchConfig.__doc__
+    models: CliPositionalArg[tuple[str, ...]] = Field(
+        description=settings.BenchConfig.model_fields["models"].description
+    )
+
+
 COMMANDS: dict[str, type[settings.Settings]] = {
     "trim": settings.TrimConfig,
     "scan": settings.ScanConfig,
     "drop": settings.DropConfig,
     "eval": settings.EvalConfig,
+    "bench": settings.BenchConfig,
     "export": settings.ExportConfig,
     "push": settings.PushConfig,
     "tasks": settings.TasksConfig,
@@ -92,6 +100,7 @@ class _Root(BaseSettings):
     scan: CliSubCommand[_Scan] = _about(_Scan)
     drop: CliSubCommand[_Drop] = _about(_Drop)
     eval: CliSubCommand[_Eval] = _about(_Eval)
+    bench: CliSubCommand[_Bench] = _about(_Bench)
     export: CliSubCommand[_Export] = _about(_Export)
     push: CliSubCommand[_Push] = _about(_Push)
     tasks: CliSubCommand[settings.TasksConfig] = _about(settings.TasksConfig)

@@ -275,6 +275,24 @@ def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.T
     return {name: 100 * sum(map(float, values)) / len(values) for name, values in columns.items()}
 
 
+def run_bench(command: config.BenchConfig) -> None:
+    """Models in turn: tables, bench.json, bench.png."""
+    from trimllm import bench_report, benching
+    from trimllm.plot import bench_plot
+
+    output = Path(command.output) if command.output else None
+    if output:
+        _fresh(output, "bench.json")
+        _check_writable(output)
+    with Console().progress("bench") as show:
+        record = bench_report.record(command, *benching.measure(command, show))
+    print(bench_report.report(record))
+    if output:
+        journal.write_json(output / "bench.json", record)
+        bench_plot(record, output / "bench.png")
+        print(f"written: {output / 'bench.json'}, {output / 'bench.png'}")
+
+
 def run_export(command: config.ExportConfig) -> None:
     """A kept depth of a run as a checkpoint, or a checkpoint in another format."""
     from trimllm import handover
@@ -332,6 +350,7 @@ CARRY_OUT: dict[type[config.Settings], Callable[[Any], None]] = {
     config.ScanConfig: run_scan,
     config.DropConfig: run_drop,
     config.EvalConfig: run_eval,
+    config.BenchConfig: run_bench,
     config.ExportConfig: run_export,
     config.PushConfig: run_push,
     config.TasksConfig: run_tasks,

@@ -32,9 +32,12 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
-class ModelSettings(Settings):
+class ModelName(Settings):
     model: str
     """Model to work on: a directory or a Hugging Face Hub id; `demo` is the embedded one."""
+
+
+class LoadSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights in memory; auto: float32 to train (bf16 mixed precision on a GPU), else as saved."""
     device: str = "auto"
@@ -45,6 +48,10 @@ class ModelSettings(Settings):
     """Run code that comes with the model. Off: such a model is refused."""
     allow_pickle: bool = False
     """Read weights from pickle files too, which can run code. Off: safetensors only."""
+
+
+class ModelSettings(LoadSettings, ModelName):
+    """Which model, and how it is loaded."""
 
 
 class TaskSettings(Settings):
@@ -265,6 +272,45 @@ class EvalConfig(TaskSettings, ModelSettings):
     """Generation tasks: also generate, and report exact match, ROUGE-L and repetition."""
     max_new_tokens: Positive = 128
     """Longest generated answer."""
+
+
+class BenchConfig(LoadSettings):
+    """Measure models in turn: prefill and decode speed, latency, memory, cache, size, and what the bytes allow at best.
+
+    Example:
+      trimllm bench demo runs/medicine/model --batch-size 1,8 --output runs/bench
+      trimllm bench config:benchmarks/shapes/llama-7b.json config:benchmarks/shapes/llama-7b-half.json --dtype float16
+    """
+
+    models: tuple[str, ...]
+    """Directories, Hub ids or `demo`; config:FILE.json is a model of that shape with random weights. Ratios are to the
+    first."""
+    batch_size: tuple[Positive, ...] = (1,)
+    """Sequences at a time: 1,8 measures both."""
+    sequence: Annotated[int, Field(gt=1)] = 512
+    """Length of a row in tokens when its last token is decoded; the prompt is what --new-tokens leave of it."""
+    new_tokens: Positive = 64
+    """Tokens decoded one by one at the end of the row."""
+    repeats: Positive = 5
+    """Rounds; in each, every model has its turn. One more before them warms up."""
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """Key-value cache: growing with every token, or allocated for the whole row."""
+    compile: bool = False
+    """Decode with torch.compile (needs --cache static: its shapes never change)."""
+    output: str | None = None
+    """Directory for bench.json and bench.png."""
+
+    @model_validator(mode="after")
+    def _room_for_a_prompt(self) -> BenchConfig:
+        if not self.models:
+            raise ValueError("name at least one model: trimllm bench demo")
+        if self.new_tokens >= self.sequence:
+            raise ValueError(
+                f"--new-tokens {self.new_tokens} leave no prompt in --sequence {self.sequence}: ask for less"
+            )
+        if self.compile and self.cache != "static":
+            raise ValueError("--compile needs --cache static: a growing cache has other shapes at every token")
+        return self
 
 
 class ExportConfig(Settings):

@@ -31,3 +31,34 @@ def importance_plot(record: dict[str, Any], path: Path) -> None:
     with disk_errors(path):
         figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def bench_plot(record: dict[str, Any], path: Path) -> None:
+    """Per batch size: decode speed of every model, and its ratio to the first one's, measured against ideal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = record["rows"]
+    several = len({row["batch"] for row in rows}) > 1
+    places = list(range(len(rows)))
+    names = [Path(row["model"]).name + (f"\nbatch {row['batch']}" if several else "") for row in rows]
+    ratios = [row["ratio"] for row in rows]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(max(7.0, 1.4 * len(rows) + 3), 4), layout="constrained")
+    spread = [
+        [row["decode_tokens_per_second"] - min(row["decode_rounds"]) for row in rows],
+        [max(row["decode_rounds"]) - row["decode_tokens_per_second"] for row in rows],
+    ]
+    left.bar(places, [row["decode_tokens_per_second"] for row in rows], yerr=spread, color="#4878a8", capsize=3)
+    left.set_ylabel("decode tokens/s")
+    errors = [[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]]
+    right.bar(places, [r["median"] for r in ratios], yerr=errors, color="#8c8c8c", capsize=3, label="measured")
+    right.scatter(places, [r["ideal"] for r in ratios], color="#c44e52", marker="_", s=600, label="ideal (bytes read)")
+    right.set_ylabel(f"speed, times that of {Path(rows[0]['model']).name}")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    for axes in (left, right):
+        axes.set_xticks(places, names, rotation=20, ha="right", fontsize=8)
+    with disk_errors(path):
+        figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,47 @@
+"""Models of a given shape with random weights: for speed and memory, which do not depend on what a model knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trimllm.errors import InputError, one_line
+from trimllm.loading import quiet
+
+PREFIX = "config:"
+"""What a model is named by that only has a config: `config:FILE.json`."""
+
+
+def random_model(
+    file: str | Path, *, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool = False
+) -> Any:
+    """A causal language model built from a config.json, layer by layer on its device and in its dtype.
+
+    Args:
+        file: the config, as in a checkpoint.
+        dtype: of the weights; the config's own by default.
+        device: where every layer is made.
+        trust_remote_code: run the model code that the config names.
+
+    Raises:
+        InputError: if the file is not the config of a causal language model.
+    """
+    path = Path(file).expanduser()
+    try:
+        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise InputError(f"{PREFIX}{file}: not a model's config.json")
+        with quiet():
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            torch.manual_seed(0)
+            with device:
+                make: Any = AutoModelForCausalLM.from_config
+                model = make(config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise InputError(f"{PREFIX}{file}: {error.strerror or one_line(error)}: check the path") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{PREFIX}{file}: no model can be built from it: {one_line(error)}") from error
+    return model.eval()
