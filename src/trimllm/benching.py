@@ -176,6 +176,8 @@ def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -
         return pool.submit(function, *arguments).result()
     except BrokenProcessPool:
         raise TrimError(f"the process of {name} was ended, perhaps for lack of memory: measure fewer models") from None
+    except torch.OutOfMemoryError:
+        raise TrimError(f"{name}: out of memory on the device: a smaller --batch-size, or fewer models") from None
     except InputError as error:
         text = str(error)
         raise InputError(text if name in text else f"{name}: {text}") from None

@@ -118,9 +118,8 @@ FAMILIES: dict[str, Family] = {
     **_rows("lfm2 lfm2_moe", LFM2),
     **_rows("biogpt xglm", OPT),
     **_rows("mamba mamba2 falcon_mamba", MAMBA),
-    **_rows("bamba nemotron_h recurrent_gemma zamba zamba2", RECURRENT),
+    **_rows("bamba nemotron_h recurrent_gemma xlstm zamba zamba2", RECURRENT),
     "rwkv": replace(RECURRENT, cache_argument="state"),
-    "xlstm": MAMBA,
     "afmoe": Family(
         attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
         mlp=("pre_mlp_layernorm", "mlp", "post_mlp_layernorm"),

@@ -110,10 +110,11 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = {_storage(tensor) for tensor in _plain((args, kwargs))}
-        if not func.is_view:
-            self._note(func, args, kwargs)
         result = func(*args, **kwargs)
-        self._new |= {_storage(tensor) for tensor in _plain(result)} - inputs
+        made = {_storage(tensor) for tensor in _plain(result)} - inputs
+        if made or not func.is_view:  # operators like `to` are views by name, and copy where they must
+            self._note(func, args, kwargs)
+        self._new |= made
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> None:

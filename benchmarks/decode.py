@@ -1,0 +1,75 @@
+"""Decode speed at half the depth, against what the bytes read allow.
+
+    python benchmarks/decode.py
+
+Two pairs, batch 1, rows of 512 tokens: the embedded model and every second of its blocks, and a larger Llama with
+random weights against the same shape with half the blocks. The sides are measured in turn, each in a process of its
+own. The last line is one JSON object about the larger pair (`pairs` holds both), also written to results/decode.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _sides import finish, ratios
+
+from trimllm import bench_report, benching, decoder, loading, models, surgery
+from trimllm.config import BenchConfig
+from trimllm.console import Console
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+def half_of_demo(folder: Path) -> str:
+    """The embedded model without every second block."""
+    model: Any = loading.load_model(models.DEMO)
+    surgery.drop_layers(model, range(1, decoder.depth(model), 2))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def half_of_shape(shape: Path, file: Path) -> str:
+    """The same config with half the blocks."""
+    values = json.loads(shape.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(values | {"num_hidden_layers": values["num_hidden_layers"] // 2}), encoding="utf-8")
+    return f"config:{file}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=Path, default=SHAPES / "llama-300m.json", help="config of the larger model")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch (default: its own choice)")
+    options = parser.parse_args()
+    pairs = {}
+    with tempfile.TemporaryDirectory(prefix="decode.") as folder:
+        named = {
+            "demo": ("demo", half_of_demo(Path(folder) / "demo-half")),
+            options.shape.stem: (
+                f"config:{options.shape}",
+                half_of_shape(options.shape, Path(folder) / f"{options.shape.stem}-half.json"),
+            ),
+        }
+        for name, both in named.items():
+            command = BenchConfig(models=both, repeats=options.repeats, threads=options.threads)
+            with Console().progress(name) as show:
+                found = bench_report.record(command, *benching.measure(command, show))
+            print(bench_report.report(found), "\n", flush=True)
+            base, half = found["rows"]
+            pairs[name] = {
+                "ours": half["decode_rounds"],
+                "other": base["decode_rounds"],
+                "ideal": half["ratio"]["ideal"],
+                **ratios(half["decode_rounds"], base["decode_rounds"]),
+            }
+    larger = pairs[options.shape.stem]
+    finish("decode", larger["ours"], larger["other"], "tokens/s", ideal=larger["ideal"], pairs=pairs)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

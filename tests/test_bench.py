@@ -1,0 +1,371 @@
+"""`trimllm bench`: bytes read and cache sizes against sums by hand, kinds of cache against each other, the command."""
+
+import functools
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pytest
+import torch
+from tiny import build
+from transformers import TorchAoConfig
+
+from trimllm import bench, bench_report, benching, cli, config, loading, reads, shapes
+from trimllm.errors import InputError, TrimError
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": 64,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def bytes_of(model):
+    """Parameters, each once, and the frequencies of RoPE."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()) if t.dim() != 0)
+
+
+def shape(folder, **changes):
+    """A config on disk, as the command takes it."""
+    path = folder / f"shape-{len(list(folder.iterdir()))}.json"
+    path.write_text(json.dumps(SHAPE | changes))
+    return f"config:{path}"
+
+
+# ---- bytes read by a step
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_untied_embedding_is_read_by_the_row_and_everything_else_whole(batch):
+    model = build("llama")
+    table = model.get_input_embeddings().weight
+    rows = bench.random_ids(model, batch, 20)[:, -1].unique().numel()
+    found = reads.footprint(model, batch=batch, sequence=20)
+    inverse_frequencies = 4 * model.config.head_dim // 2
+    buffers = sum(4 * b.numel() for b in model.buffers())
+    assert found.weights == bytes_of(model) - buffers + inverse_frequencies - table.nbytes + rows * table[0].nbytes
+
+
+def test_a_tied_embedding_is_the_head_and_read_whole():
+    model = build("llama-tied")
+    parameters = sum(p.nbytes for p in model.parameters())
+    assert reads.footprint(model, batch=1, sequence=8).weights == parameters + 4 * model.config.head_dim // 2
+
+
+def test_of_a_mixture_only_the_chosen_experts_are_read():
+    model = build("mixtral")
+    experts = [p for name, p in model.named_parameters() if "experts" in name]
+    assert all(p.shape[0] == 4 for p in experts)
+    dense = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in experts)
+    table = model.get_input_embeddings().weight
+    wanted = dense - table.nbytes + table[0].nbytes + sum(p.nbytes for p in experts) // 2 + 4 * 8 // 2
+    assert reads.footprint(model, batch=1, sequence=8).weights == wanted
+
+
+def test_weights_in_int8_count_as_they_are_stored(tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    plain = build("llama").to(torch.bfloat16)
+    plain.save_pretrained(tmp_path / "plain")
+    quantized = type(plain).from_pretrained(
+        tmp_path / "plain", quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.bfloat16
+    )
+    quantized.save_pretrained(tmp_path / "int8")
+    model = loading.load_model(tmp_path / "int8")
+    linear = [m.weight for m in plain.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    less = sum(w.nbytes - w.numel() for w in linear) - sum(w.shape[0] * 4 for w in linear)
+    fresh = loading.load_model(tmp_path / "plain")
+    difference = (
+        reads.footprint(fresh, batch=1, sequence=8).weights - reads.footprint(model, batch=1, sequence=8).weights
+    )
+    assert difference in (less, less + sum(w.shape[0] * 2 for w in linear)), "scales are float32 or bfloat16"
+
+
+def test_a_weight_and_its_transpose_are_one_read_and_two_halves_are_two():
+    weight = torch.randn(6, 8)
+    with reads._Watch([]) as watch:
+        (weight.t() @ weight).sum()
+        weight[:3].clone()
+    assert watch.bytes_by_storage() == {weight.untyped_storage().data_ptr(): weight.nbytes}
+    with reads._Watch([]) as watch:
+        weight[:, :4].clone()
+        weight[:, :4].t().clone()
+        weight[:2, 4:].clone()
+        weight.view(-1).expand(5, 48)
+    assert watch.bytes_by_storage() == {weight.untyped_storage().data_ptr(): 4 * (24 + 8)}
+
+
+# ---- the cache
+
+
+@pytest.mark.parametrize(
+    ("family", "growth", "size"),
+    [
+        ("llama", 6 * 128, 6 * 128 * 24),
+        ("gemma3_text", 4 * 128, 4 * 128 * 24 + 2 * 128 * 3),  # windows of 4 keep 3
+        ("mistral", 0, 6 * 128 * 3),
+        ("deepseek_v3", 6 * 4 * (16 + 4), 6 * 4 * (16 + 4) * 24),  # the compressed keys and values
+        ("qwen3_5_text", 2 * 128, None),
+        ("mamba", 0, 6 * 4 * 64 * (16 - 16 + 8 + 4)),  # states of 8 and convolutions of 4 per channel
+    ],
+)
+def test_cache_is_measured_on_the_object_whatever_the_layers_are(family, growth, size):
+    one, two = (reads.footprint(build(family), batch=batch, sequence=24) for batch in (1, 2))
+    assert (one.growth, one.cache) == (two.growth, two.cache)
+    assert one.growth == growth
+    assert size is None or one.cache == size
+    later = reads.footprint(build(family), batch=1, sequence=25)
+    assert later.cache - one.cache == growth
+    assert 0 < one.cache_read <= one.cache
+
+
+def test_a_model_that_keeps_its_state_in_its_modules_has_no_cache_size():
+    found = reads.footprint(build("recurrent_gemma"), batch=1, sequence=8)
+    assert (found.cache, found.growth, found.cache_read) == (None, None, 0)
+
+
+# ---- decoding
+
+SIZES = {"batch": 2, "prompt": 9, "new": 5}
+
+
+def test_static_cache_decodes_the_same_again_and_again():
+    model = build("llama")
+    static, plain = bench.runner(model, cache="static", **SIZES), bench.runner(model, **SIZES)
+    assert static.static is not None
+    assert plain.static is None
+    for _ in range(2):
+        assert torch.allclose(static.logits(), plain.logits(), atol=1e-4)
+    full = model(input_ids=plain.ids[:, :12]).logits[:, 9:]
+    assert torch.allclose(plain.logits(), full, atol=1e-4)
+    assert int(static.static.get_seq_length()) == 9 + 3, "the cache is emptied before every prompt"
+
+
+def test_compiled_steps_are_compiled_and_give_the_same_logits(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    made = bench.runner(build("llama", depth=1), cache="static", compiled=True, **SIZES)
+    assert isinstance(made.step, torch._dynamo.eval_frame.OptimizedModule)
+    assert len(made.run().steps) == 5
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("gpt_neo", {"cache": "static"}, r"--cache static: .*: use --cache dynamic$"),
+        ("olmo_hybrid", {"cache": "static"}, r"--cache static: .* cache of its own kind"),
+        (
+            "llama",
+            {"cache": "static", "compiled": True},
+            r"--compile: the model cannot do it \(no compiler\): leave it out",
+        ),
+    ],
+)
+def test_what_a_model_cannot_do_is_a_line_and_not_ignored(monkeypatch, family, options, message):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(InputError, match=message):
+        bench.runner(build(family), **options, **SIZES)
+
+
+def test_a_way_of_decoding_with_other_logits_is_refused(monkeypatch):
+    other = build("llama", seed=1)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: other)
+    with pytest.raises(InputError, match=r"--compile: the model's logits differ by [\d.]+ from the plain ones"):
+        bench.runner(build("llama"), cache="static", compiled=True, **SIZES)
+
+
+def test_every_token_has_its_time():
+    done = bench.runner(build("llama"), **SIZES).run()
+    assert len(done.steps) == 5
+    assert min(done.first, *done.steps) > 0
+    assert done.decode == pytest.approx(2 * 5 / sum(done.steps))
+    assert done.prefill == pytest.approx(2 * 9 / done.first)
+    assert len(bench.Runner(build("llama"), **SIZES).run(limit=0).steps) == 1
+
+
+def test_models_are_measured_in_turn_and_the_warm_up_is_left_out(monkeypatch):
+    models, order = {"a": build("llama", depth=2), "b": build("gpt2", depth=2)}, []
+
+    def once(model, **settings):
+        assert settings == {"new": 3}
+        order.append(model.config.model_type)
+        return float(len(order))
+
+    monkeypatch.setattr(bench, "decode_once", once)
+    speeds = bench.decode_speed(models, repeats=2, new=3)
+    assert order == ["llama", "gpt2"] * 3
+    assert speeds == {"a": [3, 5], "b": [4, 6]}
+    assert bench.ratio(speeds, "b", "a") == (pytest.approx((4 / 3 + 6 / 5) / 2), 6 / 5, 4 / 3)
+
+
+# ---- the report
+
+
+def made_up(steps, first=0.5, weights=900):
+    one = bench.Pass(2, 10, first, tuple(steps))
+    seen = reads.Footprint(weights, 100, 64, 8)
+    return {"passes": [one, replace(one, steps=tuple(2 * s for s in steps))], "peak_bytes": 5 * 10**8, "reads": seen}
+
+
+def test_ratios_are_round_by_round_and_the_ideal_is_that_of_the_bytes():
+    command = config.BenchConfig(models=("m", "n"), repeats=2)
+    known = [{"model": name, "layers": 2, "parameters": 10, "dtype": "float32", "device": "cpu"} for name in "mn"]
+    known = [one | {"disk_bytes": None, "loaded_bytes": 10**6} for one in known]
+    fast = made_up([0.1, 0.1], weights=400)
+    fast["passes"][1] = replace(fast["passes"][1], steps=(0.1, 0.1))
+    found = bench_report.record(command, known, {2: [made_up([0.2, 0.2]), fast]})
+    first, other = found["rows"]
+    assert first["ratio"] == {"median": 1, "min": 1, "max": 1, "ideal": 1}
+    assert other["ratio"] == {"median": pytest.approx(3), "min": pytest.approx(2), "max": pytest.approx(4), "ideal": 2}
+    assert first["decode_tokens_per_second"] == pytest.approx((10 + 5) / 2)
+    assert first["prefill_tokens_per_second"] == pytest.approx(2 * 10 / 0.5)
+    assert first["token_ms"] == {"p50": pytest.approx(200), "p90": pytest.approx(400), "p99": pytest.approx(400)}
+    assert other["read_bytes_per_second"] == pytest.approx(500 * 20 / 2), "a step reads for the whole batch"
+    text = bench_report.report(found)
+    assert "3.00x (2.00-4.00)  2.00x" in text
+    assert "200 / 400 / 400" in text
+
+
+@pytest.mark.parametrize("count", [1, 5, 100, 320])
+def test_percentiles_are_the_least_sample_that_so_many_do_not_exceed(count):
+    samples = torch.rand(count, generator=torch.Generator().manual_seed(0)).tolist()
+    for name, value in benching.percentiles(samples).items():
+        share = int(name[1:]) / 100
+        enough = [s for s in samples if sum(t <= s for t in samples) / count >= share - 1e-12]
+        assert value == 1000 * min(enough)
+
+
+# ---- models by their shape
+
+
+def test_a_shape_is_built_in_its_dtype_with_the_same_weights_every_time(tmp_path):
+    file = shape(tmp_path).removeprefix(shapes.PREFIX)
+    one, two = (shapes.random_model(file, dtype=None, device=torch.device("cpu")) for _ in range(2))
+    assert {p.dtype for p in one.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert one.model.layers[0].mlp.up_proj.weight.detach().float().std().item() == pytest.approx(0.02, rel=0.1)
+    assert not one.training
+    wide = shapes.random_model(file, dtype=torch.float32, device=torch.device("cpu"))
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file or directory: check the path"),
+        ("{", "no model can be built from it"),
+        ("[]", "not a model's config.json"),
+        ('{"model_type": "lama"}', "no model can be built from it"),
+        ('{"model_type": "clip"}', "no model can be built from it"),
+    ],
+)
+def test_a_shape_that_cannot_be_built_is_one_line(tmp_path, text, message):
+    path = tmp_path / "c.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        shapes.random_model(path, dtype=None, device=torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"config:{path}: ")
+
+
+# ---- the command
+
+
+def test_bench_measures_every_model_in_its_own_memory(tmp_path, capsys):
+    build("llama", depth=2).save_pretrained(tmp_path / "small")
+    large = shape(tmp_path, hidden_size=512, intermediate_size=2048, vocab_size=20000, num_hidden_layers=8)
+    words = [large, str(tmp_path / "small"), "--batch-size", "2,1", "--sequence", "24", "--new-tokens", "6"]
+    words += [
+        "--repeats",
+        "2",
+        "--cache",
+        "static",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(["bench", *words]) == 0
+    out = capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "bench.json").read_text(), parse_constant=pytest.fail)
+    assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert [(row["batch"], row["model"]) for row in record["rows"]] == [
+        (batch, name) for batch in (1, 2) for name in (large, str(tmp_path / "small"))
+    ]
+    big, small = record["models"]
+    weights = 2 * big["parameters"]
+    assert weights > 10**8
+    assert weights < big["loaded_bytes"] < 1.3 * weights, "built in its dtype, nothing twice"
+    assert small["loaded_bytes"] < 5 * 10**7 < big["loaded_bytes"]
+    assert small["disk_bytes"] == (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert big["disk_bytes"] is None
+    for first, other in (record["rows"][:2], record["rows"][2:]):
+        assert len(first["decode_rounds"]) == len(other["decode_rounds"]) == 2
+        reads_ = [sum(row["read_bytes_per_step"].values()) for row in (first, other)]
+        assert other["ratio"]["ideal"] == reads_[0] / reads_[1] > 100
+        assert other["ratio"]["median"] > 1
+        assert first["peak_bytes"] > weights
+        assert other["peak_bytes"] < 10**8
+    assert "cpu, static cache; 6 tokens decoded at the end of rows of 24, 2 rounds in turn" in out
+    assert f"{tmp_path / 'small'}, batch 2" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo", "--compile"], "--compile needs --cache static"),
+        (["demo", "--sequence", "64"], "--new-tokens 64 leave no prompt in --sequence 64"),
+        (["demo", "--batch-size", "1,0"], "--batch-size 0: must be greater than 0"),
+        (["demo", "--cache", "statik"], "(did you mean 'static'?)"),
+        ([], "required"),
+        (["demo", "--output", "."], "it already holds bench.json"),
+    ],
+)
+def test_bench_refuses_before_it_starts_a_process(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench.json").write_text("{}")
+    monkeypatch.setattr(benching, "measure", lambda *_: pytest.fail("measured"))
+    assert cli.main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_row_longer_than_the_context_is_refused(tmp_path):
+    name = shape(tmp_path)
+    with pytest.raises(InputError, match=r"^--sequence 65: config:.* takes at most 64 tokens: ask for less$"):
+        benching.load(name, config.BenchConfig(models=(name,), sequence=65, device="cpu"))
+
+
+def test_a_process_that_ends_is_a_line_with_the_model():
+    with (
+        ProcessPoolExecutor(1, get_context("spawn")) as pool,
+        pytest.raises(TrimError, match=r"process of m was ended"),
+    ):
+        benching._ask(pool, "m", os._exit, 9)
+
+
+def test_refusals_name_the_model_once():
+    class Pool:
+        def __init__(self, text):
+            self.text = text
+
+        def submit(self, *_):
+            raise InputError(self.text)
+
+    for text in ("x: no", "no"):
+        with pytest.raises(InputError, match=r"^x: no$"):
+            benching._ask(Pool(text), "x", print)
