@@ -97,8 +97,8 @@ class Runner:
         return torch.cat(found, dim=1)
 
 
-def runner(model: Any, *, cache: str = "dynamic", compiled: bool = False, **sizes: int) -> Runner:
-    """A `Runner` that gives the logits of the plain one, warmed up.
+def runner(model: Any, *, cache: str = "dynamic", compiled: bool = False, **sizes: Any) -> Runner:
+    """A `Runner` of these `sizes` (batch, prompt, new) that gives the logits of the plain one, warmed up.
 
     Raises:
         InputError: in one line, if the model cannot decode so.

@@ -93,8 +93,9 @@ def finish(batch: int, sequence: int) -> tuple[int | None, reads.Footprint]:
 
 def _wake(device: torch.device) -> None:
     """Bring in what any model needs (code, kernels, the device's context), which is no model's own memory."""
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
-    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).to(device)
+    shape = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1)
+    model: Any = LlamaForCausalLM(shape)
+    model.to(device)
     bench.decode_once(model, prompt=2, new=2)
 
 
