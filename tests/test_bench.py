@@ -10,9 +10,9 @@ from multiprocessing import get_context
 import pytest
 import torch
 from tiny import build
-from transformers import TorchAoConfig
+from torch.testing._internal.two_tensor import TwoTensor
 
-from trimllm import bench, bench_report, benching, cli, config, loading, reads, shapes
+from trimllm import bench, bench_report, benching, cli, config, reads, shapes
 from trimllm.errors import InputError, TrimError
 
 SHAPE = {
@@ -72,23 +72,36 @@ def test_of_a_mixture_only_the_chosen_experts_are_read():
     assert reads.footprint(model, batch=1, sequence=8).weights == wanted
 
 
-def test_weights_in_int8_count_as_they_are_stored(tmp_path):
-    from torchao.quantization import Int8WeightOnlyConfig
+class Int8Linear(torch.nn.Module):
+    """Weights as quantizers keep them: integers and scales in buffers, widened at every step."""
 
-    plain = build("llama").to(torch.bfloat16)
-    plain.save_pretrained(tmp_path / "plain")
-    quantized = type(plain).from_pretrained(
-        tmp_path / "plain", quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.bfloat16
-    )
-    quantized.save_pretrained(tmp_path / "int8")
-    model = loading.load_model(tmp_path / "int8")
-    linear = [m.weight for m in plain.model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    less = sum(w.nbytes - w.numel() for w in linear) - sum(w.shape[0] * 4 for w in linear)
-    fresh = loading.load_model(tmp_path / "plain")
-    difference = (
-        reads.footprint(fresh, batch=1, sequence=8).weights - reads.footprint(model, batch=1, sequence=8).weights
-    )
-    assert difference in (less, less + sum(w.shape[0] * 2 for w in linear)), "scales are float32 or bfloat16"
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("packed", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.packed.to(x.dtype) * self.scale).t()
+
+
+def test_weights_in_int8_count_as_they_are_stored():
+    model = build("llama")
+    before = reads.footprint(model, batch=1, sequence=8).weights
+    less = 0
+    for block in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linear = getattr(block.mlp, name)
+            setattr(block.mlp, name, Int8Linear(linear))
+            less += 3 * linear.weight.numel() - 4 * linear.weight.shape[0]
+    assert reads.footprint(model, batch=1, sequence=8).weights == before - less
+
+
+def test_of_a_tensor_made_of_others_these_are_what_is_read():
+    one, other = torch.randn(6, 8), torch.randn(6, 8)
+    with torch.inference_mode(), reads._Watch([]) as watch:
+        TwoTensor(one, other).t().clone()
+    assert sorted(watch.bytes_by_storage().values()) == [one.nbytes, other.nbytes]
 
 
 def test_a_weight_and_its_transpose_are_one_read_and_two_halves_are_two():

@@ -145,7 +145,7 @@ def measure(
         TrimError: if a model's process ends.
     """
     batches, count = sorted(set(command.batch_size)), len(command.models)  # a larger batch has the higher peak
-    total, done = count * (1 + len(batches) * (command.repeats + 2)), 0
+    total, done = count * (1 + len(batches) * (command.repeats + 3)), 0
     with ExitStack() as stack:
         pools = [stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in command.models]
 
