@@ -118,7 +118,7 @@ class TrainSettings(Settings):
     batch_size: Positive = 4096
     """Tokens per optimizer step (over all processes)."""
     micro_batch_size: Positive | None = None
-    """Tokens per forward and backward of one process (default: the whole batch)."""
+    """Tokens per forward and backward of one process (default: the whole batch); halved where memory runs out."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -131,6 +131,9 @@ class TrainSettings(Settings):
     """Embeddings, final norm and output head train too (as published)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    cache_frozen_prefix: Literal["off", "memory", "disk"] = "off"
+    """Keep what the blocks below the lowest that trains give for each row, for stages of several epochs; needs
+    --no-train-embeddings."""
 
 
 class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
@@ -177,6 +180,12 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     """Keep the weights of every depth on the way, for `trimllm export`."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the trimmed checkpoint; auto: as the base was saved."""
+
+    @model_validator(mode="after")
+    def _prefixes_are_frozen(self) -> TrimConfig:
+        if self.cache_frozen_prefix != "off" and (self.train_embeddings or self.sparse_update == "off"):
+            raise ValueError("--cache-frozen-prefix is for frozen embeddings and blocks: add --no-train-embeddings")
+        return self
 
     @model_validator(mode="after")
     def _one_depth_target(self) -> TrimConfig:

@@ -245,6 +245,8 @@ class Run:
                 self.accelerator,
                 seed=seed,
                 pad_id=self.pad_id,
+                folder=self.dir.root,
+                say=self.console.say,
                 on_step=lambda step, steps, loss, speed: show(step, steps, f"loss {loss:.3f}  {speed:.0f} tokens/s"),
             )
         self._checkpoint(state)

@@ -13,40 +13,38 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
-from trimllm import encoding, evaluate
+from trimllm import encoding, losses, packing, prefix
 from trimllm.config import TrainSettings
 from trimllm.errors import InputError, TrimError
+from trimllm.packing import Example
+from trimllm.prefix import Prefix
 from trimllm.tasks.items import Item
 
-IGNORED = -100
 WARMUP_SHARE = 0.06
 """Share of a stage's steps over which the learning rate rises."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """One training row: the ids, of which those from `start` on are targets."""
-
-    ids: tuple[int, ...]
-    start: int
-
-    @property
-    def targets(self) -> int:
-        return len(self.ids) - self.start
-
-
-@dataclass(frozen=True)
 class StageReport:
-    """What a stage did. `loss` is the mean over its last tenth, in nats per target token; tokens count padding."""
+    """What a stage did. `loss` is the mean over its last tenth, in nats per target token."""
 
     steps: int
     tokens: int
+    """Ids of the rows, without padding, over all processes."""
     loss: float | None
     seconds: float
+    padding: float = 0.0
+    """Share of the positions computed by this process that were padding."""
+    cached: float = 0.0
+    """Share of its tokens that were read back behind the frozen blocks (--cache-frozen-prefix)."""
+    micro_batch_size: int = 0
+    """Tokens per forward and backward at the end: less than asked for where memory ran out."""
 
 
 def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, truncate: bool = False) -> list[Example]:
@@ -121,6 +119,19 @@ def _batches(rows: Sequence[Example], budget: int, rng: random.Random) -> list[l
     return out
 
 
+@dataclass
+class _Ways:
+    """How a stage computes its micro-batches; decided at its start, but for the size, which halves if memory ends."""
+
+    packed_length: int
+    places: int
+    prefix: Prefix | None
+    size: int
+    """Tokens of a micro-batch, padding counted."""
+    tokens: int = 0
+    cells: int = 0
+
+
 def train_stage(
     model: Any,
     parameters: Sequence[torch.nn.Parameter],
@@ -130,53 +141,119 @@ def train_stage(
     *,
     seed: int = 0,
     pad_id: int = 0,
+    folder: str | Path | None = None,
     on_step: Callable[[int, int, float, float], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> StageReport:
     """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
 
-    `on_step(step, steps, loss, tokens per second)` is called after every optimizer step.
+    `on_step(step, steps, loss, tokens per second)` is called after every optimizer step, `say` with a line that the
+    user should see; `folder` is where `cache_frozen_prefix="disk"` puts its file.
 
     Raises:
         TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
+        InputError: if the processes share the weights between them (FSDP, DeepSpeed).
+        torch.OutOfMemoryError: if not even one row fits.
     """
     started = time.perf_counter()
     if not plan or not parameters:
         return StageReport(0, 0, None, 0.0)
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise InputError(f"processes of type {kind} share the weights: launch plain ones, with a whole model each")
+    say = say or (lambda line: None)
     torch.manual_seed(seed)
+    ways = _ways(model, plan, settings, accelerator, pad_id, folder, say)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    inside = contextlib.ExitStack()
+    inside.enter_context(_autocast(model, accelerator))
     fused = accelerator.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    losses, tokens = [], 0
+    history, tokens = [], 0
     try:
         for number, rows in enumerate(plan):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _schedule(number, len(plan))
-            loss = _step(wrapped, model, rows, settings, accelerator, pad_id)
+            loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
             if not math.isfinite(loss):
                 raise TrimError(
                     f"the loss became {loss} at step {number + 1} of {len(plan)}: lower --lr and start again with "
                     "--resume; the weights from before this stage are kept"
                 )
-            accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss)
-            tokens += len(rows) * max(len(row.ids) for row in rows)
+            history.append(loss)
+            tokens += sum(len(row.ids) for row in rows)
             if on_step:
                 on_step(number + 1, len(plan), loss, tokens / (time.perf_counter() - started))
     finally:
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        accelerator.free_memory()
+        inside.close()
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         for parameter in parameters:
             parameter.grad = None
         model.eval()
-    tail = losses[-max(1, len(losses) // 10) :]
-    return StageReport(len(plan), tokens, sum(tail) / len(tail), time.perf_counter() - started)
+    tail = history[-max(1, len(history) // 10) :]
+    return StageReport(
+        steps=len(plan),
+        tokens=tokens,
+        loss=sum(tail) / len(tail),
+        seconds=time.perf_counter() - started,
+        padding=1 - ways.tokens / max(1, ways.cells),
+        cached=ways.prefix.read / max(1, ways.tokens) if ways.prefix else 0.0,
+        micro_batch_size=ways.size,
+    )
+
+
+def _ways(
+    model: Any,
+    plan: Sequence[Sequence[Example]],
+    settings: TrainSettings,
+    accelerator: Any,
+    pad_id: int,
+    folder: str | Path | None,
+    say: Callable[[str], None],
+) -> _Ways:
+    first = [row for rows in plan[:4] for row in rows]
+    length, reason = packing.packed_length(model, first, pad_id)
+    if reason:
+        say(f"  rows are batched by length, not packed: {reason}")
+    sample = [row for row in first if row.targets][:1]
+    places = losses.places_at_once(model, packing.pack(sample, 0, pad_id, accelerator.device)) if sample else 1
+    cache = None
+    if settings.cache_frozen_prefix != "off":
+        on_disk = settings.cache_frozen_prefix == "disk"
+        mine = [row for rows in plan for row in rows[accelerator.process_index :: accelerator.num_processes]]
+        if (why := prefix.refusal(model) or (prefix.no_room(model, mine, folder) if on_disk else None)) is None:
+            cache = Prefix(model, mine, folder=Path(folder or ".") if on_disk else None)
+        else:
+            say(f"  the frozen blocks are computed again in every epoch: {why}")
+    return _Ways(length, places, cache, settings.micro_batch_size or settings.batch_size)
+
+
+@contextlib.contextmanager
+def _autocast(model: Any, accelerator: Any) -> Iterator[None]:
+    """Within, the model's forward computes in the accelerator's mixed precision; the backward pass follows it."""
+    plain = model.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        with accelerator.autocast():
+            return plain(*arguments, **named)
+
+    if accelerator.mixed_precision == "no":
+        yield
+        return
+    before = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
 
 
 def _schedule(step: int, total: int) -> float:
@@ -186,59 +263,89 @@ def _schedule(step: int, total: int) -> float:
 
 
 def _step(
-    wrapped: Any, model: Any, rows: Sequence[Example], settings: TrainSettings, accelerator: Any, pad_id: int
+    model: Any,
+    parameters: Sequence[torch.nn.Parameter],
+    rows: Sequence[Example],
+    ways: _Ways,
+    accelerator: Any,
+    pad_id: int,
+    say: Callable[[str], None],
 ) -> float:
-    """Backward over one optimizer step, in micro-batches; returns the mean loss per target token over all processes.
+    """Gradients of one optimizer step, in micro-batches; returns the mean loss per target token over all processes.
 
-    Each process takes its share of the rows; dividing by the targets of all and multiplying by the number of processes
-    makes the averaged gradient the one that a single process computes. All processes compute equally many
-    micro-batches, the last of them perhaps of a row without targets: sharded weights are gathered together.
+    Each process takes its share of the rows. No process waits for another before all its gradients are there: where
+    memory runs out in one, all begin the step again with micro-batches of half the size.
     """
     world = accelerator.num_processes
-    scale = world / sum(row.targets for row in rows)
-    budget = settings.micro_batch_size or settings.batch_size
+    scale = 1 / sum(row.targets for row in rows)
+    while True:
+        shares = [_micro_batches(rows[rank::world], ways.size) for rank in range(world)]
+        loss = _passes(model, shares[accelerator.process_index], scale, ways, accelerator, pad_id)
+        failed = torch.tensor(float(loss is None), device=accelerator.device)
+        if not accelerator.reduce(failed, reduction="sum") and loss is not None:
+            break
+        ways.size = _half(shares, ways.size)
+        for parameter in parameters:
+            parameter.grad = None
+        clear_device_cache(garbage_collection=True)
+        say(f"  out of memory: micro-batches of at most {ways.size} tokens from here on")
+    _add_up(parameters, accelerator)
+    return float(accelerator.reduce(loss, reduction="sum"))
+
+
+def _passes(
+    model: Any, parts: Sequence[Sequence[Example]], scale: float, ways: _Ways, accelerator: Any, pad_id: int
+) -> torch.Tensor | None:
+    """Forward and backward over one process's micro-batches; None if memory runs out."""
     total = torch.zeros((), device=accelerator.device)
-    shares = [_micro_batches(rows[rank::world], budget) for rank in range(world)]
-    parts = shares[accelerator.process_index]
-    parts += [[Example(rows[0].ids[:2], 2)]] * (max(map(len, shares)) - len(parts))
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-            loss = _summed_loss(wrapped, model, part, pad_id, accelerator.device) * scale
-            accelerator.backward(loss)
-        total += loss.detach()
-    return float(accelerator.reduce(total, reduction="mean"))
+    tokens = cells = 0
+    try:
+        for part in parts:
+            packed = packing.pack(part, ways.packed_length, pad_id, accelerator.device)
+            with ways.prefix.resumed(packed) if ways.prefix else contextlib.nullcontext():
+                total += losses.backward(model, packed, scale, ways.places)
+            tokens, cells = tokens + packed.tokens, cells + packed.cells
+    except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:  # the CPU's allocator has no class of its own for it
+        if "can't allocate memory" not in str(error):
+            raise
+        return None
+    ways.tokens, ways.cells = ways.tokens + tokens, ways.cells + cells
+    return total
 
 
-def _micro_batches(rows: Sequence[Example], budget: int) -> list[Sequence[Example]]:
-    count = max(1, budget // max((len(row.ids) for row in rows), default=1))
-    return [rows[begin : begin + count] for begin in range(0, len(rows), count)]
+def _half(shares: Sequence[Sequence[Sequence[Example]]], size: int) -> int:
+    """A size that cuts the largest micro-batch of all processes in two.
 
-
-def _summed_loss(wrapped: Any, model: Any, rows: Sequence[Example], pad_id: int, device: torch.device) -> torch.Tensor:
-    """Sum of the cross-entropy over target tokens; logits are computed at those places only.
-
-    As in evaluation, a row's last id is only predicted, never an input.
+    Raises:
+        torch.OutOfMemoryError: if they are single rows already.
     """
-    length = max(len(row.ids) for row in rows) - 1
-    ids = torch.full((len(rows), length), pad_id)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
-    where: list[int] = []
-    targets: list[int] = []
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids) - 1] = torch.tensor(row.ids[:-1])
-        mask[number, : len(row.ids) - 1] = 1
-        where += range(number * length + row.start - 1, number * length + len(row.ids) - 1)
-        targets += row.ids[row.start :]
-    if not where:
-        where, targets = [0], [IGNORED]
-    places = torch.tensor(where, device=device)
-    with evaluate.head_only_at(model, places) as used:
-        logits = wrapped(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits.flatten(0, 1)
-    if not used:
-        logits = logits.index_select(0, places)
-    wanted = torch.tensor(targets, device=device)
-    return torch.nn.functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
+    largest = max((part for parts in shares for part in parts), key=lambda part: len(part) * _longest(part))
+    if all(len(part) == 1 for parts in shares for part in parts):
+        raise torch.OutOfMemoryError(f"one row of {_longest(largest)} tokens does not fit")
+    return min(size, len(largest) * _longest(largest)) // 2
+
+
+def _longest(rows: Sequence[Example]) -> int:
+    return max(len(row.ids) for row in rows)
+
+
+def _add_up(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
+    """Every parameter's gradient becomes the sum over the processes; it stays None where all of them have none."""
+    if accelerator.num_processes == 1:
+        return
+    there = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
+    there = accelerator.reduce(there, reduction="sum")
+    for parameter, count in zip(parameters, there.tolist(), strict=True):
+        if count:
+            mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(mine, reduction="sum")
+
+
+def _micro_batches(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    count = max(1, size // max((len(row.ids) for row in rows), default=1))
+    return [rows[begin : begin + count] for begin in range(0, len(rows), count)]
 
 
 def longest(model: Any, limit: int | None) -> int:
