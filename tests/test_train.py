@@ -12,7 +12,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from trimllm import sparse, surgery, train
+from trimllm import losses, packing, sparse, surgery, train
 from trimllm.config import TrainSettings
 from trimllm.errors import InputError, TrimError
 from trimllm.layout import Block, whole
@@ -295,8 +295,8 @@ def machine(world=1, rank=0, reduce=lambda tensor, reduction: tensor):
     return SimpleNamespace(num_processes=world, process_index=rank, device=torch.device("cpu"), reduce=reduce)
 
 
-def ways(micro=None, packed=64):
-    return train._Ways(packed, 10_000, None, micro or 10_000)
+def ways(micro=None):
+    return train._Ways(packing.Way(64), 10_000, None, micro or 10_000)
 
 
 def gradient(model, rows, micro=None, world=1):
@@ -321,6 +321,107 @@ def test_gradients_of_all_processes_add_up_to_the_gradient_of_the_mean_loss(worl
         found, losses = gradient(model, rows, micro, world)
         assert sum(losses) == pytest.approx(float(loss.detach()), abs=1e-5)
         assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-5
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Backward runs out of memory, half-way, for micro-batches of more than two rows; returns the sizes it was given."""
+    work, sizes = losses.backward, []
+
+    def backward(model, packed, scale, places):
+        sizes.append(len(packed.spans))
+        loss = work(model, packed, scale, places)
+        if len(packed.spans) > small_memory_rows[0]:
+            raise small_memory_rows[1]
+        return loss
+
+    small_memory_rows = [2, torch.OutOfMemoryError("no memory")]
+    monkeypatch.setattr(losses, "backward", backward)
+    backward.sizes, backward.limit = sizes, small_memory_rows
+    return backward
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_out_of_memory_halves_the_micro_batches_and_the_step_stays_the_same(task, text, settings, small_memory, error):
+    plan = [rows for rows in steps(task, text, settings, 1, 0) if len(rows) > 2][:2]
+    small_memory.limit[:] = [100, error]
+    plain, model, said = tiny.build("llama", 2), tiny.build("llama", 2), []
+    stage(plain, list(plain.parameters()), plan, settings)
+    small_memory.limit[0] = 2
+    small_memory.sizes.clear()
+    report = stage(model, list(model.parameters()), plan, settings, say=said.append)
+    assert apart(weights(model), weights(plain)) < 1e-6
+    assert said == [f"  out of memory: micro-batches of at most {report.micro_batch_size} tokens from here on"]
+    assert report.micro_batch_size <= settings.batch_size // 2
+    assert small_memory.sizes[0] > 2 >= max(small_memory.sizes[1:]), "halved once, and it stays so"
+
+
+def test_a_single_row_that_does_not_fit_ends_the_stage(task, settings, small_memory):
+    small_memory.limit[0] = 0
+    model = tiny.build("llama", 1)
+    with pytest.raises(torch.OutOfMemoryError, match=r"one row of .* tokens does not fit"):
+        stage(model, list(model.parameters()), [task], settings)
+    assert not model.training
+
+
+def test_other_errors_of_the_backward_pass_are_not_taken_for_memory(task, settings, small_memory):
+    small_memory.limit[:] = [0, RuntimeError("a bug")]
+    model = tiny.build("llama", 1)
+    with pytest.raises(RuntimeError, match="a bug"):
+        stage(model, list(model.parameters()), [task], settings)
+
+
+def test_out_of_memory_in_one_process_halves_them_in_all(task, small_memory):
+    """This process has room; another says that it ran out, once."""
+    small_memory.limit[0] = 100
+    model, said, answers = tiny.build("llama", 1), [], [torch.tensor(1.0), torch.tensor(0.0)]
+
+    def reduce(tensor, reduction):
+        return answers.pop(0) if answers else tensor
+
+    model.zero_grad()
+    now = ways()
+    train._step(model, list(model.parameters()), task, now, machine(2, 0, reduce), 0, said.append)
+    assert len(said) == 1
+    assert now.size < 10_000
+    assert small_memory.sizes[0] > max(small_memory.sizes[1:])
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    train._step(model, list(model.parameters()), task, ways(), machine(2, 0), 0, said.append)
+    pairs = zip(found, (parameter.grad for parameter in model.parameters()), strict=True)
+    assert max(float((a - b).abs().max()) for a, b in pairs) < 1e-5, "nothing of the step that failed is left"
+
+
+def test_a_stage_reports_its_padding(task, settings):
+    rows = [Example((5, 6, 7, 8, 9), 1), Example((5, 6, 7), 1)]
+    model = tiny.build("mamba", 1)
+    said = []
+    report = stage(model, list(model.parameters()), [rows * 2], settings, say=said.append)
+    assert report.padding == pytest.approx(1 - 12 / 16)
+    assert said == [
+        "  rows are batched by length, not packed: model type mamba does not keep rows apart by their positions"
+    ]
+    model = tiny.build("llama", 1)
+    assert stage(model, list(model.parameters()), [rows * 2], settings).padding == 0
+
+
+@pytest.mark.usefixtures("steady")
+def test_bf16_mixed_precision_computes_in_bf16_and_leaves_float32_weights(task, settings):
+    model, plain, seen = tiny.build("llama", 2), tiny.build("llama", 2), set()
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: module.training and seen.add(out.dtype))
+    mixed = machine()
+    mixed.mixed_precision, mixed.autocast = "bf16", lambda: torch.autocast("cpu", torch.bfloat16)
+    mixed.distributed_type = SimpleNamespace(value="NO")
+    train_stage(model, list(model.parameters()), [task] * 3, settings, mixed)
+    handle.remove()
+    stage(plain, list(plain.parameters()), [task] * 3, settings)
+    assert seen == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert 0 < apart(weights(model), weights(plain)) < 1e-2
+    assert "forward" not in vars(model)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(task, text, settings):

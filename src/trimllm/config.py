@@ -129,6 +129,8 @@ class TrainSettings(Settings):
     """static: chosen once by the first scan; dynamic: by every scan; off: everything trains."""
     train_embeddings: bool = True
     """Embeddings, final norm and output head train too (as published)."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Training computes in bf16 on float32 weights; auto: on a CUDA GPU (CPUs with AVX512-BF16 or AMX gain too)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cache_frozen_prefix: Literal["off", "memory", "disk"] = "off"
@@ -180,6 +182,12 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     """Keep the weights of every depth on the way, for `trimllm export`."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the trimmed checkpoint; auto: as the base was saved."""
+
+    @model_validator(mode="after")
+    def _mixed_precision_is_of_float32(self) -> TrimConfig:
+        if self.mixed_precision == "bf16" and self.dtype in ("bfloat16", "float16"):
+            raise ValueError(f"--mixed-precision bf16 is for float32 weights: leave out --dtype {self.dtype}")
+        return self
 
     @model_validator(mode="after")
     def _prefixes_are_frozen(self) -> TrimConfig:

@@ -41,6 +41,18 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a model takes packed rows: `limit` is their greatest length, 0 where rows cannot share one."""
+
+    limit: int
+    mask: torch.dtype | None = None
+    """The dtype of the mask to give where the model does not make one from the position ids."""
+
+
+ALONE = Way(0)
+
+
+@dataclass(frozen=True)
 class Packed:
     """One micro-batch. `where` (k,) are flat indices into (rows * length) from which `targets` (k,) are predicted;
     `spans` says where each example lies: (example, packed row, its first place there)."""
@@ -93,13 +105,16 @@ def _cost(width: float) -> float:
     return 1 + width / WIDTH_COST
 
 
-def pack(examples: Sequence[Example], limit: int, pad_id: int, device: torch.device | str = "cpu") -> Packed:
-    """The tensors of a micro-batch; rows share a packed row of at most `limit` tokens where that costs least."""
-    return lay_out(arrange(examples, limit), pad_id, device)
+def pack(examples: Sequence[Example], way: Way, pad_id: int, device: torch.device | str = "cpu") -> Packed:
+    """The tensors of a micro-batch; rows share packed rows where that costs least."""
+    return lay_out(arrange(examples, way.limit), pad_id, device, way.mask)
 
 
-def lay_out(bins: Sequence[Sequence[Example]], pad_id: int, device: torch.device | str) -> Packed:
-    """Tensors for these packed rows: `input_ids` (rows, length), and `position_ids` where some are shared."""
+def lay_out(
+    bins: Sequence[Sequence[Example]], pad_id: int, device: torch.device | str, mask: torch.dtype | None = None
+) -> Packed:
+    """Tensors for these packed rows: `input_ids` (rows, length); where some are shared, `position_ids` too, and with
+    `mask` an additive mask (rows, 1, length, length) of that dtype."""
     length = max(sum(example.inputs for example in packed) for packed in bins)
     ids = torch.full((len(bins), length), pad_id)
     positions = torch.arange(length).repeat(len(bins), 1)
@@ -120,36 +135,43 @@ def lay_out(bins: Sequence[Sequence[Example]], pad_id: int, device: torch.device
     inputs = {"input_ids": ids.to(device)}
     if len(bins) < len(spans):
         inputs["position_ids"] = positions.to(device)
+        if mask is not None:
+            part = (positions == 0).cumsum(1).to(device)
+            seen = (part[:, :, None] == part[:, None, :]).tril()[:, None]
+            inputs["attention_mask"] = torch.zeros(seen.shape, dtype=mask, device=device).masked_fill_(
+                ~seen, torch.finfo(mask).min
+            )
     return Packed(inputs, torch.tensor(where, device=device), torch.tensor(targets, device=device), tuple(spans))
 
 
-def packed_length(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[int, str | None]:
-    """The longest packed row (tokens) that this model computes exactly, or 0 and why rows cannot share one.
+def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way, str | None]:
+    """How this model computes packed rows exactly, or `ALONE` and why rows cannot share one.
 
     Known for the family, and checked: a short, a long and a short row of `examples`, together against one by one.
     """
     kind = decoder.text_config(model)
     if not families.branching(kind):
-        return 0, f"model type {kind.model_type} does not keep rows apart by their positions"
+        return ALONE, f"model type {kind.model_type} does not keep rows apart by their positions"
     limit = encoding.context_length(model.config)
     by_length = sorted((one for one in examples if one.targets), key=lambda one: one.inputs)
     if len(by_length) < 3:
-        return limit, None
+        return ALONE, None
     short, second = by_length[:2]
     fitting = [one for one in by_length[2:] if one.inputs + short.inputs + second.inputs <= limit]
     if not fitting:
-        return 0, f"rows are too long for two in the context of {limit} tokens"
+        return ALONE, f"no two rows fit the context of {limit} tokens together"
     sample = [short, fitting[-1], second]
-    try:
-        with torch.no_grad(), evaluate.evaluating(model):
-            alone = torch.cat([_logprobs(model, lay_out([[one]], pad_id, model.device)) for one in sample])
-            together = _logprobs(model, lay_out([sample], pad_id, model.device))
-    except evaluate.UNFIT:
-        return 0, f"model type {kind.model_type} takes no positions that start again"
-    apart = float((together - alone).abs().max())
-    if apart > (TOLERANCE if model.dtype == torch.float32 else 0.3):
-        return 0, f"packed rows differ by {apart:.2g} nats on model type {kind.model_type}"
-    return limit, None
+    tolerance = TOLERANCE if model.dtype == torch.float32 else 0.3
+    with torch.no_grad(), evaluate.evaluating(model):
+        alone = torch.cat([_logprobs(model, lay_out([[one]], pad_id, model.device)) for one in sample])
+        for way in (Way(limit), Way(limit, model.dtype)):
+            try:
+                together = _logprobs(model, lay_out([sample], pad_id, model.device, way.mask))
+            except evaluate.UNFIT:
+                continue
+            if float((together - alone).abs().max()) <= tolerance:
+                return way, None
+    return ALONE, f"packed rows are not exact on model type {kind.model_type}"
 
 
 def _logprobs(model: Any, packed: Packed) -> torch.Tensor:

@@ -433,4 +433,6 @@ def accelerator(config: TrimConfig) -> Any:
             torch.cuda.set_device(wanted)
     on_cpu = wanted is not None and wanted.type == "cpu"
     mixed = "no" if on_cpu or config.dtype != "auto" or not torch.cuda.is_available() else "bf16"
+    if config.mixed_precision != "auto":
+        mixed = config.mixed_precision
     return Accelerator(cpu=on_cpu, mixed_precision=mixed)

@@ -22,7 +22,7 @@ from accelerate.utils.memory import clear_device_cache
 from trimllm import encoding, losses, packing, prefix
 from trimllm.config import TrainSettings
 from trimllm.errors import InputError, TrimError
-from trimllm.packing import Example
+from trimllm.packing import Example, Way
 from trimllm.prefix import Prefix
 from trimllm.tasks.items import Item
 
@@ -123,7 +123,7 @@ def _batches(rows: Sequence[Example], budget: int, rng: random.Random) -> list[l
 class _Ways:
     """How a stage computes its micro-batches; decided at its start, but for the size, which halves if memory ends."""
 
-    packed_length: int
+    packing: Way
     places: int
     prefix: Prefix | None
     size: int
@@ -218,11 +218,13 @@ def _ways(
     say: Callable[[str], None],
 ) -> _Ways:
     first = [row for rows in plan[:4] for row in rows]
-    length, reason = packing.packed_length(model, first, pad_id)
+    way, reason = packing.find_way(model, first, pad_id)
     if reason:
         say(f"  rows are batched by length, not packed: {reason}")
     sample = [row for row in first if row.targets][:1]
-    places = losses.places_at_once(model, packing.pack(sample, 0, pad_id, accelerator.device)) if sample else 1
+    places = (
+        losses.places_at_once(model, packing.pack(sample, packing.ALONE, pad_id, accelerator.device)) if sample else 1
+    )
     cache = None
     if settings.cache_frozen_prefix != "off":
         on_disk = settings.cache_frozen_prefix == "disk"
@@ -231,7 +233,7 @@ def _ways(
             cache = Prefix(model, mine, folder=Path(folder or ".") if on_disk else None)
         else:
             say(f"  the frozen blocks are computed again in every epoch: {why}")
-    return _Ways(length, places, cache, settings.micro_batch_size or settings.batch_size)
+    return _Ways(way, places, cache, settings.micro_batch_size or settings.batch_size)
 
 
 @contextlib.contextmanager
@@ -301,7 +303,7 @@ def _passes(
     tokens = cells = 0
     try:
         for part in parts:
-            packed = packing.pack(part, ways.packed_length, pad_id, accelerator.device)
+            packed = packing.pack(part, ways.packing, pad_id, accelerator.device)
             with ways.prefix.resumed(packed) if ways.prefix else contextlib.nullcontext():
                 total += losses.backward(model, packed, scale, ways.places)
             tokens, cells = tokens + packed.tokens, cells + packed.cells

@@ -1,0 +1,117 @@
+"""Blocks below the lowest that trains are computed once per row, and the stage ends at the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+
+from trimllm import decoder, prefix, sparse, train
+from trimllm.config import TrainSettings, TrimConfig, make
+from trimllm.errors import InputError
+from trimllm.layout import whole
+from trimllm.train import Example
+
+TASK = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + n % 9)), 1 + n % 2) for n in range(12)]
+
+
+def stage(model, chosen, tmp_path, epochs=3, **more):
+    """Train; returns the report, what was said, and how many tokens went through the first block and the last."""
+    settings = TrainSettings(lr=1e-2, batch_size=40, train_embeddings=False, **more)
+    parameters = sparse.freeze(model, whole(decoder.depth(model)), chosen, embeddings=False)
+    said, passed = [], [0, 0]
+    handles = []
+    for place, block in enumerate((decoder.blocks(model)[0], decoder.blocks(model)[-1])):
+
+        def count(module, args, output, place=place):
+            passed[place] += (output[0] if isinstance(output, tuple) else output).shape[:2].numel() * module.training
+
+        handles.append(block.register_forward_hook(count))
+    plan = train.steps(TASK, [], settings, epochs, 0)
+    report = train.train_stage(
+        model, parameters, plan, settings, Accelerator(cpu=True), folder=tmp_path, say=said.append
+    )
+    for handle in handles:
+        handle.remove()
+    return report, said, passed
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon", "qwen3_next", "gpt_neox"])
+def test_a_cached_prefix_gives_the_same_weights_and_is_computed_once(family, where, tmp_path):
+    plain = tiny.build(family, 4)
+    cached, before = copy.deepcopy(plain), copy.deepcopy(plain.state_dict())
+    stage(plain, [2, 3], tmp_path)
+    report, said, (first, last) = stage(cached, [2, 3], tmp_path, cache_frozen_prefix=where)
+    assert not [line for line in said if "frozen" in line]
+    assert report.cached == pytest.approx(2 / 3)
+    assert last > 2.5 * first > 0, "one epoch in three passes the frozen blocks"
+    wanted = plain.state_dict()
+    for name, weight in cached.state_dict().items():
+        assert float((weight - wanted[name]).abs().max()) < 1e-6, name
+    assert any(not torch.equal(weight, before[name]) for name, weight in cached.state_dict().items())
+    assert list(tmp_path.iterdir()) == []
+    assert len(decoder.blocks(cached)) == 4
+
+
+def test_the_backward_pass_ends_at_the_lowest_block_that_trains():
+    model = tiny.build("llama", 4)
+    sparse.freeze(model, whole(4), [2, 3], embeddings=False)
+    grads = []
+    for block in decoder.blocks(model):
+        block.register_forward_hook(lambda module, args, output: grads.append(output.requires_grad))
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert grads == [False, False, True, True]
+    assert prefix.frozen_blocks(model) == 2
+
+
+def test_nothing_is_cached_where_something_at_the_start_trains():
+    model = tiny.build("llama", 4)
+    sparse.freeze(model, whole(4), [2], embeddings=True)
+    assert prefix.frozen_blocks(model) == 0
+    sparse.freeze(model, whole(4), [0, 2], embeddings=False)
+    assert prefix.frozen_blocks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "chosen", "reason"),
+    [
+        ("gpt2", [3], "dropout"),
+        ("gemma3n_text", [3], "cannot be resumed"),
+        ("llama", [0, 3], "the first block"),
+    ],
+)
+def test_what_cannot_be_cached_is_said_and_trained_all_the_same(family, chosen, reason, tmp_path):
+    model = tiny.build(family, 4)
+    report, said, _ = stage(model, chosen, tmp_path, epochs=1, cache_frozen_prefix="memory")
+    (line,) = [line for line in said if "frozen blocks" in line]
+    assert reason in line
+    assert (report.cached, report.loss > 0) == (0.0, True)
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    _, said, _ = stage(tiny.build("llama", 4), [3], tmp_path, cache_frozen_prefix="disk")
+    assert "GiB free" in said[-1]
+
+
+def test_only_rows_that_come_again_are_kept(tmp_path):
+    model = tiny.build("llama", 3)
+    sparse.freeze(model, whole(3), [2], embeddings=False)
+    uses = [TASK[0], TASK[1], TASK[1]]
+    kept = prefix.Prefix(model, uses)
+    packed = train.packing.pack(uses[:2], train.packing.ALONE, 0)
+    with kept.resumed(packed):
+        pass
+    assert set(kept.place) == {TASK[1]}
+    assert kept._store.shape[0] == TASK[1].inputs
+
+
+def test_the_cache_needs_frozen_embeddings():
+    values = {"model": "m", "task": "t", "output": "o", "cache_frozen_prefix": "disk"}
+    with pytest.raises(InputError, match="add --no-train-embeddings"):
+        make(TrimConfig, values)
+    assert make(TrimConfig, values | {"train_embeddings": False}).cache_frozen_prefix == "disk"
