@@ -1,4 +1,4 @@
-"""What train_stage.py and memory.py share: rows of real data, a Llama with random weights, a stage trained three ways."""
+"""What train_stage.py and memory.py share: rows of real data, a Llama with random weights, three ways to train it."""
 
 from __future__ import annotations
 

@@ -325,7 +325,7 @@ def test_gradients_of_all_processes_add_up_to_the_gradient_of_the_mean_loss(worl
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    """Backward runs out of memory, half-way, for micro-batches of more than two rows; returns the sizes it was given."""
+    """Backward runs out of memory, after the fact, for micro-batches of more than two rows; it keeps the sizes."""
     work, sizes = losses.backward, []
 
     def backward(model, packed, scale, places):
@@ -411,7 +411,8 @@ def test_a_stage_reports_its_padding(task, settings):
 @pytest.mark.usefixtures("steady")
 def test_bf16_mixed_precision_computes_in_bf16_and_leaves_float32_weights(task, settings):
     model, plain, seen = tiny.build("llama", 2), tiny.build("llama", 2), set()
-    handle = model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: module.training and seen.add(out.dtype))
+    mlp = model.model.layers[0].mlp
+    handle = mlp.register_forward_hook(lambda module, args, out: seen.add(out.dtype) if module.training else None)
     mixed = machine()
     mixed.mixed_precision, mixed.autocast = "bf16", lambda: torch.autocast("cpu", torch.bfloat16)
     mixed.distributed_type = SimpleNamespace(value="NO")

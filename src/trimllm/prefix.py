@@ -106,12 +106,12 @@ class Prefix:
 
         def leave(_module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             found.append(args[0] if args else named["hidden_states"])
-            raise _Left
+            raise _LeftError
 
         handle = self._all[self.depth].register_forward_pre_hook(leave, with_kwargs=True)
         try:
             self.model(**packed.inputs, use_cache=False)
-        except _Left:
+        except _LeftError:
             pass
         finally:
             handle.remove()
@@ -144,7 +144,7 @@ class Prefix:
         return hidden.to(packed.where.device)
 
 
-class _Left(Exception):
+class _LeftError(Exception):
     """Leaves a forward pass whose rest is not wanted."""
 
 
