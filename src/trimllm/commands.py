@@ -283,7 +283,7 @@ def run_bench(command: config.BenchConfig) -> None:
     output = Path(command.output) if command.output else None
     if output:
         _fresh(output, "bench.json")
-        _check_writable(output)
+        folders.check_writable(output)
     with Console().progress("bench") as show:
         record = bench_report.record(command, *benching.measure(command, show))
     print(bench_report.report(record))
