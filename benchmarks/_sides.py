@@ -44,14 +44,16 @@ def machine() -> str:
     return f"{processor}, {os.cpu_count()} cores, {system}"
 
 
-def finish(name: str, ours: Sequence[float], other: Sequence[float], unit: str, **more: Any) -> None:
-    """Write benchmarks/results/NAME.json, and print it as the last line."""
+def finish(
+    name: str, ours: Sequence[float], other: Sequence[float], unit: str, *, upside_down: bool = False, **more: Any
+) -> None:
+    """Write benchmarks/results/NAME.json, and print it as the last line. `upside_down`: the ratio is other / ours."""
     record = {
         "name": name,
         "ours": statistics.median(ours),
         "other": statistics.median(other),
         "unit": unit,
-        **ratios(ours, other),
+        **(ratios(other, ours) if upside_down else ratios(ours, other)),
         "machine": machine(),
         **more,
     }

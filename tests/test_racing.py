@@ -80,8 +80,8 @@ def run_race(rates, seed, count=240, confidence=0.999, norms=None):
 
 def test_race_finds_the_winner_of_the_whole_set_and_saves_trials():
     rates = [0.9, 0.02, 0.05, 0.3, 0.5, 0.02, 0.2, 0.7]
-    found = [run_race(rates, seed) for seed in range(60)]
-    assert sum(ours == winner for _, ours, winner, _ in found) >= 59
+    found = [run_race(rates, seed) for seed in range(20)]
+    assert sum(ours == winner for _, ours, winner, _ in found) >= 19
     saved = [1 - end.computed / (len(rates) * 240) for end, *_ in found]
     assert np.mean(saved) > 0.25
 

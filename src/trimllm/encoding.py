@@ -178,6 +178,12 @@ def rows(encoded: Sequence[Encoded], *, branches: bool = True) -> list[Row]:
     return out
 
 
+ENOUGH = {"cpu": 256}
+"""Tokens with which a batch keeps a kind of device busy; above that, rows are only put together if they are alike."""
+ALIKE = 0.9
+"""Length of a batch's shortest row over that of its longest."""
+
+
 class Batches(Sequence[Batch]):
     """Rows of similar length together, at most `token_budget` tokens with padding (at least one row each).
 
@@ -195,12 +201,15 @@ class Batches(Sequence[Batch]):
     ) -> None:
         self._pad_id, self._dtype, self._device = pad_id, dtype, device
         self._groups: list[list[Row]] = []
-        ordered = sorted(all_rows, key=lambda row: -len(row.ids))
-        begin = 0
-        while begin < len(ordered):
-            end = begin + max(1, token_budget // len(ordered[begin].ids))
-            self._groups.append(ordered[begin:end])
-            begin = end
+        enough = ENOUGH.get(torch.device(device).type, token_budget)
+        for row in sorted(all_rows, key=lambda row: -len(row.ids)):
+            group = self._groups[-1] if self._groups else []
+            longest = len(group[0].ids) if group else 0
+            alike = len(row.ids) >= ALIKE * longest or longest * len(group) < enough
+            if group and alike and longest * (len(group) + 1) <= token_budget:
+                group.append(row)
+            else:
+                self._groups.append([row])
 
     def __len__(self) -> int:
         return len(self._groups)
