@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The oldest release we support, one between, and the newest (the one in constraints.txt).
 MATRIX ?= 5.5.0 5.17.0 $(shell sed -n 's/^transformers==\([0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test test-matrix check-llamacpp lint types clean
+.PHONY: demo test test-matrix check-llamacpp lint types clean family-table
 
 demo: $(VENV)/.installed
 	$(BIN)/trimllm demo $(if $(DOMAIN),--domain $(DOMAIN)) $(if $(SEED),--seed $(SEED))
@@ -21,6 +21,7 @@ test-matrix: $(MATRIX:%=test-transformers-%)
 test-transformers-%: .venv-transformers-%/.installed
 	OMP_NUM_THREADS=1 .venv-transformers-$*/bin/python -m pytest -n $(WORKERS) -rs \
 		tests/test_surgery.py tests/test_surgery_families.py tests/test_export.py
+	OMP_NUM_THREADS=1 .venv-transformers-$*/bin/python tests/family_table.py
 
 # Not part of the tests: llama-cpp-python has no wheels, and its build takes 10 minutes on 2 cores.
 check-llamacpp: $(VENV)/.installed-dev .venv-llamacpp/.installed
@@ -36,6 +37,9 @@ LLAMACPP_FLAGS := '-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG' -DLLAVA_BUILD=OFF
 		.venv-llamacpp/bin/python -m pip install --quiet --constraint constraints.txt \
 		--no-binary llama-cpp-python llama-cpp-python==0.3.36
 	touch $@
+
+family-table: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/family_table.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -62,7 +66,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	sed -E '/^(transformers|huggingface_hub|tokenizers)==/d' constraints.txt > .venv-transformers-$*/constraints.txt
 	.venv-transformers-$*/bin/python -m pip install --quiet --constraint .venv-transformers-$*/constraints.txt torch
 	.venv-transformers-$*/bin/python -m pip install --quiet --constraint .venv-transformers-$*/constraints.txt \
-		--editable '.[dev]' transformers==$*
+		--editable . pytest pytest-xdist transformers==$*
 	touch $@
 
 clean:
