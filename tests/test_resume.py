@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from trimllm import card, cli, deciding, journal, progressive, scan, train, verification
+from trimllm import card, cli, deciding, journal, progressive, recording, scan, train, verification
 from trimllm.errors import InputError, TrimError
 
 
@@ -74,7 +74,7 @@ def assert_same(output, straight):
 
 POINTS = {
     "before the journal begins": (progressive.Run, "_start", 1, False),
-    "before the base is journaled": (progressive.Run, "_record", 1, False),
+    "before the base is journaled": (recording.Recorder, "record", 1, False),
     "in the warm-up": (train, "_step", 2, False),
     "between the first checkpoint and its journal line": (progressive.Run, "_checkpoint", 1, True),
     "between warm-up and scan": (progressive.Run, "_drop", 1, False),

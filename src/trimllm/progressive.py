@@ -14,12 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
 from trimllm import (
-    bench,
     card,
     decoder,
     export,
@@ -29,6 +27,7 @@ from trimllm import (
     loading,
     model_card,
     models,
+    recording,
     rundir,
     scores,
     select,
@@ -45,8 +44,8 @@ from trimllm.journal import Journal
 from trimllm.layout import Layout, Unit, compose, describe, plan_record, remove, whole
 from trimllm.models import DTYPES, Loaded, load
 from trimllm.parallel import Share
+from trimllm.recording import Recorder
 from trimllm.rundir import RunDir
-from trimllm.targets import Size
 from trimllm.tasks import TaskData, load_text
 
 History = list[dict[str, Any]]
@@ -112,6 +111,7 @@ class Run:
         if (done := self.journal.last("done")) is not None:
             self.console.say(f"{self.dir.root} is finished: {done['table']}")
             return self._load(self.dir.model), self.history()
+        self.recorder = self._recorder()
         self._start(loaded, data)
         state = self._restore(loaded)
         self._loop(state)
@@ -126,7 +126,7 @@ class Run:
         self.base_depth = depth
         self.origin = models.origin(config.model)
         targets.wanted_depth(config, depth)
-        size = self._size(model)
+        size = recording.size(model, self.save_dtype)
         if (already := targets.reached(config, depth, size)) is not None:
             raise InputError(f"nothing to drop: the model already meets the target, {already}")
         data = inputs.task_data(config, tokenizer)
@@ -152,7 +152,8 @@ class Run:
             first = self.journal.add("start", base=loaded.fingerprint, depth=self.base_depth, save_dtype=dtype)
         elif first["base"] != loaded.fingerprint:
             raise InputError(f"--model {config.model}: its weights changed since the run in {config.output} began")
-        say(f"{config.model}: {self.base_depth} layers, {self._size(loaded.model).parameters:,} parameters")
+        parameters = recording.size(loaded.model, self.save_dtype).parameters
+        say(f"{config.model}: {self.base_depth} layers, {parameters:,} parameters")
         for note in loaded.notes:
             say(f"  {note}")
         say(
@@ -166,7 +167,7 @@ class Run:
         if "+" in config.strategy and self.decider.tolerance:
             say(f"candidates within {self.decider.tolerance:.2f} points are tied: the largest activation norm goes")
         if not self.journal.of("base"):
-            self._record("base", loaded.model, whole(self.base_depth))
+            self.recorder.record("base", loaded.model, whole(self.base_depth))
 
     def _restore(self, loaded: Loaded) -> State:
         """The state that the journal describes, weights included."""
@@ -193,6 +194,11 @@ class Run:
         return loading.load_model(
             folder, device=self.accelerator.device, trust_remote_code=self.config.trust_remote_code
         )
+
+    def _recorder(self) -> Recorder:
+        device = self.accelerator.device
+        scorers = (self.calibration, self.test, self.metric)
+        return Recorder(self.config, self.console, self.share, self.journal, device, self.save_dtype, *scorers)
 
     # ---- the loop
 
@@ -250,7 +256,7 @@ class Run:
                 on_step=lambda step, steps, loss, speed: show(step, steps, f"loss {loss:.3f}  {speed:.0f} tokens/s"),
             )
         self._checkpoint(state)
-        self._record(
+        self.recorder.record(
             "stage", state.model, state.layout, stage=state.stages, train=asdict(report), dropped=state.pending
         )
         state.stages += 1
@@ -285,7 +291,7 @@ class Run:
         cut = _cut(len(state.layout), [choice.unit for choice in choices])
         surgery.apply_layout(state.model, cut)
         before, state.layout = state.layout, compose(state.layout, cut)
-        state.reached = targets.reached(self.config, self.base_depth, self._size(state.model, measured=True))
+        state.reached = targets.reached(self.config, self.base_depth, self.recorder.size(state.model))
         if state.reached is None and not self.decider.droppable(state.model, state.layout):
             state.reached = "every layer that remains is protected or cannot be removed"
         if self.main:
@@ -308,58 +314,6 @@ class Run:
         if self.main:
             parts.unlink(missing_ok=True)
         self.console.say(f"  {card.drop_line(choices, before, result)}")
-
-    # ---- what is known of a depth
-
-    def _size(self, model: Any, *, measured: bool = False) -> Size:
-        """Parameters, bytes as they will be saved, and (if a target asks for it) decode speed against the base."""
-        speedup = None
-        if measured and self.config.target_speedup is not None:
-            speedup = self.share.from_first(lambda: bench.ratio(self._against_base(model, "now"), "now", "base")[0])
-        count = sum(parameter.numel() for parameter in model.parameters())
-        return Size(decoder.depth(model), count, count * self.save_dtype.itemsize, speedup)
-
-    def _against_base(self, model: Any, name: str) -> dict[str, list[float]]:
-        """Decode speeds of the base and of `model`, measured in turn; the base is loaded for it, in that dtype."""
-        path, code = models.path_of(self.config.model), self.config.trust_remote_code
-        base = loading.load_model(
-            path,
-            dtype=model.dtype,
-            device=self.accelerator.device,
-            trust_remote_code=code,
-            allow_pickle=self.config.allow_pickle,
-        )
-        return bench.decode_speed({"base": base, name: model}, repeats=5)
-
-    def _final_speeds(self, saved: Any) -> dict[str, list[float]] | None:
-        """Speeds of base and result, or None if the device cannot hold both: the result is saved all the same."""
-        try:
-            return self._against_base(saved, "trimmed")
-        except torch.OutOfMemoryError:
-            self.console.say("the decode speed was not compared: base and result together exceed the device's memory")
-            return None
-
-    def _record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
-        """Evaluate a depth and journal it, with a row for the user."""
-        calibration = self.calibration.evaluate(model, self.metric, self.share)
-        report = self.config.report_depths or event != "stage"
-        test = self.test.evaluate(model, self.metric, self.share) if report else None
-        size = self._size(model)
-        speed = bench.decode_speed({"now": model}, repeats=3)["now"] if self.main else [0.0]
-        self.journal.add(
-            event,
-            depth=size.depth,
-            layout=rundir.dump_layout(layout),
-            calibration=calibration.summary(),
-            test=test.summary() if test else None,
-            parameters=size.parameters,
-            bytes=size.bytes,
-            tokens_per_second=float(np.median(speed)),
-            **more,
-        )
-        if self.main and event != "saved":
-            journal.write_json(self.dir.plans / f"depth-{size.depth}.json", plan_record(layout, self.origin))
-        self.console.say(card.depth_row(event, size, calibration, test, float(np.median(speed)), more))
 
     def history(self) -> History:
         """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
@@ -389,7 +343,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
         if self.journal.events[-1]["event"] != "saved":  # an older one may be of a depth before a floor was lowered
-            self._record("saved", saved, layout)
+            self.recorder.record("saved", saved, layout)
         row = self.journal.events[-1]
         if self.main:
             text = model_card.trimmed(self.config, data, layout, self.history(), base)
@@ -403,7 +357,7 @@ class Run:
                 base,
                 row,
                 report,
-                self._final_speeds(saved),
+                self.recorder.final_speeds(saved),
             )
             journal.write_json(self.dir.result, result)
         self.console.say(
