@@ -10,6 +10,7 @@ from trimllm import bench, rundir
 from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluate import Evaluation
+from trimllm.joint import Joint, accepted
 from trimllm.layout import Layout, describe, whole_layers
 from trimllm.scan import ScanResult
 from trimllm.select import Choice
@@ -95,9 +96,16 @@ def result(
     }
 
 
-def drop_line(choices: list[Choice], layout: Layout, result: ScanResult) -> str:
-    """What goes and why, for the user."""
+def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: list[Joint]) -> str:
+    """What goes and why, for the user; `tried` are the sets that were tried as a whole."""
+    found = accepted(choices, tried)
     names = ", ".join(describe(choice.unit, layout) for choice in choices)
+    if found is not None:
+        return (
+            f"drop {names}: {len(choices)} at once (joint {found.value:.1f}, intact {result.base.value:.1f}; loss "
+            f"{found.loss:.3f}, intact {result.base.loss:.3f}; {len(tried)} sets tried; "
+            f"scan {clock(result.seconds)})"
+        )
     if len(choices) > 1:
         return f"drop {names} at once (intact {result.base.value:.1f}; scan {clock(result.seconds)})"
     score = f", {result.trials[choices[0].index].value:.1f} without it" if result.trials else ""
@@ -112,6 +120,9 @@ def depth_row(
     what = f"- {dropped}" if dropped else STEPS[event]
     report = more.get("train") or {}
     trained = f"  loss {report['loss']:.3f} in {clock(report['seconds'])}" if report.get("loss") is not None else ""
+    if (watch := report.get("recovery")) and watch["losses"]:
+        end = "is back at" if watch["recovered"] else "is not back in the budget:"
+        trained += f"  calibration loss {end} {watch['losses'][-1]:.3f} (asked {watch['limit']:.3f})"
     tested = f"  test {test}" if test else ""
     return (
         f"depth {size.depth:3d}  {what:24s}  calibration {calibration}{tested}  "

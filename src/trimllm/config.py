@@ -168,10 +168,21 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     """Never go below so many blocks."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of full fine-tuning before the first scan; 0 scans the base as it is."""
+    schedule: Literal["epoch", "recover"] = "epoch"
+    """epoch: one unit at a time, then --epochs-per-drop (as published); recover: as many at once as cost nothing
+    together, then only until the calibration loss is back."""
     epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
-    """Epochs after every drop; 0 drops without training."""
+    """Epochs after every drop; 0 drops without training. With --schedule recover: at most so many per dropped unit."""
+    recover_tolerance: Annotated[float, Field(ge=0)] = 0.05
+    """With --schedule recover: nats per token above the fine-tuned model's calibration loss at which the next drop
+    follows."""
+    joint_tolerance: Annotated[float, Field(ge=0)] = 0.5
+    """With --schedule recover: nats per token that deleting several units at once may add to the calibration loss."""
+    max_joint: Positive = 4
+    """With --schedule recover: the most units that go at once."""
     final_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """More epochs after the last drop of a run that a size or speed ends (one that a floor ends is known too late)."""
+    """More epochs after the last drop of a run that a size or speed ends (one that a floor ends is known too late).
+    With --schedule recover the last stage takes these, or --epochs-per-drop if that is more, and is not cut short."""
     drops_per_stage: Positive = 1
     """Units dropped one after the other, each by a scan of its own, before training goes on."""
     one_shot: bool = False
@@ -199,6 +210,19 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     def _one_depth_target(self) -> TrimConfig:
         if self.keep is not None and self.depth is not None:
             raise ValueError("give --keep or --depth, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _every_schedule_has_its_options(self) -> TrimConfig:
+        if self.schedule == "recover":
+            if self.one_shot or self.drops_per_stage != 1:
+                option = "--one-shot" if self.one_shot else f"--drops-per-stage {self.drops_per_stage}"
+                raise ValueError(f"{option} is for --schedule epoch: recover finds out how many go at once")
+            return self
+        for name in ("recover_tolerance", "joint_tolerance", "max_joint"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} is for --schedule recover: leave it out, or add --schedule recover")
         return self
 
     @model_validator(mode="after")

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from trimllm import decoder, journal, legality, scan, scores, select, sparse, targets, weights
+from trimllm import decoder, joint, journal, legality, recording, scan, scores, select, sparse, targets, weights
 from trimllm.config import ScoreSettings, TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluate import Scorer
-from trimllm.layout import Layout, Unit, describe, remove, units, whole
+from trimllm.joint import Joint
+from trimllm.layout import Layout, Unit, describe, halves, remove, remove_all, units, whole
 from trimllm.parallel import Share
 from trimllm.scan import Race, ScanResult
 from trimllm.scores import Evidence
 from trimllm.select import Choice
+from trimllm.trial import trial
 
 
 def race_of(config: ScoreSettings, tolerance: float, allowed: Collection[Unit], seed: int) -> Race | None:
@@ -34,18 +37,22 @@ class Decision:
     """What a scan led to."""
 
     choices: list[Choice]
-    """The units to drop: one, or with --one-shot all."""
+    """The units to drop: one, or several at once (--one-shot, --schedule recover)."""
     trains: list[int] | None
     """Original indices of the blocks that train by this scan (sparse update); None: all."""
     result: ScanResult
     evidence: Evidence
+    joint: list[Joint]
+    """Sets that were tried as a whole (--schedule recover)."""
 
 
 class Decider:
     """Decides on a run's calibration set, by its settings."""
 
-    def __init__(self, config: TrimConfig, model: Any, calibration: Scorer, metric: str) -> None:
-        self.config, self.calibration, self.metric = config, calibration, metric
+    def __init__(
+        self, config: TrimConfig, model: Any, calibration: Scorer, metric: str, save_dtype: torch.dtype
+    ) -> None:
+        self.config, self.calibration, self.metric, self.save_dtype = config, calibration, metric, save_dtype
         self.base_depth = decoder.depth(model)
         self.wanted = targets.wanted_depth(config, self.base_depth)
         self.protected = select.protected(config.protect, self.base_depth)
@@ -96,7 +103,10 @@ class Decider:
         result = self._scan(model, layout, parts, share, console)
         evidence = share.from_first(lambda: self._evidence(model, layout, result))
         choices = self._choose(model, layout, result, evidence)
-        return Decision(choices, self._trainable(layout, result, evidence, choices), result, evidence)
+        tried: list[Joint] = []
+        if self.config.schedule == "recover":
+            choices, tried = self._together(model, layout, result, evidence, choices[0], parts, share)
+        return Decision(choices, self._trainable(layout, result, evidence, choices), result, evidence, tried)
 
     def _race(self, model: Any, layout: Layout) -> Race | None:
         every = units(self.config.unit, whole(len(layout)), self.length)
@@ -106,7 +116,8 @@ class Decider:
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         budget, depth = self.config.eval_batch_size, decoder.depth(model)
         records = share.from_first(lambda: journal.read_lines(parts))
-        finished = {record["batch"]: scan.Part.load(record) for record in records if record.get("budget") == budget}
+        same = [record for record in records if record.get("budget") == budget and "batch" in record]
+        finished = {record["batch"]: scan.Part.load(record) for record in same}
 
         def keep(batch: int, part: scan.Part) -> None:
             if share.first:
@@ -157,6 +168,70 @@ class Decider:
             )
         return choices
 
+    def _together(
+        self,
+        model: Any,
+        layout: Layout,
+        result: ScanResult,
+        evidence: Evidence,
+        first: Choice,
+        parts: Path,
+        share: Share,
+    ) -> tuple[list[Choice], list[Joint]]:
+        """`first` and what can go with it; every set that is tried is kept in the file `parts`, as the scan's batches.
+
+        What is not harmless alone is not tried, and after `max_joint` failures nothing more is. No set goes beyond a
+        target: as soon as the trial of one is small enough, nothing is added to it.
+        """
+        config, candidates, intact = self.config, result.candidates, whole(len(layout))
+        least = targets.least_depth(config, self.base_depth)
+        alone = {i for i in self.droppable(model, layout, candidates) if self._harmless_alone(result, i)}
+        records = share.from_first(lambda: journal.read_lines(parts))
+        known = [Joint.load(record["joint"]) for record in records if "joint" in record]
+        choices = {first.index: first}
+
+        def without(chosen: tuple[int, ...]) -> Layout:
+            return remove_all(intact, [candidates[i] for i in chosen])
+
+        def following(chosen: tuple[int, ...], refused: frozenset[int]) -> int | None:
+            with trial(model, without(chosen)):
+                if targets.reached(config, self.base_depth, recording.size(model, self.save_dtype)):
+                    return None
+            gone = set().union(*(halves(candidates[i]) for i in chosen))
+            free = {i for i in alone - refused if gone.isdisjoint(halves(candidates[i]))}
+            if not free or len(refused) == config.max_joint or len(layout) - (len(chosen) + 1) * self.length < least:
+                return None
+            choice = select.choose(candidates, evidence, config.strategy, tolerance=self.tolerance, allowed=free)
+            choices[choice.index] = choice
+            return choice.index
+
+        def attempt(chosen: tuple[int, ...]) -> Joint | None:
+            for found in known:
+                if found.units == chosen:
+                    return found
+            if legality.refusal(model, without(chosen)) is not None:
+                return None
+            with trial(model, without(chosen)):
+                value = self.calibration.evaluate(model, self.metric, share)
+            found = Joint(chosen, value.value, value.loss)
+            if share.first:
+                journal.append_line(parts, {"joint": found.record()})
+            return found
+
+        chosen, tried = joint.grow(
+            first.index, following, attempt, lambda found: self._harmless(result, found), config.max_joint
+        )
+        return [choices[i] for i in chosen], tried
+
+    def _harmless(self, result: ScanResult, found: Joint) -> bool:
+        return joint.harmless(found, result.base, self.config.joint_tolerance, self.tolerance)
+
+    def _harmless_alone(self, result: ScanResult, index: int) -> bool:
+        if not result.trials:
+            return True
+        trial_ = result.trials[index]
+        return self._harmless(result, Joint((index,), trial_.value, trial_.loss))
+
     def _trainable(
         self, layout: Layout, result: ScanResult, evidence: Evidence, choices: list[Choice]
     ) -> list[int] | None:
@@ -184,4 +259,6 @@ class Decider:
         names = [describe(unit, layout) for unit in result.candidates]
         table = scan.table(result, decision.evidence, self.config.strategy, names)
         dropped = [choice.index for choice in decision.choices]
-        return {**table, "dropped": dropped, "tied": list(decision.choices[0].tied)}
+        together = [found.record() for found in decision.joint]
+        more = {"joint": together} if self.config.schedule == "recover" else {}
+        return {**table, "dropped": dropped, "tied": list(decision.choices[0].tied), **more}

@@ -112,6 +112,35 @@ def remove(layout: Layout, unit: Unit) -> Layout:
     return (*layout[:i], half, *layout[i + 1 :])
 
 
+def halves(unit: Unit) -> set[tuple[str, int]]:
+    """What the unit consists of: halves, with the places of the blocks that hold them."""
+    if unit.kind == "pair":
+        return {("mlp", unit.index), ("attention", unit.index + 1)}
+    if unit.kind == "block":
+        return {(half, place) for half in ("attention", "mlp") for place in unit.blocks}
+    return {(unit.kind, unit.index)}
+
+
+def remove_all(layout: Layout, units: Iterable[Unit]) -> Layout:
+    """The layout after several blocks and pairs, all named by their places in `layout`, are gone.
+
+    Each holds neighbours in the row A_0 M_0 A_1 M_1 ..., so what is left is again an attention and an MLP in turn.
+
+    Raises:
+        InputError: if two of them have a half in common, or nothing would remain.
+    """
+    gone: set[tuple[str, int]] = set()
+    for unit in units:
+        if gone & halves(unit):
+            raise InputError(f"{unit} has a part in common with another unit that is to be dropped")
+        gone |= halves(unit)
+    attention = [block.attention for i, block in enumerate(layout) if ("attention", i) not in gone]
+    mlp = [block.mlp for i, block in enumerate(layout) if ("mlp", i) not in gone]
+    if not attention:
+        raise InputError(f"cannot drop all {len(layout)} layers: leave at least one")
+    return tuple(Block(a, m) for a, m in zip(attention, mlp, strict=True))
+
+
 def describe(unit: Unit, layout: Layout) -> str:
     """The unit in original indices: `block 7` or `MLP 3 + attention 4`."""
     here = layout[unit.index]

@@ -10,6 +10,7 @@ weights are those of the last checkpoint, the order of training rows comes from 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ import transformers
 from trimllm import (
     card,
     decoder,
+    encoding,
     export,
     folders,
     inputs,
+    joint,
     journal,
     loading,
     model_card,
     models,
     recording,
+    recovery,
     rundir,
     scores,
     select,
@@ -41,10 +45,11 @@ from trimllm.console import Console
 from trimllm.deciding import Decider
 from trimllm.errors import InputError, TrimError
 from trimllm.journal import Journal
-from trimllm.layout import Layout, Unit, compose, describe, plan_record, remove, whole
+from trimllm.layout import Layout, compose, describe, plan_record, remove_all, whole
 from trimllm.models import DTYPES, Loaded, load
 from trimllm.parallel import Share
 from trimllm.recording import Recorder
+from trimllm.recovery import Recovery
 from trimllm.rundir import RunDir
 from trimllm.tasks import TaskData, load_text
 
@@ -138,7 +143,7 @@ class Run:
         train.check(self.task_rows)
         texts = load_text(config.text) if config.text else []
         self.text_rows = train.text_examples(tokenizer, texts, min(longest, config.batch_size))
-        self.decider = Decider(config, model, self.calibration, self.metric)
+        self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
         self.decider.check(model)
         self.pad_id = self.calibration.pad_id
         rundir.check_space(config.output, sum(p.numel() * p.element_size() for p in model.parameters()))
@@ -209,8 +214,8 @@ class Run:
         while self._above_floor():
             enough = len(state.pending) >= config.drops_per_stage or state.reached or config.one_shot
             if state.pending and enough:
-                dropped = sum(len(drop["units"]) for drop in state.pending) if config.one_shot else 1
-                epochs = config.epochs_per_drop * dropped + (config.final_epochs if state.reached else 0.0)
+                units = sum(len(drop["units"]) for drop in state.pending)
+                epochs = targets.stage_epochs(config, units, last=state.reached is not None)
                 self._stage(state, epochs, f"depth {len(state.layout)}")
             elif state.reached:
                 self.console.say(f"end of the drops: {state.reached}")
@@ -242,6 +247,7 @@ class Run:
         parameters = sparse.freeze(state.model, state.layout, chosen, embeddings=warm or config.train_embeddings)
         seed = config.seed * 1000 + state.stages
         plan = train.steps(self.task_rows, self.text_rows, config, epochs, seed)
+        watch = self._recovery(state, plan, epochs)
         with self.console.progress(name) as show:
             report = train.train_stage(
                 state.model,
@@ -254,14 +260,27 @@ class Run:
                 folder=self.dir.root,
                 say=self.console.say,
                 on_step=lambda step, steps, loss, speed: show(step, steps, f"loss {loss:.3f}  {speed:.0f} tokens/s"),
+                cycle=watch.cycle if watch else None,
+                until=watch,
             )
         self._checkpoint(state)
-        self.recorder.record(
-            "stage", state.model, state.layout, stage=state.stages, train=asdict(report), dropped=state.pending
-        )
+        done = asdict(report) | ({"recovery": watch.record()} if watch else {})
+        self.recorder.record("stage", state.model, state.layout, stage=state.stages, train=done, dropped=state.pending)
         state.stages += 1
         state.pending = []
         self._clean()
+
+    def _recovery(self, state: State, plan: Sequence[Sequence[train.Example]], epochs: float) -> Recovery | None:
+        """What may end a stage early: nothing in the warm-up, in the last stage, and with --schedule epoch."""
+        if self.config.schedule == "epoch" or state.stages == 0 or state.reached is not None:
+            return None
+        tokens = sum(len(row.ids) for step in plan for row in step)
+        rows = encoding.rows(self.calibration.encoded, branches=self.calibration.branches)
+        seen = sum(len(row.ids) for row in rows)
+        limit = recovery.limit(self.journal.of("stage"), self.config.recover_tolerance)
+        evaluate, metric, share = self.calibration.evaluate, self.metric, self.share
+        steps = recovery.cycle(len(plan), epochs, tokens, seen)
+        return Recovery(lambda: evaluate(state.model, metric, share).loss, limit, steps)
 
     def _checkpoint(self, state: State) -> None:
         if self.main:
@@ -283,12 +302,13 @@ class Run:
         name = f"scan-{len(self.journal.of('drop')):03d}"
         parts = self.dir.scans / f"{name}.jsonl"
         decision = self.decider.decide(state.model, state.layout, parts, self.share, self.console)
-        choices, result = decision.choices, decision.result
+        choices, result, tried = decision.choices, decision.result, decision.joint
+        found = joint.accepted(choices, tried)
         going = set().union(*(select.touches(choice.unit, state.layout) for choice in choices))
         staying = {source for block in state.layout for source in block} - going
         if self.config.sparse_update == "dynamic" or not staying.intersection(state.chosen or ()):
             state.chosen = decision.trains
-        cut = _cut(len(state.layout), [choice.unit for choice in choices])
+        cut = remove_all(whole(len(state.layout)), [choice.unit for choice in choices])
         surgery.apply_layout(state.model, cut)
         before, state.layout = state.layout, compose(state.layout, cut)
         state.reached = targets.reached(self.config, self.base_depth, self.recorder.size(state.model))
@@ -303,6 +323,7 @@ class Run:
                 units=[describe(choice.unit, before) for choice in choices],
                 accuracy=[None if not result.trials else result.trials[choice.index].value for choice in choices],
                 importance=[choice.importance for choice in choices],
+                joint=None if found is None else found.record() | {"tried": len(tried)},
                 why=choices[0].why,
                 cut=rundir.dump_layout(cut),
                 layout=rundir.dump_layout(state.layout),
@@ -313,7 +334,7 @@ class Run:
         )
         if self.main:
             parts.unlink(missing_ok=True)
-        self.console.say(f"  {card.drop_line(choices, before, result)}")
+        self.console.say(f"  {card.drop_line(choices, before, result, tried)}")
 
     def history(self) -> History:
         """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
@@ -366,14 +387,6 @@ class Run:
         )
         self.journal.add("done", table=f"{depth} layers, {self.metric} {card.percent(row['test'])}")
         return saved, self.history()
-
-
-def _cut(depth: int, dropped: list[Unit]) -> Layout:
-    """The layout of the present model after several units (blocks if more than one) are gone."""
-    if len(dropped) == 1:
-        return remove(whole(depth), dropped[0])
-    gone = {place for unit in dropped for place in unit.blocks}
-    return tuple(block for block in whole(depth) if block.attention not in gone)
 
 
 def accelerator(config: TrimConfig) -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import bench, card, decoder, loading, models, rundir
+from trimllm import bench, card, decoder, journal, loading, models, rundir
 from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.evaluate import Scorer
-from trimllm.journal import Journal, write_json
+from trimllm.journal import Journal
 from trimllm.layout import Layout, plan_record
 from trimllm.parallel import Share
 from trimllm.rundir import RunDir
@@ -53,7 +53,8 @@ class Recorder:
             **more,
         )
         if self.share.first and event != "saved":
-            write_json(folder.plans / f"depth-{now.depth}.json", plan_record(layout, models.origin(self.config.model)))
+            plan = plan_record(layout, models.origin(self.config.model))
+            journal.write_json(folder.plans / f"depth-{now.depth}.json", plan)
         self.console.say(card.depth_row(event, now, calibration, test, float(np.median(speed)), more))
 
     def size(self, model: Any) -> Size:

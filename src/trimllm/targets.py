@@ -63,6 +63,24 @@ def reached(config: TrimConfig, base_depth: int, size: Size) -> str | None:
     return None
 
 
+def least_depth(config: TrimConfig, base_depth: int) -> int:
+    """Blocks that are left when the target in depth, or for a speed the target at its very best, is met.
+
+    Decoding takes at most all of its time in the blocks: half of them cannot be more than twice as fast.
+    """
+    least = [config.min_depth, wanted_depth(config, base_depth) or 1]
+    if config.target_speedup is not None:
+        least.append(math.floor(base_depth / config.target_speedup))
+    return max(least)
+
+
+def stage_epochs(config: TrimConfig, units: int, *, last: bool) -> float:
+    """Epochs of the stage behind `units` dropped together (with --schedule recover: at most)."""
+    if config.schedule == "recover":
+        return max(config.epochs_per_drop, config.final_epochs) if last else config.epochs_per_drop * units
+    return config.epochs_per_drop * (units if config.one_shot else 1) + (config.final_epochs if last else 0.0)
+
+
 def floor(config: TrimConfig, values: Sequence[float]) -> float:
     """The calibration accuracy (percent) below which a depth does not count; `values` are those of all so far."""
     floors = [-math.inf]

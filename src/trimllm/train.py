@@ -144,11 +144,14 @@ def train_stage(
     folder: str | Path | None = None,
     on_step: Callable[[int, int, float, float], None] | None = None,
     say: Callable[[str], None] | None = None,
+    cycle: int | None = None,
+    until: Callable[[], bool] | None = None,
 ) -> StageReport:
     """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
 
     `on_step(step, steps, loss, tokens per second)` is called after every optimizer step, `say` with a line that the
-    user should see; `folder` is where `cache_frozen_prefix="disk"` puts its file.
+    user should see; `folder` is where `cache_frozen_prefix="disk"` puts its file. The learning rate rises and decays
+    once, or anew every `cycle` steps; where it is down, the stage ends if `until()` is true.
 
     Raises:
         TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
@@ -174,8 +177,9 @@ def train_stage(
     history, tokens = [], 0
     try:
         for number, rows in enumerate(plan):
+            place, length = _in_cycle(number, len(plan), cycle)
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * _schedule(number, len(plan))
+                group["lr"] = settings.lr * _schedule(place, length)
             loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
             if not math.isfinite(loss):
                 raise TrimError(
@@ -189,6 +193,8 @@ def train_stage(
             tokens += sum(len(row.ids) for row in rows)
             if on_step:
                 on_step(number + 1, len(plan), loss, tokens / (time.perf_counter() - started))
+            if until and place + 1 == length and until():
+                break
     finally:
         inside.close()
         if settings.gradient_checkpointing:
@@ -198,7 +204,7 @@ def train_stage(
         model.eval()
     tail = history[-max(1, len(history) // 10) :]
     return StageReport(
-        steps=len(plan),
+        steps=len(history),
         tokens=tokens,
         loss=sum(tail) / len(tail),
         seconds=time.perf_counter() - started,
@@ -256,6 +262,13 @@ def _autocast(model: Any, accelerator: Any) -> Iterator[None]:
         del model.forward
         if before is not None:
             model.forward = before
+
+
+def _in_cycle(step: int, total: int, cycle: int | None) -> tuple[int, int]:
+    """Where a step lies in its cycle, and how long that is; the last one may be shorter."""
+    cycle = cycle or total
+    begin = step // cycle * cycle
+    return step - begin, min(cycle, total - begin)
 
 
 def _schedule(step: int, total: int) -> float:
