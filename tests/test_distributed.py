@@ -36,15 +36,23 @@ def task(tmp_path_factory):
     return h.save_task(tmp_path_factory.mktemp("task"))
 
 
-def test_two_processes_drop_the_same_layers_and_measure_the_same_accuracies(base, task, tmp_path, monkeypatch):
+RECOVER = {"schedule": "recover", "depth": 1, "max_joint": 2, "joint_tolerance": 100.0, "tie_tolerance": 100.0}
+
+
+@pytest.mark.parametrize("changes", [{"depth": 3}, RECOVER], ids=["epoch", "recover"])
+def test_two_processes_drop_the_same_layers_and_measure_the_same_accuracies(base, task, tmp_path, monkeypatch, changes):
     one, two = tmp_path / "one", tmp_path / "two"
-    done = h.command("trim", *h.arguments(h.settings(base, task, two, depth=3)), launcher=TWO)
+    done = h.command("trim", *h.arguments(h.settings(base, task, two, **changes)), launcher=TWO)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trimmed checkpoint:") == 1
     assert sum(line.startswith("saved ") for line in done.stderr.splitlines()) == 1
     h.fast(monkeypatch)
-    h.run(base, task, one, depth=3)
+    h.run(base, task, one, **changes)
     assert h.drops(two) == h.drops(one)
+    steps = [[stage["train"]["steps"] for stage in h.journal(run, "stage")] for run in (one, two)]
+    assert steps[0] == steps[1]
+    if changes is RECOVER:
+        assert [len(units) for units in h.drops(two)] == [2, 1]
     for a, b in zip(h.result(one)["history"], h.result(two)["history"], strict=True):
         assert a["calibration"]["value"] == b["calibration"]["value"]
         assert a["calibration"]["loss"] == pytest.approx(b["calibration"]["loss"], abs=1e-4)

@@ -137,7 +137,11 @@ def test_a_model_without_a_pattern_is_refused(windowed, task, tmp_path):
         h.run(folder, task, tmp_path / "run", keep_pattern=True, depth=4)
 
 
-def test_one_shot_drops_runs_that_do_not_overlap(task, tmp_path, monkeypatch):
+TOGETHER = {"schedule": "recover", "joint_tolerance": 100.0, "tie_tolerance": 100.0}
+
+
+@pytest.mark.parametrize("changes", [{"one_shot": True}, TOGETHER], ids=["one-shot", "recover"])
+def test_runs_that_go_at_once_do_not_overlap(task, tmp_path, monkeypatch, changes):
     h.fast(monkeypatch)
     base = tmp_path / "base"
     base.mkdir()
@@ -147,7 +151,7 @@ def test_one_shot_drops_runs_that_do_not_overlap(task, tmp_path, monkeypatch):
     gemma = Gemma3TextConfig(**{name: values[name] for name in kept}, num_attention_heads=4, num_key_value_heads=2)
     gemma.update({"head_dim": 8, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 0})
     h.save_model(Gemma3ForCausalLM(gemma), base)
-    model, _ = h.run(base, task, tmp_path / "run", keep_pattern=True, depth=4, one_shot=True, warmup_epochs=0.2)
+    model, _ = h.run(base, task, tmp_path / "run", keep_pattern=True, depth=4, warmup_epochs=0.2, **changes)
     assert model.config.layer_types == ["sliding_attention", "full_attention"] * 2
     (dropped,) = h.drops(tmp_path / "run")
     gone = [int(name) for unit in dropped for name in unit.split()[1:]]

@@ -86,6 +86,7 @@ def result(
         "notes": list(data.notes),
         "history": history,
         "drops": drops,
+        "tokens": tokens(history),
         "settings": config.model_dump(mode="json"),
         "seconds": {
             "training": sum(row["train"]["seconds"] for row in history if "train" in row),
@@ -94,6 +95,12 @@ def result(
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "libraries": {name: version(name) for name in LIBRARIES},
     }
+
+
+def tokens(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Training tokens per stage, in total, and in units of the first stage, which is one full fine-tune."""
+    stages = [row["train"]["tokens"] for row in history if row["event"] == "stage"]
+    return {"stages": stages, "total": sum(stages), "full_fine_tunes": sum(stages) / stages[0] if stages[0] else None}
 
 
 def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: list[Joint]) -> str:

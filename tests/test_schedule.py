@@ -1,0 +1,372 @@
+"""--schedule recover: what goes at once is tried at once, and a stage ends when the calibration loss is back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import helpers_run as h
+import pytest
+from transformers import AutoModelForCausalLM
+
+from trimllm import card, deciding, joint, journal, progressive, recovery, rundir, surgery, train
+from trimllm.config import TrimConfig
+from trimllm.errors import InputError
+from trimllm.evaluate import Evaluation, Scorer
+from trimllm.inputs import scorer, task_data
+from trimllm.joint import Joint
+from trimllm.layout import Unit, halves, remove, remove_all, units, whole
+from trimllm.loading import load_tokenizer
+from trimllm.models import DEMO
+from trimllm.recovery import Recovery
+from trimllm.targets import least_depth, stage_epochs
+
+EASY = {"schedule": "recover", "joint_tolerance": 100.0, "tie_tolerance": 100.0}
+"""Anything may go together."""
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    h.fast(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return h.save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return h.save_task(tmp_path_factory.mktemp("task"))
+
+
+RECOVER = {**EASY, "max_joint": 2, "depth": 2, "epochs_per_drop": 0.5, "recover_tolerance": 0.0}
+
+
+@pytest.fixture(scope="module")
+def straight(base, task, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        h.fast(patch)
+        output = tmp_path_factory.mktemp("straight") / "run"
+        h.run(base, task, output, **RECOVER)
+        return output
+
+
+def looks(monkeypatch, losses):
+    """Scripted calibration losses for the looks within stages (the model is in training mode there); the rest is real.
+
+    Returns how many looks there were at each depth.
+    """
+    measure, script, seen = Scorer.evaluate, itertools.chain(losses, itertools.repeat(99.0)), {}
+
+    def evaluate(self, model, *arguments, **more):
+        training = model.training
+        found = measure(self, model, *arguments, **more)
+        if training:
+            depth = model.config.num_hidden_layers
+            seen[depth] = seen.get(depth, 0) + 1
+            object.__setattr__(found, "loss", next(script))
+        return found
+
+    monkeypatch.setattr(Scorer, "evaluate", evaluate)
+    return seen
+
+
+# ---- when a stage ends
+
+
+def test_stage_ends_at_the_first_look_that_finds_the_loss_back(base, task, tmp_path, monkeypatch):
+    seen = looks(monkeypatch, [99.0, 99.0, 0.0])
+    h.run(base, task, tmp_path / "run", **EASY, max_joint=1, depth=3, epochs_per_drop=3)
+    warm, first, last = h.journal(tmp_path / "run", "stage")
+    found = first["train"]["recovery"]
+    assert (found["losses"], found["recovered"], seen) == ([99.0, 99.0, 0.0], True, {4: 3})
+    assert first["train"]["steps"] == 3 * found["cycle"] < last["train"]["steps"]
+    assert found["limit"] == warm["calibration"]["loss"] + 0.05
+    assert "recovery" not in warm["train"], "the warm-up is not cut short"
+    assert "recovery" not in last["train"], "nor the last stage"
+
+
+def test_stage_that_does_not_recover_ends_at_its_budget_and_says_so(base, task, tmp_path, monkeypatch, capsys):
+    looks(monkeypatch, [])
+    settings = h.settings(base, task, tmp_path / "run", **EASY, max_joint=2, depth=2, epochs_per_drop=1.5)
+    progressive.trim(**settings)
+    warm, first, _ = h.journal(tmp_path / "run", "stage")
+    assert [len(drop["units"]) for drop in h.journal(tmp_path / "run", "drop")] == [2, 1]
+    assert first["train"]["steps"] == pytest.approx(3 * warm["train"]["steps"], abs=2), "1.5 epochs for each of two"
+    assert not first["train"]["recovery"]["recovered"]
+    assert "is not back in the budget: 99.000" in capsys.readouterr().err
+
+
+def test_loss_is_looked_at_where_the_learning_rate_is_down(base, task, tmp_path, monkeypatch):
+    rates, look, step, adam = [], Recovery.__call__, train._step, train.torch.optim.AdamW
+    optimizers = []
+    monkeypatch.setattr(train.torch.optim, "AdamW", lambda *a, **k: optimizers.append(adam(*a, **k)) or optimizers[-1])
+    monkeypatch.setattr(train, "_step", lambda *a: rates.append(optimizers[-1].param_groups[0]["lr"]) or step(*a))
+    monkeypatch.setattr(Recovery, "__call__", lambda self: rates.append("look") or look(self))
+    looks(monkeypatch, [])
+    h.run(base, task, tmp_path / "run", **EASY, max_joint=1, depth=3, warmup_epochs=0, epochs_per_drop=1, batch_size=60)
+    cycle = h.journal(tmp_path / "run", "stage")[1]["train"]["recovery"]["cycle"]
+    assert cycle >= 3
+    assert rates.count("look") >= 2
+    assert rates[cycle] == "look"
+    assert rates[:cycle] == sorted(rates[:cycle], reverse=True)
+    assert rates[cycle - 1] <= 1e-3 / cycle < rates[0] == rates[cycle + 1] == 1e-3
+
+
+def test_cycles_cover_every_step_once():
+    places = [train._in_cycle(step, 25, 10) for step in range(25)]
+    assert places == [(i, 10) for i in range(10)] * 2 + [(i, 5) for i in range(5)]
+    assert [train._in_cycle(step, 4, None) for step in range(4)] == [(i, 4) for i in range(4)]
+
+
+def test_looks_cost_at_most_their_share():
+    assert recovery.cycle(90, 3.0, 90_000, 30) == 10, "three an epoch"
+    steps, tokens, calibration = 90, 90_000, 60_000
+    cycle = recovery.cycle(steps, 3.0, tokens, calibration)
+    assert calibration / 3 / (cycle * tokens / steps) == pytest.approx(recovery.SHARE, rel=0.05)
+    assert recovery.cycle(0, 0.0, 0, 30) == 1
+
+
+def test_loss_to_come_back_to_is_that_before_the_first_drop():
+    stages = [{"calibration": {"loss": loss}} for loss in (0.7, 0.5, 0.9)]
+    assert recovery.limit(stages, 0.1) == pytest.approx(0.8)
+
+
+# ---- what goes at once
+
+
+def test_two_units_that_are_harmless_alone_and_harmful_together_do_not_go_together():
+    harmful = {frozenset({1, 2})}
+    trials = []
+
+    def attempt(chosen):
+        trials.append(chosen)
+        bad = any(pair <= set(chosen) for pair in harmful)
+        return Joint(chosen, 50.0 if bad else 80.0, 2.0 if bad else 0.5)
+
+    def following(chosen, refused):
+        return next((i for i in (1, 2, 3, 4) if i not in chosen and i not in refused), None)
+
+    intact = Evaluation("acc", 80.0, 0.0, 6, 0.5, correct=(True,))
+    chosen, tried = joint.grow(1, following, attempt, lambda found: joint.harmless(found, intact, 0.1, 0.0), 3)
+    assert chosen == (1, 3, 4)
+    assert [found.units for found in tried] == trials == [(1, 2), (1, 3), (1, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "passes"),
+    [(80, 0.6, True), (80, 0.61, False), (77, 0.5, True), (76.9, 0.5, False), (99, 0.0, True)],
+)
+def test_harmless_is_loss_and_accuracy(value, loss, passes):
+    intact = Evaluation("acc", 80.0, 3.0, 6, 0.5, correct=(True,))
+    assert joint.harmless(Joint((1, 2), value, loss), intact, 0.1, 1.0) is passes
+    text = Evaluation("likelihood", 60.0, 1.0, 6, 0.5)
+    assert joint.harmless(Joint((1, 2), 0.0, 0.6), text, 0.1, 0.0), "without choices the loss decides"
+
+
+def test_blocks_that_only_harm_together_go_one_by_one(base, task, tmp_path, monkeypatch):
+    together, measure, inside = deciding.Decider._together, Scorer.evaluate, []
+
+    def evaluate(self, model, *arguments, **more):
+        found = measure(self, model, *arguments, **more)
+        if inside:
+            object.__setattr__(found, "loss", 1e4)
+        return found
+
+    def watched(self, *arguments):
+        inside.append(True)
+        chosen = together(self, *arguments)
+        inside.clear()
+        return chosen
+
+    monkeypatch.setattr(Scorer, "evaluate", evaluate)
+    monkeypatch.setattr(deciding.Decider, "_together", watched)
+    h.run(base, task, tmp_path / "run", **EASY, depth=3)
+    drops = h.journal(tmp_path / "run", "drop")
+    assert [len(drop["units"]) for drop in drops] == [1, 1]
+    scan = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())
+    assert [found["loss"] for found in scan["joint"]] == [1e4] * 4
+
+
+@pytest.mark.parametrize("unit", ["block", "pair"])
+def test_journaled_joint_trial_is_what_a_really_cut_model_gives(base, task, tmp_path, unit):
+    output = tmp_path / "run"
+    h.run(base, task, output, **EASY, depth=2, unit=unit, keep_checkpoints=True, max_joint=3, epochs_per_drop=0.2)
+    drop = h.journal(output, "drop")[0]
+    assert len(drop["units"]) == len(drop["joint"]["units"]) == 3
+    assert drop["reached"] == "depth 2"
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "depth-5")
+    surgery.apply_layout(model, rundir.load_layout(drop["cut"]))
+    config = TrimConfig(**h.settings(base, task, output))
+    tokenizer = load_tokenizer(DEMO)
+    data = task_data(config, tokenizer)
+    found = scorer(config, model, tokenizer, data.calibration).evaluate(model, data.metric)
+    assert drop["joint"]["value"] == found.value
+    assert drop["joint"]["loss"] == pytest.approx(found.loss, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("target", "depth"),
+    [
+        ({"max_params": 87_904 - 2 * 7_000}, 3),
+        ({"target_speedup": 1.6}, 3),
+        ({"max_params": 1, "min_depth": 3}, 3),
+    ],
+    ids=str,
+)
+def test_no_set_goes_beyond_the_target(base, task, tmp_path, target, depth):
+    h.run(base, task, tmp_path / "run", **EASY, max_joint=5, warmup_epochs=0, epochs_per_drop=0, **target)
+    assert h.result(tmp_path / "run")["depth"] == depth
+    (drop,) = h.journal(tmp_path / "run", "drop")
+    assert len(drop["units"]) == h.DEPTH - depth
+
+
+def test_what_is_harmful_alone_is_not_tried_with_others(base, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(joint, "harmless", lambda found, *_: found.units == (0,))
+    h.run(base, task, tmp_path / "run", **EASY, depth=3, warmup_epochs=0, epochs_per_drop=0)
+    assert all(drop["joint"] is None for drop in h.journal(tmp_path / "run", "drop"))
+    for number in (0, 1):
+        tried = json.loads((tmp_path / "run" / "scans" / f"scan-00{number}.json").read_text())["joint"]
+        assert all(found["units"][-1] == 0 for found in tried)
+
+
+@pytest.mark.parametrize("kind", ["block", "pair"])
+def test_units_that_go_at_once_leave_what_they_leave_one_by_one(kind):
+    every = units(kind, whole(6))
+    for one, other in itertools.combinations(every, 2):
+        if halves(one) & halves(other):
+            with pytest.raises(InputError, match="a part in common"):
+                remove_all(whole(6), [one, other])
+            continue
+        first, then = sorted((one, other), key=lambda unit: -min(unit.blocks))
+        assert remove_all(whole(6), [one, other]) == remove(remove(whole(6), first), then)
+    assert remove_all(whole(6), [Unit("block", 1, 2), Unit("block", 4, 2)]) == (whole(6)[0], whole(6)[3])
+    with pytest.raises(InputError, match="cannot drop all 2 layers"):
+        remove_all(whole(2), [Unit("block", 0), Unit("block", 1)])
+
+
+# ---- settings and results
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "recover", "one_shot": True}, "--one-shot is for --schedule epoch"),
+        ({"schedule": "recover", "drops_per_stage": 2}, "--drops-per-stage 2 is for --schedule epoch"),
+        ({"max_joint": 2}, "--max-joint is for --schedule recover"),
+        ({"joint_tolerance": 0.1}, "--joint-tolerance is for --schedule recover"),
+        ({"recover_tolerance": 0.1}, "--recover-tolerance is for --schedule recover"),
+    ],
+    ids=str,
+)
+def test_options_without_an_effect_are_refused(base, task, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        h.run(base, task, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_epochs_of_a_stage():
+    def epochs(units, *, last, **settings):
+        return stage_epochs(TrimConfig(model="m", task="t", output="o", **settings), units, last=last)
+
+    assert epochs(3, last=False) == 1
+    assert epochs(3, last=True, final_epochs=4) == 5
+    assert epochs(3, last=True, one_shot=True, depth=1) == 3
+    assert epochs(3, last=False, schedule="recover", epochs_per_drop=2) == 6
+    assert epochs(3, last=True, schedule="recover", epochs_per_drop=2) == 2
+    assert epochs(3, last=True, schedule="recover", epochs_per_drop=2, final_epochs=4) == 4
+
+
+def test_least_depth_for_a_speed_is_where_blocks_alone_would_give_it():
+    config = TrimConfig(model="m", task="t", output="o", target_speedup=1.6)
+    assert (least_depth(config, 16), least_depth(config, 5)) == (10, 3)
+
+
+def test_tokens_are_counted_against_one_full_fine_tune(straight):
+    stages = [stage["train"]["tokens"] for stage in h.journal(straight, "stage")]
+    found = h.result(straight)["tokens"]
+    assert found == {"stages": stages, "total": sum(stages), "full_fine_tunes": sum(stages) / stages[0]}
+    rows = [{"event": "base"}, {"event": "stage", "train": {"tokens": 0}}, {"event": "stage", "train": {"tokens": 7}}]
+    assert card.tokens(rows) == {"stages": [0, 7], "total": 7, "full_fine_tunes": None}
+
+
+def test_line_of_a_joint_drop_names_both_accuracies(base, task, tmp_path, capsys):
+    progressive.trim(**h.settings(base, task, tmp_path / "run", **EASY, depth=3, warmup_epochs=0, epochs_per_drop=0))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  drop ")]
+    together, intact = (h.journal(tmp_path / "run", event)[0] for event in ("drop", "stage"))
+    assert f"2 at once (joint {together['joint']['value']:.1f}, intact {intact['calibration']['value']:.1f}" in line
+
+
+# ---- interrupted
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def kill_at(monkeypatch, owner, name, call, *, after=False):
+    work, calls = getattr(owner, name), [0]
+
+    def dying(*arguments, **more):
+        calls[0] += 1
+        if calls[0] == call and not after:
+            raise Killed
+        value = work(*arguments, **more)
+        if calls[0] == call:
+            raise Killed
+        return value
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+POINTS = {
+    "between joint decision and cut": (joint, "grow", 1, True),
+    "in the first cycle of a stage": (train, "_step", 8, False),
+    "in a look at the loss": (Recovery, "__call__", 1, True),
+    "in a later cycle": (Recovery, "__call__", 2, False),
+    "between the second joint decision and its cut": (joint, "grow", 2, True),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(
+    base, task, tmp_path, straight, monkeypatch, point
+):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        owner, name, call, after = POINTS[point]
+        kill_at(patch, owner, name, call, after=after)
+        with pytest.raises(Killed):
+            h.run(base, task, output, **RECOVER)
+    h.run(base, task, output, **RECOVER, resume=True)
+    assert h.drops(output) == h.drops(straight)
+    assert [drop["joint"] for drop in h.journal(output, "drop")] == [
+        drop["joint"] for drop in h.journal(straight, "drop")
+    ]
+    recoveries = [[stage["train"].get("recovery") for stage in h.journal(run, "stage")] for run in (output, straight)]
+    assert recoveries[0] == recoveries[1]
+    assert any(recoveries[1])
+    assert h.weights_hash(output / "model") == h.weights_hash(straight / "model")
+
+
+def test_sets_that_were_tried_are_not_tried_again(base, task, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    more = {**EASY, "depth": 2, "max_joint": 3, "warmup_epochs": 0, "epochs_per_drop": 0}
+    with monkeypatch.context() as patch:
+        kill_at(patch, joint, "grow", 1, after=True)
+        with pytest.raises(Killed):
+            h.run(base, task, output, **more)
+    kept = journal.read_lines(output / "scans" / "scan-000.jsonl")
+    assert [line["joint"]["units"] for line in kept if "joint" in line] == [
+        found["units"] for found in kept_sets(base, task, tmp_path / "other", more)
+    ]
+    measured, evaluate = [], Scorer.evaluate
+    monkeypatch.setattr(Scorer, "evaluate", lambda *a, **k: measured.append(1) or evaluate(*a, **k))
+    h.run(base, task, output, **more, resume=True)
+    assert len(measured) == 3, "the last stage's calibration and the saved model's two splits: no joint trial"
+
+
+def kept_sets(base, task, output, settings):
+    h.run(base, task, output, **settings)
+    return json.loads((output / "scans" / "scan-000.json").read_text())["joint"]
