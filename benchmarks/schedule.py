@@ -1,0 +1,146 @@
+"""Training tokens for half the depth: --schedule recover against the published one epoch per drop.
+
+    python benchmarks/schedule.py                                   # 3 domains x 3 seeds: 2 to 4 hours on 2 cores
+    python benchmarks/schedule.py --domains medicine --seeds 0      # one of them
+
+Both sides are the demo's recipe, in turn, and differ in --schedule only. Tokens are counted in full fine-tunes: the
+warm-up stage that both begin with. Shorter full fine-tunes (--full-epochs) show whether fewer tokens had been enough
+for an accuracy like the trimmed model's. Runs are kept in --output; finished ones are not repeated, others go on where
+they stood. The last line is one JSON object, also written to results/schedule.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from _sides import finish
+
+from trimllm.config import DemoConfig
+from trimllm.console import Console, table
+from trimllm.demo.demo import settings
+from trimllm.demo.world import DOMAINS
+from trimllm.progressive import trim
+
+SIDES = {"published": {"schedule": "epoch"}, "recover": {"schedule": "recover"}}
+
+
+def result(command: DemoConfig, output: Path, **changes: Any) -> dict[str, Any]:
+    """The result.json of the demo's run with `changes`, which is made, or gone on with, if it is not there."""
+    if not (output / "result.json").exists():
+        more = {"report_depths": True, "keep_checkpoints": False, "resume": True}
+        trim(settings(command, output, **more, **changes), console=Console())
+    found: dict[str, Any] = json.loads((output / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def fine_tuned(found: dict[str, Any]) -> dict[str, Any]:
+    """Tokens and reported accuracy of a run's first stage, which trains the whole model at full depth."""
+    stage = next(row for row in found["history"] if row["event"] == "stage")
+    return {"tokens": stage["train"]["tokens"], "accuracy": stage["test"]["value"], "stderr": stage["test"]["stderr"]}
+
+
+def trimmed(found: dict[str, Any]) -> dict[str, Any]:
+    """What a finished run took and gave; minutes are those of training and scans."""
+    return {
+        "tokens": found["tokens"]["total"],
+        "full_fine_tunes": found["tokens"]["full_fine_tunes"],
+        "accuracy": found["test"]["value"],
+        "stderr": found["test"]["stderr"],
+        "depth": found["depth"],
+        "drops": [drop["units"] for drop in found["drops"]],
+        "minutes": sum(found["seconds"].values()) / 60,
+    }
+
+
+def compare(command: DemoConfig, root: Path, full_epochs: list[float]) -> dict[str, Any]:
+    """Both sides for one domain and seed; the side that begins changes with the seed."""
+    folder = root / f"{command.domain}-{command.seed}"
+    order = list(SIDES) if command.seed % 2 == 0 else list(SIDES)[::-1]
+    runs = {side: result(command, folder / side, **SIDES[side]) for side in order}
+    untrimmed = {"keep": None, "depth": 15, "epochs_per_drop": 0.0, "final_epochs": 0.0}
+    shorter = [
+        {
+            "epochs": epochs,
+            **fine_tuned(result(command, folder / f"full-{epochs:g}", warmup_epochs=epochs, **untrimmed)),
+        }
+        for epochs in full_epochs
+    ]
+    whole = {"epochs": runs["recover"]["settings"]["warmup_epochs"], **fine_tuned(runs["recover"])}
+    part: dict[str, Any] = {
+        "domain": command.domain,
+        "seed": command.seed,
+        **{side: trimmed(found) for side, found in runs.items()},
+        "fully_fine_tuned": [*shorter, whole],
+    }
+    ours, other = part["recover"], part["published"]
+    part["error"] = math.hypot(ours["stderr"], other["stderr"])
+    part["as_good"] = ours["accuracy"] >= other["accuracy"] - part["error"]
+    equal = [full["tokens"] for full in part["fully_fine_tuned"] if full["accuracy"] >= ours["accuracy"]]
+    part["of_equal_accuracy"] = ours["tokens"] / min(equal) if equal else None
+    return part
+
+
+def rows(part: dict[str, Any]) -> list[list[Any]]:
+    name, unit = f"{part['domain']} {part['seed']}", part["fully_fine_tuned"][-1]["tokens"]
+    lines = [
+        [
+            f"{name} fully fine-tuned, {full['epochs']:g} epochs",
+            f"{full['tokens'] / unit:.2f}",
+            _accuracy(full),
+            "-",
+            "-",
+        ]
+        for full in part["fully_fine_tuned"]
+    ]
+    for side in SIDES:
+        run = part[side]
+        sizes = "+".join(str(len(units)) for units in run["drops"])
+        lines.append([f"{name} {side}", f"{run['tokens'] / unit:.2f}", _accuracy(run), sizes, f"{run['minutes']:.1f}"])
+    return lines
+
+
+def _accuracy(found: dict[str, Any]) -> str:
+    return f"{found['accuracy']:.1f} +- {found['stderr']:.1f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=list(DOMAINS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--full-epochs", type=float, nargs="*", default=[1.0, 2.0], help="shorter full fine-tunes")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch (default: its own choice)")
+    parser.add_argument("--output", type=Path, default=Path("runs/schedule"), help="folder of all runs")
+    options = parser.parse_args()
+    parts = []
+    for seed in options.seeds:
+        for domain in options.domains:
+            command = DemoConfig(domain=domain, seed=seed, threads=options.threads)
+            parts.append(compare(command, options.output, options.full_epochs))
+            print(f"{domain} {seed}: done, {len(parts)} of {len(options.seeds) * len(options.domains)}", flush=True)
+    header = ["", "tokens / full fine-tune", "accuracy", "dropped at once", "minutes"]
+    print(table(header, [line for part in parts for line in rows(part)]))
+    ours, other = ([part[side]["full_fine_tunes"] for part in parts] for side in ("recover", "published"))
+    equal = [part["of_equal_accuracy"] for part in parts if part["of_equal_accuracy"] is not None]
+    points = [part["recover"]["accuracy"] - part["published"]["accuracy"] for part in parts]
+    finish(
+        "schedule",
+        ours,
+        other,
+        "training tokens, in full fine-tunes of the warm-up's length",
+        recover_max=max(ours),
+        points_over_published=statistics.mean(points),
+        as_good_as_published=sum(part["as_good"] for part in parts),
+        shortest_full_fine_tune_of_equal_accuracy=statistics.median(equal) if equal else None,
+        pairs=len(parts),
+        parts=parts,
+    )
+    return 0 if max(ours) <= 3 and all(part["as_good"] for part in parts) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
