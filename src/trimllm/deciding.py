@@ -253,6 +253,19 @@ class Decider:
         order = sorted(rank, key=lambda place: (-rank[place][0], -rank[place][1], place))
         return sorted(source for place in order[:count] if (source := layout[place].attention) is not None)
 
+    def record(self, decision: Decision, layout: Layout) -> dict[str, Any]:
+        """What the journal keeps of a decision; `layout` is the one that was scanned."""
+        choices, trials = decision.choices, decision.result.trials
+        found = joint.accepted(choices, decision.joint)
+        return {
+            "units": [describe(choice.unit, layout) for choice in choices],
+            "accuracy": [trials[choice.index].value if trials else None for choice in choices],
+            "importance": [choice.importance for choice in choices],
+            "joint": None if found is None else found.record() | {"tried": len(decision.joint)},
+            "why": choices[0].why,
+            "seconds": decision.result.seconds,
+        }
+
     def table(self, decision: Decision, layout: Layout) -> dict[str, Any]:
         """The scan as JSON, with what was dropped; `layout` is the one that was scanned."""
         result = decision.result

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trimllm import adapters, loading
-from trimllm.config import ModelSettings
+from trimllm.config import ModelSettings, TrimConfig
 from trimllm.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +49,22 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: there is no such device here: use cpu or auto") from None
     return device
+
+
+def accelerator(settings: TrimConfig) -> Any:
+    """The accelerate object of this process: device, mixed precision, number of processes."""
+    from accelerate import Accelerator
+
+    wanted = torch.device("cpu") if settings.device == "auto" and not torch.cuda.is_available() else None
+    if settings.device != "auto":
+        wanted = device_of(settings.device)
+        if wanted.type == "cuda" and wanted.index is not None:
+            torch.cuda.set_device(wanted)
+    on_cpu = wanted is not None and wanted.type == "cpu"
+    mixed = "no" if on_cpu or settings.dtype != "auto" or not torch.cuda.is_available() else "bf16"
+    if settings.mixed_precision != "auto":
+        mixed = settings.mixed_precision
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed)
 
 
 def load(settings: ModelSettings, *, training: bool = False, device: torch.device | None = None) -> Loaded:

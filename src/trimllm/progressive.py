@@ -10,25 +10,20 @@ weights are those of the last checkpoint, the order of training rows comes from 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from trimllm import (
     card,
     decoder,
-    encoding,
     export,
     folders,
     inputs,
-    joint,
     journal,
     loading,
-    model_card,
     models,
     recording,
     recovery,
@@ -45,11 +40,10 @@ from trimllm.console import Console
 from trimllm.deciding import Decider
 from trimllm.errors import InputError, TrimError
 from trimllm.journal import Journal
-from trimllm.layout import Layout, compose, describe, plan_record, remove_all, whole
+from trimllm.layout import Layout, compose, plan_record, remove_all, whole
 from trimllm.models import DTYPES, Loaded, load
 from trimllm.parallel import Share
 from trimllm.recording import Recorder
-from trimllm.recovery import Recovery
 from trimllm.rundir import RunDir
 from trimllm.tasks import TaskData, load_text
 
@@ -95,7 +89,7 @@ class Run:
     def __init__(self, config: TrimConfig, console: Console) -> None:
         self.config, self.console = config, console
         self.dir = RunDir(config.output)
-        self.accelerator = accelerator(config)
+        self.accelerator = models.accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
         transformers.utils.logging.disable_progress_bar()
@@ -247,7 +241,10 @@ class Run:
         parameters = sparse.freeze(state.model, state.layout, chosen, embeddings=warm or config.train_embeddings)
         seed = config.seed * 1000 + state.stages
         plan = train.steps(self.task_rows, self.text_rows, config, epochs, seed)
-        watch = self._recovery(state, plan, epochs)
+        watch = None
+        if config.schedule == "recover" and not warm and state.reached is None:
+            limit = recovery.limit(self.journal.of("stage"), config.recover_tolerance)
+            watch = recovery.follow(state.model, self.calibration, self.metric, self.share, plan, epochs, limit)
         with self.console.progress(name) as show:
             report = train.train_stage(
                 state.model,
@@ -270,18 +267,6 @@ class Run:
         state.pending = []
         self._clean()
 
-    def _recovery(self, state: State, plan: Sequence[Sequence[train.Example]], epochs: float) -> Recovery | None:
-        """What may end a stage early: nothing in the warm-up, in the last stage, and with --schedule epoch."""
-        if self.config.schedule == "epoch" or state.stages == 0 or state.reached is not None:
-            return None
-        tokens = sum(len(row.ids) for step in plan for row in step)
-        rows = encoding.rows(self.calibration.encoded, branches=self.calibration.branches)
-        seen = sum(len(row.ids) for row in rows)
-        limit = recovery.limit(self.journal.of("stage"), self.config.recover_tolerance)
-        evaluate, metric, share = self.calibration.evaluate, self.metric, self.share
-        steps = recovery.cycle(len(plan), epochs, tokens, seen)
-        return Recovery(lambda: evaluate(state.model, metric, share).loss, limit, steps)
-
     def _checkpoint(self, state: State) -> None:
         if self.main:
             with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
@@ -302,8 +287,7 @@ class Run:
         name = f"scan-{len(self.journal.of('drop')):03d}"
         parts = self.dir.scans / f"{name}.jsonl"
         decision = self.decider.decide(state.model, state.layout, parts, self.share, self.console)
-        choices, result, tried = decision.choices, decision.result, decision.joint
-        found = joint.accepted(choices, tried)
+        choices = decision.choices
         going = set().union(*(select.touches(choice.unit, state.layout) for choice in choices))
         staying = {source for block in state.layout for source in block} - going
         if self.config.sparse_update == "dynamic" or not staying.intersection(state.chosen or ()):
@@ -320,21 +304,16 @@ class Run:
             self.journal.add(
                 "drop",
                 stage=state.stages,
-                units=[describe(choice.unit, before) for choice in choices],
-                accuracy=[None if not result.trials else result.trials[choice.index].value for choice in choices],
-                importance=[choice.importance for choice in choices],
-                joint=None if found is None else found.record() | {"tried": len(tried)},
-                why=choices[0].why,
+                **self.decider.record(decision, before),
                 cut=rundir.dump_layout(cut),
                 layout=rundir.dump_layout(state.layout),
                 trains=state.chosen,
                 reached=state.reached,
-                seconds=result.seconds,
             )
         )
         if self.main:
             parts.unlink(missing_ok=True)
-        self.console.say(f"  {card.drop_line(choices, before, result, tried)}")
+        self.console.say(f"  {card.drop_line(choices, before, decision.result, decision.joint)}")
 
     def history(self) -> History:
         """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
@@ -367,39 +346,10 @@ class Run:
             self.recorder.record("saved", saved, layout)
         row = self.journal.events[-1]
         if self.main:
-            text = model_card.trimmed(self.config, data, layout, self.history(), base)
-            journal.write_atomic(self.dir.model / "README.md", text)
-            result = card.result(
-                self.config,
-                data,
-                good,
-                self.history(),
-                self.journal.of("drop"),
-                base,
-                row,
-                report,
-                self.recorder.final_speeds(saved),
-            )
-            journal.write_json(self.dir.result, result)
+            self.recorder.write_result(data, good, self.history(), base, row, report, saved)
         self.console.say(
             f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {self.metric} {card.percent(row['test'])}, "
             "reloaded and compared"
         )
         self.journal.add("done", table=f"{depth} layers, {self.metric} {card.percent(row['test'])}")
         return saved, self.history()
-
-
-def accelerator(config: TrimConfig) -> Any:
-    """The accelerate object of this process: device, mixed precision, number of processes."""
-    from accelerate import Accelerator
-
-    wanted = torch.device("cpu") if config.device == "auto" and not torch.cuda.is_available() else None
-    if config.device != "auto":
-        wanted = models.device_of(config.device)
-        if wanted.type == "cuda" and wanted.index is not None:
-            torch.cuda.set_device(wanted)
-    on_cpu = wanted is not None and wanted.type == "cpu"
-    mixed = "no" if on_cpu or config.dtype != "auto" or not torch.cuda.is_available() else "bf16"
-    if config.mixed_precision != "auto":
-        mixed = config.mixed_precision
-    return Accelerator(cpu=on_cpu, mixed_precision=mixed)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import bench, card, decoder, journal, loading, models, rundir
+from trimllm import bench, card, decoder, journal, loading, model_card, models, rundir
 from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.evaluate import Scorer
@@ -17,6 +17,7 @@ from trimllm.layout import Layout, plan_record
 from trimllm.parallel import Share
 from trimllm.rundir import RunDir
 from trimllm.targets import Size
+from trimllm.tasks import TaskData
 
 
 @dataclass
@@ -56,6 +57,24 @@ class Recorder:
             plan = plan_record(layout, models.origin(self.config.model))
             journal.write_json(folder.plans / f"depth-{now.depth}.json", plan)
         self.console.say(card.depth_row(event, now, calibration, test, float(np.median(speed)), more))
+
+    def write_result(
+        self,
+        data: TaskData,
+        stage: dict[str, Any],
+        history: list[dict[str, Any]],
+        base: dict[str, str],
+        row: dict[str, Any],
+        verified: Any,
+        saved: Any,
+    ) -> None:
+        """The model card of the depth that `stage` ended with, and result.json; `row` is that of the saved model."""
+        folder, drops = RunDir(self.config.output), self.journal.of("drop")
+        text = model_card.trimmed(self.config, data, rundir.load_layout(stage["layout"]), history, base)
+        journal.write_atomic(folder.model / "README.md", text)
+        speeds = self.final_speeds(saved)
+        result = card.result(self.config, data, stage, history, drops, base, row, verified, speeds)
+        journal.write_json(folder.result, result)
 
     def size(self, model: Any) -> Size:
         """The size of a model, with its decode speed against the base if a target asks for it."""

@@ -10,6 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimllm import encoding
+from trimllm.evaluate import Scorer
+from trimllm.parallel import Share
+from trimllm.train import Example
+
 CYCLES = 3
 """Cycles of the learning rate per epoch, at most; each ends with a look at the calibration loss."""
 SHARE = 0.15
@@ -43,6 +48,21 @@ class Recovery:
     def record(self) -> dict[str, Any]:
         """As a journal keeps it."""
         return {"limit": self.limit, "cycle": self.cycle, "losses": self.losses, "recovered": self.recovered}
+
+
+def follow(
+    model: Any,
+    calibration: Scorer,
+    metric: str,
+    share: Share,
+    plan: Sequence[Sequence[Example]],
+    epochs: float,
+    limit: float,
+) -> Recovery:
+    """The recovery of a stage that has the steps of `plan`, `epochs` long, as its budget."""
+    seen = sum(len(row.ids) for row in encoding.rows(calibration.encoded, branches=calibration.branches))
+    steps = cycle(len(plan), epochs, sum(len(row.ids) for step in plan for row in step), seen)
+    return Recovery(lambda: calibration.evaluate(model, metric, share).loss, limit, steps)
 
 
 def limit(stages: Sequence[dict[str, Any]], tolerance: float) -> float:
