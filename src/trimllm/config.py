@@ -169,7 +169,7 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of full fine-tuning before the first scan; 0 scans the base as it is."""
     schedule: Literal["epoch", "recover"] = "epoch"
-    """epoch: one unit at a time, then --epochs-per-drop (as published); recover: as many at once as cost nothing
+    """epoch: one unit at a time, then --epochs-per-drop (as published); recover: as many at once as cost little
     together, then only until the calibration loss is back."""
     epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
     """Epochs after every drop; 0 drops without training. With --schedule recover: at most so many per dropped unit."""
