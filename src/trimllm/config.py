@@ -173,7 +173,7 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     together, then only until the calibration loss is back."""
     epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
     """Epochs after every drop; 0 drops without training. With --schedule recover: at most so many per dropped unit."""
-    recover_tolerance: Annotated[float, Field(ge=0)] = 0.25
+    recover_tolerance: Annotated[float, Field(ge=0)] = 0.5
     """With --schedule recover: nats per token above the fine-tuned model's calibration loss at which the next drop
     follows."""
     joint_tolerance: Annotated[float, Field(ge=0)] = 0.75
