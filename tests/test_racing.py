@@ -191,6 +191,7 @@ def test_run_by_races(tmp_path, monkeypatch):
         (["--confidence", "0.9"], "--confidence is for --scan racing"),
         (["--scan", "racing", "--strategy", "norm"], "--scan racing compares accuracies"),
         (["--scan", "racing", "--one-shot"], "--one-shot ranks all candidates"),
+        (["--scan", "racing", "--schedule", "recover"], "--schedule recover ranks all candidates"),
         (["--scan", "rasing"], "did you mean 'racing'"),
     ],
 )
