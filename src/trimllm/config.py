@@ -219,7 +219,7 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
                 option = "--one-shot" if self.one_shot else f"--drops-per-stage {self.drops_per_stage}"
                 raise ValueError(f"{option} is for --schedule epoch: recover finds out how many go at once")
             if self.scan == "racing":
-                raise ValueError("--schedule recover ranks all candidates, --scan racing finds one: leave one of them out")
+                raise ValueError("--schedule recover ranks all candidates, --scan racing finds one: leave one out")
             return self
         for name in ("recover_tolerance", "joint_tolerance", "max_joint"):
             if getattr(self, name) != type(self).model_fields[name].default:
