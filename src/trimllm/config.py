@@ -94,8 +94,8 @@ class ScoreSettings(Settings):
     that take the pattern from the family and not from the checkpoint."""
     protect: tuple[int, ...] = ()
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
-    eval_batch_size: Positive = 4096
-    """Tokens per batch in scans and evaluations."""
+    eval_batch_size: Positive | None = None
+    """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
 
     @model_validator(mode="after")
     def _races_are_for_accuracy(self) -> ScoreSettings:
@@ -309,8 +309,8 @@ class EvalConfig(TaskSettings, ModelSettings):
 
     output: str | None = None
     """JSON file for the result."""
-    eval_batch_size: Positive = 4096
-    """Tokens per batch."""
+    eval_batch_size: Positive | None = None
+    """Most tokens per batch (default: 4096; less where memory ends)."""
     generate: bool = False
     """Generation tasks: also generate, and report exact match, ROUGE-L and repetition."""
     max_new_tokens: Positive = 128

@@ -7,14 +7,19 @@ model cannot do that exactly, `branches=False` gives one row per continuation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from functools import partial
+from typing import Any, TypeVar, overload
 
 import torch
 
-from trimllm.errors import InputError
+from trimllm import memory
+from trimllm.errors import InputError, TrimError
 from trimllm.tasks.items import Item
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,7 @@ class Batches(Sequence[Batch]):
     ) -> None:
         self._pad_id, self._dtype, self._device = pad_id, dtype, device
         self._groups: list[list[Row]] = []
+        self._fits = sys.maxsize
         enough = ENOUGH.get(torch.device(device).type, token_budget)
         for row in sorted(all_rows, key=lambda row: -len(row.ids)):
             group = self._groups[-1] if self._groups else []
@@ -221,7 +227,40 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, number: int | slice) -> Batch | list[Batch]:
         if isinstance(number, slice):
             return [self[one] for one in range(len(self))[number]]
-        return _batch(self._groups[number], self._pad_id, self._dtype).to(self._device)
+        return self._made(self._groups[number])
+
+    def longest(self) -> Batch:
+        """A batch of the longest row alone."""
+        return self._made(self._groups[0][:1])
+
+    def _made(self, group: Sequence[Row]) -> Batch:
+        return _batch(group, self._pad_id, self._dtype).to(self._device)
+
+    def compute(self, number: int, work: Callable[[Batch], T]) -> list[T]:
+        """What `work` gives for a batch; where memory ends, for two halves of it, and so on down to single rows.
+
+        From then on batches are cut to the size that fitted.
+
+        Raises:
+            TrimError: if not even one row fits.
+        """
+        found: list[T] = []
+        waiting = [self._groups[number]]
+        while waiting:
+            group = waiting.pop(0)
+            size = len(group) * len(group[0].ids)
+            value = memory.attempt(partial(lambda rows: work(self._made(rows)), group)) if size <= self._fits else None
+            if value is not None:
+                found.append(value)
+                continue
+            if len(group) == 1:
+                raise TrimError(
+                    f"out of memory: one row of {len(group[0].ids)} tokens does not fit the device: cut rows with "
+                    "--max-length and --truncate, or use a device with more memory"
+                )
+            self._fits = min(self._fits, size - 1)
+            waiting[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+        return found
 
 
 def _batch(group: Sequence[Row], pad_id: int, dtype: torch.dtype) -> Batch:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,16 @@ def batch_pieces(model: Any, batch: Batch) -> Pieces:
     return dict(zip(batch.owners, columns, strict=True))
 
 
+def add_up(pieces: Iterable[Pieces]) -> Pieces:
+    """Outcomes of batches as if they had been one: windows of the same document are added up."""
+    total: Pieces = {}
+    for outcome in pieces:
+        for owner, (loglik, tokens, greedy) in outcome.items():
+            before = total.get(owner, (0.0, 0, True))
+            total[owner] = (before[0] + loglik, before[1] + tokens, before[2] and greedy)
+    return total
+
+
 def gather(pieces: Iterable[Pieces], encoded: Sequence[Encoded]) -> Scores:
     """Put the outcomes of batches together, windows of one document added up; items in ascending order."""
     summed: dict[int, list[list[Any]]] = {}
@@ -230,7 +241,8 @@ class Scorer:
         """Scores of all items; the model must be the one it was made for, or a trimmed one of it."""
         with evaluating(model):
             numbers = range(share.rank, len(self.batches), share.world)
-            mine = [batch_pieces(model, self.batches[number]) for number in numbers]
+            work = partial(batch_pieces, model)
+            mine = [pieces for number in numbers for pieces in self.batches.compute(number, work)]
             return gather(share.gather(mine), self.encoded)
 
     def evaluate(self, model: Any, metric: str, share: Share = ALONE) -> Evaluation:

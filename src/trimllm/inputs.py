@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from trimllm import tasks
 from trimllm.config import TaskSettings
-from trimllm.evaluate import Scorer
+from trimllm.errors import InputError
+from trimllm.evaluate import TOKEN_BUDGET, Scorer
 from trimllm.tasks import Item, TaskData
 
 
@@ -15,7 +16,7 @@ class Evaluating(Protocol):
     """The settings that a scorer reads."""
 
     @property
-    def eval_batch_size(self) -> int: ...
+    def eval_batch_size(self) -> int | None: ...
     @property
     def max_length(self) -> int | None: ...
     @property
@@ -45,13 +46,18 @@ def scorer(settings: Evaluating, model: Any, tokenizer: Any, items: Sequence[Ite
     """Items encoded and in batches for `model`.
 
     Raises:
-        InputError: if prompts do not fit; see `encoding.encode`.
+        InputError: if prompts do not fit (see `encoding.encode`), or a row exceeds the tokens of a batch.
     """
-    return Scorer(
+    budget = settings.eval_batch_size
+    made = Scorer(
         model,
         tokenizer,
         items,
-        token_budget=settings.eval_batch_size,
+        token_budget=budget or TOKEN_BUDGET,
         max_length=settings.max_length,
         truncate=settings.truncate,
     )
+    longest = made.batches.longest().real.shape[1]
+    if budget is not None and longest > budget:
+        raise InputError(f"--eval-batch-size {budget}: the longest row has {longest} tokens: give at least so many")
+    return made

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from trimllm import activations, decoder, evaluate, families, racing
-from trimllm.encoding import Batch
+from trimllm.encoding import Batch, Batches
 from trimllm.errors import InputError
 from trimllm.evaluate import Evaluation, Pieces, Scorer
 from trimllm.layout import Unit, remove, shared_prefix, units, whole
@@ -137,20 +138,19 @@ def scan(
         notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
         race = None
     with evaluate.evaluating(model):
-        resume = trials and _resumes_exactly(model, scorer.batches[0])
+        resume = trials and _resumes_exactly(model, scorer.batches.longest())
         if trials and not resume:
             kind = model.config.model_type
             notes.append(f"every candidate computes the whole model: {kind} cannot be resumed midway")
 
-        def work(batches: Sequence[Batch], first: int, tried: Sequence[int]) -> list[Part]:
+        def work(batches: Batches, first: int, tried: Sequence[int]) -> list[Part]:
             """The parts of `batches`, numbered from `first` on, with trials of these candidates."""
             numbers = range(first, first + len(batches))
             todo = [number for number in numbers if number not in parts]
             for begin in range(0, len(todo), share.world):
                 mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
-                made = [
-                    (n, _part(model, batches[n - first], candidates, tried=tried, run=run, resume=resume)) for n in mine
-                ]
+                part_of = partial(_part, model, candidates=candidates, tried=tried, run=run, resume=resume)
+                made = [(n, _together(batches.compute(n - first, part_of))) for n in mine]
                 for number, part in share.gather(made):
                     parts[number] = part
                     if on_part:
@@ -173,7 +173,7 @@ def _race(
     intact: ScanResult,
     parts: Sequence[Part],
     scorer: Scorer,
-    work: Callable[[Sequence[Batch], int, Sequence[int]], list[Part]],
+    work: Callable[[Batches, int, Sequence[int]], list[Part]],
 ) -> ScanResult:
     """Trials in rounds of items, hardest first; candidates without a chance to win stop (see `racing`)."""
     count, metric = len(scorer.items), intact.base.metric
@@ -242,6 +242,15 @@ def _part(model: Any, batch: Batch, candidates: list[Unit], *, tried: Sequence[i
             _trial(model, batch, unit, stream, resume) if i in tried else {} for i, unit in enumerate(candidates)
         ]
     return part
+
+
+def _together(parts: Sequence[Part]) -> Part:
+    """The part of a batch that was computed in pieces."""
+    if len(parts) == 1:
+        return parts[0]
+    trials = [evaluate.add_up(part.trials[i] for part in parts) for i in range(len(parts[0].trials))]
+    sums = {name: np.sum([part.sums[name] for part in parts], axis=0).tolist() for name in parts[0].sums}
+    return Part(evaluate.add_up(part.base for part in parts), trials, sum(part.tokens for part in parts), sums)
 
 
 def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tensor], resume: bool) -> Pieces:

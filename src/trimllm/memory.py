@@ -1,0 +1,29 @@
+"""What is done when a device's memory ends: less at once, and on with it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+
+T = TypeVar("T")
+
+
+def ended(error: RuntimeError) -> bool:
+    """Whether the error says that memory ended; the CPU's allocator has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def attempt(compute: Callable[[], T]) -> T | None:
+    """What `compute` returns, or None if memory ended on the way; what it held is freed."""
+    try:
+        return compute()
+    except RuntimeError as error:
+        if not ended(error):
+            raise
+    gc.collect()  # outside of the handler: the traceback keeps the tensors alive
+    clear_device_cache()
+    return None

@@ -1,0 +1,102 @@
+"""When memory ends, batches are halved and nothing else changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from trimllm import memory, scan
+from trimllm.config import EvalConfig
+from trimllm.errors import InputError, TrimError
+from trimllm.evaluate import Scorer
+from trimllm.inputs import scorer as scorer_of
+
+
+class Small:
+    """Makes a model's forward fail like a device with room for `cells` positions; counts both outcomes."""
+
+    def __init__(self, model, cells, error):
+        self.model, self.cells, self.error = model, cells, error
+        self.failed = self.worked = 0
+        self.forward = model.forward
+        model.forward = self
+
+    def __call__(self, *arguments, **named):
+        if named["input_ids"].numel() > self.cells:
+            self.failed += 1
+            raise self.error
+        self.worked += 1
+        return self.forward(*arguments, **named)
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory")
+CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+
+@pytest.mark.parametrize("error", [CUDA, CPU], ids=["cuda", "cpu"])
+def test_evaluation_goes_on_in_halves_and_does_not_try_again_what_failed(error, tokenizer, questions):
+    model = tiny.build("llama", 4)
+    scorer = Scorer(model, tokenizer, questions, token_budget=4096)
+    scorer.batches = type(scorer.batches)([row for group in scorer.batches._groups for row in group], 4096)
+    expected = scorer.score(model)
+    longest = scorer.batches.longest().real.numel()
+    small = Small(model, 2 * longest, error)
+    found = scorer.score(model)
+    assert np.allclose(np.concatenate(found.loglik), np.concatenate(expected.loglik), atol=1e-5)
+    assert found.tokens == expected.tokens
+    assert small.failed > 0
+    before = small.failed
+    scorer.score(model)
+    assert small.failed == before, "the size that failed is known"
+
+
+def test_scan_in_halves_is_the_scan(tokenizer, questions):
+    model = tiny.build("llama", 4)
+    expected = scan.scan(model, Scorer(model, tokenizer, questions), "acc", "pair")
+    scorer = Scorer(model, tokenizer, questions)
+    small = Small(model, 2 * scorer.batches.longest().real.numel(), CUDA)
+    found = scan.scan(model, scorer, "acc", "pair")
+    assert small.failed > 0
+    assert [trial.correct for trial in found.trials] == [trial.correct for trial in expected.trials]
+    assert [trial.loss for trial in found.trials] == pytest.approx([trial.loss for trial in expected.trials], abs=1e-5)
+    for name in ("norm", "cosine", "run_cosine"):
+        assert np.allclose(getattr(found, name), getattr(expected, name), atol=1e-5, equal_nan=True)
+
+
+def test_windows_of_one_document_in_several_pieces_are_added_up(tokenizer):
+    from trimllm.tasks import Item
+
+    model = tiny.build("llama", 4)
+    document = [Item("text:0", "", ("abcdefgh ijklmno pqrstu vwxyz " * 4,))]
+    settings = {"max_length": 8, "token_budget": 256}
+    expected = scan.scan(model, Scorer(model, tokenizer, document, **settings), "likelihood")
+    scorer = Scorer(model, tokenizer, document, **settings)
+    small = Small(model, 16, CUDA)
+    found = scan.scan(model, scorer, "likelihood")
+    assert small.failed > 0
+    assert [trial.loss for trial in found.trials] == pytest.approx([trial.loss for trial in expected.trials], abs=1e-5)
+
+
+def test_a_single_row_that_does_not_fit_is_one_line(tokenizer, questions):
+    model = tiny.build("llama", 4)
+    scorer = Scorer(model, tokenizer, questions)
+    Small(model, 3, CUDA)
+    with pytest.raises(TrimError, match=r"one row of \d+ tokens does not fit the device: cut rows with --max-length"):
+        scorer.score(model)
+
+
+def test_other_errors_are_not_taken_for_the_end_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        memory.attempt(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
+    assert memory.attempt(lambda: 3) == 3
+
+
+def test_a_budget_below_the_longest_row_is_refused(tokenizer, questions):
+    model = tiny.build("llama", 4)
+    longest = Scorer(model, tokenizer, questions).batches.longest().real.numel()
+    settings = {"model": "x", "task": "x"}
+    with pytest.raises(InputError, match=f"--eval-batch-size 3: the longest row has {longest} tokens"):
+        scorer_of(EvalConfig(**settings, eval_batch_size=3), model, tokenizer, questions)
+    scorer_of(EvalConfig(**settings, eval_batch_size=longest), model, tokenizer, questions)
