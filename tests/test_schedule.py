@@ -107,16 +107,18 @@ def test_loss_is_looked_at_where_the_learning_rate_is_down(base, task, tmp_path,
     looks(monkeypatch, [])
     h.run(base, task, tmp_path / "run", **EASY, max_joint=1, depth=3, warmup_epochs=0, epochs_per_drop=1, batch_size=60)
     cycle = h.journal(tmp_path / "run", "stage")[1]["train"]["recovery"]["cycle"]
-    assert cycle >= 3
+    end = rates.index("look")
+    assert end >= 3
+    assert abs(end - cycle) <= 1
     assert rates.count("look") >= 2
-    assert rates[cycle] == "look"
-    assert rates[:cycle] == sorted(rates[:cycle], reverse=True)
-    assert rates[cycle - 1] <= 1e-3 / cycle < rates[0] == rates[cycle + 1] == 1e-3
+    assert rates[:end] == sorted(rates[:end], reverse=True)
+    assert rates[end - 1] <= 1e-3 / end < rates[0] == rates[end + 1] == 1e-3
+    assert rates[-1] == "look" or rates[-1] <= 1e-3 / end, "no stage ends at a high rate"
 
 
 def test_cycles_cover_every_step_once():
     places = [train._in_cycle(step, 25, 10) for step in range(25)]
-    assert places == [(i, 10) for i in range(10)] * 2 + [(i, 5) for i in range(5)]
+    assert places == [(i, 12) for i in range(12)] + [(i, 13) for i in range(13)]
     assert [train._in_cycle(step, 4, None) for step in range(4)] == [(i, 4) for i in range(4)]
 
 

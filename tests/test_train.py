@@ -354,7 +354,7 @@ def test_out_of_memory_halves_the_micro_batches_and_the_step_stays_the_same(task
     small_memory.sizes.clear()
     report = stage(model, list(model.parameters()), plan, settings, say=said.append)
     assert apart(weights(model), weights(plain)) < 1e-6
-    assert said == [f"  out of memory: micro-batches of at most {report.micro_batch_size} tokens from here on"]
+    assert said == [f"  out of memory: micro-batches of at most {report.micro_batch_size} tokens for the rest of this stage"]
     assert report.micro_batch_size <= settings.batch_size // 2
     assert small_memory.sizes[0] > 2 >= max(small_memory.sizes[1:]), "halved once, and it stays so"
 
@@ -482,3 +482,16 @@ def test_nothing_to_train_is_no_stage(task, settings):
         report = stage(model, parameters, plan, settings)
         assert (report.steps, report.tokens, report.loss) == (0, 0, None)
     assert apart(before, weights(model)) == 0
+
+
+@pytest.mark.parametrize(("total", "cycle"), [(100, 33), (40, 13), (31, 10), (200, 33), (7, 3), (5, 9), (12, None)])
+def test_every_cycle_is_about_as_long_and_ends_at_its_lowest_rate(total, cycle):
+    places = [train._in_cycle(step, total, cycle) for step in range(total)]
+    begins = [step for step, (place, _) in enumerate(places) if place == 0]
+    lengths = [places[begin][1] for begin in begins]
+    assert sum(lengths) == total
+    assert max(lengths) - min(lengths) <= 1
+    assert len(lengths) == max(1, round(total / cycle)) if cycle else lengths == [total]
+    for begin, length in zip(begins, lengths, strict=True):
+        rates = [train._schedule(*places[step]) for step in range(begin, begin + length)]
+        assert rates[-1] == min(rates[1:] or rates)

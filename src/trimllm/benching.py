@@ -158,6 +158,9 @@ def measure(
                 progress(done, total, name)
             return found
 
+        for name in command.models:
+            if not name.startswith(shapes.PREFIX):
+                loading.check_path(models.path_of(name))
         known = [_ask(pool, name, load, name, command) for pool, name in zip(pools, command.models, strict=True)]
         done += count
         measured = {}

@@ -24,6 +24,12 @@ STEPS = {"base": "base", "stage": "fine-tuned", "saved": "as saved"}
 """What a row without a drop is."""
 
 
+def what(row: dict[str, Any]) -> str:
+    """What a row without a drop is; a warm-up of no steps trained nothing."""
+    trained = (row.get("train") or {}).get("steps", 1)
+    return STEPS[row["event"]] if trained else "not trained"
+
+
 def percent(record: dict[str, Any] | None) -> str:
     """`87.2 +- 1.5` of a journaled evaluation."""
     return f"{record['value']:.1f} +- {record['stderr']:.1f}" if record else "-"
@@ -37,7 +43,7 @@ def depth_table(history: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 row["depth"],
-                dropped or STEPS[row["event"]],
+                dropped or what(row),
                 percent(row["calibration"]),
                 percent(row["test"]),
                 f"{row['parameters'] / 1e6:.2f}",

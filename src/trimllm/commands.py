@@ -128,7 +128,7 @@ def scan_table(record: dict[str, Any]) -> str:
         [
             row["unit"],
             "-" if row["importance"] is None else f"{row['importance']:.4g}",
-            f"{row['value']:.1f} +- {row['stderr']:.1f}",
+            f"{row['value']:.1f} +- {row['stderr']:.1f}" + (f" (foreseen from {row['n']})" if "stopped" in row else ""),
             "-" if row["loss"] is None else f"{row['loss']:.3f}",
             f"{row['norm']:.1f}",
         ]
@@ -304,17 +304,22 @@ def run_export(command: config.ExportConfig) -> None:
         report = source.save_depth(command, target)
         print(f"{target}: {command.depth} layers, reloaded and compared ({_differences(report)})")
         return
+    if command.to == "gguf" and target.exists():
+        raise InputError(f"--output {target}: it exists: name another file")
+    if command.to != "gguf":
+        folders.check_target(target)
     with source.checkpoint(command) as folder:
         print(f"{target}: {handover.write(folder, target, command)}")
 
 
 def _default_target(command: config.ExportConfig) -> Path:
     """Beside what is handed over, named by what it becomes."""
-    stem = "model" if rundir.RunDir(command.source).config.exists() else Path(command.source).resolve().name
+    given = Path(command.source) if command.source not in (".", "..") else Path(command.source).resolve()
+    is_run = rundir.RunDir(given).config.exists()
+    stem = "model" if is_run else given.resolve().name
     stem += f"-depth-{command.depth}" if command.depth else ""
-    stem += "" if command.to == "checkpoint" else f"-{command.quant or command.to}"
-    parent = Path(command.source) if rundir.RunDir(command.source).config.exists() else Path(command.source).parent
-    return parent / (f"{stem}.gguf" if command.to == "gguf" else stem)
+    what = {"checkpoint": "", "gguf": f"-{command.quant or 'f16'}.gguf"}.get(command.to, f"-{command.to}")
+    return (given if is_run else given.parent) / (stem + what)
 
 
 def run_push(command: config.PushConfig) -> None:

@@ -84,7 +84,8 @@ class ScoreSettings(Settings):
     """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular,
     loss, perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
     scan: Literal["exact", "racing"] = "exact"
-    """exact: every candidate on all calibration rows; racing: candidates that cannot win any more stop early."""
+    """exact: every candidate on all calibration rows; racing: candidates that cannot win any more stop early, with
+    foreseen accuracies, by which the blocks to train are ranked."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
     """With --scan racing: probability of finding the winner of the exact scan."""
     tie_tolerance: Annotated[float, Field(ge=0)] | None = None

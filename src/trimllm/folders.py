@@ -5,7 +5,8 @@
         ...
 
 The files are written to `.NAME.partial-XXXX` beside the target. The end of the block gives it its own name; an error
-removes it; what a kill leaves of it is removed by the next call for the same target.
+removes it; what a kill leaves of it is removed by the next call for the same target. A kill between the two renames of
+an overwrite leaves the earlier folder as `.NAME.old-XXXX/folder`, beside the place.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def grow(
     """The candidates that go at once, `first` among them, and every set that was tried.
 
     `following(chosen, refused)` names the next one to add, if any; `attempt(set)` tries a set, or gives None for one
-    that no stock model could be left by or that would pass the target.
+    that no stock model could be left by.
     """
     chosen: tuple[int, ...] = (first,)
     refused: frozenset[int] = frozenset()

@@ -61,7 +61,7 @@ def load_model(
             base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
         )
         return adapters.merge(model, name, allow_pickle=allow_pickle).eval()
-    _check_path(name)
+    check_path(name)
     if Path(name).is_dir():
         check_folder(Path(name))
     try:
@@ -103,7 +103,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
     if (base := adapters.base_of(name)) is not None and not (Path(name) / "tokenizer_config.json").exists():
         name = base
     if base is None or name == base:
-        _check_path(name)
+        check_path(name)
     folder = Path(name)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise InputError(f"cannot load a tokenizer from {name!r}: the folder has none; save one beside the model")
@@ -114,7 +114,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
         raise InputError(f"cannot load a tokenizer from {name!r}: {one_line(error)}") from error
 
 
-def _check_path(name: str, *, local: bool = False) -> None:
+def check_path(name: str, *, local: bool = False) -> None:
     """Fail on a path that does not exist before the hub is asked for a model of that name (never, if `local`)."""
     path = Path(name)
     if path.is_dir():
@@ -134,7 +134,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: if it is not the folder of a checkpoint, or a weight file is missing or torn.
     """
-    _check_path(str(folder), local=True)
+    check_path(str(folder), local=True)
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -24,6 +24,11 @@ def attempt(compute: Callable[[], T]) -> T | None:
     except RuntimeError as error:
         if not ended(error):
             raise
-    gc.collect()  # outside of the handler: the traceback keeps the tensors alive
-    clear_device_cache()
+    free()  # outside of the handler: the traceback keeps the tensors alive
     return None
+
+
+def free() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    clear_device_cache()

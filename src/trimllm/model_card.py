@@ -16,6 +16,7 @@ from trimllm import models
 from trimllm.card import depth_table
 from trimllm.config import TrimConfig
 from trimllm.layout import Layout, whole_layers
+from trimllm.loading import quiet
 from trimllm.tasks import TaskData
 from trimllm.tasks.catalog import find_builtin
 
@@ -132,7 +133,7 @@ What is said above was measured before.
 """
     path = folder / "README.md"
     if path.exists():
-        card = ModelCard.load(path, ignore_metadata_errors=True)
+        card = _card(path)
         data, text = card.data, card.text
     else:
         data, text = _data(base, None, []), f"# {Path(base).name}\n\n{_how_to_load()}"
@@ -160,10 +161,16 @@ def evaluation(task: str, metric: str, summary: dict[str, Any], source: str) -> 
     )
 
 
+def _card(path: Path) -> Any:
+    """A card that may have no metadata; the Hub's library would say so on the console."""
+    with quiet():
+        return ModelCard.load(path, ignore_metadata_errors=True)
+
+
 def licence(base: str) -> Licence:
     """The licence of a base, from its card, its config or its licence file; `other` where none of them says it."""
     if (path := _file(base, "README.md")) is not None:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
+        data = _card(path).data
         if data.license:
             more = {k: v for k in ("license_name", "license_link") if (v := data.get(k))}
             named = more.get("license_name", data.license)

@@ -55,7 +55,7 @@ class Standing:
     """How a race ended."""
 
     running: tuple[int, ...]
-    """Candidates that were not stopped."""
+    """Candidates that were not stopped; each of them saw all items."""
     seen: tuple[int, ...]
     """Items that each candidate saw."""
     expected: Array
@@ -95,15 +95,13 @@ def race(
         outcomes = np.concatenate([outcomes, compute(running, new)], axis=1)
         items += new
         seen[running] = len(items)
-        if len(items) == len(margins):
-            expected[running] = outcomes.sum(axis=1)
-            break
+        expected[running] = outcomes.sum(axis=1)
+        if len(items) == len(margins) or len(running) == 1:
+            continue
         chances, expected[running] = foresee(outcomes ^ intact[items], intact, margins, items, rule.of(running), seed)
         out = stopped(chances, risk)
         outcomes = np.delete(outcomes, out, axis=0)
         running = [candidate for row, candidate in enumerate(running) if row not in out]
-        if len(running) == 1:
-            break
     return Standing(tuple(running), tuple(int(n) for n in seen), expected)
 
 

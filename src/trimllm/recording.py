@@ -42,6 +42,9 @@ class Recorder:
         test = self.test.evaluate(model, self.metric, self.share) if report else None
         now = size(model, self.save_dtype)
         speed = bench.decode_speed({"now": model}, repeats=3)["now"] if self.share.first else [0.0]
+        if self.share.first and event != "saved":  # before the journal's line: what that says is done is not redone
+            plan = plan_record(layout, models.origin(self.config.model))
+            journal.write_json(folder.plans / f"depth-{now.depth}.json", plan)
         self.journal.add(
             event,
             depth=now.depth,
@@ -53,9 +56,6 @@ class Recorder:
             tokens_per_second=float(np.median(speed)),
             **more,
         )
-        if self.share.first and event != "saved":
-            plan = plan_record(layout, models.origin(self.config.model))
-            journal.write_json(folder.plans / f"depth-{now.depth}.json", plan)
         self.console.say(card.depth_row(event, now, calibration, test, float(np.median(speed)), more))
 
     def write_result(

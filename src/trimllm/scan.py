@@ -88,7 +88,7 @@ class ScanResult:
     seconds: float
     notes: tuple[str, ...] = field(default=())
     running: tuple[int, ...] | None = None
-    """After a race: the candidates that it did not stop. The values of the others are what they were expected to be."""
+    """After a race: the candidates that it did not stop, which saw all items. The others' values are foreseen."""
     computed: float = 1.0
     """Share of the trials (candidates times items) that were computed."""
 
@@ -146,7 +146,7 @@ def scan(
         def work(batches: Batches, first: int, tried: Sequence[int]) -> list[Part]:
             """The parts of `batches`, numbered from `first` on, with trials of these candidates."""
             numbers = range(first, first + len(batches))
-            todo = [number for number in numbers if number not in parts]
+            todo = [number for number in numbers if number not in parts or not _covers(parts[number], tried)]
             for begin in range(0, len(todo), share.world):
                 mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
                 part_of = partial(_part, model, candidates=candidates, tried=tried, run=run, resume=resume)
@@ -167,6 +167,11 @@ def scan(
     return replace(result, seconds=time.perf_counter() - started, notes=(*notes, *result.notes))
 
 
+def _covers(part: Part, tried: Sequence[int]) -> bool:
+    """Whether an earlier, interrupted scan tried these candidates in this part."""
+    return not tried or (bool(part.trials) and all(part.trials[i] for i in tried))
+
+
 def _race(
     model: Any,
     race: Race,
@@ -184,14 +189,16 @@ def _race(
     breaker = intact.norm if race.by_norm else np.zeros(len(intact.candidates))
     allowed = np.array([race.allowed is None or unit in race.allowed for unit in intact.candidates])
     rule = racing.Rule(race.tolerance * count / 100, breaker, position, allowed)
-    first = len(parts)
+    first, raced = len(parts), list[Part]()
 
     def compute(running: list[int], items: list[int]) -> Array:
         nonlocal first
         batches = scorer.batches_of(model, items)
         new = work(batches, first, running)
+        raced.extend(new)
         first += len(batches)
-        places, encoded = sorted(items), [one for one in scorer.encoded if one.item in set(items)]
+        places, wanted = sorted(items), set(items)
+        encoded = [one for one in scorer.encoded if one.item in wanted]
         order = np.argsort(np.argsort(items))
         rows = []
         for i in running:
@@ -200,7 +207,15 @@ def _race(
         return np.stack(rows)
 
     end = racing.race(compute, hits, margins, rule, race.confidence, race.seed)
-    trials = [evaluate.estimate(e / count, n, metric) for e, n in zip(end.expected, end.seen, strict=True)]
+
+    def trial_of(i: int) -> Evaluation:
+        if i in end.running:
+            return evaluate.judge(
+                scorer.items, evaluate.gather([part.trials[i] for part in raced], scorer.encoded), metric
+            )
+        return evaluate.estimate(end.expected[i] / count, end.seen[i], metric)
+
+    trials = [trial_of(i) for i in range(len(end.seen))]
     share = end.computed / (count * len(trials))
     note = f"race: {len(end.running)} of {len(trials)} candidates to the end, {share:.0%} of the trials computed"
     return replace(intact, trials=trials, running=end.running, computed=share, notes=(note,))

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 
-from trimllm import encoding, losses, packing, prefix
+from trimllm import encoding, losses, memory, packing, prefix
 from trimllm.config import TrainSettings
 from trimllm.errors import InputError, TrimError
 from trimllm.packing import Example, Way
@@ -170,8 +169,6 @@ def train_stage(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    inside = contextlib.ExitStack()
-    inside.enter_context(_autocast(model, accelerator))
     fused = accelerator.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
     history, tokens = [], 0
@@ -180,7 +177,8 @@ def train_stage(
             place, length = _in_cycle(number, len(plan), cycle)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _schedule(place, length)
-            loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
+            with _autocast(model, accelerator):
+                loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
             if not math.isfinite(loss):
                 raise TrimError(
                     f"the loss became {loss} at step {number + 1} of {len(plan)}: lower --lr and start again with "
@@ -196,7 +194,6 @@ def train_stage(
             if until and place + 1 == length and until():
                 break
     finally:
-        inside.close()
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         for parameter in parameters:
@@ -232,7 +229,7 @@ def _ways(
         losses.places_at_once(model, packing.pack(sample, packing.ALONE, pad_id, accelerator.device)) if sample else 1
     )
     cache = None
-    if settings.cache_frozen_prefix != "off":
+    if settings.cache_frozen_prefix != "off" and not all(p.requires_grad for p in model.parameters()):
         on_disk = settings.cache_frozen_prefix == "disk"
         mine = [row for rows in plan for row in rows[accelerator.process_index :: accelerator.num_processes]]
         if (why := prefix.refusal(model) or (prefix.no_room(model, mine, folder) if on_disk else None)) is None:
@@ -265,10 +262,11 @@ def _autocast(model: Any, accelerator: Any) -> Iterator[None]:
 
 
 def _in_cycle(step: int, total: int, cycle: int | None) -> tuple[int, int]:
-    """Where a step lies in its cycle, and how long that is; the last one may be shorter."""
-    cycle = cycle or total
-    begin = step // cycle * cycle
-    return step - begin, min(cycle, total - begin)
+    """Where a step lies in its cycle, and how long that is: about `cycle` steps, all cycles alike but for one step."""
+    count = max(1, round(total / cycle)) if cycle else 1
+    number = ((step + 1) * count - 1) // total
+    begin, end = number * total // count, (number + 1) * total // count
+    return step - begin, end - begin
 
 
 def _schedule(step: int, total: int) -> float:
@@ -302,8 +300,8 @@ def _step(
         ways.size = _half(shares, ways.size)
         for parameter in parameters:
             parameter.grad = None
-        clear_device_cache(garbage_collection=True)
-        say(f"  out of memory: micro-batches of at most {ways.size} tokens from here on")
+        memory.free()
+        say(f"  out of memory: micro-batches of at most {ways.size} tokens for the rest of this stage")
     _add_up(parameters, accelerator)
     return float(accelerator.reduce(loss, reduction="sum"))
 
@@ -314,17 +312,18 @@ def _passes(
     """Forward and backward over one process's micro-batches; None if memory runs out."""
     total = torch.zeros((), device=accelerator.device)
     tokens = cells = 0
+    read = ways.prefix.read if ways.prefix else 0
     try:
         for part in parts:
             packed = packing.pack(part, ways.packing, pad_id, accelerator.device)
             with ways.prefix.resumed(packed) if ways.prefix else contextlib.nullcontext():
                 total += losses.backward(model, packed, scale, ways.places)
             tokens, cells = tokens + packed.tokens, cells + packed.cells
-    except torch.OutOfMemoryError:
-        return None
-    except RuntimeError as error:  # the CPU's allocator has no class of its own for it
-        if "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not memory.ended(error):
             raise
+        if ways.prefix:
+            ways.prefix.read = read  # the step is done again
         return None
     ways.tokens, ways.cells = ways.tokens + tokens, ways.cells + cells
     return total

@@ -6,6 +6,7 @@ whole or not at all; it returns what was written and how it was checked, in one 
 
 from __future__ import annotations
 
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from trimllm.config import ExportConfig
 
 WRITERS = {"gguf": "gguf", "onnx": "graphs", "openvino": "graphs", "int8": "quantized", "int4": "quantized"}
 """Format -> module of this package."""
+
+TRAVELS = ("LICENSE*", "NOTICE*", "plan.json")
+"""Files that go with the weights, whatever these become."""
+
+
+def copy_companions(folder: Path, target: Path) -> None:
+    """Copy the license and the plan of the checkpoint in `folder`."""
+    for pattern in TRAVELS:
+        for file in folder.glob(pattern):
+            shutil.copy(file, target)
 
 
 def write(folder: Path, target: Path, command: ExportConfig) -> str:

@@ -29,6 +29,7 @@ from transformers import AutoConfig, DynamicCache
 from trimllm import decoder, folders, loading
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError, one_line
+from trimllm.handover import copy_companions
 from trimllm.verification import PREFILL, STEPS
 
 SINCE = "5.23"
@@ -67,6 +68,7 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
         with _silent():
             _export(model, graph, exporter, settings)
             tokenizer.save_pretrained(graph)
+        copy_companions(folder, graph)
         del model  # a runtime holds the weights a second time
         try:
             difference = _difference(STEPPERS[command.to](graph), ids, mask, wanted)

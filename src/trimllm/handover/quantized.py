@@ -8,7 +8,6 @@ int8: LLM.int8() (arXiv 2208.07339), a scale per row, columns of outliers in 16 
 
 from __future__ import annotations
 
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from trimllm import config, folders, inputs, journal, loading, model_card, models
 from trimllm.errors import InputError, TrimError, one_line
+from trimllm.handover import copy_companions
 from trimllm.layout import plan_record, whole
 
 COLUMNS, ROWS = 64, 32
 """bitsandbytes' 4-bit kernel for CPUs takes matrices whose sizes are multiples of these; a GPU takes any."""
-TRAVELS = ("LICENSE*", "NOTICE*", "plan.json")
-"""Files that go with the weights."""
 
 
 def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
@@ -57,9 +55,7 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
                 scratch
             )  # before any forward: on CPUs that repacks the 4-bit weights, rounding scales
             tokenizer.save_pretrained(scratch)
-        for pattern in TRAVELS:
-            for file in folder.glob(pattern):
-                shutil.copy(file, scratch)
+        copy_companions(folder, scratch)
         if not (scratch / "plan.json").exists():
             plan = plan_record(whole(stock.get_text_config().num_hidden_layers), command.source)
             journal.write_json(scratch / "plan.json", plan)
