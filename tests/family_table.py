@@ -4,7 +4,9 @@
 
 Each cell is computed: the cut, the bypass oracle (the original model whose blocks are skipped by hooks), the saved
 checkpoint loaded again. `exact` says that all agree; a number is the largest difference where it is not 0; a refusal is
-explained below the table.
+explained below the table; `not saved` is the verification's own verdict.
+
+    python tests/family_table.py llama gemma2       # some of them
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import transformers
 from test_surgery_families import NAMES, logits, original, skip_blocks
 from tiny import absent, build
 
-from trimllm.errors import InputError
+from trimllm.errors import InputError, TrimError
 from trimllm.export import save_trimmed
 from trimllm.layout import Unit, remove, whole
 from trimllm.surgery import apply_layout, drop_layers
@@ -50,8 +52,11 @@ def pairs(name: str) -> tuple[str, str | None]:
 
 
 def _saved(model: torch.nn.Module, difference: float) -> tuple[str, str | None]:
-    with tempfile.TemporaryDirectory() as folder:
-        report = save_trimmed(model, Path(folder) / "cut")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report = save_trimmed(model, Path(folder) / "cut")
+    except TrimError as error:
+        return "not saved", str(error)
     assert report is not None
     worst = max(difference, report.plain, report.cached, report.static or 0.0)
     return ("exact" if worst == 0 else f"{worst:.0e}" if worst <= LIMIT else f"WRONG {worst:.1e}"), None
@@ -63,7 +68,7 @@ def main() -> int:
     print("| family | " + " | ".join([*DROPS, "pair"]) + " |\n|---" * 1 + "|---" * (len(DROPS) + 1) + "|")
     reasons: dict[str, list[str]] = {}
     wrong = 0
-    for name in NAMES:
+    for name in sys.argv[1:] or NAMES:
         if reason := absent(name):
             print(f"| {name} | " + " | ".join(["absent"] * (len(DROPS) + 1)) + " |")
             reasons.setdefault(str(reason), []).append(name)
