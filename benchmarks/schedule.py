@@ -3,8 +3,7 @@
     python benchmarks/schedule.py                                   # 3 domains x 3 seeds: 2 to 4 hours on 2 cores
     python benchmarks/schedule.py --domains medicine --seeds 0      # one of them
 
-Both sides are the demo's recipe, in turn; recover ends with 3 epochs at half the depth instead of 5. Tokens are counted
-in full fine-tunes: the warm-up stage that both begin with. Shorter full fine-tunes (--full-epochs) show whether fewer
+Both sides are the demo's recipe, in turn. Tokens are counted in full fine-tunes: the warm-up stage that both begin with. Shorter full fine-tunes (--full-epochs) show whether fewer
 tokens had been enough for an accuracy like the trimmed model's. Runs are kept in --output; finished ones are not
 repeated, others go on where they stood. The last line is one JSON object, also written to results/schedule.json; the
 exit code is 1 if recover took more than 3 full fine-tunes or fell below published by more than the standard error of
@@ -30,9 +29,9 @@ from trimllm.progressive import trim
 
 SIDES: dict[str, dict[str, Any]] = {
     "published": {"schedule": "epoch"},
-    "recover": {"schedule": "recover", "final_epochs": 3.0},
+    "recover": {"schedule": "recover"},
 }
-"""What differs from the demo's recipe, which ends with 1 + 4 epochs at half the depth."""
+"""What differs from the demo's recipe. At half the depth the published side ends with 1 + 4 epochs, recover with 4."""
 
 
 def result(command: DemoConfig, output: Path, **changes: Any) -> dict[str, Any]:
