@@ -3,11 +3,11 @@
     python benchmarks/schedule.py                                   # 3 domains x 3 seeds: 2 to 4 hours on 2 cores
     python benchmarks/schedule.py --domains medicine --seeds 0      # one of them
 
-Both sides are the demo's recipe, in turn. Tokens are counted in full fine-tunes: the warm-up stage that both begin with. Shorter full fine-tunes (--full-epochs) show whether fewer
-tokens had been enough for an accuracy like the trimmed model's. Runs are kept in --output; finished ones are not
-repeated, others go on where they stood. The last line is one JSON object, also written to results/schedule.json; the
-exit code is 1 if recover took more than 3 full fine-tunes or fell below published by more than the standard error of
-their difference.
+Both sides are the demo's recipe, in turn. Tokens are counted in full fine-tunes: the warm-up stage that both begin
+with. Shorter full fine-tunes (--full-epochs) show whether fewer tokens had been enough for an accuracy like the trimmed
+model's. Runs are kept in --output; finished ones are not repeated, others go on where they stood. The last line is one
+JSON object, also written to results/schedule.json; the exit code is 1 if recover took more than 3 full fine-tunes or
+fell below published by more than the standard error of their difference.
 """
 
 from __future__ import annotations
