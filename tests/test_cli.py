@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from trimllm import cli, commands, config, journal, legality, models, scan
+from trimllm import cli, commands, config, journal, legality, models, plain_settings, scan
 from trimllm.errors import InputError, TrimError
 
 
@@ -106,7 +106,7 @@ def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
 
 def test_resolved_settings_can_be_read_back(tmp_path):
     mine = config.TrimConfig(model="m", task="t", output="o", protect=(0, -1), lr=2e-5, task_files={"train": "a"})
-    (tmp_path / "config.yaml").write_text(config.to_yaml(mine))
+    (tmp_path / "config.yaml").write_text(plain_settings.to_yaml(mine))
     assert cli.parse(["trim", f"--config={tmp_path / 'config.yaml'}"]) == mine
 
 
@@ -487,5 +487,8 @@ def test_every_setting_of_a_run_is_documented_and_typed():
     for name, info in config.TrimConfig.model_fields.items():
         assert info.description, name
     with pytest.raises(InputError, match="--lr 0"):
-        config.make(config.TrimConfig, {"model": "m", "task": "t", "output": "o", "lr": 0})
-    assert yaml.safe_load(config.to_yaml(config.TrimConfig(model="m", task="t", output="o")))["strategy"] == "scan+norm"
+        plain_settings.make(config.TrimConfig, {"model": "m", "task": "t", "output": "o", "lr": 0})
+    assert (
+        yaml.safe_load(plain_settings.to_yaml(config.TrimConfig(model="m", task="t", output="o")))["strategy"]
+        == "scan+norm"
+    )

@@ -15,7 +15,8 @@ import torch
 from trimllm import encoding, evaluate
 from trimllm.encoding import encode_pair
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluate import Scorer, Scores, generate, judge, score_items
+from trimllm.evaluate import Scorer, Scores, judge, score_items
+from trimllm.generation import generate
 from trimllm.tasks.items import Item
 
 WIDE = {"sliding_window": 48}

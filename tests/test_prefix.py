@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from trimllm import decoder, prefix, sparse, train
-from trimllm.config import TrainSettings, TrimConfig, make
+from trimllm.config import TrainSettings, TrimConfig
 from trimllm.errors import InputError
 from trimllm.layout import whole
+from trimllm.plain_settings import make
 from trimllm.train import Example
 
 TASK = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + n % 9)), 1 + n % 2) for n in range(12)]

@@ -16,10 +16,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trimllm import cli, export
-from trimllm.config import ExportConfig, make
+from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.handover import quantized
 from trimllm.loading import load_model
+from trimllm.plain_settings import make
 from trimllm.surgery import drop_layers
 
 IDS = torch.randint(3, 512, (2, 20), generator=torch.Generator().manual_seed(3))

@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from trimllm import config as settings
+from trimllm import plain_settings
 from trimllm.errors import InputError, TrimError
 from trimllm.parallel import another_failed, first_to_fail
 
@@ -136,7 +137,7 @@ def parse(arguments: list[str]) -> settings.Settings:
     except ValidationError as error:
         if name == "trim" and "--resume" in arguments and not beneath:
             raise InputError(_no_run(arguments)) from None
-        raise InputError(f"{settings.explain(error)}: see trimllm {name} --help") from None
+        raise InputError(f"{plain_settings.explain(error)}: see trimllm {name} --help") from None
     except SettingsError as error:
         raise InputError(_unknown_option(name, str(error))) from None
     parsed = getattr(root, name)
@@ -148,9 +149,9 @@ def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if name == "trim" and "--resume" in arguments and (output := _value(arguments, "--output")):
         stored = os.path.join(output, "config.yaml")
-        values |= settings.read_yaml(stored) if os.path.exists(stored) else {}
+        values |= plain_settings.read_yaml(stored) if os.path.exists(stored) else {}
     if name in ("trim", "scan", "drop", "eval") and (path := _value(arguments, "--config")):
-        values |= settings.read_yaml(path)
+        values |= plain_settings.read_yaml(path)
     return values
 
 

@@ -32,7 +32,8 @@ from trimllm import (
 from trimllm.console import Console, table
 from trimllm.deciding import race_of
 from trimllm.errors import InputError
-from trimllm.evaluate import Evaluation, generate
+from trimllm.evaluate import Evaluation
+from trimllm.generation import generate
 from trimllm.layout import Unit, describe, positions, remove, units, whole, without
 from trimllm.progressive import trim
 

@@ -35,7 +35,7 @@ from trimllm import (
     targets,
     train,
 )
-from trimllm.config import TrimConfig, make
+from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.deciding import Decider
 from trimllm.errors import InputError, TrimError
@@ -43,6 +43,7 @@ from trimllm.journal import Journal
 from trimllm.layout import Layout, compose, plan_record, remove_all, whole
 from trimllm.models import DTYPES, Loaded, load
 from trimllm.parallel import Share
+from trimllm.plain_settings import make
 from trimllm.recording import Recorder
 from trimllm.rundir import RunDir
 from trimllm.tasks import TaskData, load_text

@@ -14,11 +14,12 @@ from typing import Any
 import yaml
 
 from trimllm import folders
-from trimllm.config import TrimConfig, to_yaml
+from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
 from trimllm.layout import Block, Layout
 from trimllm.models import path_of
+from trimllm.plain_settings import to_yaml
 
 FREE_OF_CHOICE = (
     *("resume", "output", "threads", "device", "micro_batch_size", "eval_batch_size", "gradient_checkpointing"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trimllm import bench, config, decoder, journal, loading, models
+from trimllm import bench, config, decoder, journal, loading, models, plain_settings
 from trimllm.console import Console, clock, table
 from trimllm.demo import world
 from trimllm.evaluate import Evaluation, Scorer
@@ -45,7 +45,7 @@ def settings(command: config.DemoConfig, output: Path, **changes: Any) -> config
     domain = f"demo_{command.domain}"
     fixed = {"model": "demo", "task": domain, "text": domain, "unit": command.unit, "seed": command.seed}
     return config.TrimConfig(
-        **{**config.read_yaml(RECIPE), **fixed, "threads": command.threads, "output": str(output), **changes}
+        **{**plain_settings.read_yaml(RECIPE), **fixed, "threads": command.threads, "output": str(output), **changes}
     )
 
 

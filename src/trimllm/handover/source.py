@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimllm import config, export, loading, model_card, models, rundir
+from trimllm import config, export, loading, model_card, models, plain_settings, rundir
 from trimllm.errors import InputError
 from trimllm.rundir import RunDir
 from trimllm.verification import Report
@@ -56,7 +56,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         raise InputError(
             f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
         )
-    stored = config.make(config.TrimConfig, rundir.stored_settings(command.source))
+    stored = plain_settings.make(config.TrimConfig, rundir.stored_settings(command.source))
     dtype = saved_dtype(run, stored)
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=stored.trust_remote_code)
     plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))

@@ -1,0 +1,73 @@
+"""Settings from plain values and back: YAML files, keyword arguments, and one line for what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trimllm.config import Settings
+from trimllm.errors import InputError
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        InputError: if it cannot be read or is not a mapping; names the line where YAML breaks.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}: check the path") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file: give a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected `name: value` lines")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def make(kind: type[S], values: dict[str, Any]) -> S:
+    """The settings from plain values.
+
+    Raises:
+        InputError: in one line, for the first value that cannot be used.
+    """
+    try:
+        return kind(**{name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in values.items()})
+    except ValidationError as error:
+        raise InputError(explain(error, kind)) from None
+
+
+def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
+    """One line for the first thing that is wrong with the settings, with the nearest name for an unknown one."""
+    import difflib
+
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"] if not str(part).startswith(("function", "constrained"))]
+    names = names[1:] if kind is None else names
+    option = "--" + names[0].replace("_", "-") if names else ""
+    if first["type"] == "extra_forbidden" and kind is not None:
+        near = difflib.get_close_matches(names[0], list(kind.model_fields), n=1)
+        return f"unknown setting {names[0]!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    if first["type"] == "missing":
+        return f"{option} is required"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if first["type"] == "literal_error":
+        near = difflib.get_close_matches(str(first["input"]), re.findall("'(.+?)'", first["ctx"]["expected"]), n=1)
+        message += f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{option} {first['input']}: {message}" if option else message
+
+
+def to_yaml(settings: Settings) -> str:
+    """The resolved settings as YAML that `--config` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
