@@ -1,7 +1,7 @@
 """A scan of all blocks, against the exhaustive way and against lm-evaluation-harness.
 
     python benchmarks/scan.py                    # 24 blocks, three kinds of questions, under 10 minutes on one core
-    python benchmarks/scan.py --blocks 12 24 32 --growth     # and how cost grows with blocks and items
+    python benchmarks/scan.py --growth           # how our cost grows with blocks and items
 
 Both sides compute, for every block, the accuracy of the model without it, on the same items. Exhaustive: a whole
 forward per candidate over length-sorted, padded (question, choice) rows with all logits, at the best of several batch
@@ -11,6 +11,7 @@ sizes. The sides take turns; accuracies and log-likelihoods must agree. Random w
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _sides import alternate, finish, ratios
+from _sides import RESULTS, alternate, finish, machine, ratios
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimllm import decoder, encoding, evaluate, scan
@@ -190,9 +191,17 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--growth", action="store_true", help="also how our cost grows with blocks and items")
+    parser.add_argument(
+        "--growth", action="store_true", help="how our cost grows with blocks and items, and nothing else"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.growth:
+        rows = growth(arguments.hidden, load_tokenizer(DEMO))
+        record = {"name": "scan_growth", "machine": machine(), "threads": arguments.threads, "rows": rows}
+        (RESULTS / "scan_growth.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(record))
+        return
     parts = []
     for blocks in arguments.blocks:
         for kind in arguments.kinds:
@@ -206,9 +215,8 @@ def main() -> None:
                 f"{part['layer-tokens over the least possible']:.3f} of the least",
                 flush=True,
             )
-    more = {"growth": growth(arguments.hidden, load_tokenizer(DEMO))} if arguments.growth else {}
     first = parts[0]["raw"]
-    record = {"parts": parts, "threads": arguments.threads, **more}
+    record = {"parts": parts, "threads": arguments.threads}
     finish("scan", first["ours"], first["exhaustive"], "seconds", upside_down=True, **record)
 
 
