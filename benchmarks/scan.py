@@ -191,9 +191,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--growth", action="store_true", help="how our cost grows with blocks and items, and nothing else"
-    )
+    parser.add_argument("--growth", action="store_true", help="only how our cost grows with blocks and items")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.growth:

@@ -221,7 +221,7 @@ def _ways(
     say: Callable[[str], None],
 ) -> _Ways:
     first = [row for rows in plan[:4] for row in rows]
-    way, reason = packing.find_way(model, first, pad_id)
+    way, reason = packing.find_way(model, [row for rows in plan for row in rows], pad_id)
     if reason:
         say(f"  rows are batched by length, not packed: {reason}")
     sample = [row for row in first if row.targets][:1]
