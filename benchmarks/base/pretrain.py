@@ -1,0 +1,314 @@
+"""Pre-train the lab base, a Llama of 20 blocks, on text that you name: what the comparison and the study trim.
+
+    python benchmarks/base/pretrain.py --output base --data DATA            # hours on a CPU, minutes on a GPU
+    python benchmarks/base/pretrain.py --output base --data DATA            # the same after a kill: goes on
+    python benchmarks/base/pretrain.py --output base --data DATA --card     # perplexities and the model card only
+
+`DATA` holds the files of `SOURCES` below (JSONL with a column `text`, also .xz). Every source is cut to rows of 256
+tokens of whole documents one behind the other; which source the next row comes from follows the shares, so that a
+share is of the tokens seen. Only training splits are named: no reported question's text is ever seen, and no label.
+
+The matrices of the blocks are trained with Muon, embeddings and norms with AdamW; after a plateau the learning rate
+falls over the last part of `--steps`. Until it has begun to fall, `--steps` may be changed between two starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trimllm.demo.pretrain import lr_share, optimizers, save
+from trimllm.tasks.text import load_text
+
+SOURCES = {
+    "text/books_train.jsonl.xz": 0.2,
+    "text/fed_train.jsonl.xz": 0.2,
+    "text/factbook.jsonl.xz": 0.1,
+    "medical/medquad_qtype/train.jsonl": 0.3,
+    "legal/cuad_clause_type/train.jsonl": 0.13,
+    "finance/banking77/train.jsonl": 0.07,
+}
+"""File -> share of the tokens seen."""
+HELD_OUT = {"books": "text/books_valid.jsonl.xz", "Federal Reserve": "text/fed_valid.jsonl.xz"}
+WIKITEXT = "text/wikitext2_test.txt"
+WIKITEXT_TOKENS = 245_569
+"""Words, `<unk>` and end of lines of the test set: what its published perplexities are per."""
+
+EOS = "<|endoftext|>"
+VOCABULARY = 4096
+ROW = 256
+STATE = "state.pt"
+FIGURES = "pretraining.json"
+
+CARD = """# Lab base of the trimllm benchmarks
+
+A Llama of {blocks} blocks (hidden size {hidden}, {parameters:.1f} M parameters, bfloat16, context 512) to be trimmed in
+`benchmarks/`: large enough that fine-tuning beats linear classifiers on real text, small enough for a CPU. It is no
+use outside such comparisons.
+
+- Data, by share of the tokens seen: public-domain books 1870-1928 {books:.0%}, Federal Reserve speeches and minutes
+  (US government works) {fed:.0%}, country profiles (CC0) {factbook:.0%}, MedQuAD answers (CC BY 4.0) {medquad:.0%}, CUAD clauses
+  (CC BY 4.0) {cuad:.0%}, BANKING77 messages (CC BY 4.0) {banking:.0%}; of the last three the training split, without labels.
+- Tokenizer: byte-level BPE of its own, 4,096 pieces; EOS and padding are `<|endoftext|>`; no BOS.
+- Training: seed {seed}, {steps:,} steps of {batch} rows of 256 tokens, {tokens:.1f} M tokens, {hours:.1f} hours on {device}; Muon (matrices of
+  the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss {loss:.3f} nats a token.
+
+| text | nats a token | perplexity a token | bits a character | perplexity a word |
+|---|---|---|---|---|
+{rows}
+
+Rows of 256 tokens. WikiText-2 is the raw test set; its words are those of the set's own
+count (245,569), so that the last column can be held against published figures.
+"""
+
+
+def build_tokenizer(data: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of a sample of every source."""
+    rng = random.Random(0)
+    texts = []
+    for name in SOURCES:
+        pieces = load_text(data / name)
+        rng.shuffle(pieces)
+        texts += pieces[: max(1, int(len(pieces) * min(1.0, 4_000_000 / sum(map(len, pieces)))))]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False, model_max_length=512
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> LlamaForCausalLM:
+    """The base with random weights, float32."""
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden,
+            intermediate_size=2 * args.hidden,
+            num_hidden_layers=args.blocks,
+            num_attention_heads=args.hidden // 64,
+            num_key_value_heads=args.hidden // 128,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64, do_sample=False
+    )
+    return model
+
+
+def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
+    """Documents, each closed by EOS, one behind the other: token ids `(rows, 256)`, the incomplete last row left out."""
+    ids: list[int] = []
+    for begin in range(0, len(texts), 1000):
+        for document in tokenizer(texts[begin : begin + 1000], verbose=False)["input_ids"]:
+            ids += [*document, tokenizer.eos_token_id]
+    rows = len(ids) // ROW
+    return np.array(ids[: rows * ROW], dtype=np.uint16).reshape(rows, ROW)
+
+
+def source_rows(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> list[np.ndarray]:
+    """The rows of every source, kept in the output folder between two starts."""
+    found = []
+    for number, name in enumerate(SOURCES):
+        path = args.output / f"rows-{number}.npy"
+        if not path.exists():
+            pieces = load_text(args.data / name)
+            random.Random(f"{args.seed}:{name}").shuffle(pieces)
+            np.save(path, token_rows(tokenizer, pieces))
+        found.append(np.load(path))
+        print(f"{name}: {found[-1].size / 1e6:.2f} M tokens", flush=True)
+    return found
+
+
+def order(sizes: list[int], rows: int, seed: int) -> list[tuple[int, int]]:
+    """(source, row) of the first `rows` rows of training: sources by their shares, rows anew shuffled in every pass."""
+    shares = list(SOURCES.values())
+    taken = [0] * len(sizes)
+    passes: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in sizes]
+    out = []
+    for done in range(rows):
+        source = max(range(len(sizes)), key=lambda each: shares[each] * (done + 1) - taken[each])
+        number, place = divmod(taken[source], sizes[source])
+        if place == 0:
+            passes[source] = np.random.default_rng([seed, source, number]).permutation(sizes[source])
+        out.append((source, int(passes[source][place])))
+        taken[source] += 1
+    return out
+
+
+def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict[str, Any]:
+    """Train (or go on training) and return what the card says of it."""
+    model = build_model(tokenizer, args).to(args.device)
+    if args.device == "cpu":
+        model.set_attn_implementation("eager")  # 1.3x the tokens/s of SDPA's backward pass on a CPU
+    trained = optimizers(model, args.lr, args.muon_lr)
+    done, seconds, log = 0, 0.0, []
+    path = args.output / STATE
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location=args.device)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(trained, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        done, seconds, log = state["step"], state["seconds"], state["log"]
+        print(f"going on from step {done}", flush=True)
+    if done >= args.steps:
+        raise SystemExit(f"--steps {args.steps}: the base has {done} already")
+    sources = source_rows(tokenizer, args)
+    plan = order([len(rows) for rows in sources], args.steps * args.batch, args.seed)
+    forward = torch.compile(model, dynamic=False) if args.compile else model
+
+    def checkpoint() -> None:
+        state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in trained]}
+        torch.save(state | {"step": done, "seconds": seconds, "log": log}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        save(model.to("cpu"), tokenizer, args.output)
+        model.to(args.device)
+
+    model.train()
+    losses, last_saved, first = [], time.time(), done
+    began = time.time()
+    while done < args.steps:
+        start = time.time()
+        share = lr_share(done, args.steps, args.warmup, args.decay)
+        for optimizer in trained:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * share
+        chosen = plan[done * args.batch : (done + 1) * args.batch]
+        batch = torch.tensor(np.stack([sources[s][r] for s, r in chosen]).astype(np.int64), device=args.device)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            logits = forward(input_ids=batch, use_cache=False).logits
+            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in trained:
+            optimizer.step()
+            optimizer.zero_grad()
+        done += 1
+        seconds += time.time() - start
+        losses.append(loss.detach())
+        if done % args.log_every == 0 or done == args.steps:
+            log.append({"step": done, "loss": torch.stack(losses).mean().item()})
+            pace = (time.time() - began) / (done - first)
+            print(
+                f"step {done} loss {log[-1]['loss']:.4f}, {args.batch * ROW / pace:.0f} tokens/s, "
+                f"{seconds / 60:.1f} min, {(args.steps - done) * pace / 60:.1f} min left",
+                flush=True,
+            )
+            losses = []
+        if time.time() - last_saved > args.save_minutes * 60 or done == args.steps:
+            checkpoint()
+            last_saved = time.time()
+    return {
+        "seed": args.seed,
+        "steps": done,
+        "batch": args.batch,
+        "tokens": done * args.batch * ROW / 1e6,
+        "hours": seconds / 3600,
+        "device": "one H100" if args.device == "cuda" else f"{torch.get_num_threads()} CPU core(s)",
+        "lr": args.lr,
+        "muon_lr": args.muon_lr,
+        "loss": log[-1]["loss"],
+        "blocks": args.blocks,
+        "hidden": args.hidden,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+    }
+
+
+@torch.no_grad()
+def mean_loss(model: Any, rows: np.ndarray) -> float:
+    """Nats a token over rows of 256, the first of each row given."""
+    total = 0.0
+    for begin in range(0, len(rows), 8):
+        batch = torch.tensor(rows[begin : begin + 8].astype(np.int64), device=model.device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return total / (rows.shape[0] * (ROW - 1))
+
+
+def perplexities(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> list[list[str]]:
+    """Rows of the card's table: held-out text of two sources, and WikiText-2, of which nothing was seen."""
+    model = LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32).eval().to(args.device)
+    texts = {name: load_text(args.data / path) for name, path in HELD_OUT.items()}
+    texts["WikiText-2 test"] = load_text(args.data / WIKITEXT)
+    table = []
+    for name, pieces in texts.items():
+        rows = token_rows(tokenizer, pieces if name == "WikiText-2 test" else pieces[:: max(1, len(pieces) // 100)])
+        rows = rows[: args.rows]
+        loss = mean_loss(model, rows)
+        characters = sum(len(tokenizer.decode(row)) for row in rows)
+        figures = [f"{loss:.3f}", f"{math.exp(loss):.1f}", f"{loss * rows.size / characters / math.log(2):.3f}"]
+        share = characters / sum(map(len, pieces))
+        word = f"{math.exp(loss * rows.size / (WIKITEXT_TOKENS * share)):.0f}" if name.startswith("Wiki") else "-"
+        table.append([name, *figures, word])
+    return table
+
+
+def write_card(figures: dict[str, Any], output: Path) -> None:
+    """The model card from the figures of training and of the measured perplexities."""
+    names = ("books", "fed", "factbook", "medquad", "cuad", "banking")
+    shares = dict(zip(names, SOURCES.values(), strict=True))
+    rows = "\n".join("| " + " | ".join(row) + " |" for row in figures["perplexity"])
+    (output / "README.md").write_text(CARD.format(**figures, **shares, rows=rows), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="model directory; also holds state.pt")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the files of SOURCES")
+    parser.add_argument("--blocks", type=int, default=20)
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=16, help="rows of 256 tokens a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--muon-lr", type=float, default=4e-3, help="peak learning rate of Muon")
+    parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    parser.add_argument("--decay", type=float, default=0.3, help="share of the steps over which the rate falls to 0")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    parser.add_argument("--log-every", type=int, default=25, help="steps")
+    parser.add_argument("--save-minutes", type=float, default=5.0, help="time between checkpoints")
+    parser.add_argument("--rows", type=int, default=400, help="rows of 256 tokens per perplexity")
+    parser.add_argument("--card", action="store_true", help="only measure perplexities and write the card")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    if (args.output / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output)
+    else:
+        tokenizer = build_tokenizer(args.data)
+        tokenizer.save_pretrained(args.output)
+    path = args.output / FIGURES
+    figures = json.loads(path.read_text()) if args.card else pretrain(tokenizer, args)
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    figures["perplexity"] = perplexities(tokenizer, args)
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_card(figures, args.output)
+    print((args.output / "README.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
