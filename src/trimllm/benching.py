@@ -39,7 +39,7 @@ def load(name: str, command: BenchConfig) -> dict[str, Any]:
         torch.set_num_threads(command.threads)
     device = models.device_of(command.device)
     _wake(device)
-    _HERE["before"] = _resident("VmRSS")
+    _HERE["before"] = resident("VmRSS")
     dtype, code = models.DTYPES.get(command.dtype), command.trust_remote_code
     if name.startswith(shapes.PREFIX):
         path = None
@@ -115,11 +115,11 @@ def _peak() -> int | None:
     model = _HERE.get("model")
     if model is not None and model.device.type == "cuda":
         return torch.cuda.max_memory_allocated(model.device)
-    before, peak = _HERE["before"], _resident("VmHWM")
+    before, peak = _HERE["before"], resident("VmHWM")
     return None if before is None or peak is None else peak - before
 
 
-def _resident(field: str) -> int | None:
+def resident(field: str) -> int | None:
     """Bytes of this process's resident set: now (VmRSS) or at most so far (VmHWM); None where the system hides it."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

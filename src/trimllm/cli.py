@@ -47,6 +47,10 @@ class _Eval(settings.EvalConfig, _Configurable):
     __doc__ = settings.EvalConfig.__doc__
 
 
+class _Compare(settings.CompareConfig, _Configurable):
+    __doc__ = settings.CompareConfig.__doc__
+
+
 class _Export(settings.ExportConfig):
     __doc__ = settings.ExportConfig.__doc__
     source: CliPositionalArg[str] = Field(description="directory of a `trimllm trim` run, or of a checkpoint")
@@ -71,11 +75,16 @@ COMMANDS: dict[str, type[settings.Settings]] = {
     "drop": settings.DropConfig,
     "eval": settings.EvalConfig,
     "bench": settings.BenchConfig,
+    "compare": settings.CompareConfig,
     "export": settings.ExportConfig,
     "push": settings.PushConfig,
     "tasks": settings.TasksConfig,
     "demo": settings.DemoConfig,
 }
+
+
+RESUMABLE = ("trim", "compare")
+"""Commands whose output directory remembers their settings."""
 
 
 def _about(kind: type[BaseModel]) -> Any:
@@ -102,6 +111,7 @@ class _Root(BaseSettings):
     drop: CliSubCommand[_Drop] = _about(_Drop)
     eval: CliSubCommand[_Eval] = _about(_Eval)
     bench: CliSubCommand[_Bench] = _about(_Bench)
+    compare: CliSubCommand[_Compare] = _about(_Compare)
     export: CliSubCommand[_Export] = _about(_Export)
     push: CliSubCommand[_Push] = _about(_Push)
     tasks: CliSubCommand[settings.TasksConfig] = _about(settings.TasksConfig)
@@ -135,7 +145,7 @@ def parse(arguments: list[str]) -> settings.Settings:
     try:
         root = CliApp.run(_Root, cli_args=arguments, cli_exit_on_error=False, **under)
     except ValidationError as error:
-        if name == "trim" and "--resume" in arguments and not beneath:
+        if name in RESUMABLE and "--resume" in arguments and not beneath:
             raise InputError(_no_run(arguments)) from None
         raise InputError(f"{plain_settings.explain(error)}: see trimllm {name} --help") from None
     except SettingsError as error:
@@ -147,10 +157,10 @@ def parse(arguments: list[str]) -> settings.Settings:
 def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:
     """Settings from the YAML file, and for `--resume` those of the run."""
     values: dict[str, Any] = {}
-    if name == "trim" and "--resume" in arguments and (output := _value(arguments, "--output")):
+    if name in RESUMABLE and "--resume" in arguments and (output := _value(arguments, "--output")):
         stored = os.path.join(output, "config.yaml")
         values |= plain_settings.read_yaml(stored) if os.path.exists(stored) else {}
-    if name in ("trim", "scan", "drop", "eval") and (path := _value(arguments, "--config")):
+    if name in ("trim", "scan", "drop", "eval", "compare") and (path := _value(arguments, "--config")):
         values |= plain_settings.read_yaml(path)
     return values
 

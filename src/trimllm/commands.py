@@ -294,6 +294,13 @@ def run_bench(command: config.BenchConfig) -> None:
         print(f"written: {output / 'bench.json'}, {output / 'bench.png'}")
 
 
+def run_compare(command: config.CompareConfig) -> None:
+    """Methods one after the other, each in a process of its own; a table, compare.json, compare.png."""
+    from trimllm.compare import compare
+
+    compare(command, Console())
+
+
 def run_export(command: config.ExportConfig) -> None:
     """A kept depth of a run as a checkpoint, or a checkpoint in another format."""
     from trimllm import handover
@@ -357,6 +364,7 @@ CARRY_OUT: dict[type[config.Settings], Callable[[Any], None]] = {
     config.DropConfig: run_drop,
     config.EvalConfig: run_eval,
     config.BenchConfig: run_bench,
+    config.CompareConfig: run_compare,
     config.ExportConfig: run_export,
     config.PushConfig: run_push,
     config.TasksConfig: run_tasks,

@@ -351,6 +351,48 @@ class BenchConfig(LoadSettings):
         return self
 
 
+class CompareConfig(TrainSettings, TaskSettings, ModelSettings):
+    """Compare ways to make a model smaller or faster, on your model and data: one table, compare.json, compare.png.
+
+    Example:
+      trimllm compare --model demo --task demo_law --text demo_law --lr 2e-3 --output runs/compare
+      trimllm compare --model demo --task demo_law --methods trim,shortgpt,llm-int8 --keep 0.5,0.25 --output runs/few
+    """
+
+    output: str
+    """Directory of the comparison: a folder per method, compare.json, compare.png."""
+    resume: bool = False
+    """Go on with the comparison in --output: finished methods are kept, those that could not run are tried again."""
+    methods: tuple[str, ...] = ()
+    """Methods by name, with those they start from (default: all; an unknown name lists them)."""
+    keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5,)
+    """Shares of the blocks to keep: 0.5,0.25 gives two rows for every method that removes blocks."""
+    also: tuple[str, ...] = ()
+    """More tasks to evaluate every model on, without training for them: what specialization costs."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs of the full fine-tuning that most methods start from."""
+    epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs after every dropped block; methods that cut at once train as long as all of them together."""
+    final_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """More epochs after the last drop."""
+    eval_batch_size: Positive | None = None
+    """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
+    sequence: Annotated[int, Field(gt=1)] | None = None
+    """Length of a row in tokens when its last token is decoded (default: 512, or the model's context)."""
+    new_tokens: Positive = 64
+    """Tokens decoded one by one at the end of the row, for the speed."""
+    repeats: Positive = 5
+    """Rounds of the speed; in each, the base and the method's model have their turn."""
+    baselines_python: str | None = None
+    """Python of another environment, with trimllm[baselines] in it, for methods whose libraries are missing here."""
+
+    @model_validator(mode="after")
+    def _names_something(self) -> CompareConfig:
+        if not self.keep:
+            raise ValueError("--keep names no share: give at least one, such as --keep 0.5")
+        return self
+
+
 class ExportConfig(Settings):
     """Hand a model over: a depth that a run kept as a checkpoint of its own, or a checkpoint in another format.
 

@@ -8,13 +8,14 @@ checkpoints/     weights at the end of stages     model/, result.json   the prod
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from trimllm import folders
-from trimllm.config import TrimConfig
+from trimllm.config import Settings, TrimConfig
 from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
 from trimllm.layout import Block, Layout
@@ -77,7 +78,7 @@ def check(config: TrimConfig) -> None:
             "or choose another one"
         )
     else:
-        _same_settings(config, stored_settings(run.root))
+        same_settings(config, config.output, FREE_OF_CHOICE)
     folders.check_writable(run.root)
 
 
@@ -91,13 +92,15 @@ def claim(config: TrimConfig) -> list[dict[str, Any]]:
     return read_lines(run.journal)
 
 
-def _same_settings(config: TrimConfig, stored: dict[str, Any]) -> None:
+def same_settings(config: Settings, output: str | Path, free: Collection[str]) -> None:
+    """Raises InputError if a setting that is not `free` differs from what `output` was begun with."""
+    stored = stored_settings(output)
     now = config.model_dump(mode="json")
     for name, value in now.items():
-        if name not in FREE_OF_CHOICE and stored.get(name, value) != value:
+        if name not in free and stored.get(name, value) != value:
             option = "--" + name.replace("_", "-")
             raise InputError(
-                f"{option} {value}: the run in {config.output} has {stored[name]}: leave it out, or start another run"
+                f"{option} {value}: the run in {output} has {stored[name]}: leave it out, or start another run"
             )
 
 

@@ -1,0 +1,109 @@
+"""What `trimllm compare` compares: every method a module of its own with its paper, and the one table that names them.
+
+A module has `run(job) -> Product`: it makes a checkpoint out of the base, or of the fully fine-tuned model. Evaluation,
+speed and size are measured alike for all, outside (see `cell.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimllm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the comparison."""
+
+    name: str
+    title: str
+    """What the table calls it."""
+    module: str
+    """Module of this package with `run(job)`."""
+    source: str
+    """Paper, as an arXiv number or a link; empty for a plain reference."""
+    keeps: bool = True
+    """Whether there is one for every --keep; else one only."""
+    after: tuple[str, ...] = ("full",)
+    """Methods whose product it starts from; they are done before."""
+    needs: tuple[str, ...] = ()
+    """Libraries, by the name they are imported by."""
+    extra: str = "baselines"
+    """The extra of this package that brings them."""
+
+
+def _arxiv(number: str) -> str:
+    return f"https://arxiv.org/abs/{number}"
+
+
+_SAJJAD, _SHORTENED, _TRIMLLM = _arxiv("2004.03844"), _arxiv("2402.02834"), _arxiv("2412.11242")
+_COMPRESSOR = ("llmcompressor",)
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("base", "no training", "plain", "", keeps=False, after=()),
+        Method("full", "full fine-tuning", "plain", "", keeps=False, after=()),
+        Method("full-long", "full fine-tuning, tokens of the trimmed", "plain", ""),
+        Method("trim", "TrimLLM, blocks", "trimmed", _TRIMLLM),
+        Method("trim-pair", "TrimLLM, pairs", "trimmed", _TRIMLLM),
+        Method("trim-int8", "TrimLLM, then int8", "quantized", _TRIMLLM, after=("trim",), needs=("bitsandbytes",)),
+        Method("trim-int4", "TrimLLM, then int4", "quantized", _TRIMLLM, after=("trim",), needs=("bitsandbytes",)),
+        Method("one-shot", "one-shot, by the same scan", "one_shot", _TRIMLLM),
+        Method("shortgpt", "ShortGPT (block influence)", "one_shot", _arxiv("2403.03853")),
+        Method("angular", "angular distance (a run)", "one_shot", _arxiv("2403.17887")),
+        Method("perplexity", "Shortened LLaMA (perplexity)", "one_shot", _SHORTENED),
+        Method("taylor", "Shortened LLaMA (Taylor)", "one_shot", _SHORTENED),
+        Method("magnitude", "Shortened LLaMA (magnitude)", "one_shot", _SHORTENED),
+        Method("sleb", "SLEB (greedy, then training)", "greedy", _arxiv("2402.09025")),
+        Method("blockpruner", "BlockPruner (greedy pairs, then training)", "greedy", _arxiv("2406.10594")),
+        Method("top", "Sajjad et al., top", "sajjad", _SAJJAD, after=()),
+        Method("bottom", "Sajjad et al., bottom", "sajjad", _SAJJAD, after=()),
+        Method("alternate", "Sajjad et al., alternate", "sajjad", _SAJJAD, after=()),
+        Method("symmetric", "Sajjad et al., symmetric", "sajjad", _SAJJAD, after=()),
+        Method("contribution", "Sajjad et al., contribution", "sajjad", _SAJJAD, after=()),
+        Method("random", "random blocks", "one_shot", ""),
+        Method("streamline", "LLM-Streamline (replacement layer)", "streamline", _arxiv("2403.19135")),
+        Method("layer-drop", "progressive layer dropping, full depth", "layer_drop", _arxiv("2010.13369"), after=()),
+        Method("llm-pruner", "LLM-Pruner (channels and heads)", "llm_pruner", _arxiv("2305.11627"), needs=("peft",)),
+        Method("sparsegpt", "SparseGPT 2:4", "compressor", _arxiv("2301.00774"), keeps=False, needs=_COMPRESSOR),
+        Method("wanda", "Wanda 2:4", "compressor", _arxiv("2306.11695"), keeps=False, needs=_COMPRESSOR),
+        Method("gptq", "GPTQ int4", "compressor", _arxiv("2210.17323"), keeps=False, needs=_COMPRESSOR),
+        Method("awq", "AWQ int4", "compressor", _arxiv("2306.00978"), keeps=False, needs=_COMPRESSOR),
+        Method("llm-int8", "LLM.int8()", "quantized", _arxiv("2208.07339"), keeps=False, needs=("bitsandbytes",)),
+    )
+}
+"""By name, in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table: a method, at a share of the blocks if it has one."""
+
+    method: Method
+    keep: float | None
+
+    @property
+    def name(self) -> str:
+        return self.method.name + (f"-{self.keep:g}" if self.method.keeps else "")
+
+
+def cells(names: Sequence[str], keeps: Sequence[float]) -> list[Cell]:
+    """The rows for the named methods (none: all), those they start from included, in an order that can be worked off.
+
+    Raises:
+        InputError: for an unknown method, with the nearest name.
+    """
+    for name in names:
+        if name not in METHODS:
+            import difflib
+
+            near = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use some of {', '.join(METHODS)}"
+            raise InputError(f"--methods {name}: unknown method: {hint}")
+    wanted = set(names or METHODS)
+    while more := {before for name in wanted for before in METHODS[name].after} - wanted:
+        wanted |= more
+    chosen = [method for method in METHODS.values() if method.name in wanted]
+    return [Cell(method, keep) for method in chosen for keep in (sorted(keeps)[::-1] if method.keeps else [None])]

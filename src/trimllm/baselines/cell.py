@@ -1,0 +1,154 @@
+"""One row of the comparison, in a process of its own: make the checkpoint, evaluate it, time it, write `row.json`.
+
+    python -m trimllm.baselines.cell OUTPUT METHOD [KEEP]
+
+`OUTPUT/config.yaml` holds the settings. A method that cannot run leaves a row that says why; a traceback, with another
+exit code than 0, is for bugs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimllm import plain_settings
+from trimllm.baselines import METHODS, Cell
+from trimllm.config import CompareConfig
+from trimllm.errors import InputError, TrimError, one_line
+
+if TYPE_CHECKING:
+    from trimllm.baselines.job import Job, Product
+
+
+def main(arguments: list[str]) -> int:
+    root, name, *keep = arguments
+    command = plain_settings.make(CompareConfig, plain_settings.read_yaml(Path(root) / "config.yaml"))
+    cell = Cell(METHODS[name], float(keep[0]) if keep else None)
+    folder = Path(root) / "cells" / cell.name
+    try:
+        check_libraries(cell)
+        row = measure(command, cell, Path(root))
+    except TrimError as error:
+        row = {"status": "not run", "why": one_line(error)}
+    except RuntimeError as error:
+        from trimllm import memory
+
+        if not memory.ended(error):
+            raise
+        row = {"status": "not run", "why": "out of memory on the device: a smaller --micro-batch-size may help"}
+    from trimllm import journal
+
+    journal.write_json(folder / "row.json", {"method": name, "keep": cell.keep, **row})
+    return 0
+
+
+def missing(cell: Cell) -> list[str]:
+    """Libraries of the method that are not in this environment."""
+    return [library for library in cell.method.needs if find_spec(library) is None]
+
+
+def check_libraries(cell: Cell) -> None:
+    """Raises InputError if a library of the method is not here; the line names the extra that brings it."""
+    if absent := missing(cell):
+        raise InputError(
+            f"needs {', '.join(absent)}: pip install 'trimllm[{cell.method.extra}]', here or in another environment "
+            "that --baselines-python names"
+        )
+
+
+def measure(command: CompareConfig, cell: Cell, root: Path) -> dict[str, Any]:
+    """The row: what the method made, how good, how large and how fast it is, and what making it took."""
+    import torch
+    import transformers
+
+    from trimllm import benching, models
+    from trimllm.baselines.job import Job
+
+    transformers.utils.logging.disable_progress_bar()
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    job = Job(command, cell, root)
+    for name in cell.method.after:
+        job.check_earlier(name)
+    started, before = time.perf_counter(), benching.resident("VmRSS")
+    module = importlib.import_module(f"trimllm.baselines.{cell.method.module}")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    product: Product = module.run(job)
+    seconds = time.perf_counter() - started
+    device = models.device_of(command.device)
+    if device.type == "cuda":
+        peak: int | None = torch.cuda.max_memory_allocated(device)
+    else:
+        most = benching.resident("VmHWM")
+        peak = None if most is None or before is None else most - before
+    made = {key: value for key, value in asdict(product).items() if key != "checkpoint"}
+    return {
+        "status": "done",
+        "checkpoint": relative(product.checkpoint, root),
+        **made,
+        "seconds": seconds,
+        "making_peak_bytes": peak,
+        **evaluate(job, product),
+        "speed": speed(command, product),
+    }
+
+
+def relative(path: str | Path, root: Path) -> str:
+    """A path inside the comparison from there on, so that its folder can be moved; others as they are."""
+    inside = Path(path).is_absolute() is root.is_absolute() and Path(path).is_relative_to(root)
+    return str(Path(path).relative_to(root) if inside else path)
+
+
+def evaluate(job: Job, product: Product) -> dict[str, Any]:
+    """The reported split of the task and of those of --also, by the checkpoint as it stands on the disk."""
+    from trimllm import benching, decoder, inputs
+
+    loaded = job.load(product.checkpoint, training=False)
+    found = {}
+    for task in (job.command.task, *job.command.also):
+        own = task == job.command.task
+        changes = {} if own else {"task": task, "task_files": None, "metric": None}
+        settings = job.command.model_copy(update=changes)
+        data = inputs.task_data(settings, loaded.tokenizer)
+        scorer = inputs.scorer(settings, loaded.model, loaded.tokenizer, data.test)
+        found[data.name] = scorer.evaluate(loaded.model, data.metric).summary()
+    return {
+        "accuracy": found,
+        "depth": decoder.depth(loaded.model),
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "disk_bytes": benching.disk_bytes(str(product.checkpoint), job.command.allow_pickle),
+    }
+
+
+def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
+    """Prefill, decode and peak memory at batch 1, in turn with the base."""
+    from transformers import AutoConfig
+
+    from trimllm import bench_report, benching, encoding, models
+    from trimllm.config import BenchConfig
+
+    base = models.path_of(command.model)
+    context = encoding.context_length(AutoConfig.from_pretrained(base, trust_remote_code=command.trust_remote_code))
+    sequence = command.sequence or min(512, context)
+    settings = BenchConfig(
+        models=(base, str(product.checkpoint)),
+        sequence=sequence,
+        new_tokens=min(command.new_tokens, sequence - 1),
+        repeats=command.repeats,
+        device=command.device,
+        threads=command.threads,
+        trust_remote_code=command.trust_remote_code,
+        allow_pickle=command.allow_pickle,
+    )
+    row: dict[str, Any] = bench_report.record(settings, *benching.measure(settings))["rows"][1]
+    wanted = ("prefill_tokens_per_second", "decode_tokens_per_second", "ratio", "peak_bytes", "read_bytes_per_step")
+    return {"sequence": sequence, **{name: row[name] for name in wanted}}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

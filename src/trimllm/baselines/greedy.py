@@ -1,0 +1,27 @@
+"""Greedy removal without training in between, then all the training of a progressive run.
+
+SLEB (https://arxiv.org/abs/2402.09025) drops the block whose removal raises the loss least, and looks again;
+BlockPruner (https://arxiv.org/abs/2406.10594) does so with attention and MLP apart. Here its units are the pairs that
+leave a stock checkpoint.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig
+
+from trimllm.baselines.job import Job, Product
+
+
+def run(job: Job) -> Product:
+    config = AutoConfig.from_pretrained(job.full, trust_remote_code=job.command.trust_remote_code)
+    drops = job.drops(config.get_text_config(decoder=True).num_hidden_layers)
+    # One stage follows the drops: its epochs are those of all of them.
+    return job.trim(
+        job.full,
+        unit="pair" if job.cell.method.name == "blockpruner" else "block",
+        strategy="loss",
+        warmup_epochs=0,
+        drops_per_stage=drops,
+        final_epochs=job.command.final_epochs + (drops - 1) * job.command.epochs_per_drop,
+        sparse_update="off",
+    )

@@ -1,0 +1,194 @@
+"""What a method of the comparison is given, what it gives back, and the two things most of them do: tune, and trim."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimllm import decoder, export, inputs, models, progressive, rundir, train
+from trimllm.baselines import METHODS, Cell
+from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig
+from trimllm.console import Console
+from trimllm.errors import InputError
+from trimllm.layout import Layout, whole
+from trimllm.targets import wanted_depth
+from trimllm.tasks import load_text
+
+SHARED = {*TrainSettings.model_fields, *TaskSettings.model_fields, *ModelSettings.model_fields}
+SHARED |= {"eval_batch_size", "warmup_epochs", "epochs_per_drop", "final_epochs"}
+"""Settings that the comparison and a run of `trimllm trim` have in common."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A checkpoint, and what it cost beyond that of the methods it started from."""
+
+    checkpoint: str | Path
+    train_seconds: float = 0.0
+    compress_seconds: float = 0.0
+    """Scans, pruning, quantization."""
+    tokens: int = 0
+    """Tokens trained on, without padding."""
+    note: str = ""
+    """One line that the reader of the table must know."""
+
+
+class Job:
+    """One method at one depth: the settings of the comparison, and a folder of its own."""
+
+    def __init__(self, command: CompareConfig, cell: Cell, root: Path) -> None:
+        self.command, self.cell, self.root = command, cell, root
+        self.folder = root / "cells" / cell.name
+        self.console = Console()
+
+    def earlier(self, name: str) -> Path:
+        """The checkpoint that another method made, at this depth if it has depths."""
+        return self.root / row_of(self.root, name, self.cell.keep)["checkpoint"]
+
+    def check_earlier(self, name: str) -> None:
+        """Raises InputError if the method that this one starts from has no checkpoint."""
+        row = row_of(self.root, name, self.cell.keep)
+        if row.get("status") != "done":
+            raise InputError(f"it starts from {METHODS[name].title}, which is not there: {row.get('why', 'not run')}")
+
+    @property
+    def full(self) -> Path:
+        """The fully fine-tuned model in float32 (or the dtype it was trained in)."""
+        return self.earlier("full").parent / "trained"
+
+    # ---- settings
+
+    def trim_settings(self, **changes: Any) -> TrimConfig:
+        """A run of `trimllm trim` with the comparison's settings and `changes`."""
+        shared = {name: getattr(self.command, name) for name in sorted(SHARED)}
+        fixed = {"output": str(self.folder / "run"), "resume": True, "report_depths": False}
+        return TrimConfig(**{**shared, **fixed, **changes})
+
+    def drops(self, depth: int) -> int:
+        """Blocks that go from a model of `depth` blocks at this share."""
+        assert self.cell.keep is not None
+        wanted = wanted_depth(self.trim_settings(keep=self.cell.keep), depth)
+        assert wanted is not None
+        return depth - wanted
+
+    def epochs(self, depth: int) -> float:
+        """Epochs behind the warm-up that the progressive run takes, which every method that trains is given."""
+        return self.command.epochs_per_drop * self.drops(depth) + self.command.final_epochs
+
+    # ---- what most methods do
+
+    def load(self, path: str | Path | None = None, *, training: bool = True) -> models.Loaded:
+        """The base, or the checkpoint in `path`; to train in the dtype for it."""
+        settings = self.command if path is None else self.command.model_copy(update={"model": str(path)})
+        return models.load(settings, training=training)
+
+    def tune(
+        self,
+        loaded: models.Loaded,
+        epochs: float,
+        *,
+        stage: int,
+        parameters: Sequence[torch.nn.Parameter] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> train.StageReport:
+        """Fine-tune in place on the task and the domain text, as a stage of `trimllm trim` does; all parameters
+        unless named."""
+        command, model = self.trim_settings(keep=0.5), loaded.model
+        accelerator = models.accelerator(command)
+        model.to(accelerator.device)
+        data = inputs.task_data(command, loaded.tokenizer)
+        longest = train.longest(model, command.max_length)
+        rows = train.task_examples(loaded.tokenizer, data.train, longest, truncate=command.truncate)
+        train.check(rows)
+        texts = load_text(command.text) if command.text else []
+        text = train.text_examples(loaded.tokenizer, texts, min(longest, command.batch_size))
+        seed = command.seed * 1000 + stage
+        plan = train.steps(rows, text, command, epochs, seed)
+        if parameters is None:
+            parameters = list(model.parameters())
+            model.requires_grad_(True)
+        pad = loaded.tokenizer.pad_token_id
+        with self.console.progress(self.cell.name) as show:
+
+            def step(done: int, total: int, loss: float, speed: float) -> None:
+                show(done, total, f"loss {loss:.3f}  {speed:.0f} tokens/s")
+                if on_step:
+                    on_step(done, total)
+
+            return train.train_stage(
+                model,
+                parameters,
+                plan,
+                command,
+                accelerator,
+                seed=seed,
+                pad_id=0 if pad is None else pad,
+                folder=self.folder,
+                on_step=step,
+                say=self.console.say,
+            )
+
+    def save(self, loaded: models.Loaded, layout: Layout | None = None) -> Path:
+        """Write the model as a verified checkpoint in the dtype that the base was saved in."""
+        models.cast(loaded.model, self.saved_dtype())
+        target = self.folder / "model"
+        export.save_trimmed(
+            loaded.model,
+            target,
+            tokenizer=loaded.tokenizer,
+            layout=layout or whole(decoder.depth(loaded.model)),
+            base=models.origin(self.command.model),
+            overwrite=True,
+        )
+        return target
+
+    def saved_dtype(self) -> torch.dtype:
+        """The dtype that the base was saved in."""
+        found = models.saved_dtype(models.path_of(self.command.model), self.command)
+        return found or torch.float32
+
+    def trim(self, start: str | Path, folder: Path | None = None, **changes: Any) -> Product:
+        """A run of `trimllm trim` from a checkpoint, or gone on with; its result, and what that took."""
+        dtype = str(self.saved_dtype()).removeprefix("torch.")
+        output = folder or self.folder / "run"
+        fixed = {"model": str(start), "keep": self.cell.keep, "save_dtype": dtype, "output": str(output)}
+        config = self.trim_settings(**{**fixed, **changes})
+        progressive.trim(config, console=self.console)
+        return cost(rundir.RunDir(output).model, rundir.RunDir(output))
+
+
+def cost(checkpoint: Path, run: rundir.RunDir, depth: int = 0) -> Product:
+    """A checkpoint of a run as a product: what its stages and scans took, down to `depth`."""
+    lines = [json.loads(line) for line in run.journal.read_text(encoding="utf-8").splitlines()]
+    stages = [line for line in lines if line["event"] == "stage" and line["depth"] >= depth]
+    last = max((stage["stage"] for stage in stages), default=-1)
+    drops = [line for line in lines if line["event"] == "drop" and line["stage"] <= last]
+    return Product(
+        checkpoint,
+        train_seconds=sum(stage["train"]["seconds"] for stage in stages),
+        compress_seconds=sum(drop["seconds"] for drop in drops),
+        tokens=sum(stage["train"]["tokens"] for stage in stages),
+    )
+
+
+def row_of(root: Path, name: str, keep: float | None) -> dict[str, Any]:
+    """The row of another method, at the same share if it has shares; empty if there is none."""
+    path = root / "cells" / Cell(METHODS[name], keep).name / "row.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+class Watch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started

@@ -1,0 +1,20 @@
+"""All blocks at once by one score, then the training that a progressive run has in all: the usual baseline.
+
+Scan of TrimLLM (https://arxiv.org/abs/2412.11242); block influence, ShortGPT (https://arxiv.org/abs/2403.03853);
+angular distance of a contiguous run, Gromov et al. (https://arxiv.org/abs/2403.17887); perplexity, Taylor and
+magnitude, Shortened LLaMA (https://arxiv.org/abs/2402.02834); a seeded random order. All parameters train, as these
+methods do.
+"""
+
+from __future__ import annotations
+
+from trimllm.baselines.job import Job, Product
+
+STRATEGY = {"one-shot": "scan+norm", "shortgpt": "bi"}
+
+
+def run(job: Job) -> Product:
+    name = job.cell.method.name
+    sparse = job.command.sparse_update if name == "one-shot" else "off"
+    strategy = STRATEGY.get(name, name)
+    return job.trim(job.full, one_shot=True, strategy=strategy, warmup_epochs=0, sparse_update=sparse)

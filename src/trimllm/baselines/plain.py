@@ -1,0 +1,22 @@
+"""References: the base as it is, and full fine-tuning of all its weights, once, or for as long as trimmed models."""
+
+from __future__ import annotations
+
+from trimllm import decoder, models
+from trimllm.baselines.job import Job, Product
+
+
+def run(job: Job) -> Product:
+    """`base` and `full` as named; `full-long` goes on from `full` for as many epochs as a trimmed model gets."""
+    name = job.cell.method.name
+    if name == "base":
+        return Product(models.path_of(job.command.model))
+    if name == "full":
+        loaded = job.load()
+        report = job.tune(loaded, job.command.warmup_epochs, stage=0)
+        loaded.model.save_pretrained(job.folder / "trained")
+        loaded.tokenizer.save_pretrained(job.folder / "trained")
+    else:
+        loaded = job.load(job.full)
+        report = job.tune(loaded, job.epochs(decoder.depth(loaded.model)), stage=1)
+    return Product(job.save(loaded), train_seconds=report.seconds, tokens=report.tokens)

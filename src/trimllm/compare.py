@@ -1,0 +1,106 @@
+"""`trimllm compare`: methods one after the other, each in a process of its own, into one table.
+
+Every finished row is on disk; a comparison that was interrupted goes on with --resume, and a method that cannot run is
+a row that says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from trimllm import folders, journal, plain_settings, rundir
+from trimllm.baselines import METHODS, Cell, cell, cells
+from trimllm.compare_report import picture, record, report, row_line
+from trimllm.config import CompareConfig
+from trimllm.console import Console
+from trimllm.errors import InputError
+
+FREE_OF_CHOICE = (
+    *("resume", "output", "methods", "keep", "threads", "device", "micro_batch_size", "eval_batch_size"),
+    *("gradient_checkpointing", "baselines_python"),
+)
+"""Settings that may differ when a comparison is resumed: more rows, and where they are computed."""
+
+
+def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
+    """Make the rows that are not there yet, print the table, and return what compare.json holds.
+
+    Raises:
+        InputError: if a method is unknown, or --output holds something else, or a comparison with other settings.
+    """
+    root = Path(command.output)
+    wanted = cells(command.methods, command.keep)
+    claim(command, root)
+    rows = {}
+    for number, each in enumerate(wanted, 1):
+        earlier = read_row(root, each)
+        if earlier.get("status") != "done":
+            console.say(f"[{number}/{len(wanted)}] {each.name}")
+            make_row(command, each, root)
+            earlier = read_row(root, each)
+        console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
+        rows[each.name] = earlier
+        made = record(command, {name: row | {"title": title(name)} for name, row in rows.items()})
+        journal.write_json(root / "compare.json", made)
+    print(report(made))
+    picture(made, root / "compare.png")
+    print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")
+    return made
+
+
+def title(name: str) -> str:
+    """The method's title by the row's name (`shortgpt-0.5`)."""
+    method = METHODS.get(name) or METHODS[name.rsplit("-", 1)[0]]
+    return method.title
+
+
+def claim(command: CompareConfig, root: Path) -> None:
+    """Make the folder this comparison's own.
+
+    Raises:
+        InputError: see `compare`.
+    """
+    settings = root / "config.yaml"
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--output {root}: this is a file: name a directory")
+    if settings.exists():
+        if not command.resume:
+            raise InputError(
+                f"--output {root}: the directory already holds a comparison: add --resume to go on with it, or choose "
+                "another one"
+            )
+        rundir.same_settings(command, root, FREE_OF_CHOICE)
+    elif root.exists() and any(root.iterdir()):
+        raise InputError(f"--output {root}: the directory is not empty: choose another one")
+    folders.check_writable(root)
+    journal.write_atomic(settings, plain_settings.to_yaml(command.model_copy(update={"resume": False})))
+
+
+def read_row(root: Path, each: Cell) -> dict[str, Any]:
+    path = root / "cells" / each.name / "row.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def make_row(command: CompareConfig, each: Cell, root: Path) -> None:
+    """Run the row's process; where it ends without a row, a row says so."""
+    python = command.baselines_python if command.baselines_python and cell.missing(each) else sys.executable
+    arguments = [str(root), each.method.name, *([f"{each.keep:g}"] if each.method.keeps else [])]
+    path = root / "cells" / each.name / "row.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    try:
+        code = subprocess.run([python, "-m", "trimllm.baselines.cell", *arguments], env=os.environ).returncode
+    except OSError as error:
+        raise InputError(f"--baselines-python {python}: {error.strerror}: name a Python executable") from None
+    if code == 0 and path.exists():
+        return
+    why = f"its process ended with exit code {code}; what it printed says why"
+    if code < 0:
+        why = f"its process was ended by signal {-code}" + (": perhaps memory ran out" if code == -9 else "")
+    journal.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "failed", "why": why})

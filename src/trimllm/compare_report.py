@@ -1,0 +1,112 @@
+"""What `trimllm compare` says of its rows: lines, the table, compare.json, the picture."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from trimllm.baselines import Cell
+from trimllm.config import CompareConfig
+from trimllm.console import clock, table
+from trimllm.folders import disk_errors
+
+
+def row_line(cell: Cell, row: dict[str, Any]) -> str:
+    """A finished row in one line."""
+    if row["status"] != "done":
+        return f"{cell.name}: {row['status']}: {row['why']}"
+    first = next(iter(row["accuracy"].values()))
+    return (
+        f"{cell.name}: {first['metric']} {first['value']:.1f} +- {first['stderr']:.1f}, {row['depth']} layers, "
+        f"{row['speed']['ratio']['median']:.2f}x the base's decode speed, {clock(row['seconds'])}"
+    )
+
+
+def record(command: CompareConfig, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The contents of compare.json."""
+    return {
+        "settings": command.model_dump(mode="json"),
+        "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine()},
+        "rows": list(rows.values()),
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table; rows that have no figures say why below it."""
+    done = [row for row in found["rows"] if row["status"] == "done"]
+    tasks = list(dict.fromkeys(task for row in done for task in row["accuracy"]))
+    header = ["method", "layers", *tasks, "acc_norm", "M params", "disk MB", "peak MB", "prefill/s", "decode/s"]
+    header += ["of the base's", "M tokens", "train min", "compress min"]
+    lines = [_line(row, tasks) for row in done]
+    out = table(header, lines) if lines else ""
+    out += (
+        "\naccuracy in percent +- standard error on the reported split; speed: tokens a second at batch 1, in turn "
+        "with the base;\npeak: memory while decoding; tokens and minutes: those of the method itself, without what it "
+        "starts from"
+    )
+    for row in done:
+        if row["note"]:
+            out += f"\n{row['title']}{_share(row)}: {row['note']}"
+    for row in found["rows"]:
+        if row["status"] != "done":
+            out += f"\n{row['title']}{_share(row)}: {row['status']}: {row['why']}"
+    return out
+
+
+def _line(row: dict[str, Any], tasks: list[str]) -> list[Any]:
+    speed, ratio = row["speed"], row["speed"]["ratio"]
+    accuracies = [row["accuracy"].get(task) for task in tasks]
+    own = next(iter(row["accuracy"].values()))
+    return [
+        row["title"] + _share(row),
+        row["depth"],
+        *(f"{found['value']:.1f} +- {found['stderr']:.1f}" if found else "-" for found in accuracies),
+        f"{own['acc_norm']:.1f}" if "acc_norm" in own else "-",
+        f"{row['parameters'] / 1e6:.2f}",
+        f"{row['disk_bytes'] / 1e6:.1f}",
+        "-" if speed["peak_bytes"] is None else f"{speed['peak_bytes'] / 1e6:.0f}",
+        f"{speed['prefill_tokens_per_second']:.0f}",
+        f"{speed['decode_tokens_per_second']:.1f}",
+        f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})",
+        f"{row['tokens'] / 1e6:.2f}",
+        f"{row['train_seconds'] / 60:.1f}",
+        f"{row['compress_seconds'] / 60:.1f}",
+    ]
+
+
+def _share(row: dict[str, Any]) -> str:
+    return "" if row["keep"] is None else f", {row['keep']:.0%}"
+
+
+def picture(found: dict[str, Any], path: Path) -> None:
+    """Accuracy on the task against decode speed, a point per row; nothing is drawn of no rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = [row for row in found["rows"] if row["status"] == "done"]
+    if not done:
+        return
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    for number, row in enumerate(done):
+        own, ratio = next(iter(row["accuracy"].values())), row["speed"]["ratio"]["median"]
+        ours = row["method"].startswith("trim")
+        colour = "#c44e52" if ours else "#8c8c8c" if row["method"] in ("base", "full", "full-long") else "#4878a8"
+        axes.errorbar(ratio, own["value"], yerr=own["stderr"], fmt="o", color=colour, capsize=2, markersize=5)
+        axes.annotate(
+            row["title"] + _share(row),
+            (ratio, own["value"]),
+            xytext=(5, 4 if number % 2 else -9),
+            textcoords="offset points",
+            fontsize=7,
+            color=colour,
+        )
+    settings = found["settings"]
+    axes.set_xlabel("decode speed at batch 1, of the base's")
+    axes.set_ylabel("accuracy on the reported split (%)")
+    axes.set_title(f"{settings['model']} on {settings['task']}", fontsize=10)
+    with disk_errors(path):
+        figure.savefig(path, dpi=120)
+    pyplot.close(figure)
