@@ -1,10 +1,10 @@
 """What the layers of the intact model say and write: measurements that may explain what a scan found.
 
-All are taken at the last token of the prompt, from which the answer is predicted, and give one number per unit (a block,
-or one half of it) and question. The logit lens is what the model's own tail (final norm and head) reads from the residual
-stream behind a unit (nostalgebraist, "interpreting GPT: the logit lens", 2020). Promotion is what the tail reads from what
-an MLP alone adds to the stream: Geva et al. (arXiv 2012.14913, 2203.14680) project each value vector of the key-value
-memory, here it is their weighted sum, the MLP's output. `tracing` has the third.
+All are taken at the last token of the prompt, from which the answer is predicted, and give one number per unit (a
+block, or one half of it) and question. The logit lens is what the model's own tail (final norm and head) reads from the
+residual stream behind a unit (nostalgebraist, "interpreting GPT: the logit lens", 2020). Promotion is what the tail
+reads from what an MLP alone adds to the stream: Geva et al. (arXiv 2012.14913, 2203.14680) project the value vectors of
+the key-value memory, here it is their weighted sum, the MLP's output. The third, causal tracing, is in `tracing`.
 
 What a family does not allow is refused with a reason, after a check on the data.
 """
@@ -39,7 +39,7 @@ def questions(scorer: Scorer) -> list[Encoded]:
     """
     asked = [one for one in scorer.encoded if scorer.items[one.item].prompt]
     if not asked:
-        raise InputError("--analysis needs questions, and no calibration row has a prompt: leave it out")
+        raise InputError("--analysis is of prompts and their answers, and the task's rows are plain text: leave it out")
     return [replace(one, continuations=(one.target,), answer=0) for one in asked]
 
 
@@ -71,11 +71,15 @@ def last_tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return batch.where[begin], batch.targets[begin]
 
 
-def per_question(made: Batches, work: Callable[[Batch], Array]) -> Array:
+def per_question(
+    made: Batches, work: Callable[[Batch], Array], progress: Callable[[int, int], None] | None = None
+) -> Array:
     """What `work` gives for each batch, (..., rows), put together in ascending order of items: (..., questions)."""
-    parts = [
-        part for number in range(len(made)) for part in made.compute(number, lambda batch: (work(batch), batch.owners))
-    ]
+    parts = []
+    for number in range(len(made)):
+        parts += made.compute(number, lambda batch: (work(batch), batch.owners))
+        if progress:
+            progress(number + 1, len(made))
     order = np.argsort([item for _, owners in parts for item, _ in owners])
     return np.concatenate([values for values, _ in parts], axis=-1)[..., order]
 
@@ -112,7 +116,7 @@ def promotion(model: Any, made: Batches, units: Sequence[Unit]) -> dict[str, Arr
     length, so it says where the MLP points, not how far.
 
     Raises:
-        InputError: if the tail cannot be run alone, or the family's MLPs cannot be told apart or do not add to a stream.
+        InputError: if the tail cannot be run alone, the family's MLPs cannot be told apart, or do not add to a stream.
     """
     text = decoder.text_config(model)
     if families.family(text).normed_residual:
@@ -146,7 +150,7 @@ def _written(model: Any, batch: Batch, at: torch.Tensor, units: Sequence[Unit]) 
             found.append(states[end] - states[begin])
             continue
         halves = [outputs[i, name] for half in names[i] for name in half]
-        if len(halves) < 2 or not probes.agree(model, sum(halves), states[i + 1] - states[i]):
+        if len(halves) < 2 or not probes.agree(model, halves[0] + halves[1], states[i + 1] - states[i]):
             kind = model.config.model_type
             raise InputError(f"promotion: what the MLP of layer {i} adds is not known for model type {kind}")
         found.append(halves[1])

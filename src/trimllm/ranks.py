@@ -37,7 +37,7 @@ def permutation_p(a: Array, b: Array, seed: int, rounds: int = ROUNDS) -> float:
     if math.isnan(spearman(a, b)):
         return math.nan
     x, y = _centred(a), _centred(b)
-    shuffled = np.random.default_rng(seed).permuted(np.tile(y, (rounds, 1)), axis=1)
+    shuffled = np.random.default_rng(seed % 2**32).permuted(np.tile(y, (rounds, 1)), axis=1)
     least = abs(x @ y) * (1 - 1e-12)
     return float(1 + (np.abs(shuffled @ x) >= least).sum()) / (1 + rounds)
 

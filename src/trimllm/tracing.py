@@ -6,14 +6,14 @@ subject, it is all tokens of the question.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from trimllm import activations, decoder, evaluate, families, probes
+from trimllm import activations, decoder, families, probes
 from trimllm.analysis import last_tokens, per_question
 from trimllm.encoding import Batch, Batches, Encoded
 from trimllm.errors import InputError
@@ -53,13 +53,14 @@ def trace(
     seed: int = 0,
     noise: float = NOISE,
     samples: int = SAMPLES,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Array]:
     """Indirect effects of the units, (units, questions) each, in points of the answer's probability.
 
-    The probability of an answer, in percent, is the geometric mean over its tokens. `clean` (questions,) is the model's;
-    `corrupted` (questions,) that with Gaussian noise of `noise` standard deviations on the embeddings of the question's
-    tokens `own` (see `spans`), the mean over `samples` seeded draws. An effect is by how much it is higher than
-    corrupted when, at the last token of the prompt alone,
+    The probability of an answer, in percent, is the geometric mean over its tokens. `clean` (questions,) is the
+    model's; `corrupted` (questions,) that with Gaussian noise of `noise` standard deviations on the embeddings of the
+    question's tokens `own` (see `spans`), the mean over `samples` seeded draws. An effect is by how much it is higher
+    than corrupted when, at the last token of the prompt alone,
 
     - `tracing_state` (blocks only): the residual stream behind the block is that of the clean run;
     - `tracing_output`: what the unit adds to the stream is what it adds in the clean run. (ROME restores the outputs of
@@ -105,7 +106,7 @@ def trace(
             effects.append(np.stack(restored) - corrupted[-1])
         return np.concatenate([np.stack([clean, np.mean(corrupted, axis=0)]), np.mean(effects, axis=0)])
 
-    clean, corrupted, *rows = per_question(made, work)
+    clean, corrupted, *rows = per_question(made, work, progress)
     effects = np.reshape(rows, (len(modes), len(units), -1))
     return {"clean": clean, "corrupted": corrupted, **dict(zip(modes, effects, strict=True))}
 
@@ -120,10 +121,16 @@ def _deviation(model: Any, made: Batches, own: Mapping[int, range]) -> float:
     count, total, squares = 0, 0.0, 0.0
     for number in range(len(made)):
         batch = made[number]
-        embedded = model.get_input_embeddings()(batch.inputs["input_ids"]).cpu().double()  # not every device has float64
+        embedded = (
+            model.get_input_embeddings()(batch.inputs["input_ids"]).cpu().double()
+        )  # not every device has float64
         for row, (item, _) in enumerate(batch.owners):
             values = embedded[row, own[item].start : own[item].stop]
-            count, total, squares = count + values.numel(), total + float(values.sum()), squares + float((values**2).sum())
+            count, total, squares = (
+                count + values.numel(),
+                total + float(values.sum()),
+                squares + float((values**2).sum()),
+            )
     return float(np.sqrt(max(0.0, squares / count - (total / count) ** 2)))
 
 
@@ -131,12 +138,14 @@ def _deviation(model: Any, made: Batches, own: Mapping[int, range]) -> float:
 def _noisy(
     model: Any, batch: Batch, own: Mapping[int, range], deviation: float, seed: int, sample: int
 ) -> Iterator[None]:
-    """Within, the questions' tokens have noise on their embeddings; the same in every batch that a question may be in."""
+    """Within, the questions' tokens have noise on their embeddings, the same in whatever batch a question stands."""
 
     def blur(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
         noise = np.zeros(output.shape, np.float32)
         for row, (item, _) in enumerate(batch.owners):
-            draw = np.random.default_rng([seed, item, sample]).standard_normal((len(own[item]), output.shape[-1]))
+            draw = np.random.default_rng([seed % 2**32, item, sample]).standard_normal(
+                (len(own[item]), output.shape[-1])
+            )
             noise[row, own[item].start : own[item].stop] = deviation * draw
         return output + torch.from_numpy(noise).to(output)
 
