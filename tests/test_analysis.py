@@ -45,7 +45,11 @@ SINGLE = [Item(f"rows:{n}", prompt, (" a",)) for n, (prompt, _) in enumerate(ROW
 
 @pytest.fixture(scope="module")
 def llama():
-    return tiny.build("llama", DEPTH)
+    """Embeddings whose mean is not 0, so that their deviation is not their size."""
+    model = tiny.build("llama", DEPTH)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(0.5)
+    return model
 
 
 def prepared(model, tokenizer, items=ITEMS, budget=24):
@@ -244,6 +248,23 @@ def test_without_noise_nothing_is_corrupted_and_nothing_can_be_restored(llama, t
     assert found["clean"] == pytest.approx(100 * np.exp(np.divide(expected, lengths)), rel=1e-4)
 
 
+@torch.no_grad()
+def test_everything_restored_at_all_places_of_the_answer_gives_the_clean_model(llama, tokenizer):
+    _, made, own = prepared(llama, tokenizer, budget=60)
+    batch = made[0]
+    assert len(batch.where) > len(batch.owners) == 3
+    every = [(i, "") for i in range(DEPTH)]
+    with probes.reading(llama, every, batch.where) as written:
+        clean = evaluate.batch_pieces(llama, batch)
+    with tracing._noisy(llama, batch, own, 3.0, 0, 0):
+        corrupted = evaluate.batch_pieces(llama, batch)
+        with probes.writing(llama, written, batch.where):
+            restored = evaluate.batch_pieces(llama, batch)
+    for owner, (loglik, _, _) in clean.items():
+        assert restored[owner][0] == pytest.approx(loglik, abs=1e-4)
+        assert corrupted[owner][0] != pytest.approx(loglik, abs=1e-2)
+
+
 def test_the_last_state_alone_brings_an_answer_of_one_token_back_and_noise_hides_it(llama, tokenizer):
     _, made, own = prepared(llama, tokenizer, SINGLE)
     found = tracing.trace(llama, made, own, halves_of(llama, "block"), seed=1, samples=2)
@@ -352,6 +373,15 @@ def test_p_is_the_share_of_orders_that_agree_as_much():
     assert ranks.permutation_p(grow, grow, 0) == pytest.approx(2 / 24, abs=0.01)
     assert ranks.permutation_p(grow, np.array([0.0, 1, 3, 2]), 0) == pytest.approx(8 / 24, abs=0.02)
     assert ranks.permutation_p(np.arange(30.0), np.arange(30.0), 0) == 1 / (1 + ranks.ROUNDS)
+
+
+def test_a_scan_agrees_with_itself_as_far_as_its_halves_order_the_units_alike():
+    same = np.repeat([[0.0], [1], [0.5]], 8, axis=1)
+    assert analysis_report.halves(same, 0) == pytest.approx(1)
+    noise = np.random.default_rng(0).integers(0, 2, (30, 100)).astype(float)
+    assert abs(analysis_report.halves(noise, 0)) < 0.2
+    for nothing in (np.ones((4, 10)), np.ones((4, 0)), np.ones((4, 1))):
+        assert np.isnan(analysis_report.halves(nothing, 0))
 
 
 # ---- the command

@@ -17,6 +17,8 @@ from trimllm.evaluate import Scorer
 from trimllm.scan import ScanResult
 from trimllm.scores import Array, block_influence, s_norm
 
+HALVINGS = 200
+"""Random halves of the questions on which the scan is compared with itself."""
 FORMS = (("rho", "+.2f"), ("p", ".4f"))
 """Columns of a correlation, and how they are written."""
 MEASURES = {
@@ -71,7 +73,7 @@ def measure(
 
     Returns:
         `measures`: name -> (units, questions), or (units,) where nothing is told apart by question; `notes`: why others
-        are missing; and what was traced.
+        are missing; what was traced; and how well the scan agrees with itself (see `halves`).
     """
     units, notes = result.candidates, list[str]()
     measures: dict[str, Array] = {}
@@ -102,9 +104,20 @@ def measure(
         "samples": tracing.SAMPLES,
         "clean": float(traced["clean"].mean()) if traced else None,
         "corrupted": float(traced["corrupted"].mean()) if traced else None,
+        "halves": halves(np.array([trial.correct for trial in result.trials], float), command.seed),
         "measures": {name: measures[name] for name in MEASURES if name in measures},
         "notes": notes,
     }
+
+
+def halves(hits: Array, seed: int) -> float:
+    """Rank correlation of a scan on half of its questions with that on the other half, the mean over random halvings:
+    how well the scan agrees with itself. `hits` (units, questions); NaN where no half tells units apart."""
+    count, generator = hits.shape[1] // 2, np.random.default_rng(seed % 2**32)
+    orders = [generator.permutation(hits.shape[1]) for _ in range(HALVINGS if count else 0)]
+    both = [(hits[:, order[:count]].mean(axis=1), hits[:, order[count:]].mean(axis=1)) for order in orders]
+    found = [rho for one, other in both if np.isfinite(rho := ranks.spearman(one, other))]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def record(found: dict[str, Any], scanned: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -155,6 +168,7 @@ def report(found: dict[str, Any]) -> str:
     ]
     both = found["value_and_loss"]
     pairs.append(["loss without it", *(_number(both[name], form) for name, form in FORMS), "", ""])
+    pairs.append(["the scan, half against half", _number(found["halves"], "+.2f"), "", "", ""])
     parts = [table(header, rows), table([f"rank correlation with {found['metric']}, loss", *["rho", "p"] * 2], pairs)]
     if found["traced"]:
         parts.append(

@@ -59,6 +59,9 @@ def analysis_plot(record: dict[str, Any], path: Path) -> None:
         (line,) = beside.plot(places, losses, color="#c44e52", marker=".", linewidth=1, label="loss without it (nats)")
         beside.set_yscale("log")
         beside.tick_params(labelsize=7, which="both")
+        beside.yaxis.set_visible(axes is first)  # the same scale in all panels
+        beside.yaxis.set_major_formatter("{x:g}")
+        beside.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(labelsize=7)
     for axes, (name, rho) in zip(others, panels, strict=False):
         label, unit = record["measures"][name].values()
@@ -70,7 +73,7 @@ def analysis_plot(record: dict[str, Any], path: Path) -> None:
         axes.set_xticks(places, [row["unit"] for row in rows], rotation=90)
     if len(panels) % 2 == 0:  # nothing stands below the panel that is last but one
         grid[-1, 1].set_axis_off()
-        grid[-2, 1].tick_params(labelbottom=True, labelrotation=90)
+        grid[-2, 1].tick_params(axis="x", labelbottom=True, labelrotation=90)
     figure.legend(handles=[line], loc="outside lower right", frameon=False, fontsize=8)
     figure.suptitle(f"{record['model']} on {record['task']}: what may explain the scan", fontsize=10)
     with disk_errors(path):
