@@ -397,16 +397,15 @@ def call(capsys, *words):
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("unit", ["block", "sublayer"])
-def test_scan_with_analysis_writes_measures_and_their_rank_correlations(base, tmp_path, capsys, unit):
+def test_scan_with_analysis_writes_measures_and_their_rank_correlations(base, tmp_path, capsys):
     task, output = h.save_task(tmp_path / "task"), tmp_path / "out"
-    words = ["--model", base, "--task", task, "--calibration-size", 12, "--output", output, "--unit", unit]
+    words = ["--model", base, "--task", task, "--calibration-size", 12, "--output", output]
     code, out, err = call(capsys, *words, "--analysis", "--analysis-items", 2)
     assert code == 0, err
     made = json.loads((output / "analysis.json").read_text())
     scanned = json.loads((output / "scan.json").read_text())
     assert (output / "analysis.png").read_bytes().startswith(b"\x89PNG")
-    names = [name for name in analysis_report.MEASURES if unit == "block" or name != "tracing_state"]
+    names = list(analysis_report.MEASURES)
     assert [row["measure"] for row in made["correlations"]] == list(made["measures"]) == names
     assert (made["questions"], made["traced"], made["notes"]) == (12, 2, [])
     assert [row["unit"] for row in made["units"]] == [row["unit"] for row in scanned["units"]]
@@ -429,6 +428,29 @@ def test_scan_with_analysis_writes_measures_and_their_rank_correlations(base, tm
     assert call(capsys, *words, "--analysis")[0] == 2
 
 
+def measured(model, tokenizer, unit):
+    """An analysis of a scan, without files."""
+    scorer = Scorer(model, tokenizer, ITEMS, branches=False)
+    command = config.ScanConfig(model="m", task="t", output="o", unit=unit, analysis=True)
+    result = scan.scan(model, scorer, "acc", unit)
+    return result, analysis_report.measure(command, model, scorer, analysis.questions(scorer), result)
+
+
+def test_sublayers_are_measured_one_by_one_with_the_spread_over_questions(llama, tokenizer):
+    result, found = measured(llama, tokenizer, "sublayer")
+    assert list(found["measures"]) == [name for name in analysis_report.MEASURES if name != "tracing_state"]
+    rows = [{"unit": str(unit), "value": 50.0, "loss": float(n)} for n, unit in enumerate(result.candidates)]
+    made = analysis_report.record(found, {"model": "m", "task": "t", "metric": "acc", "intact": {}, "units": rows}, 0)
+    for name, values in found["measures"].items():
+        assert [row[name] for row in made["units"]] == pytest.approx(values.mean(axis=1) if values.ndim > 1 else values)
+    spread = found["measures"]["promotion"][2].std(ddof=1) / np.sqrt(len(ITEMS))
+    assert made["units"][2]["promotion_stderr"] == pytest.approx(spread)
+    by_name = {row["measure"]: row for row in made["correlations"]}
+    assert by_name["depth"]["loss"]["rho"] == pytest.approx(1)
+    assert np.isnan(by_name["depth"]["value"]["rho"])
+    assert "mlp 2" in analysis_report.report(made)
+
+
 def test_only_answered_questions_are_traced(base, tokenizer, llama):
     scorer = Scorer(llama, tokenizer, ITEMS, branches=False)
     asked, result = analysis.questions(scorer), scorer.evaluate(llama, "acc")
@@ -448,12 +470,8 @@ def best(model, tokenizer, prompt):
     return tokenizer.decode([int(logits.argmax())])
 
 
-def test_what_a_family_refuses_is_noted_and_the_rest_is_reported(tokenizer, monkeypatch):
-    model = tiny.build("gemma4_text", 4)
-    scorer = Scorer(model, tokenizer, ITEMS, branches=False)
-    result = scan.scan(model, scorer, "acc")
-    command = config.ScanConfig(model="m", task="t", output="o", analysis=True)
-    found = analysis_report.measure(command, model, scorer, analysis.questions(scorer), result)
+def test_what_a_family_refuses_is_noted_and_the_rest_is_reported(tokenizer):
+    _, found = measured(tiny.build("gemma4_text", 4), tokenizer, "block")
     assert [note.partition(":")[0] for note in found["notes"]] == ["promotion", "causal tracing"]
     assert "lens_gain" in found["measures"]
     assert not {"promotion", "tracing_state", "tracing_output"} & set(found["measures"])
