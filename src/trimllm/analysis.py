@@ -99,7 +99,8 @@ def logit_lens(model: Any, made: Batches, units: Sequence[Unit]) -> dict[str, Ar
     def work(batch: Batch) -> Array:
         at, tokens = last_tokens(batch)
         _, stream = activations.keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in units))
-        read = {key: _read(model, state, tokens) for key, state in probes.states_at(stream, at).items()}
+        states = probes.states_at(stream, at)
+        read = dict(zip(states, _read(model, list(states.values()), tokens), strict=True))
         ends = [(read[begin], read[end]) for begin, end in map(activations.ends, units)]
         rows = [torch.stack([behind[0], behind[0] - before[0], behind[1]]) for before, behind in ends]
         return 100 * torch.stack(rows, dim=1).cpu().double().numpy()
@@ -125,8 +126,8 @@ def promotion(model: Any, made: Batches, units: Sequence[Unit]) -> dict[str, Arr
 
     def work(batch: Batch) -> Array:
         at, tokens = last_tokens(batch)
-        written = _written(model, batch, at, units)
-        return torch.stack([_read(model, vector, tokens)[2] for vector in written]).cpu().double().numpy()
+        read = _read(model, _written(model, batch, at, units), tokens)
+        return torch.stack([one[2] for one in read]).cpu().double().numpy()
 
     return {"promotion": per_question(made, work)}
 
@@ -157,18 +158,18 @@ def _written(model: Any, batch: Batch, at: torch.Tensor, units: Sequence[Unit]) 
     return found
 
 
-def _read(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """What the tail reads from states (k, hidden) about `tokens` (k,): (3, k) probability, whether it is the most
-    likely one, and logit less the mean over the vocabulary."""
+def _read(model: Any, several: Sequence[torch.Tensor], tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What the tail reads from each of several states (k, hidden) about `tokens` (k,): (3, k) probability, whether it
+    is the most likely one, and logit less the mean over the vocabulary."""
+    hidden = torch.cat([states.to(tokens.device) for states in several], dim=-2)
     count = max(LEAST_STATES, CHUNK // decoder.text_config(model).vocab_size)
     found = []
-    for states, ids in zip(hidden.split(count, dim=-2), tokens.split(count), strict=True):
-        logits = probes.tail_logits(model, states)
+    for states, ids in zip(hidden.split(count, dim=-2), tokens.repeat(len(several)).split(count), strict=True):
+        logits = probes.tail_logits(model, states).to(ids.device)
         chosen = logits.gather(1, ids[:, None])[:, 0]
-        found.append(
-            torch.stack([(chosen - logits.logsumexp(1)).exp(), logits.argmax(1) == ids, chosen - logits.mean(1)])
-        )
-    return torch.cat(found, dim=1)
+        likely = logits.argmax(1) == ids
+        found.append(torch.stack([(chosen - logits.logsumexp(1)).exp(), likely, chosen - logits.mean(1)]))
+    return list(torch.cat(found, dim=1).split(len(tokens), dim=1))
 
 
 def _check_tail(model: Any, batch: Batch, what: str) -> None:
