@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trimllm import analysis, decoder, evaluate, journal, ranks, scan, tracing
+from trimllm import analysis, decoder, evaluate, ranks, scan, tracing
 from trimllm.config import ScanConfig
 from trimllm.console import Console, table
 from trimllm.encoding import Encoded
@@ -36,26 +35,21 @@ MEASURES = {
 what grows with depth agrees with everything else that does."""
 
 
-def write(
+def analyse(
     command: ScanConfig,
     model: Any,
     scorer: Scorer,
     asked: Sequence[Encoded],
     result: ScanResult,
     scanned: dict[str, Any],
-) -> str:
-    """Measure (see `measure`), write analysis.json and analysis.png beside the scan, and return the tables."""
-    from trimllm.plot import analysis_plot
-
-    output, console = Path(command.output), Console()
+) -> dict[str, Any]:
+    """`measure`, then `record`; says on the console what is left out."""
+    console = Console()
     with console.progress("tracing") as show:
         found = measure(command, model, scorer, asked, result, show)
     for note in found["notes"]:
         console.say(f"  {note}")
-    made = record(found, scanned, command.seed)
-    journal.write_json(output / "analysis.json", made)
-    analysis_plot(made, output / "analysis.png")
-    return f"\n{report(made)}\nwritten: {output / 'analysis.json'}, {output / 'analysis.png'}"
+    return record(found, scanned, command.seed)
 
 
 def measure(

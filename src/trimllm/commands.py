@@ -50,7 +50,7 @@ def run_trim(command: config.TrimConfig) -> None:
 
 def run_scan(command: config.ScanConfig) -> None:
     """Importance of every unit: table, scan.json, scan.png."""
-    from trimllm.plot import importance_plot
+    from trimllm.plot import analysis_plot, importance_plot
 
     output, console = Path(command.output), Console()
     for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
@@ -111,7 +111,11 @@ def run_scan(command: config.ScanConfig) -> None:
     importance_plot(record, output / "scan.png")
     print(f"written: {output / 'scan.json'}, {output / 'scan.png'}")
     if command.analysis:
-        print(analysis_report.write(command, loaded.model, scorer, asked, result, record))
+        explained = analysis_report.analyse(command, loaded.model, scorer, asked, result, record)
+        print(f"\n{analysis_report.report(explained)}")
+        journal.write_json(output / "analysis.json", explained)
+        analysis_plot(explained, output / "analysis.png")
+        print(f"written: {output / 'analysis.json'}, {output / 'analysis.png'}")
 
 
 def _open(
