@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trimllm import (
+    analysis,
+    analysis_report,
     card,
     config,
     decoder,
@@ -48,10 +50,11 @@ def run_trim(command: config.TrimConfig) -> None:
 
 def run_scan(command: config.ScanConfig) -> None:
     """Importance of every unit: table, scan.json, scan.png."""
-    from trimllm.plot import importance_plot
+    from trimllm.plot import analysis_plot, importance_plot
 
     output, console = Path(command.output), Console()
-    _fresh(output, "scan.json")
+    for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
+        _fresh(output, product)
     folders.check_writable(output)
     needed = scores.needs(command.strategy)
     loaded = _load(command)
@@ -66,10 +69,12 @@ def run_scan(command: config.ScanConfig) -> None:
     every = units(command.unit, whole(depth), length)
     tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
     may_go = [every[i] for i in _open(command, loaded.model, every, protected)[0]]
+    scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
+    asked = analysis.questions(scorer) if command.analysis else []
     with console.progress("scan") as show:
         result = scan.scan(
             loaded.model,
-            inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration),
+            scorer,
             data.metric,
             command.unit,
             length=length,
@@ -81,9 +86,7 @@ def run_scan(command: config.ScanConfig) -> None:
         console.say(f"  {note}")
     extra = {}
     if "taylor" in needed:
-        extra["taylor"] = weights.taylor(
-            loaded.model, inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration), result.candidates
-        )
+        extra["taylor"] = weights.taylor(loaded.model, scorer, result.candidates)
     if "magnitude" in needed:
         extra["magnitude"] = weights.magnitude(loaded.model, result.candidates)
     evidence = result.evidence(scan.positions(result.candidates, range(depth)), depth, command.seed, **extra)
@@ -107,6 +110,12 @@ def run_scan(command: config.ScanConfig) -> None:
     journal.write_json(output / "scan.json", record)
     importance_plot(record, output / "scan.png")
     print(f"written: {output / 'scan.json'}, {output / 'scan.png'}")
+    if command.analysis:
+        explained = analysis_report.analyse(command, loaded.model, scorer, asked, result, record)
+        print(f"\n{analysis_report.report(explained)}")
+        journal.write_json(output / "analysis.json", explained)
+        analysis_plot(explained, output / "analysis.png")
+        print(f"written: {output / 'analysis.json'}, {output / 'analysis.png'}")
 
 
 def _open(

@@ -15,6 +15,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 CONFIDENCE = 0.999
 """Of a race: tried on recorded scans, see docs/lab.md."""
+ANALYSIS_ITEMS = 64
+"""Questions of causal tracing."""
 
 
 class Settings(BaseModel):
@@ -249,14 +251,34 @@ class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):
 
     Example:
       trimllm scan --model demo --task demo_law --unit sublayer --output runs/scan
+      trimllm scan --model runs/medicine/model --task demo_medicine --analysis --output runs/why
     """
 
     unit: Literal["block", "pair", "sublayer"] = "block"  # type: ignore[assignment]
     """What is deleted on trial: blocks, pairs, or attention and MLP separately."""
     run: Positive | None = None
     """Blocks in the contiguous runs that --strategy angular compares (default: half of the depth)."""
+    analysis: bool = False
+    """Also measure what may explain the scan (causal tracing, what MLPs promote, block influence, logit lens) and how
+    its ranks agree: analysis.json, analysis.png."""
+    analysis_items: Positive = ANALYSIS_ITEMS
+    """With --analysis: most questions that are traced; its cost grows with them and with the layers."""
     output: str
     """Directory for scan.json and scan.png."""
+
+    @model_validator(mode="after")
+    def _an_analysis_compares_all_layers(self) -> ScanConfig:
+        if not self.analysis:
+            if self.analysis_items != ANALYSIS_ITEMS:
+                raise ValueError("--analysis-items is for --analysis: leave it out, or add --analysis")
+            return self
+        if self.unit == "pair":
+            raise ValueError("--analysis is of blocks or sublayers: leave out --unit pair")
+        if self.scan == "racing":
+            raise ValueError("--analysis compares all candidates, and --scan racing finds one: leave one of them out")
+        if self.keep_pattern:
+            raise ValueError("--analysis is of single layers: leave out --keep-pattern")
+        return self
 
     @model_validator(mode="after")
     def _runs_are_for_angular(self) -> ScanConfig:

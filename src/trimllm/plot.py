@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,53 @@ def importance_plot(record: dict[str, Any], path: Path) -> None:
     bottom.bar(places, [row["norm"] for row in rows], color="#8c8c8c")
     bottom.set_ylabel("activation norm")
     bottom.set_xticks(list(places), [row["unit"] for row in rows], rotation=90, fontsize=8)
+    with disk_errors(path):
+        figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def analysis_plot(record: dict[str, Any], path: Path) -> None:
+    """Per measure of an analysis a panel, in order of depth, with the loss that the scan found without each unit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = record["units"]
+    places = list(range(len(rows)))
+    panels = [(row["measure"], row["loss"]["rho"]) for row in record["correlations"] if row["measure"] != "depth"]
+    height, width = 2.2 * ((len(panels) + 2) // 2), max(8.0, 0.4 * len(rows) + 5)
+    figure, grid = pyplot.subplots(
+        (len(panels) + 2) // 2, 2, sharex=True, figsize=(width, height), layout="constrained", squeeze=False
+    )
+    first, *others = grid.flat
+    lost = [record["intact"]["value"] - row["value"] for row in rows]
+    first.bar(places, lost, color="#8c8c8c")
+    first.set_ylabel("points", fontsize=8)
+    first.set_title(f"the scan: {record['metric']} lost without it", fontsize=9)
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
+    for axes in (first, *others[: len(panels)]):
+        beside = axes.twinx()
+        (line,) = beside.plot(places, losses, color="#c44e52", marker=".", linewidth=1, label="loss without it (nats)")
+        beside.set_yscale("log")
+        beside.tick_params(labelsize=7, which="both")
+        beside.yaxis.set_visible(axes is first)  # the same scale in all panels
+        beside.yaxis.set_major_formatter("{x:g}")
+        beside.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(labelsize=7)
+    for axes, (name, rho) in zip(others, panels, strict=False):
+        label, unit = record["measures"][name].values()
+        spread = [row.get(f"{name}_stderr", 0.0) for row in rows]
+        axes.bar(places, [row[name] for row in rows], yerr=spread, color="#4878a8", capsize=2)
+        axes.set_ylabel(unit, fontsize=8)
+        axes.set_title(label if math.isnan(rho) else f"{label}: rank correlation with the loss {rho:+.2f}", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xticks(places, [row["unit"] for row in rows], rotation=90)
+    if len(panels) % 2 == 0:  # nothing stands below the panel that is last but one
+        grid[-1, 1].set_axis_off()
+        grid[-2, 1].tick_params(axis="x", labelbottom=True, labelrotation=90)
+    figure.legend(handles=[line], loc="outside lower right", frameon=False, fontsize=8)
+    figure.suptitle(f"{record['model']} on {record['task']}: what may explain the scan", fontsize=10)
     with disk_errors(path):
         figure.savefig(path, dpi=130)
     pyplot.close(figure)
