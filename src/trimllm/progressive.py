@@ -192,7 +192,10 @@ class Run:
     def _load(self, folder: Path) -> Any:
         """A checkpoint that this run wrote."""
         return loading.load_model(
-            folder, device=self.accelerator.device, trust_remote_code=self.config.trust_remote_code
+            folder,
+            device=self.accelerator.device,
+            trust_remote_code=self.config.trust_remote_code,
+            attention=self.config.attention,
         )
 
     def _recorder(self) -> Recorder:
