@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _sides import alternate, finish, ratios
+from _sides import alternate, finish, ratios, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimllm import losses, packing
@@ -163,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

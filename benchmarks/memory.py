@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import _stages as stages
-from _sides import finish, ratios
+from _sides import finish, ratios, run
 
 from trimllm import scan, surgery, tasks
 from trimllm.console import table
@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
