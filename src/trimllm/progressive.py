@@ -93,6 +93,7 @@ class Run:
         self.accelerator = models.accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
+        self.fitted: int | None = None  # tokens of a micro-batch that memory had room for in the last stage
         transformers.utils.logging.disable_progress_bar()
         if not self.main:
             console.quiet = True
@@ -263,7 +264,9 @@ class Run:
                 on_step=lambda step, steps, loss, speed: show(step, steps, f"loss {loss:.3f}  {speed:.0f} tokens/s"),
                 cycle=watch.cycle if watch else None,
                 until=watch,
+                fitted=self.fitted,
             )
+        self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)
         done = asdict(report) | ({"recovery": watch.record()} if watch else {})
         self.recorder.record("stage", state.model, state.layout, stage=state.stages, train=done, dropped=state.pending)

@@ -145,12 +145,14 @@ def train_stage(
     say: Callable[[str], None] | None = None,
     cycle: int | None = None,
     until: Callable[[], bool] | None = None,
+    fitted: int | None = None,
 ) -> StageReport:
     """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
 
     `on_step(step, steps, loss, tokens per second)` is called after every optimizer step, `say` with a line that the
     user should see; `folder` is where `cache_frozen_prefix="disk"` puts its file. The learning rate rises and decays
-    once, or anew every `cycle` steps; where it is down, the stage ends if `until()` is true.
+    once, or anew every `cycle` steps; where it is down, the stage ends if `until()` is true. `fitted`: tokens that a
+    micro-batch had at the end of the stage before, where memory may have run out.
 
     Raises:
         TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
@@ -166,6 +168,7 @@ def train_stage(
     say = say or (lambda line: None)
     torch.manual_seed(seed)
     ways = _ways(model, plan, settings, accelerator, pad_id, folder, say)
+    ways.size = min(ways.size, fitted or ways.size)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -301,7 +304,7 @@ def _step(
         for parameter in parameters:
             parameter.grad = None
         memory.free()
-        say(f"  out of memory: micro-batches of at most {ways.size} tokens for the rest of this stage")
+        say(f"  out of memory: micro-batches of at most {ways.size} tokens from here on")
     _add_up(parameters, accelerator)
     return float(accelerator.reduce(loss, reduction="sum"))
 
