@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimllm import backends, bench, decoder, encoding, loading, models, reads, shapes
+from trimllm import backends, bench, decoder, encoding, loading, models, reads, room, shapes
 from trimllm.config import BenchConfig
 from trimllm.errors import InputError, TrimError
 
@@ -156,9 +156,7 @@ def measure(
                 progress(done, total, name)
             return found
 
-        for name in command.models:
-            if not name.startswith(shapes.PREFIX):
-                loading.check_path(models.path_of(name))
+        _check_room(command)
         known = [_ask(pool, name, load, name, command) for pool, name in zip(pools, command.models, strict=True)]
         done += count
         measured = {}
@@ -171,6 +169,21 @@ def measure(
                 for i in range(count)
             ]
     return known, measured
+
+
+def _check_room(command: BenchConfig) -> None:
+    """Refuse models that are not there, and models that do not fit into memory together, before any is loaded."""
+    device, dtype, total = models.device_of(command.device), models.DTYPES.get(command.dtype), 0
+    for name in command.models:
+        if name.startswith(shapes.PREFIX):
+            file = name.removeprefix(shapes.PREFIX)
+            total += room.weights_of_config(file, dtype, trust_remote_code=command.trust_remote_code) or 0
+        else:
+            loading.check_path(models.path_of(name))
+            total += room.weights(models.path_of(name), dtype) or 0
+        before = command.models[: command.models.index(name)]
+        what = f"{name} beside {', '.join(before)}" if before else name
+        room.check(what, total, device, "measure fewer or smaller models, or give a narrower --dtype")
 
 
 def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -> Any:

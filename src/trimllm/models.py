@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from trimllm import adapters, backends, loading
+from trimllm import adapters, backends, loading, room
 from trimllm.config import ModelSettings, TrimConfig
 from trimllm.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEMO = Path(__file__).parent / "demo" / "base"
 """The embedded model, which `--model demo` names."""
+TOO_LARGE = "free memory, or give a narrower --dtype (trimllm drop --streaming cuts a model without loading it)"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ def load(settings: ModelSettings, *, training: bool = False, device: torch.devic
     device = device or device_of(settings.device)
     dtype = DTYPES.get(settings.dtype) or (torch.float32 if training else None)
     backends.check(settings.attention, device, dtype, training=training)
+    needed = room.weights(path, dtype)
+    for place in (torch.device("cpu"), device):  # on its way to a GPU a model lies in memory
+        room.check(f"--model {settings.model}", needed, place, TOO_LARGE)
     model: Any = loading.load_model(
         path,
         dtype=dtype,

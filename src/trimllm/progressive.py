@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from trimllm import (
@@ -27,6 +28,7 @@ from trimllm import (
     models,
     recording,
     recovery,
+    room,
     rundir,
     scores,
     select,
@@ -104,6 +106,7 @@ class Run:
         scores.parts(self.config.strategy)
         if self.main:
             rundir.check(self.config)
+        self._note_on_room()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
         self.journal = Journal(
@@ -117,6 +120,13 @@ class Run:
         state = self._restore(loaded)
         self._loop(state)
         return self._finish(state, loaded, data)
+
+    def _note_on_room(self) -> None:
+        config, device = self.config, self.accelerator.device
+        if config.warmup_epochs or config.sparse_update == "off":
+            weights = room.weights(models.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
+            if note := room.full_training_note(weights, device):
+                self.console.say(note)
 
     def _prepare(self, loaded: Loaded) -> TaskData:
         """Everything that can be wrong with model and data is found here, before anything is computed or written."""
