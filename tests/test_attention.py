@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import helpers_run as h
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from transformers import AttentionInterface
 
 from trimllm import backends, benching, cli, models, packing, shapes, train
-from trimllm.config import BenchConfig, EvalConfig
+from trimllm import losses as losses_of
+from trimllm.config import BenchConfig, EvalConfig, TrainSettings
 from trimllm.errors import InputError
 from trimllm.layout import whole, without
 from trimllm.legality import refusal
@@ -88,10 +91,6 @@ def test_flex_attention_evaluates_as_eager_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_gradients_of_a_stage_are_those_of_the_default(family: str, tmp_path: Path) -> None:
-    from accelerate import Accelerator
-
-    from trimllm.config import TrainSettings
-
     tiny.build(family).save_pretrained(tmp_path)
     found = []
     for name in ("auto", "eager"):
@@ -288,3 +287,77 @@ def test_errors_that_are_not_about_attention_keep_their_own_line(tmp_path: Path)
     with pytest.raises(InputError, match="there is no such folder"):
         load_model(tmp_path / "none", attention="eager")
     assert backends.refusal("sdpa", "m", OSError("disk")) is None
+
+
+# ---- what auto trains with -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed() -> Any:
+    """An accelerator that computes in bf16 on the CPU."""
+    plain = Accelerator(cpu=True)
+    return SimpleNamespace(
+        device=CPU,
+        mixed_precision="bf16",
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+        reduce=plain.reduce,
+        distributed_type=plain.distributed_type,
+        num_processes=1,
+        process_index=0,
+    )
+
+
+def seen_lengths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Backend and row length of every micro-batch that is trained."""
+    found: list[tuple[str, int]] = []
+    plain = losses_of.backward
+
+    def backward(model: Any, packed: Any, *rest: Any) -> Any:
+        found.append((model.config._attn_implementation, packed.inputs["input_ids"].shape[1]))
+        return plain(model, packed, *rest)
+
+    monkeypatch.setattr(losses_of, "backward", backward)
+    return found
+
+
+def test_auto_trains_short_rows_with_eager_on_a_cpu_in_bf16_only(mixed: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(backends, "EAGER_LENGTH", 10)
+    seen = seen_lengths(monkeypatch)
+    plan = [[row] for row in rows()]
+    settings = TrainSettings(lr=1e-4)
+    model = tiny.build("llama", 2)
+    train.train_stage(model, list(model.parameters()), plan, settings, mixed)
+    assert {length for name, length in seen if name == "eager"} == {4, 7, 8, 5}
+    assert {length for name, length in seen if name == "sdpa"} == {14, 11}
+    assert model.config._attn_implementation == "sdpa", "evaluations after the stage take SDPA again"
+    for change, given in (
+        ({"mixed_precision": "no"}, {}),
+        ({"device": torch.device("meta")}, {}),
+        ({}, {"attention": "sdpa"}),
+    ):
+        for name, value in change.items():
+            monkeypatch.setattr(mixed, name, value)
+        assert backends.eager_length(model, given.get("attention", "auto"), mixed) == 0
+        mixed.mixed_precision, mixed.device = "bf16", CPU
+    for family in ("mpt", "gpt_oss", "gemma3"):
+        assert backends.eager_length(tiny.build(family), "auto", mixed) == 0
+
+
+def test_where_memory_ends_rows_go_back_to_sdpa_before_micro_batches_are_halved(mixed: Any, monkeypatch: Any) -> None:
+    seen, said = seen_lengths(monkeypatch), []
+    counted = losses_of.backward
+
+    def small(model: Any, *rest: Any) -> Any:
+        loss = counted(model, *rest)
+        if seen[-1][0] == "eager":
+            raise torch.OutOfMemoryError("no memory")
+        return loss
+
+    monkeypatch.setattr(losses_of, "backward", small)
+    model, twin = tiny.build("llama", 2), tiny.build("llama", 2)
+    for net, given in ((model, {}), (twin, {"attention": "sdpa"})):
+        settings = TrainSettings(lr=1e-3, batch_size=500)
+        train.train_stage(net, list(net.parameters()), [rows()] * 2, settings, mixed, say=said.append, **given)
+    assert [name for name, _ in seen] == ["eager", "sdpa", "sdpa", "sdpa", "sdpa"]
+    assert said == ["  out of memory: short rows are computed with SDPA, too, from here on"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from trimllm.errors import InputError, one_line
 
 AUTO = "auto"
 REMEDY = "leave --attention out, or use eager"
+EAGER_LENGTH = 256
+"""Tokens of a row up to which eager attention trains faster than SDPA on a CPU in bf16 autocast, and keeps less than
+twice as much for the backward pass: measured, see benchmarks/attention.py. In float32 it is slower at every length."""
 HALF = (torch.float16, torch.bfloat16)
 _ABOUT_ATTENTION = re.compile(r"flash|flex_?attention|scaled_dot_product|attn_implementation", re.IGNORECASE)
 
@@ -78,3 +83,30 @@ def probe(model: Any, name: str, *, training: bool = False) -> None:
         ) from error
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def eager_length(model: Any, name: str, accelerator: Any) -> int:
+    """Rows of up to so many tokens train with eager attention where `--attention` is auto; 0: none does."""
+    fitting = (
+        name == AUTO
+        and accelerator.device.type == "cpu"
+        and accelerator.mixed_precision == "bf16"
+        and model.config.get_text_config(decoder=True) is model.config
+        and model.config._attn_implementation == "sdpa"
+        and model._can_set_attn_implementation()
+    )
+    return EAGER_LENGTH if fitting else 0
+
+
+@contextmanager
+def eager(model: Any, wanted: bool = True) -> Iterator[None]:
+    """Within, the model computes attention without a kernel of its own, if that is `wanted`."""
+    if not wanted:
+        yield
+        return
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -38,7 +38,7 @@ class LoadSettings(Settings):
     """cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one (to train: CUDA only)."""
     attention: str = "auto"
     """What computes attention: eager, sdpa, flex_attention, flash_attention_2 ... where model and device can; auto: as
-    transformers chooses for the model."""
+    transformers chooses for the model (short rows train with eager on a CPU in bf16 mixed precision)."""
     threads: Positive | None = None
     """CPU threads for torch (default: torch's own choice)."""
     trust_remote_code: bool = False

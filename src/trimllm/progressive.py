@@ -275,6 +275,7 @@ class Run:
                 cycle=watch.cycle if watch else None,
                 until=watch,
                 fitted=self.fitted,
+                attention=config.attention,
             )
         self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)
