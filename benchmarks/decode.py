@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _sides import finish, ratios
+from _sides import finish, ratios, run
 
 from trimllm import bench_report, benching, decoder, loading, models, surgery
 from trimllm.config import BenchConfig
@@ -72,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

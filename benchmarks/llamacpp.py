@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _sides import run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import trimllm
@@ -433,4 +434,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimllm import bench, decoder, encoding, loading, models, reads, shapes
+from trimllm import backends, bench, decoder, encoding, loading, models, reads, room, shapes
 from trimllm.config import BenchConfig
 from trimllm.errors import InputError, TrimError
 
@@ -37,20 +37,18 @@ def load(name: str, command: BenchConfig) -> dict[str, Any]:
     """
     if command.threads:
         torch.set_num_threads(command.threads)
-    device = models.device_of(command.device)
+    device, dtype = models.device_of(command.device), models.DTYPES.get(command.dtype)
+    backends.check(command.attention, device, dtype)
     _wake(device)
     _HERE["before"] = resident("VmRSS")
-    dtype, code = models.DTYPES.get(command.dtype), command.trust_remote_code
+    ways: dict[str, Any] = {"trust_remote_code": command.trust_remote_code, "attention": command.attention}
     if name.startswith(shapes.PREFIX):
         path = None
-        model = shapes.random_model(
-            name.removeprefix(shapes.PREFIX), dtype=dtype, device=device, trust_remote_code=code
-        )
+        model = shapes.random_model(name.removeprefix(shapes.PREFIX), dtype=dtype, device=device, **ways)
     else:
         path = models.path_of(name)
-        model = loading.load_model(path, dtype=dtype, trust_remote_code=code, allow_pickle=command.allow_pickle)
-        if model.device != device and not (device.type == model.device.type and device.index is None):
-            model.to(device)
+        model = loading.load_model(path, dtype=dtype, device=device, allow_pickle=command.allow_pickle, **ways)
+    backends.probe(model, command.attention)
     context = encoding.context_length(model.config)
     if context < command.sequence:
         raise InputError(f"--sequence {command.sequence}: {name} takes at most {context} tokens: ask for less")
@@ -158,9 +156,7 @@ def measure(
                 progress(done, total, name)
             return found
 
-        for name in command.models:
-            if not name.startswith(shapes.PREFIX):
-                loading.check_path(models.path_of(name))
+        _check_room(command)
         known = [_ask(pool, name, load, name, command) for pool, name in zip(pools, command.models, strict=True)]
         done += count
         measured = {}
@@ -173,6 +169,21 @@ def measure(
                 for i in range(count)
             ]
     return known, measured
+
+
+def _check_room(command: BenchConfig) -> None:
+    """Refuse models that are not there, and models that do not fit into memory together, before any is loaded."""
+    device, dtype, total = models.device_of(command.device), models.DTYPES.get(command.dtype), 0
+    for name in command.models:
+        if name.startswith(shapes.PREFIX):
+            file = name.removeprefix(shapes.PREFIX)
+            total += room.weights_of_config(file, dtype, trust_remote_code=command.trust_remote_code) or 0
+        else:
+            loading.check_path(models.path_of(name))
+            total += room.weights(models.path_of(name), dtype) or 0
+        before = command.models[: command.models.index(name)]
+        what = f"{name} beside {', '.join(before)}" if before else name
+        room.check(what, total, device, "measure fewer or smaller models, or give a narrower --dtype")
 
 
 def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -> Any:
