@@ -24,6 +24,9 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of 8 neighbouring columns each 4 bits of a word in AWQ's format hold, lowest first."""
 
 
+Packer = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
 @dataclass(frozen=True)
 class Way:
     """How the weights of the linear layers in the blocks are kept."""
@@ -125,9 +128,10 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def words(codes: torch.Tensor, dim: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
     """Eight codes along `dim` in each 32 bits."""
     eights = codes.movedim(dim, -1).unflatten(-1, (-1, 8))[..., list(order)]
-    packed = (eights.long() << torch.arange(0, 32, 4, device=codes.device)).sum(-1)
-    signed = torch.where(packed >= 2**31, packed - 2**32, packed)
-    return signed.to(torch.int32).movedim(-1, dim)
+    packed = torch.zeros_like(eights[..., 0])
+    for place in range(8):
+        packed |= eights[..., place] << 4 * place
+    return packed.movedim(-1, dim).contiguous()
 
 
 def gptq_tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -161,7 +165,9 @@ def awq(model: Any) -> None:
     _gptqmodel(model, "awq", "gemm", awq_tensors)
 
 
-def _gptqmodel(model: Any, method: str, layout: str, tensors: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> None:
+def _gptqmodel(
+    model: Any, method: str, layout: str, tensors: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+) -> None:
     """Give a model the layers that gptqmodel picks for its device, filled and made ready as if loaded from a file."""
     # Its pool for CPUs asks for two threads and refuses a process that has one.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
