@@ -118,9 +118,7 @@ def groups(rows: Sequence[Row], size: Sizes, free: float) -> tuple[list[list[Row
         return [], dict.fromkeys(rows, line)
     for row in others:
         if needed([first, row]) > free:
-            refused[row] = (
-                f"needs {needed([first, row]) / 1e9:.1f} GB beside the plain model, {free / 1e9:.1f} are free"
-            )
+            refused[row] = f"needs {needed([first, row]) / 1e9:.1f} GB with the plain model, {free / 1e9:.1f} are free"
             continue
         place = next((group for group in made if needed([*group, row]) <= free), None)
         if place is None:
