@@ -318,7 +318,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: a GPU if there is one")
     parser.add_argument("--sequence", type=int, default=512, help="tokens of a row at its end (default: 512)")
     parser.add_argument("--new", type=int, default=64 if cuda else 16, help="tokens decoded at its end")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds that count (default: 3)")
     parser.add_argument("--limit", type=float, default=3.0, help="seconds of decoding per round and row (default: 3)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all)")
     parser.add_argument("--only", nargs="+", choices=WAYS, help="ways to measure beside plain (default: all)")
