@@ -39,7 +39,7 @@ def random_model(
         with quiet():
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             torch.manual_seed(0)
-            # torch's layers draw weights of their own first, which is half of the time for nothing. Transformers' models
+            # torch's layers draw weights of their own first: half of the time, for nothing. Transformers' models
             # draw all of theirs afterwards; of code from elsewhere that is not known.
             with device, nullcontext() if trust_remote_code else no_init_weights():
                 make: Any = AutoModelForCausalLM.from_config
