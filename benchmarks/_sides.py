@@ -16,6 +16,14 @@ from typing import Any, NoReturn
 from trimllm.errors import TrimError
 
 RESULTS = Path(__file__).parent / "results"
+SHAPES = Path(__file__).parent / "shapes"
+
+
+def cut_shape(shape: Path, blocks: int, file: Path) -> Path:
+    """The config in `shape` with so many blocks, written to `file`."""
+    values = json.loads(shape.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(values | {"num_hidden_layers": blocks}), encoding="utf-8")
+    return file
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int, *, warm_up: int = 1) -> dict[str, list[float]]:

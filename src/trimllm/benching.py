@@ -6,12 +6,16 @@ one is measured.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,14 +27,32 @@ from trimllm import backends, bench, decoder, encoding, loading, models, reads, 
 from trimllm.config import BenchConfig
 from trimllm.errors import InputError, TrimError
 
+Change = Callable[[Any], None]
+"""Something done to a loaded model, in place, in its process: a function of a module, for it travels there by name."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """What `trimllm bench` does not ask for, and benchmarks do."""
+
+    changes: Sequence[Change | None] = ()
+    """one per model, done to it before anything is measured; none: no model is changed"""
+    once: bool = False
+    """read the prompt once, and decode behind it in every round"""
+    limit: float = math.inf
+    """seconds after which a model decodes no further token in a round"""
+
+
 # ---- in the process of one model -------------------------------------------------------------------------------------
 
 _HERE: dict[str, Any] = {}
 """The model of this process, its runners by batch size, and its memory before it was loaded."""
 
 
-def load(name: str, command: BenchConfig) -> dict[str, Any]:
-    """Load the model; what is known of it without running it: layers, parameters, bytes.
+def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[str, Any]:
+    """Load the model, and change it; what is known of it without running it: layers, parameters, bytes.
+
+    What the change alone needed does not count as the model's memory.
 
     Raises:
         InputError: if it cannot be used, or its context is too short.
@@ -53,18 +75,24 @@ def load(name: str, command: BenchConfig) -> dict[str, Any]:
     if context < command.sequence:
         raise InputError(f"--sequence {command.sequence}: {name} takes at most {context} tokens: ask for less")
     _HERE["model"] = model
-    return {
+    known = {
         "model": name,
         "layers": decoder.depth(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if change is not None:
+        change(model)
+        _forget_peak(model.device)
+    return known | {
         "device": str(model.device),
         "disk_bytes": disk_bytes(path, command.allow_pickle) if path else None,
         "loaded_bytes": _peak(),
+        "stored_bytes": reads.stored_bytes(model),
     }
 
 
-def prepare(command: BenchConfig, batch: int) -> None:
+def prepare(command: BenchConfig, batch: int, once: bool = False) -> None:
     """Make the runner for a batch size; runners for others go, with their caches.
 
     Raises:
@@ -73,19 +101,23 @@ def prepare(command: BenchConfig, batch: int) -> None:
     _HERE.pop("runner", None)
     if _HERE["model"].device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(_HERE["model"].device)
-    sizes = {"batch": batch, "prompt": command.sequence - command.new_tokens, "new": command.new_tokens}
+    sizes = {"batch": batch, "prompt": command.sequence - command.new_tokens, "new": command.new_tokens, "once": once}
     _HERE["runner"] = bench.runner(_HERE["model"], cache=command.cache, compiled=command.compile, **sizes)
 
 
-def run() -> bench.Pass:
-    """One prompt and the tokens behind it."""
-    done: bench.Pass = _HERE["runner"].run()
+def run(limit: float = math.inf) -> bench.Pass:
+    """One prompt and the tokens behind it, none after `limit` seconds."""
+    done: bench.Pass = _HERE["runner"].run(limit=limit)
     return done
 
 
 def finish(batch: int, sequence: int) -> tuple[int | None, reads.Footprint]:
-    """Peak memory in bytes since the model was loaded, and what a decode step at the end of the row reads."""
-    peak = _peak()
+    """Peak memory in bytes since the model was loaded, and what a decode step reads: the row's last, or the first
+    behind a prompt that is read once."""
+    peak, runner = _peak(), _HERE["runner"]
+    if runner.once:
+        cache = runner.prompt_cache()
+        return peak, reads.footprint(_HERE["model"], batch=batch, sequence=runner.prompt + 1, cache=cache)
     return peak, reads.footprint(_HERE["model"], batch=batch, sequence=sequence)
 
 
@@ -117,6 +149,18 @@ def _peak() -> int | None:
     return None if before is None or peak is None else peak - before
 
 
+def _forget_peak(device: torch.device) -> None:
+    """Let the peak begin with what is held now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # not every kernel lets it, not every libc can
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def resident(field: str) -> int | None:
     """Bytes of this process's resident set: now (VmRSS) or at most so far (VmHWM); None where the system hides it."""
     try:
@@ -134,7 +178,7 @@ def resident(field: str) -> int | None:
 
 
 def measure(
-    command: BenchConfig, progress: Callable[..., None] = lambda *_: None
+    command: BenchConfig, progress: Callable[..., None] = lambda *_: None, manner: Manner = Manner()
 ) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
     """All models at all batch sizes: what they are, and per batch size one measurement per model.
 
@@ -157,12 +201,16 @@ def measure(
             return found
 
         _check_room(command)
-        known = [_ask(pool, name, load, name, command) for pool, name in zip(pools, command.models, strict=True)]
+        changes = manner.changes or [None] * count
+        known = [
+            _ask(pool, name, load, name, command, change)
+            for pool, name, change in zip(pools, command.models, changes, strict=True)
+        ]
         done += count
         measured = {}
         for batch in batches:
-            each(prepare, command, batch)
-            rounds = [each(run) for _ in range(command.repeats + 1)][1:]
+            each(prepare, command, batch, manner.once)
+            rounds = [each(run, manner.limit) for _ in range(command.repeats + 1)][1:]
             ends = each(finish, batch, command.sequence)
             measured[batch] = [
                 {"passes": [row[i] for row in rounds], "peak_bytes": ends[i][0], "reads": ends[i][1]}

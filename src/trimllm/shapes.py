@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from trimllm import backends
 from trimllm.errors import InputError, one_line
@@ -46,7 +48,9 @@ def random_model(
         with quiet():
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             torch.manual_seed(0)
-            with device:
+            # torch's layers draw weights of their own first: half of the time, for nothing. Transformers' models
+            # draw all of theirs afterwards; of code from elsewhere that is not known.
+            with device, nullcontext() if trust_remote_code else no_init_weights():
                 make: Any = AutoModelForCausalLM.from_config
                 model = make(
                     config,
@@ -54,6 +58,8 @@ def random_model(
                     trust_remote_code=trust_remote_code,
                     attn_implementation=backends.chosen(attention),
                 )
+            if not trust_remote_code:
+                model.init_weights()
     except OSError as error:
         raise InputError(f"{PREFIX}{file}: {error.strerror or one_line(error)}: check the path") from None
     except (ValueError, KeyError, TypeError, ImportError) as error:
