@@ -110,6 +110,8 @@ def torchao_int4(model: Any) -> None:
         from torchao.quantization import Int4WeightOnlyConfig
 
         settings = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
+        for _, _, linear in linears(model):
+            linear.to(torch.bfloat16)  # it packs nothing else; what goes in is cast, and comes back as it was
     for block in decoder.blocks(model):
         quantize_(block, settings)
 
