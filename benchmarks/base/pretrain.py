@@ -62,7 +62,8 @@ use outside such comparisons.
   MedQuAD {medquad:.0%}, CUAD {cuad:.0%} and BANKING77 {banking:.0%} (all CC BY 4.0).
 - Tokenizer: byte-level BPE of its own, 4,096 pieces; EOS and padding are `<|endoftext|>`; no BOS.
 - Training: seed {seed}, {steps:,} steps of {batch} rows of 256 tokens, {tokens:.1f} M tokens, {hours:.1f} hours on
-  {device}; Muon (matrices of the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss {loss:.3f} nats a token.
+  {device}; Muon (matrices of the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss {loss:.3f} nats
+  a token.
 
 | text | nats a token | perplexity a token | bits a character | perplexity a word |
 |---|---|---|---|---|
