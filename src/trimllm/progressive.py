@@ -21,6 +21,7 @@ from trimllm import (
     card,
     decoder,
     export,
+    fluency,
     folders,
     inputs,
     journal,
@@ -178,7 +179,8 @@ class Run:
         if "+" in config.strategy and self.decider.tolerance:
             say(f"candidates within {self.decider.tolerance:.2f} points are tied: the largest activation norm goes")
         if not self.journal.of("base"):
-            self.recorder.record("base", loaded.model, whole(self.base_depth))
+            free = fluency.measure(loaded.model, self.tokenizer, self.calibration.items)
+            self.recorder.record("base", loaded.model, whole(self.base_depth), fluency=free)
 
     def _restore(self, loaded: Loaded) -> State:
         """The state that the journal describes, weights included."""
@@ -361,7 +363,8 @@ class Run:
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
         if self.journal.events[-1]["event"] != "saved":  # an older one may be of a depth before a floor was lowered
-            self.recorder.record("saved", saved, layout)
+            free = fluency.measure(saved, self.tokenizer, self.calibration.items)
+            self.recorder.record("saved", saved, layout, fluency=free)
         row = self.journal.events[-1]
         if self.main:
             self.recorder.write_result(data, good, self.history(), base, row, report, saved)
@@ -369,5 +372,8 @@ class Run:
             f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {self.metric} {card.percent(row['test'])}, "
             "reloaded and compared"
         )
+        first = self.journal.last("base") or {}
+        if collapsed := fluency.warning(first.get("fluency"), row.get("fluency")):
+            self.console.say(f"warning: {collapsed}")
         self.journal.add("done", table=f"{depth} layers, {self.metric} {card.percent(row['test'])}")
         return saved, self.history()
