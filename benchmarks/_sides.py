@@ -1,4 +1,4 @@
-"""Two sides of a benchmark, measured in turn in one run, and its last line: one JSON object."""
+"""Two sides of a benchmark, measured in turn in one run, its last line (one JSON object), and how it ends."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from trimllm.errors import TrimError
 
 RESULTS = Path(__file__).parent / "results"
+SHAPES = Path(__file__).parent / "shapes"
+
+
+def cut_shape(shape: Path, blocks: int, file: Path) -> Path:
+    """The config in `shape` with so many blocks, written to `file`."""
+    values = json.loads(shape.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(values | {"num_hidden_layers": blocks}), encoding="utf-8")
+    return file
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int, *, warm_up: int = 1) -> dict[str, list[float]]:
@@ -60,3 +72,14 @@ def finish(
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record), flush=True)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """End with what `main` returns; what a user can get wrong is one line, with the exit code that the command has."""
+    try:
+        sys.exit(main())
+    except TrimError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except subprocess.CalledProcessError as error:  # one of its own processes, which has said why
+        sys.exit(error.returncode if error.returncode > 0 else 1)

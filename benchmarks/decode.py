@@ -15,13 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _sides import finish, ratios
+from _sides import SHAPES, cut_shape, finish, ratios, run
 
 from trimllm import bench_report, benching, decoder, loading, models, surgery
 from trimllm.config import BenchConfig
 from trimllm.console import Console
-
-SHAPES = Path(__file__).parent / "shapes"
 
 
 def half_of_demo(folder: Path) -> str:
@@ -32,13 +30,6 @@ def half_of_demo(folder: Path) -> str:
     return str(folder)
 
 
-def half_of_shape(shape: Path, file: Path) -> str:
-    """The same config with half the blocks."""
-    values = json.loads(shape.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(values | {"num_hidden_layers": values["num_hidden_layers"] // 2}), encoding="utf-8")
-    return f"config:{file}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=Path, default=SHAPES / "llama-300m.json", help="config of the larger model")
@@ -47,24 +38,23 @@ def main() -> int:
     options = parser.parse_args()
     pairs = {}
     with tempfile.TemporaryDirectory(prefix="decode.") as folder:
+        blocks = json.loads(options.shape.read_text(encoding="utf-8"))["num_hidden_layers"]
+        half = cut_shape(options.shape, blocks // 2, Path(folder) / f"{options.shape.stem}-half.json")
         named = {
             "demo": ("demo", half_of_demo(Path(folder) / "demo-half")),
-            options.shape.stem: (
-                f"config:{options.shape}",
-                half_of_shape(options.shape, Path(folder) / f"{options.shape.stem}-half.json"),
-            ),
+            options.shape.stem: (f"config:{options.shape}", f"config:{half}"),
         }
         for name, both in named.items():
             command = BenchConfig(models=both, repeats=options.repeats, threads=options.threads)
             with Console().progress(name) as show:
                 found = bench_report.record(command, *benching.measure(command, show))
             print(bench_report.report(found), "\n", flush=True)
-            base, half = found["rows"]
+            base, cut = found["rows"]
             pairs[name] = {
-                "ours": half["decode_rounds"],
+                "ours": cut["decode_rounds"],
                 "other": base["decode_rounds"],
-                "ideal": half["ratio"]["ideal"],
-                **ratios(half["decode_rounds"], base["decode_rounds"]),
+                "ideal": cut["ratio"]["ideal"],
+                **ratios(cut["decode_rounds"], base["decode_rounds"]),
             }
     larger = pairs[options.shape.stem]
     finish("decode", larger["ours"], larger["other"], "tokens/s", ideal=larger["ideal"], pairs=pairs)
@@ -72,4 +62,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -13,6 +13,8 @@ import json
 import statistics
 from pathlib import Path
 
+from _sides import run
+
 from trimllm.config import DemoConfig
 from trimllm.console import table
 from trimllm.demo.demo import Line, demo
@@ -45,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

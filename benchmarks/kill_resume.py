@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _sides import run
+
 from trimllm.console import table
 from trimllm.models import DEMO
 
@@ -122,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -20,7 +20,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from _llamacpp import PYTHON, ROOT, bytes_per_token, run_engine, speed_files
+from _sides import run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import trimllm
@@ -39,9 +40,8 @@ from trimllm.handover.gguf_families import FAMILIES
 from trimllm.loading import quiet
 from trimllm.models import DEMO
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-import gguf_cases  # noqa: E402  (models and tokenizers that the tests use, too)
+import gguf_cases
 
 TYPES = ("f32", "f16", "q8_0", "q4_0")
 EXACT = 1e-5
@@ -56,66 +56,6 @@ TABLE, SHALLOW = 5e-4, 8
 where float32 rounds differently, the entry is another one. For models of up to so many blocks; deeper ones add up the
 errors of their blocks, which are independent: with the root of their number."""
 PROMPTS, LONGEST, NEW = 100, 48, 16
-
-ENGINE = """
-import json, sys, time
-import numpy as np
-import llama_cpp
-
-def load(path, context, threads, exact):
-    more = {"type_k": 0, "type_v": 0, "flash_attn": False, "logits_all": True} if exact else {}
-    return llama_cpp.Llama(path, n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False, **more)
-
-def check(job):
-    model = load(job["path"], 256, 1, True)
-    logits = []
-    for prompt in job["prompts"]:
-        model.reset()
-        model.eval(prompt)
-        logits.append(np.array(model.scores[len(prompt) - 1]))
-    np.save(job["out"], np.array(logits))
-    texts = []
-    for prompt in job["greedy"]:
-        model.reset()
-        model.eval(prompt)
-        new = []
-        for _ in range(job["new"]):
-            new.append(int(np.argmax(model.scores[model.n_tokens - 1])))
-            model.eval(new[-1:])
-        texts.append(new)
-    tokens = [model.tokenize(text.encode(), add_bos=True, special=True) for text in job["texts"]]
-    return {"greedy": texts, "tokens": tokens}
-
-def speed(job):
-    models = [load(path, 512, job["threads"], False) for path in job["paths"]]
-    prompt = [3 + i * 37 % 8000 for i in range(job["prompt"])]
-    rounds = []
-    for turn in range(job["repeats"] + 1):
-        row = []
-        for model in models:
-            model.reset()
-            start = time.perf_counter()
-            model.eval(prompt)
-            middle = time.perf_counter()
-            for i in range(job["new"]):
-                model.eval([5 + i])
-            row.append([len(prompt) / (middle - start), job["new"] / (time.perf_counter() - middle)])
-        rounds.append(row)
-    return rounds[1:]
-
-jobs = json.load(open(sys.argv[1]))
-json.dump([{"check": check, "speed": speed}[job["kind"]](job) for job in jobs], open(sys.argv[2], "w"))
-"""
-
-
-def run_engine(python: Path, jobs: list[dict[str, Any]], folder: Path) -> list[Any]:
-    """What the other environment answers, a list as long as `jobs`."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [str(python), "-c", ENGINE, str(folder / "jobs.json"), str(folder / "answers.json")]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"llama.cpp failed:\n{done.stderr[-2000:]}")
-    return json.loads((folder / "answers.json").read_text())
 
 
 # ---- models and texts ------------------------------------------------------------------------------------------------
@@ -242,7 +182,7 @@ def check(names: list[str], python: Path, folder: Path) -> tuple[list[dict[str, 
             handover.write(checkpoint, target, ExportConfig(source=str(checkpoint), to="gguf", quant=kind))
             job = {"kind": "check", "path": str(target), "prompts": rows, "greedy": rows[:5], "new": NEW}
             jobs.append(job | {"out": str(folder / f"{kind}.npy"), "texts": lines if kind == "f32" else []})
-        for kind, answer in zip(kinds, run_engine(python, jobs, folder), strict=True):
+        for kind, answer in zip(kinds, run_engine(python, jobs), strict=True):
             got = np.load(folder / f"{kind}.npy")
             difference = np.abs(got - want).max(-1) / np.abs(want).max(-1)
             same = sum(a == b for a, b in zip(answer["greedy"], spoken, strict=True))
@@ -302,7 +242,7 @@ def ignored_list(python: Path, folder: Path) -> list[str]:
         {"kind": "check", "path": str(path), "prompts": rows, "greedy": [], "new": 0, "texts": [], "out": str(out)}
         for path, out in ((source, folder / "with.npy"), (target, folder / "without.npy"))
     ]
-    run_engine(python, jobs, folder)
+    run_engine(python, jobs)
     change = float(np.abs(np.load(folder / "with.npy") - np.load(folder / "without.npy")).max())
     print(f"{name} without its list of windows: logits change by {change:.2g}")
     return [] if change > 0.1 else ["the list of windows makes no difference"]
@@ -316,24 +256,13 @@ def speed_models(folder: Path, types: list[str], shape: dict[str, int]) -> dict[
     config = AutoConfig.for_model("llama", **shape, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tokenizer = gguf_cases.byte_level("gpt-2")
     files: dict[str, list[Path]] = {kind: [] for kind in types}
     for name in ("dense", "half"):
         if name == "half":
             model = trimllm.drop_layers(model, list(range(1, config.num_hidden_layers, 2)))
-        checkpoint = gguf_cases.save(model, folder / f"speed-{name}", tokenizer)
-        for kind in types:
-            target = folder / f"speed-{name}-{kind}.gguf"
-            handover.write(checkpoint, target, ExportConfig(source=str(checkpoint), to="gguf", quant=kind))
+        for kind, target in zip(types, speed_files(model, f"speed-{name}", folder, types), strict=True):
             files[kind].append(target)
     return files
-
-
-def bytes_per_token(path: Path) -> int:
-    """What a decoded token reads: all tensors but the embeddings, of which it takes one row."""
-    import gguf
-
-    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors if tensor.name != "token_embd.weight")
 
 
 def measure(python: Path, folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
@@ -350,7 +279,7 @@ def measure(python: Path, folder: Path, asked: argparse.Namespace) -> list[dict[
     parts = []
     for kind, (dense, half) in speed_models(folder, asked.types, shape).items():
         job = {"kind": "speed", "paths": [str(dense), str(half)], "repeats": asked.repeats, "threads": asked.threads}
-        (rounds,) = run_engine(python, [job | {"prompt": 128, "new": 24}], folder)
+        (rounds,) = run_engine(python, [job | {"prompt": 128, "new": 24}])
         ideal = bytes_per_token(dense) / bytes_per_token(half)
         for i, phase in enumerate(("prefill", "decode")):
             ratios = [turn[1][i] / turn[0][i] for turn in rounds]
@@ -376,7 +305,7 @@ def machine(threads: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", type=Path, default=ROOT / ".venv-llamacpp/bin/python", help="python with llama_cpp")
+    parser.add_argument("--engine", type=Path, default=PYTHON, help="python with llama_cpp")
     parser.add_argument("--only", nargs="+", help="models to compare (default: all)")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_0"], help="types whose speed is measured")
@@ -433,4 +362,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,10 +1,11 @@
 """Peak memory of one stage of training at r = 1/4 against full fine-tuning, and of a scan against the exhaustive way.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --data FOLDER_WITH_ROWS
+    python benchmarks/memory.py --data FOLDER_WITH_ROWS --rounds 2
 
-Every side runs in a process of its own. Peaks are resident memory (VmHWM, Linux) less that of the same process when
-imports, data and model were loaded; `with_weights` adds the weights' bytes to both. Sides of a stage:
+Every side runs in a process of its own: a round is six, two minutes on a quiet core. More of them (--rounds) only show
+how little peaks differ. Peaks are resident memory (VmHWM, Linux) less that of the same process when imports, data and
+model were loaded; `with_weights` adds the weights' bytes to both. Sides of a stage:
 
 ours      a quarter of the blocks trains (spread evenly), with embeddings and head
 frozen    a quarter of the blocks trains (the last ones), embeddings and head are frozen
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import _stages as stages
-from _sides import finish, ratios
+from _sides import finish, ratios, run
 
 from trimllm import scan, surgery, tasks
 from trimllm.console import table
@@ -72,7 +73,7 @@ def child(side: str, arguments: argparse.Namespace) -> dict[str, int]:
 
 def main() -> None:
     parser = stages.parser(__doc__ or "")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -112,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _sides import finish
+from _sides import finish, run
 
 from trimllm import evaluate, loading, racing, scan, tasks
 from trimllm.evaluate import Scorer
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

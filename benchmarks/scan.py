@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _sides import RESULTS, alternate, finish, machine, ratios
+from _sides import RESULTS, alternate, finish, machine, ratios, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimllm import decoder, encoding, evaluate, scan
@@ -219,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

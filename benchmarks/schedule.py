@@ -19,7 +19,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _sides import finish
+from _sides import finish, run
 
 from trimllm.config import DemoConfig
 from trimllm.console import Console, table
@@ -148,4 +148,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from _sides import alternate, finish, ratios
+from _sides import alternate, finish, ratios, run
 
 from trimllm.console import table
 
@@ -58,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -170,4 +170,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from _sides import run  # a test imports this file from elsewhere
+
+    run(main)

@@ -23,7 +23,7 @@ from typing import Any
 
 import _stages as stages
 import torch
-from _sides import alternate, finish, ratios
+from _sides import alternate, finish, ratios, run
 
 from trimllm.console import table
 
@@ -109,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

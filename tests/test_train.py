@@ -354,9 +354,7 @@ def test_out_of_memory_halves_the_micro_batches_and_the_step_stays_the_same(task
     small_memory.sizes.clear()
     report = stage(model, list(model.parameters()), plan, settings, say=said.append)
     assert apart(weights(model), weights(plain)) < 1e-6
-    assert said == [
-        f"  out of memory: micro-batches of at most {report.micro_batch_size} tokens for the rest of this stage"
-    ]
+    assert said == [f"  out of memory: micro-batches of at most {report.micro_batch_size} tokens from here on"]
     assert report.micro_batch_size <= settings.batch_size // 2
     assert small_memory.sizes[0] > 2 >= max(small_memory.sizes[1:]), "halved once, and it stays so"
 

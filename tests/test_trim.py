@@ -8,7 +8,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimllm import cli, deciding, decoder, progressive, rundir, scores
+from trimllm import cli, deciding, decoder, losses, progressive, rundir, scores, train
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluate import Scorer
@@ -384,3 +384,34 @@ def test_console_says_every_depth_once(base, task, tmp_path, capsys):
     assert sum(line.startswith("depth   5  base") for line in lines) == 1
     assert sum(line.startswith("depth   4  - block") for line in lines) == 1
     assert lines[-1].startswith(f"saved {tmp_path / 'run' / 'model'}: 4 of 5 layers")
+
+
+def test_what_memory_had_room_for_in_one_stage_is_where_the_next_begins(base, task, tmp_path, monkeypatch):
+    work, failed = losses.backward, []
+    stage, begun = train.train_stage, []
+
+    def backward(model, packed, *rest):
+        if len(packed.spans) > 2:
+            failed.append(decoder.depth(model))
+            raise torch.OutOfMemoryError("no memory")
+        return work(model, packed, *rest)
+
+    def train_stage(*arguments, **more):
+        begun.append(more["fitted"])
+        return stage(*arguments, **more)
+
+    monkeypatch.setattr(losses, "backward", backward)
+    monkeypatch.setattr(train, "train_stage", train_stage)
+    _, history = h.run(base, task, tmp_path / "run", depth=3)
+    assert failed
+    assert set(failed) == {5}, "later stages begin with what the first one found"
+    sizes = [row["train"]["micro_batch_size"] for row in history if row["event"] == "stage"]
+    assert begun == [None, *sizes[:-1]]
+    assert sizes[0] >= sizes[1] >= sizes[2]
+
+
+def test_an_empty_stage_says_nothing_about_memory(base, task, tmp_path, monkeypatch):
+    stage, begun = train.train_stage, []
+    monkeypatch.setattr(train, "train_stage", lambda *a, **more: begun.append(more["fitted"]) or stage(*a, **more))
+    h.run(base, task, tmp_path / "run", depth=3, warmup_epochs=0, batch_size=300)
+    assert begun == [None, None, 300]

@@ -58,11 +58,12 @@ A Llama of {blocks} blocks (hidden size {hidden}, {parameters:.1f} M parameters,
 use outside such comparisons.
 
 - Data, by share of the tokens seen: public-domain books 1870-1928 {books:.0%}, Federal Reserve speeches and minutes
-  (US government works) {fed:.0%}, country profiles (CC0) {factbook:.0%}, MedQuAD answers (CC BY 4.0) {medquad:.0%}, CUAD clauses
-  (CC BY 4.0) {cuad:.0%}, BANKING77 messages (CC BY 4.0) {banking:.0%}; of the last three the training split, without labels.
+  (US government works) {fed:.0%}, country profiles (CC0) {factbook:.0%}, and the training splits, without labels, of
+  MedQuAD {medquad:.0%}, CUAD {cuad:.0%} and BANKING77 {banking:.0%} (all CC BY 4.0).
 - Tokenizer: byte-level BPE of its own, 4,096 pieces; EOS and padding are `<|endoftext|>`; no BOS.
-- Training: seed {seed}, {steps:,} steps of {batch} rows of 256 tokens, {tokens:.1f} M tokens, {hours:.1f} hours on {device}; Muon (matrices of
-  the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss {loss:.3f} nats a token.
+- Training: seed {seed}, {steps:,} steps of {batch} rows of 256 tokens, {tokens:.1f} M tokens, {hours:.1f} hours on
+  {device}; Muon (matrices of the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss {loss:.3f} nats
+  a token.
 
 | text | nats a token | perplexity a token | bits a character | perplexity a word |
 |---|---|---|---|---|
@@ -119,7 +120,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
 
 
 def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
-    """Documents, each closed by EOS, one behind the other: token ids `(rows, 256)`, the incomplete last row left out."""
+    """Documents, each closed by EOS, one behind the other: token ids `(rows, 256)`; what is left of a row is not."""
     ids: list[int] = []
     for begin in range(0, len(texts), 1000):
         for document in tokenizer(texts[begin : begin + 1000], verbose=False)["input_ids"]:

@@ -44,15 +44,28 @@ class Pass:
 
 
 class Runner:
-    """A model that decodes rows of a fixed length, with a growing cache or a static one, compiled or not."""
+    """A model that decodes rows of a fixed length, with a growing cache or a static one, compiled or not.
+
+    `once`: the prompt is read once, and every run decodes behind it anew (a growing cache, cut back to the prompt; not
+    for caches with a window or a state).
+    """
 
     def __init__(
-        self, model: Any, *, batch: int, prompt: int, new: int, cache: str = "dynamic", compiled: bool = False
+        self,
+        model: Any,
+        *,
+        batch: int,
+        prompt: int,
+        new: int,
+        cache: str = "dynamic",
+        compiled: bool = False,
+        once: bool = False,
     ) -> None:
-        self.model, self.batch, self.prompt, self.new = model, batch, prompt, new
+        self.model, self.batch, self.prompt, self.new, self.once = model, batch, prompt, new, once
         self.ids = random_ids(model, batch, prompt + new)
         self.name, self.last = cache_argument(model), last_logits(model)
         self.static: Any = None
+        self.read: Any = None
         self.step: Any = model
         if cache == "static":
             self.static = StaticCache(config=model.config, max_cache_len=prompt + new)
@@ -61,11 +74,18 @@ class Runner:
             self.step = torch.compile(model, mode="reduce-overhead" if model.device.type == "cuda" else None)
 
     def _prefill(self) -> Any:
+        if self.read is not None:
+            cache = self.read[self.name]
+            if (more := cache.get_seq_length() - self.prompt) > 0:
+                cache.crop(-more)
+            return self.read
         given = {}
         if self.static is not None:
             self.static.reset()
             given = {self.name: self.static}
-        return self.model(input_ids=self.ids[:, : self.prompt], use_cache=True, **self.last, **given)
+        out = self.model(input_ids=self.ids[:, : self.prompt], use_cache=True, **self.last, **given)
+        self.read = out if self.once else None
+        return out
 
     def _step(self, token: torch.Tensor, cache: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
@@ -88,6 +108,11 @@ class Runner:
         return Pass(self.batch, self.prompt, first, tuple(others))
 
     @torch.inference_mode()
+    def prompt_cache(self) -> Any:
+        """The cache that the prompt leaves."""
+        return self._prefill().get(self.name)
+
+    @torch.inference_mode()
     def logits(self, steps: int = 3) -> torch.Tensor:
         """Of the tokens behind the prompt when fixed ids are fed: (batch, steps, vocab), float32."""
         out, found = self._prefill(), []
@@ -98,7 +123,7 @@ class Runner:
 
 
 def runner(model: Any, *, cache: str = "dynamic", compiled: bool = False, **sizes: Any) -> Runner:
-    """A `Runner` of these `sizes` (batch, prompt, new) that gives the logits of the plain one, warmed up.
+    """A `Runner` of these `sizes` (batch, prompt, new, once) that gives the logits of the plain one, warmed up.
 
     Raises:
         InputError: in one line, if the model cannot decode so.

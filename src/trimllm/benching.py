@@ -6,12 +6,16 @@ one is measured.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,9 +23,25 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimllm import bench, decoder, encoding, loading, models, reads, shapes
+from trimllm import backends, bench, decoder, encoding, loading, models, reads, room, shapes
 from trimllm.config import BenchConfig
 from trimllm.errors import InputError, TrimError
+
+Change = Callable[[Any], None]
+"""Something done to a loaded model, in place, in its process: a function of a module, for it travels there by name."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """What `trimllm bench` does not ask for, and benchmarks do."""
+
+    changes: Sequence[Change | None] = ()
+    """one per model, done to it before anything is measured; none: no model is changed"""
+    once: bool = False
+    """read the prompt once, and decode behind it in every round"""
+    limit: float = math.inf
+    """seconds after which a model decodes no further token in a round"""
+
 
 # ---- in the process of one model -------------------------------------------------------------------------------------
 
@@ -29,44 +49,50 @@ _HERE: dict[str, Any] = {}
 """The model of this process, its runners by batch size, and its memory before it was loaded."""
 
 
-def load(name: str, command: BenchConfig) -> dict[str, Any]:
-    """Load the model; what is known of it without running it: layers, parameters, bytes.
+def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[str, Any]:
+    """Load the model, and change it; what is known of it without running it: layers, parameters, bytes.
+
+    What the change alone needed does not count as the model's memory.
 
     Raises:
         InputError: if it cannot be used, or its context is too short.
     """
     if command.threads:
         torch.set_num_threads(command.threads)
-    device = models.device_of(command.device)
+    device, dtype = models.device_of(command.device), models.DTYPES.get(command.dtype)
+    backends.check(command.attention, device, dtype)
     _wake(device)
     _HERE["before"] = resident("VmRSS")
-    dtype, code = models.DTYPES.get(command.dtype), command.trust_remote_code
+    ways: dict[str, Any] = {"trust_remote_code": command.trust_remote_code, "attention": command.attention}
     if name.startswith(shapes.PREFIX):
         path = None
-        model = shapes.random_model(
-            name.removeprefix(shapes.PREFIX), dtype=dtype, device=device, trust_remote_code=code
-        )
+        model = shapes.random_model(name.removeprefix(shapes.PREFIX), dtype=dtype, device=device, **ways)
     else:
         path = models.path_of(name)
-        model = loading.load_model(path, dtype=dtype, trust_remote_code=code, allow_pickle=command.allow_pickle)
-        if model.device != device and not (device.type == model.device.type and device.index is None):
-            model.to(device)
+        model = loading.load_model(path, dtype=dtype, device=device, allow_pickle=command.allow_pickle, **ways)
+    backends.probe(model, command.attention)
     context = encoding.context_length(model.config)
     if context < command.sequence:
         raise InputError(f"--sequence {command.sequence}: {name} takes at most {context} tokens: ask for less")
     _HERE["model"] = model
-    return {
+    known = {
         "model": name,
         "layers": decoder.depth(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if change is not None:
+        change(model)
+        _forget_peak(model.device)
+    return known | {
         "device": str(model.device),
         "disk_bytes": disk_bytes(path, command.allow_pickle) if path else None,
         "loaded_bytes": _peak(),
+        "stored_bytes": reads.stored_bytes(model),
     }
 
 
-def prepare(command: BenchConfig, batch: int) -> None:
+def prepare(command: BenchConfig, batch: int, once: bool = False) -> None:
     """Make the runner for a batch size; runners for others go, with their caches.
 
     Raises:
@@ -75,19 +101,23 @@ def prepare(command: BenchConfig, batch: int) -> None:
     _HERE.pop("runner", None)
     if _HERE["model"].device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(_HERE["model"].device)
-    sizes = {"batch": batch, "prompt": command.sequence - command.new_tokens, "new": command.new_tokens}
+    sizes = {"batch": batch, "prompt": command.sequence - command.new_tokens, "new": command.new_tokens, "once": once}
     _HERE["runner"] = bench.runner(_HERE["model"], cache=command.cache, compiled=command.compile, **sizes)
 
 
-def run() -> bench.Pass:
-    """One prompt and the tokens behind it."""
-    done: bench.Pass = _HERE["runner"].run()
+def run(limit: float = math.inf) -> bench.Pass:
+    """One prompt and the tokens behind it, none after `limit` seconds."""
+    done: bench.Pass = _HERE["runner"].run(limit=limit)
     return done
 
 
 def finish(batch: int, sequence: int) -> tuple[int | None, reads.Footprint]:
-    """Peak memory in bytes since the model was loaded, and what a decode step at the end of the row reads."""
-    peak = _peak()
+    """Peak memory in bytes since the model was loaded, and what a decode step reads: the row's last, or the first
+    behind a prompt that is read once."""
+    peak, runner = _peak(), _HERE["runner"]
+    if runner.once:
+        cache = runner.prompt_cache()
+        return peak, reads.footprint(_HERE["model"], batch=batch, sequence=runner.prompt + 1, cache=cache)
     return peak, reads.footprint(_HERE["model"], batch=batch, sequence=sequence)
 
 
@@ -119,6 +149,18 @@ def _peak() -> int | None:
     return None if before is None or peak is None else peak - before
 
 
+def _forget_peak(device: torch.device) -> None:
+    """Let the peak begin with what is held now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # not every kernel lets it, not every libc can
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def resident(field: str) -> int | None:
     """Bytes of this process's resident set: now (VmRSS) or at most so far (VmHWM); None where the system hides it."""
     try:
@@ -136,7 +178,7 @@ def resident(field: str) -> int | None:
 
 
 def measure(
-    command: BenchConfig, progress: Callable[..., None] = lambda *_: None
+    command: BenchConfig, progress: Callable[..., None] = lambda *_: None, manner: Manner = Manner()
 ) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
     """All models at all batch sizes: what they are, and per batch size one measurement per model.
 
@@ -158,21 +200,38 @@ def measure(
                 progress(done, total, name)
             return found
 
-        for name in command.models:
-            if not name.startswith(shapes.PREFIX):
-                loading.check_path(models.path_of(name))
-        known = [_ask(pool, name, load, name, command) for pool, name in zip(pools, command.models, strict=True)]
+        _check_room(command)
+        changes = manner.changes or [None] * count
+        known = [
+            _ask(pool, name, load, name, command, change)
+            for pool, name, change in zip(pools, command.models, changes, strict=True)
+        ]
         done += count
         measured = {}
         for batch in batches:
-            each(prepare, command, batch)
-            rounds = [each(run) for _ in range(command.repeats + 1)][1:]
+            each(prepare, command, batch, manner.once)
+            rounds = [each(run, manner.limit) for _ in range(command.repeats + 1)][1:]
             ends = each(finish, batch, command.sequence)
             measured[batch] = [
                 {"passes": [row[i] for row in rounds], "peak_bytes": ends[i][0], "reads": ends[i][1]}
                 for i in range(count)
             ]
     return known, measured
+
+
+def _check_room(command: BenchConfig) -> None:
+    """Refuse models that are not there, and models that do not fit into memory together, before any is loaded."""
+    device, dtype, total = models.device_of(command.device), models.DTYPES.get(command.dtype), 0
+    for name in command.models:
+        if name.startswith(shapes.PREFIX):
+            file = name.removeprefix(shapes.PREFIX)
+            total += room.weights_of_config(file, dtype, trust_remote_code=command.trust_remote_code) or 0
+        else:
+            loading.check_path(models.path_of(name))
+            total += room.weights(models.path_of(name), dtype) or 0
+        before = command.models[: command.models.index(name)]
+        what = f"{name} beside {', '.join(before)}" if before else name
+        room.check(what, total, device, "measure fewer or smaller models, or give a narrower --dtype")
 
 
 def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -> Any:

@@ -38,6 +38,9 @@ class LoadSettings(Settings):
     """Dtype of the weights in memory; auto: float32 to train (bf16 mixed precision on a GPU), else as saved."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one (to train: CUDA only)."""
+    attention: str = "auto"
+    """What computes attention: eager, sdpa, flex_attention, flash_attention_2 ... where model and device can; auto: as
+    transformers chooses for the model (short rows train with eager on a CPU in bf16 mixed precision)."""
     threads: Positive | None = None
     """CPU threads for torch (default: torch's own choice)."""
     trust_remote_code: bool = False
@@ -308,9 +311,8 @@ class DropConfig(ModelSettings):
     def _every_option_is_used(self) -> DropConfig:
         if not self.streaming and self.max_shard_size is not None:
             raise ValueError("--max-shard-size is for --streaming: leave it out, or add --streaming")
-        unused = [
-            n for n in ("dtype", "device", "threads", "allow_pickle") if getattr(self, n) not in ("auto", None, False)
-        ]
+        others = ("dtype", "device", "attention", "threads", "allow_pickle")
+        unused = [name for name in others if getattr(self, name) not in ("auto", None, False)]
         if self.streaming and unused:
             option = "--" + unused[0].replace("_", "-")
             raise ValueError(f"{option} is not for --streaming, which never loads the model: leave one of them out")

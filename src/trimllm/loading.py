@@ -22,7 +22,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trimllm import adapters, shards
+from trimllm import adapters, backends, shards
 from trimllm.errors import InputError, one_line
 
 TOKENIZER_FILES = ("*tokenizer*", "vocab*", "*.model", "*.codes", "*.tiktoken", "tekken*")
@@ -41,6 +41,7 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     quantization: Any = None,
+    attention: str = backends.AUTO,
 ) -> nn.Module:
     """Load a causal language model, in evaluation mode. An adapter of PEFT is loaded as its base, and merged.
 
@@ -51,14 +52,22 @@ def load_model(
         trust_remote_code: run the model code that the checkpoint brings.
         allow_pickle: also accept weights that are not safetensors. Unpickling can run code: trust the source.
         quantization: quantize the weights on the way, as this config of transformers says.
+        attention: what computes attention (`backends.names`); by default what transformers chooses.
 
     Raises:
-        InputError: if there is no such model, it is not a causal language model, or weights are missing.
+        InputError: if there is no such model, it is not a causal language model, weights are missing, or it cannot
+            compute with this `attention`.
     """
     name = os.path.expanduser(path_or_id)
+    backends.check(attention, torch.device(device or "cpu"), dtype if isinstance(dtype, torch.dtype) else None)
     if (base := adapters.base_of(name)) is not None:
         model: Any = load_model(
-            base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+            base,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            attention=attention,
         )
         return adapters.merge(model, name, allow_pickle=allow_pickle).eval()
     check_path(name)
@@ -77,11 +86,13 @@ def load_model(
                 **({"quantization_config": quantization} if quantization is not None else {}),
                 device_map={"": device or "cpu"} if quantized else None,  # by default bitsandbytes takes a GPU
                 trust_remote_code=trust_remote_code,
+                attn_implementation=backends.chosen(attention),
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
             )
     except Exception as error:
-        raise InputError(explain(name, error, allow_pickle=allow_pickle)) from error
+        refused = backends.refusal(attention, name, error)
+        raise InputError(refused or explain(name, error, allow_pickle=allow_pickle)) from error
     lost = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     if lost:
         raise InputError(

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from trimllm import adapters, loading
+from trimllm import adapters, backends, loading, room
 from trimllm.config import ModelSettings, TrimConfig
 from trimllm.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEMO = Path(__file__).parent / "demo" / "base"
 """The embedded model, which `--model demo` names."""
+TOO_LARGE = "free memory, or give a narrower --dtype (trimllm drop --streaming cuts a model without loading it)"
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,19 @@ def load(settings: ModelSettings, *, training: bool = False, device: torch.devic
         torch.set_num_threads(settings.threads)
     path = path_of(settings.model)
     base = adapters.base_of(path)
-    dtype = DTYPES.get(settings.dtype)
+    device = device or device_of(settings.device)
+    dtype = DTYPES.get(settings.dtype) or (torch.float32 if training else None)
+    backends.check(settings.attention, device, dtype, training=training)
+    needed = room.weights(path, dtype)
+    for place in (torch.device("cpu"), device):  # on its way to a GPU a model lies in memory
+        room.check(f"--model {settings.model}", needed, place, TOO_LARGE)
     model: Any = loading.load_model(
         path,
-        dtype=dtype or (torch.float32 if training else None),
-        device=device or device_of(settings.device),
+        dtype=dtype,
+        device=device,
         trust_remote_code=settings.trust_remote_code,
         allow_pickle=settings.allow_pickle,
+        attention=settings.attention,
     )
     if training and getattr(model, "is_quantized", False):
         raise InputError(
@@ -94,6 +101,7 @@ def load(settings: ModelSettings, *, training: bool = False, device: torch.devic
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise InputError(f"the tokenizer of {settings.model} has {len(tokenizer)} tokens, its model only {vocabulary}")
+    backends.probe(model, settings.attention, training=training)
     _check_causal(model, settings.model)
     if base is not None:
         mark = loading.fingerprint_of_adapter(path, base, model)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from trimllm import (
@@ -27,6 +28,7 @@ from trimllm import (
     models,
     recording,
     recovery,
+    room,
     rundir,
     scores,
     select,
@@ -93,6 +95,7 @@ class Run:
         self.accelerator = models.accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
+        self.fitted: int | None = None  # tokens of a micro-batch that memory had room for in the last stage
         transformers.utils.logging.disable_progress_bar()
         if not self.main:
             console.quiet = True
@@ -103,6 +106,7 @@ class Run:
         scores.parts(self.config.strategy)
         if self.main:
             rundir.check(self.config)
+        self._note_on_room()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
         self.journal = Journal(
@@ -116,6 +120,13 @@ class Run:
         state = self._restore(loaded)
         self._loop(state)
         return self._finish(state, loaded, data)
+
+    def _note_on_room(self) -> None:
+        config, device = self.config, self.accelerator.device
+        if config.warmup_epochs or config.sparse_update == "off":
+            weights = room.weights(models.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
+            if note := room.full_training_note(weights, device):
+                self.console.say(note)
 
     def _prepare(self, loaded: Loaded) -> TaskData:
         """Everything that can be wrong with model and data is found here, before anything is computed or written."""
@@ -192,7 +203,10 @@ class Run:
     def _load(self, folder: Path) -> Any:
         """A checkpoint that this run wrote."""
         return loading.load_model(
-            folder, device=self.accelerator.device, trust_remote_code=self.config.trust_remote_code
+            folder,
+            device=self.accelerator.device,
+            trust_remote_code=self.config.trust_remote_code,
+            attention=self.config.attention,
         )
 
     def _recorder(self) -> Recorder:
@@ -260,7 +274,10 @@ class Run:
                 on_step=lambda step, steps, loss, speed: show(step, steps, f"loss {loss:.3f}  {speed:.0f} tokens/s"),
                 cycle=watch.cycle if watch else None,
                 until=watch,
+                fitted=self.fitted,
+                attention=config.attention,
             )
+        self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)
         done = asdict(report) | ({"recovery": watch.record()} if watch else {})
         self.recorder.record("stage", state.model, state.layout, stage=state.stages, train=done, dropped=state.pending)

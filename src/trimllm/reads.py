@@ -35,11 +35,15 @@ class Footprint:
 
 
 @torch.inference_mode()
-def footprint(model: Any, *, batch: int, sequence: int) -> Footprint:
-    """Watch the decode step that makes the row `sequence` tokens long, with the cache that the model makes itself."""
+def footprint(model: Any, *, batch: int, sequence: int, cache: Any = None) -> Footprint:
+    """Watch the decode step that makes the row `sequence` tokens long, with the cache that the model makes itself.
+
+    cache: of the tokens before, if they were read already.
+    """
     ids = bench.random_ids(model, batch, sequence)
     name = bench.cache_argument(model)
-    cache = model(input_ids=ids[:, :-1], use_cache=True, **bench.last_logits(model)).get(name)
+    if cache is None:
+        cache = model(input_ids=ids[:, :-1], use_cache=True, **bench.last_logits(model)).get(name)
     before = cache_bytes(cache)
     held = {tensor.untyped_storage().data_ptr() for tensor in cache_tensors(cache)}
     token = ids[:, -1:].clone()
@@ -54,6 +58,13 @@ def footprint(model: Any, *, batch: int, sequence: int) -> Footprint:
         cache=None if cache is None else after // batch,
         growth=None if cache is None else (after - before) // batch,
     )
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of what a checkpoint of the model would hold, each tensor once; of quantized ones all that they are made
+    of."""
+    tensors = list(_plain(model.state_dict()))
+    return sum({_storage(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def cache_bytes(cache: Any) -> int:

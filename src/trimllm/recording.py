@@ -91,6 +91,7 @@ class Recorder:
             device=self.device,
             trust_remote_code=self.config.trust_remote_code,
             allow_pickle=self.config.allow_pickle,
+            attention=self.config.attention,
         )
         return bench.decode_speed({"base": base, name: model}, repeats=5)
 

@@ -23,8 +23,8 @@ from trimllm.models import path_of
 from trimllm.plain_settings import to_yaml
 
 FREE_OF_CHOICE = (
-    *("resume", "output", "threads", "device", "micro_batch_size", "eval_batch_size", "gradient_checkpointing"),
-    *("lr", "max_grad_norm", "min_accuracy", "max_drop"),
+    *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
+    *("gradient_checkpointing", "lr", "max_grad_norm", "min_accuracy", "max_drop"),
 )
 """Settings that may differ when a run is resumed: where it computes, and the remedies for what can end it."""
 

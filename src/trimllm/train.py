@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trimllm import encoding, losses, memory, packing, prefix
+from trimllm import backends, encoding, losses, memory, packing, prefix
 from trimllm.config import TrainSettings
 from trimllm.errors import InputError, TrimError
 from trimllm.packing import Example, Way
@@ -127,6 +127,8 @@ class _Ways:
     prefix: Prefix | None
     size: int
     """Tokens of a micro-batch, padding counted."""
+    eager: int = 0
+    """Rows of up to so many tokens are computed with eager attention, while memory lasts."""
     tokens: int = 0
     cells: int = 0
 
@@ -145,12 +147,16 @@ def train_stage(
     say: Callable[[str], None] | None = None,
     cycle: int | None = None,
     until: Callable[[], bool] | None = None,
+    fitted: int | None = None,
+    attention: str = backends.AUTO,
 ) -> StageReport:
     """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
 
     `on_step(step, steps, loss, tokens per second)` is called after every optimizer step, `say` with a line that the
     user should see; `folder` is where `cache_frozen_prefix="disk"` puts its file. The learning rate rises and decays
-    once, or anew every `cycle` steps; where it is down, the stage ends if `until()` is true.
+    once, or anew every `cycle` steps; where it is down, the stage ends if `until()` is true. `fitted`: tokens that a
+    micro-batch had at the end of the stage before, where memory may have run out; with `attention`
+    auto the short rows of a stage may be computed by another backend than the model's (see `backends.EAGER_LENGTH`).
 
     Raises:
         TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
@@ -166,6 +172,8 @@ def train_stage(
     say = say or (lambda line: None)
     torch.manual_seed(seed)
     ways = _ways(model, plan, settings, accelerator, pad_id, folder, say)
+    ways.eager = _eager_length(model, plan, ways.packing, accelerator, attention, pad_id)
+    ways.size = min(ways.size, fitted or ways.size)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -239,6 +247,18 @@ def _ways(
     return _Ways(way, places, cache, settings.micro_batch_size or settings.batch_size)
 
 
+def _eager_length(
+    model: Any, plan: Sequence[Sequence[Example]], way: Way, accelerator: Any, attention: str, pad_id: int
+) -> int:
+    """See `backends.eager_length`; 0 where rows would have to be packed in another way for it."""
+    length = backends.eager_length(model, attention, accelerator)
+    if length:
+        with backends.eager(model):
+            if packing.find_way(model, [row for rows in plan for row in rows], pad_id)[0] != way:
+                return 0
+    return length
+
+
 @contextlib.contextmanager
 def _autocast(model: Any, accelerator: Any) -> Iterator[None]:
     """Within, the model's forward computes in the accelerator's mixed precision; the backward pass follows it."""
@@ -297,11 +317,15 @@ def _step(
         failed = torch.tensor(float(loss is None), device=accelerator.device)
         if not accelerator.reduce(failed, reduction="sum") and loss is not None:
             break
-        ways.size = _half(shares, ways.size)
+        less, ways.eager = ways.eager > 0, 0
+        ways.size = ways.size if less else _half(shares, ways.size)
         for parameter in parameters:
             parameter.grad = None
         memory.free()
-        say(f"  out of memory: micro-batches of at most {ways.size} tokens for the rest of this stage")
+        if less:
+            say("  out of memory: short rows are computed with SDPA, too, from here on")
+            continue
+        say(f"  out of memory: micro-batches of at most {ways.size} tokens from here on")
     _add_up(parameters, accelerator)
     return float(accelerator.reduce(loss, reduction="sum"))
 
@@ -316,7 +340,8 @@ def _passes(
     try:
         for part in parts:
             packed = packing.pack(part, ways.packing, pad_id, accelerator.device)
-            with ways.prefix.resumed(packed) if ways.prefix else contextlib.nullcontext():
+            resumed = ways.prefix.resumed(packed) if ways.prefix else contextlib.nullcontext()
+            with resumed, backends.eager(model, packed.inputs["input_ids"].shape[1] <= ways.eager):
                 total += losses.backward(model, packed, scale, ways.places)
             tokens, cells = tokens + packed.tokens, cells + packed.cells
     except RuntimeError as error:

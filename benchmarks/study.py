@@ -1,0 +1,218 @@
+"""The study: accuracy at every depth, TrimLLM against one-shot peers, and one change at a time, over domains and seeds.
+
+    python benchmarks/study.py --parts law                                # the demo world's law, seeds 0 1 2, all arms
+    python benchmarks/study.py --parts cuad --base BASE --data DATA       # the lab base on real text
+    python benchmarks/study.py --arms trimllm one-shot --seeds 0          # a part of it
+
+Parts: medicine, law, finance are the demo world and need nothing; medquad, cuad, banking77 need the lab base
+(`benchmarks/base/pretrain.py`) and the folder of data it was made from. Every run is one of `trimllm trim` and starts
+from the same fully fine-tuned model (per part and seed); at a given depth all arms have trained on the same number of
+task rows. One-shot arms need a run per depth, progressive ones give every depth on the way. Runs are kept in --output:
+what is finished is not repeated, what was interrupted goes on. The last line is one JSON object, also in
+results/study.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _sides import RESULTS, machine, run
+
+from trimllm import config, models, plain_settings
+from trimllm.console import Console, table
+from trimllm.demo.demo import RECIPE
+from trimllm.progressive import trim
+from trimllm.rundir import RunDir
+from trimllm.targets import wanted_depth
+
+Settings = dict[str, Any]
+DEMO = plain_settings.read_yaml(RECIPE) | {"keep": None, "final_epochs": 0, "epochs_per_drop": 1.5, "model": "demo"}
+LAB = {"batch_size": 4096, "lr": 1e-3, "warmup_epochs": 6, "epochs_per_drop": 1.0, "calibration_size": 200}
+"""The recipe for the lab base: see docs/results.md for how the rate and the epochs were found."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A domain of the study: what is trimmed on what, and the settings that all its runs share."""
+
+    settings: Settings
+    files: str | None = None
+    """Folder of the task under --data."""
+
+
+PARTS = {
+    **{name: Part(DEMO | {"task": f"demo_{name}", "text": f"demo_{name}"}) for name in ("medicine", "law", "finance")},
+    "medquad": Part(LAB | {"max_train": 3000, "max_test": 800}, "medical/medquad_qtype"),
+    "cuad": Part(LAB, "legal/cuad_clause_type"),
+    "banking77": Part(LAB | {"max_test": 800}, "finance/banking77"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to trim: what it changes in the recipe, and whether it takes a run per depth."""
+
+    changes: Settings = field(default_factory=dict)
+    per_depth: bool = False
+    base: bool = False
+    """Starts from the base, and trains the warm-up's epochs at the end instead."""
+
+
+def _peer(strategy: str, **more: Any) -> Arm:
+    return Arm({"one_shot": True, "strategy": strategy, "sparse_update": "off", **more}, per_depth=True)
+
+
+ARMS = {
+    "trimllm": Arm(),
+    "one-shot": _peer("scan+norm", sparse_update="static"),
+    "shortgpt": _peer("bi"),
+    "angular": _peer("angular"),
+    "perplexity": _peer("perplexity"),
+    "taylor": _peer("taylor"),
+    "random": _peer("random"),
+    "last": _peer("last"),
+    "pairs": Arm({"unit": "pair"}),
+    "r=1/8": Arm({"train_ratio": 0.125}),
+    "r=1/2": Arm({"train_ratio": 0.5}),
+    "r=1": Arm({"sparse_update": "off"}),
+    "dynamic": Arm({"sparse_update": "dynamic"}),
+    "scan alone": Arm({"strategy": "scan"}),
+    "norm alone": Arm({"strategy": "norm"}),
+    "loss scan": Arm({"strategy": "loss"}),
+    "progressive random": Arm({"strategy": "random"}),
+    "50 calibration rows": Arm({"calibration_size": 50}),
+    "no domain text": Arm({"text": None, "text_ratio": 1.0}),
+    "scan before warm-up": Arm(base=True),
+}
+"""The first is what the others change, one thing at a time."""
+
+
+def folder(root: Path, part: str, seed: int, arm: str) -> Path:
+    return root / f"{part}-{seed}" / arm.replace(" ", "-").replace("/", "-")
+
+
+def settings(part: str, seed: int, options: argparse.Namespace) -> Settings:
+    """The recipe of a part, with its model and data."""
+    found = PARTS[part]
+    given: Settings = {**found.settings, "seed": seed, "threads": options.threads}
+    if found.files is not None:
+        if options.base is None or options.data is None:
+            raise SystemExit(f"--parts {part} needs --base and --data: see benchmarks/base/pretrain.py")
+        given |= {"model": str(options.base), "task": str(options.data / found.files)}
+    return given
+
+
+def one_run(output: Path, given: Settings) -> list[Settings]:
+    """The stages of a run, which is made, or gone on with, if it is not finished."""
+    result = output / "result.json"
+    if not result.exists():
+        print(f"--- {output}", flush=True)
+        trim(
+            plain_settings.make(config.TrimConfig, {**given, "output": str(output), "resume": True}), console=Console()
+        )
+    rows: list[Settings] = json.loads(result.read_text(encoding="utf-8"))["history"]
+    return [row for row in rows if row["event"] == "stage"]
+
+
+def depths(part: str, options: argparse.Namespace, given: Settings) -> dict[float, int]:
+    """Blocks at every share that is asked for."""
+    from transformers import AutoConfig
+
+    whole = AutoConfig.from_pretrained(models.path_of(given["model"])).num_hidden_layers
+    asked = {keep: config.TrimConfig(**{**given, "output": "-", "keep": keep}) for keep in options.keep}
+    found = {keep: wanted_depth(settings, whole) for keep, settings in asked.items()}
+    return {1.0: whole} | {keep: depth for keep, depth in found.items() if depth is not None}
+
+
+def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> dict[float, Settings]:
+    """Reported accuracy by share of the blocks, for one arm."""
+    given, arm = settings(part, seed, options), ARMS[name]
+    wanted = depths(part, options, given)
+    least = min(wanted.values())
+    reference = folder(options.output, part, seed, next(iter(ARMS)))
+    stages = one_run(reference, {**given, "depth": least, "keep_checkpoints": True, "report_depths": True})
+    if name != next(iter(ARMS)):
+        tuned = RunDir(reference).checkpoint(wanted[1.0])
+        start: Settings = {"model": str(tuned), "warmup_epochs": 0}
+        if arm.base:
+            start = {"warmup_epochs": 0, "epochs_per_drop": _spread(given, wanted)}
+        place, first = folder(options.output, part, seed, name), stages[:1]
+        common = {**given, **start, **arm.changes, "report_depths": True, "keep_checkpoints": False}
+        if arm.per_depth:
+            shares = {keep: depth for keep, depth in wanted.items() if keep < 1}
+            stages = [one_run(place / f"{depth}", {**common, "depth": depth})[-1] for depth in shares.values()]
+        else:
+            stages = one_run(place, {**common, "depth": least})[1:]
+        stages = [*first, *stages]
+    by_depth = {stage["depth"]: stage["test"] for stage in stages}
+    return {keep: by_depth[depth] for keep, depth in wanted.items() if depth in by_depth}
+
+
+def _spread(given: Settings, wanted: dict[float, int]) -> float:
+    """Epochs per drop that also hold those of the warm-up, over all drops."""
+    drops = wanted[1.0] - min(wanted.values())
+    return float(given["epochs_per_drop"]) + float(given["warmup_epochs"]) / drops
+
+
+def means(found: dict[str, list[dict[float, Settings]]], keeps: list[float]) -> dict[str, dict[str, list[float]]]:
+    """Per arm and share: mean over parts and seeds of accuracy less that of full fine-tuning, its error, and its n."""
+    out: dict[str, dict[str, list[float]]] = {}
+    for name, runs in found.items():
+        out[name] = {}
+        for keep in keeps:
+            points = [each[keep]["value"] - each[1.0]["value"] for each in runs if keep in each]
+            if points:
+                error = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else math.nan
+                out[name][f"{keep:g}"] = [statistics.mean(points), error, len(points)]
+    return out
+
+
+def report(summary: dict[str, dict[str, list[float]]], keeps: list[float]) -> str:
+    rows = []
+    for name, by in summary.items():
+        cells = [by.get(f"{keep:g}") for keep in keeps]
+        rows.append([name, *(f"{c[0]:+.1f} +- {c[1]:.1f} ({c[2]:.0f})" if c else "-" for c in cells)])
+    return table(["", *(f"{keep:.0%}" for keep in keeps)], rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["medicine", "law", "finance"], choices=list(PARTS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.4, 0.33, 0.25], help="shares of blocks")
+    parser.add_argument("--base", type=Path, help="the lab base")
+    parser.add_argument("--data", type=Path, help="folder with the lab's tasks")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch (default: its own choice)")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all runs")
+    options = parser.parse_args()
+    found: dict[str, list[dict[float, Settings]]] = {name: [] for name in options.arms}
+    raw = []
+    for seed in options.seeds:
+        for part in options.parts:
+            for name in options.arms:
+                by = accuracies(part, seed, name, options)
+                found[name].append(by)
+                raw.append({"part": part, "seed": seed, "arm": name, "accuracy": {f"{k:g}": v for k, v in by.items()}})
+                print(
+                    f"{part} {seed} {name}: " + ", ".join(f"{k:.0%} {v['value']:.1f}" for k, v in by.items()),
+                    flush=True,
+                )
+    summary = means(found, options.keep)
+    print("points of accuracy over full fine-tuning, mean +- standard error over parts and seeds (their number)")
+    print(report(summary, options.keep))
+    record = {"name": "study", "unit": "points", "parts": options.parts, "seeds": options.seeds, "summary": summary}
+    record |= {"machine": machine(), "raw": raw}
+    (RESULTS / "study.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({key: value for key, value in record.items() if key != "raw"}))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

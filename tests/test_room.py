@@ -1,0 +1,177 @@
+"""A model that does not fit into memory is refused, or noted, before a weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import helpers_run as h
+import psutil
+import pytest
+import torch
+
+from trimllm import benching, cli, room
+from trimllm.config import BenchConfig
+from trimllm.loading import load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return h.save_base(tmp_path_factory.mktemp("base"), depth=3, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return h.save_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr(benching, "_ask", None)
+
+
+def weights(folder: Path, dtype: torch.dtype | None = None) -> int:
+    return sum(p.numel() * p.element_size() for p in load_model(folder, dtype=dtype).parameters())
+
+
+def line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The only line that the command prints."""
+    capsys.readouterr()
+    code = cli.main(list(words))
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    return err
+
+
+# ---- the estimate ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_the_estimate_is_what_the_loaded_weights_take(dtype: torch.dtype | None, base: Path) -> None:
+    assert room.weights(str(base), dtype) == weights(base, dtype)
+    assert room.weights_of_config(str(base / "config.json"), dtype) == weights(base, dtype)
+
+
+def test_an_adapter_counts_its_base_and_quantized_weights_as_they_are(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert room.weights(str(tmp_path / "adapter"), torch.float32) == weights(base, torch.float32)
+    from safetensors.torch import save_file
+
+    (tmp_path / "int8").mkdir()
+    save_file({"a": torch.zeros(8, dtype=torch.int8), "b": torch.zeros(4)}, tmp_path / "int8" / "model.safetensors")
+    assert room.weights(str(tmp_path / "int8"), torch.float32) == 8 + 16
+
+
+def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    (tmp_path / "config.json").write_text("{}")
+    for name in (str(tmp_path), str(tmp_path / "none")):
+        assert room.weights(name, None) is None
+    assert room.weights_of_config(str(tmp_path / "config.json"), None) is None
+    room.check("x", None, CPU, "remedy")
+    assert room.free(torch.device("meta")) is None
+
+
+def test_what_is_free_is_that_of_the_machine_or_of_its_container(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(room, "_CGROUP", tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=200))
+    assert room.free(CPU) == 1200
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    for limit, expected in (("max\n", 1200), ("800\n", 250), ("9000\n", 1200), ("100\n", 1)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert room.free(CPU) == expected
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_bench_of_a_shape_larger_than_any_memory_is_refused_by_its_name(
+    base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    huge = {
+        "hidden_size": 2**20,
+        "intermediate_size": 2**22,
+        "num_attention_heads": 2**13,
+        "num_key_value_heads": 2**13,
+    }
+    values = json.loads((base / "config.json").read_text()) | huge | {"head_dim": 128}
+    (tmp_path / "huge.json").write_text(json.dumps(values))
+    said = line(capsys, "bench", str(base), f"config:{tmp_path / 'huge.json'}", "--device", "cpu")
+    assert f"config:{tmp_path / 'huge.json'} beside {base}: the weights alone take 1" in said
+    assert " GB are free on cpu: measure fewer or smaller models, or give a narrower --dtype" in said
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize(("models", "copies"), [(1, 0.9), (2, 1.9)])
+def test_a_bench_of_directories_larger_than_memory_is_refused(
+    models: int, copies: float, base: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(room, "free", lambda _: int(copies * weights_once))
+    weights_once = room.weights(str(base), None)
+    said = line(capsys, "bench", *[str(base)] * models, "--device", "cpu")
+    assert said.startswith(f"trimllm: {base}")
+    assert "the weights alone take" in said
+
+
+def test_a_bench_that_fits_is_let_through(base: Path) -> None:
+    benching._check_room(BenchConfig(models=(str(base), f"config:{base / 'config.json'}"), device="cpu"))
+
+
+# ---- commands that load one model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize("command", ["trim", "scan", "eval", "drop"])
+def test_weights_larger_than_memory_are_refused(
+    command: str, base: Path, task: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    needed = room.weights(str(base), torch.float32 if command == "trim" else None)
+    assert needed is not None
+    monkeypatch.setattr(room, "free", lambda _: needed - 1)
+    given = ["--layers", "1"] if command == "drop" else ["--task", str(task)]
+    output = [] if command == "eval" else ["--output", str(tmp_path / "out")]
+    assert cli.main([command, "--model", str(base), *given, *output, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"--model {base}: the weights alone take 0.0 GB, and 0.0 GB are free on cpu: free memory, or give" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "changes", "noted"),
+    [
+        (3.9, {}, True),
+        (4.1, {}, False),
+        (0.9, {}, False),
+        (3.9, {"warmup_epochs": 0}, False),
+        (3.9, {"warmup_epochs": 0, "sparse_update": "off"}, True),
+    ],
+)
+def test_a_run_whose_full_fine_tuning_cannot_fit_is_told_before_it_loads(
+    share: float, changes: dict[str, Any], noted: bool, base: Path, task: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from trimllm import progressive
+    from trimllm.config import TrimConfig
+    from trimllm.console import Console
+
+    needed = weights(base, torch.float32)
+    monkeypatch.setattr(room, "free", lambda _: int(share * needed))
+    said: list[str] = []
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt  # it has gone on: the note is no error
+
+    monkeypatch.setattr(progressive, "load", load)
+    monkeypatch.setattr(Console, "say", lambda _, text: said.append(text))
+    settings = TrimConfig(**h.settings(base, task, tmp_path / "run", **{"warmup_epochs": 1} | changes))
+    with pytest.raises(KeyboardInterrupt):
+        progressive.trim(settings, console=Console())
+    assert [("full fine-tuning takes" in text) for text in said] == [True] * noted
