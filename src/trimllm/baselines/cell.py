@@ -9,6 +9,7 @@ exit code than 0, is for bugs.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: a bar per layer says little here
     root, name, *keep = arguments
     command = plain_settings.make(CompareConfig, plain_settings.read_yaml(Path(root) / "config.yaml"))
     cell = Cell(METHODS[name], float(keep[0]) if keep else None)

@@ -133,7 +133,8 @@ def compress(model: Any, tokenizer: Any, modifiers: list[Any], rows: list[dict[s
     from llmcompressor import oneshot
     from loguru import logger
 
-    logger.disable("llmcompressor")
+    for library in ("llmcompressor", "compressed_tensors"):
+        logger.disable(library)
     batches: Any = DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
     try:
         with _pageable():

@@ -16,8 +16,8 @@ import trimllm
 from trimllm.baselines import Cell
 
 OURS = (
-    *("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "pydantic", "pydantic_settings"),
-    *("yaml", "jinja2", "matplotlib", "rouge_score"),
+    *("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "psutil", "pydantic"),
+    *("pydantic_settings", "yaml", "jinja2", "matplotlib", "rouge_score"),
 )
 """What this package depends on, by the names that are imported."""
 _PROBE = "import importlib.util as u, sys; print(*[name for name in sys.argv[1:] if u.find_spec(name) is None])"
