@@ -270,17 +270,16 @@ def test_a_child_that_dies_is_a_row(
     assert ran == [["full"], ["top", "0.5"]]
 
 
-def test_without_train_rows_the_base_is_measured(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_without_train_rows_every_row_says_so(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
     task = tmp_path / "task"
     task.mkdir()
     shutil.copy(world[1] / "test.jsonl", task / "test.jsonl")
     in_process(monkeypatch)
-    found = go(settings((world[0], task), tmp_path / "out", methods=("base", "full", "shortgpt")))
-    assert found["base"]["status"] == "done"
-    assert found["full"]["status"] == "not run"
-    assert "train" in found["full"]["why"]
-    assert "\n" not in found["full"]["why"]
-    assert found["shortgpt-0.5"]["why"].startswith("it starts from full fine-tuning, which is not there")
+    found = go(settings((world[0], task), tmp_path / "out", methods=("full", "shortgpt")))
+    assert re.fullmatch("task 'task' has no training rows: .*", found["full"]["why"])
+    assert found["shortgpt-0.5"]["why"].startswith(
+        "it starts from full fine-tuning, which is not there: task 'task' has"
+    )
 
 
 def test_a_model_too_large_is_said_before_it_is_loaded(
@@ -298,7 +297,7 @@ def test_a_model_too_large_is_said_before_it_is_loaded(
     monkeypatch.setattr(room, "free", lambda _: 2 * size)
     each = Cell(METHODS["full"], None)
     job.Job(settings(world, tmp_path / "out", methods=("full",)), each, tmp_path / "out").load()
-    assert "full fine-tuning takes" in capsys.readouterr().out
+    assert "full fine-tuning takes" in capsys.readouterr().err
 
 
 # ---- another Python

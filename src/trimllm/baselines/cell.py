@@ -122,9 +122,21 @@ def evaluate(job: Job, product: Product) -> dict[str, Any]:
     return {
         "accuracy": found,
         "depth": decoder.depth(loaded.model),
-        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "parameters": parameters(loaded.model),
         "disk_bytes": benching.disk_bytes(str(product.checkpoint), job.command.allow_pickle),
     }
+
+
+def parameters(model: Any) -> int:
+    """Weights of the model; of a quantized one as many as it would have unquantized: packed ones and scales are not
+    counted."""
+    if getattr(model, "is_quantized", False):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model.config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
