@@ -25,8 +25,8 @@ from trimllm.errors import InputError, TrimError, one_line
 from trimllm.handover import copy_companions, quantized
 from trimllm.tasks import load_text
 
-CALIBRATION_ROWS = 512
-"""Most rows that are calibrated on, half of them domain text if there is one."""
+CALIBRATION_ROWS = 128
+"""Most rows that are calibrated on, as in the papers; half of them domain text if there is one."""
 BATCH_TOKENS = 2048
 GROUPS = (128, 64, 32, 16)
 """Weights of a row that share a scale: 128 in the papers; less where the rows' lengths are no multiples."""
