@@ -149,15 +149,15 @@ def test_another_checkpoint_than_the_model_in_memory_is_found(source: Path, tmp_
     command = make(ExportConfig, {"source": str(source), "to": "int8"})
     quantized.write(source, out, command)
     model = load_model(out)
-    assert quantized._compare(out, model) == 0
+    assert quantized.compare(out, model) == 0
     stored = load_file(out / "model.safetensors")
     key = "model.layers.1.mlp.up_proj.weight"
     save_file(stored | {key: stored[key].roll(1, 0)}, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrimError, match="logits differ"):
-        quantized._compare(out, model)
+        quantized.compare(out, model)
     save_file({k: v for k, v in stored.items() if k != key}, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrimError, match=r"cannot be loaded again|missing keys"):
-        quantized._compare(out, model)
+        quantized.compare(out, model)
 
 
 def test_what_cannot_be_quantized_is_one_line_and_leaves_nothing(

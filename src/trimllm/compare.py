@@ -7,14 +7,14 @@ a row that says why.
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from trimllm import folders, journal, plain_settings, rundir
-from trimllm.baselines import METHODS, Cell, cell, cells
+from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere
 from trimllm.compare_report import picture, record, report, row_line
 from trimllm.config import CompareConfig
 from trimllm.console import Console
@@ -31,10 +31,13 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     """Make the rows that are not there yet, print the table, and return what compare.json holds.
 
     Raises:
-        InputError: if a method is unknown, or --output holds something else, or a comparison with other settings.
+        InputError: if a method is unknown, --baselines-python is no program, or --output holds something else, or a
+            comparison with other settings.
     """
     root = Path(command.output)
     wanted = cells(command.methods, command.keep)
+    if command.baselines_python and shutil.which(command.baselines_python) is None:
+        raise InputError(f"--baselines-python {command.baselines_python}: no such program: name a Python executable")
     claim(command, root)
     rows = {}
     for number, each in enumerate(wanted, 1):
@@ -89,15 +92,18 @@ def read_row(root: Path, each: Cell) -> dict[str, Any]:
 
 def make_row(command: CompareConfig, each: Cell, root: Path) -> None:
     """Run the row's process; where it ends without a row, a row says so."""
-    python = command.baselines_python if command.baselines_python and cell.missing(each) else sys.executable
     arguments = [str(root), each.method.name, *([f"{each.keep:g}"] if each.method.keeps else [])]
     path = root / "cells" / each.name / "row.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    try:
-        code = subprocess.run([python, "-m", "trimllm.baselines.cell", *arguments], env=os.environ).returncode
-    except OSError as error:
-        raise InputError(f"--baselines-python {python}: {error.strerror}: name a Python executable") from None
+    if command.baselines_python and cell.missing(each):
+        if lacks := elsewhere.lacking(command.baselines_python, each):
+            why = f"--baselines-python {command.baselines_python} {lacks}"
+            journal.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "not run", "why": why})
+            return
+        code = elsewhere.run(command.baselines_python, arguments)
+    else:
+        code = subprocess.run([sys.executable, "-m", "trimllm.baselines.cell", *arguments]).returncode
     if code == 0 and path.exists():
         return
     why = f"its process ended with exit code {code}; what it printed says why"

@@ -9,6 +9,7 @@ exit code than 0, is for bugs.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: a bar per layer says little here
     root, name, *keep = arguments
     command = plain_settings.make(CompareConfig, plain_settings.read_yaml(Path(root) / "config.yaml"))
     cell = Cell(METHODS[name], float(keep[0]) if keep else None)
@@ -120,9 +122,21 @@ def evaluate(job: Job, product: Product) -> dict[str, Any]:
     return {
         "accuracy": found,
         "depth": decoder.depth(loaded.model),
-        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "parameters": parameters(loaded.model),
         "disk_bytes": benching.disk_bytes(str(product.checkpoint), job.command.allow_pickle),
     }
+
+
+def parameters(model: Any) -> int:
+    """Weights of the model; of a quantized one as many as it would have unquantized: packed ones and scales are not
+    counted."""
+    if getattr(model, "is_quantized", False):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model.config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def speed(command: CompareConfig, product: Product) -> dict[str, Any]:

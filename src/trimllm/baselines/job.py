@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trimllm import decoder, export, inputs, models, progressive, rundir, train
+from trimllm import decoder, export, inputs, models, progressive, room, rundir, train
 from trimllm.baselines import METHODS, Cell
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig
 from trimllm.console import Console
@@ -84,8 +84,16 @@ class Job:
     # ---- what most methods do
 
     def load(self, path: str | Path | None = None, *, training: bool = True) -> models.Loaded:
-        """The base, or the checkpoint in `path`; to train in the dtype for it."""
+        """The base, or the checkpoint in `path`; to train in the dtype for it.
+
+        Raises:
+            InputError: see `models.load`; also if there is no room for the weights.
+        """
         settings = self.command if path is None else self.command.model_copy(update={"model": str(path)})
+        if training:
+            weights = room.weights(models.path_of(settings.model), models.DTYPES.get(settings.dtype, torch.float32))
+            if note := room.full_training_note(weights, models.accelerator(self.trim_settings(keep=0.5)).device):
+                self.console.say(note)
         return models.load(settings, training=training)
 
     def tune(

@@ -65,7 +65,7 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
                 f"{command.source}: {command.to} would take {sizes[1] / 1e6:.2f} MB, not less than now "
                 f"({sizes[0] / 1e6:.2f} MB): only {share:.0%} of its weights can be quantized"
             )
-        difference = _compare(scratch, model)
+        difference = compare(scratch, model)
         measured, results = "", []
         if data is not None:
             settings = _evaluation(command, scratch)
@@ -137,7 +137,7 @@ def _share(model: nn.Module) -> float:
     return linear / (linear + sum(others.values()))
 
 
-def _compare(folder: Path, model: Any) -> float:
+def compare(folder: Path, model: Any) -> float:
     """The largest difference of logits between the checkpoint, loaded again, and the quantized model in memory."""
     try:
         with loading.quiet():

@@ -1,0 +1,48 @@
+"""Rows whose libraries want other versions than this environment's: made by the Python of another one, by this package.
+
+llm-compressor, for one, takes transformers up to a release only. Where the other environment has a trimllm of its own,
+this one wins there, so that all rows are measured by the same code.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import trimllm
+from trimllm.baselines import Cell
+
+OURS = (
+    *("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "psutil", "pydantic"),
+    *("pydantic_settings", "yaml", "jinja2", "matplotlib", "rouge_score"),
+)
+"""What this package depends on, by the names that are imported."""
+_PROBE = "import importlib.util as u, sys; print(*[name for name in sys.argv[1:] if u.find_spec(name) is None])"
+
+
+def lacking(python: str, cell: Cell) -> str:
+    """Why this Python cannot make the row: what it lacks, or that it does not run; empty if it can."""
+    try:
+        done = subprocess.run(
+            [python, "-c", _PROBE, *OURS, *cell.method.needs], capture_output=True, text=True, timeout=600
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"cannot be run: {getattr(error, 'strerror', None) or 'it does not answer'}"
+    if done.returncode:
+        return f"is no Python that runs: exit code {done.returncode}"
+    if names := done.stdout.split():
+        return f"lacks {', '.join(names)}: pip install 'trimllm[{cell.method.extra}]' there"
+    return ""
+
+
+def run(python: str, arguments: Sequence[str]) -> int:
+    """Run the row's process there; its exit code."""
+    with tempfile.TemporaryDirectory(prefix="trimllm-") as folder:
+        # Alone in a folder: the packages that are installed beside this one are for this Python.
+        (Path(folder) / "trimllm").symlink_to(Path(trimllm.__file__).parent, target_is_directory=True)
+        path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        return subprocess.run([python, "-m", "trimllm.baselines.cell", *arguments], env=environment).returncode

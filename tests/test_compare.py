@@ -1,0 +1,358 @@
+"""`trimllm compare`: one comparison from end to end, and what happens to rows that cannot be made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tomllib
+from helpers_run import save_base, save_task
+
+from trimllm import compare, inputs, models, plain_settings, room
+from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job
+from trimllm.config import CompareConfig, EvalConfig
+from trimllm.console import Console
+from trimllm.errors import InputError
+
+DEPTH = 4
+HALF = 0.5
+DONE = {
+    "status": "done",
+    "note": "",
+    "depth": 4,
+    "parameters": 10,
+    "disk_bytes": 40,
+    "accuracy": {"t": {"metric": "acc", "value": 50.0, "stderr": 1.0, "n": 4}},
+    "speed": {
+        "ratio": {"median": 1.0, "min": 0.9, "max": 1.1},
+        "prefill_tokens_per_second": 1.0,
+        "decode_tokens_per_second": 1.0,
+        "peak_bytes": None,
+    },
+    "tokens": 0,
+    "train_seconds": 0.0,
+    "compress_seconds": 0.0,
+    "seconds": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: Any) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("world")
+    return save_base(folder / "base", DEPTH), save_task(folder / "task")
+
+
+def settings(world: tuple[Path, Path], output: Path, **changes: Any) -> CompareConfig:
+    quick = {
+        "model": str(world[0]),
+        "task": str(world[1]),
+        "output": str(output),
+        "calibration_size": 6,
+        "lr": 1e-3,
+        "batch_size": 256,
+        "epochs_per_drop": 0.5,
+        "sequence": 16,
+        "new_tokens": 2,
+        "repeats": 1,
+        "device": "cpu",
+        "threads": 1,
+    }
+    return plain_settings.make(CompareConfig, quick | changes)
+
+
+def go(command: CompareConfig) -> dict[str, dict[str, Any]]:
+    rows = compare.compare(command, Console(quiet=True))["rows"]
+    return {Cell(METHODS[row["method"]], row["keep"]).name: row for row in rows}
+
+
+def in_process(monkeypatch: Any, picture: bool = False) -> None:
+    """Rows are made in this process: no child starts, nothing is timed."""
+
+    def child(command: list[str], **_: Any) -> Any:
+        assert command[1:3] == ["-m", "trimllm.baselines.cell"]
+        return SimpleNamespace(returncode=cell.main(command[3:]))
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=child))
+    monkeypatch.setattr(cell, "speed", lambda *_: DONE["speed"])
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    if not picture:
+        monkeypatch.setattr(compare, "picture", lambda *_: None)
+
+
+def made_up(monkeypatch: Any, **made: Any) -> list[list[str]]:
+    """Children that write a finished row at once, or what `made` says for a method; the list of those that ran."""
+    ran = []
+
+    def child(command: list[str], **_: Any) -> Any:
+        root, name, *keep = command[3:]
+        ran.append([name, *keep])
+        row = made.get(name, DONE)
+        if isinstance(row, int):
+            return SimpleNamespace(returncode=row)
+        each = Cell(METHODS[name], float(keep[0]) if keep else None)
+        text = json.dumps({"method": name, "keep": each.keep, **row})
+        (Path(root) / "cells" / each.name / "row.json").write_text(text)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=child))
+    monkeypatch.setattr(compare, "picture", lambda *_: None)
+    return ran
+
+
+def accuracy(checkpoint: Path, task: Path) -> dict[str, Any]:
+    """The reported split by the checkpoint, without anything of `compare`."""
+    settings = EvalConfig(model=str(checkpoint), task=str(task), calibration_size=6, device="cpu")
+    loaded = models.load(settings)
+    data = inputs.task_data(settings, loaded.tokenizer)
+    return (
+        inputs.scorer(settings, loaded.model, loaded.tokenizer, data.test).evaluate(loaded.model, data.metric).summary()
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(world: tuple[Path, Path], tmp_path_factory: Any) -> tuple[Path, dict[str, dict[str, Any]], str]:
+    """A real comparison: its folder, its rows, what it printed.
+
+    The base's row is made and timed as users have it, by a child process; the others in this one, for time's sake.
+    """
+    output = tmp_path_factory.mktemp("whole") / "compare"
+    names = ("base", "full", "trim", "shortgpt")
+    go(settings(world, output, methods=("base",), keep=(HALF,)))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        in_process(patch, picture=True)
+        go(settings(world, output, methods=names, keep=(HALF,), resume=True))
+    rows = json.loads((output / "compare.json").read_text())["rows"]
+    return output, {row["method"]: row for row in rows}, printed.getvalue()
+
+
+def test_figures_are_those_of_the_checkpoints(whole: Any, world: tuple[Path, Path]) -> None:
+    output, rows, _ = whole
+    assert list(rows) == ["base", "full", "trim", "shortgpt"]
+    assert all(row["status"] == "done" for row in rows.values())
+    for name, row in rows.items():
+        checkpoint = output / row["checkpoint"]
+        (found,) = row["accuracy"].values()
+        assert found == accuracy(checkpoint, world[1])
+        assert row["depth"] == (DEPTH if name in ("base", "full") else DEPTH // 2)
+        assert row["disk_bytes"] == (checkpoint / "model.safetensors").stat().st_size
+        assert row["tokens"] == 0 if name == "base" else row["tokens"] > 0
+    assert output / rows["base"]["checkpoint"] == world[0]
+    assert rows["trim"]["parameters"] == rows["shortgpt"]["parameters"] < rows["base"]["parameters"]
+
+
+def test_peers_train_as_long_as_the_progressive_run(whole: Any) -> None:
+    output, *_ = whole
+    stages = {}
+    for name in ("trim-0.5", "shortgpt-0.5"):
+        path = next(p for p in output.rglob("journal.jsonl") if name in str(p))
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        stages[name] = [line["train"]["steps"] for line in lines if line["event"] == "stage"]
+    assert sum(stages["trim-0.5"]) == sum(stages["shortgpt-0.5"]) > 0
+
+
+def test_table_shows_the_rows(whole: Any) -> None:
+    output, rows, printed = whole
+    for row in rows.values():
+        (found,) = row["accuracy"].values()
+        line = next(line for line in printed.splitlines() if line.startswith(METHODS[row["method"]].title))
+        assert f" {row['depth']}  {found['value']:.1f} +- {found['stderr']:.1f} " in re.sub(r" {2,}", "  ", line)
+        assert f"{row['parameters'] / 1e6:.2f}" in line
+        assert f"{row['speed']['decode_tokens_per_second']:.1f}" in line
+    speed = rows["base"]["speed"]
+    assert 0 < speed["ratio"]["min"] <= speed["ratio"]["median"] <= speed["ratio"]["max"]
+    assert speed["decode_tokens_per_second"] > 0
+    assert (output / "compare.png").stat().st_size > 5000
+
+
+def test_resume_keeps_finished_rows_and_adds_others(
+    whole: Any, world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """In a folder that was moved."""
+    output, rows, _ = whole
+    moved = shutil.copytree(output, tmp_path / "moved")
+    before = {path: path.stat().st_mtime_ns for path in moved.glob("cells/*/row.json")}
+    in_process(monkeypatch)
+    names = ("base", "full", "trim", "shortgpt", "random")
+    found = go(settings(world, moved, methods=names, keep=(HALF,), resume=True))
+    assert found["random-0.5"]["status"] == "done"
+    assert found["random-0.5"]["depth"] == DEPTH // 2
+    assert (moved / found["random-0.5"]["checkpoint"] / "config.json").exists()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {name: found[name]["accuracy"] for name in ("base", "full")} == {
+        name: rows[name]["accuracy"] for name in ("base", "full")
+    }
+
+
+def test_depths_of_trim_share_a_run(whole: Any, world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    output, rows, _ = whole
+    copy = shutil.copytree(output, tmp_path / "copy")
+    for name in ("trim-0.5", "shortgpt-0.5"):
+        shutil.rmtree(copy / "cells" / name)
+    shutil.rmtree(copy / "runs")
+    in_process(monkeypatch)
+    found = go(settings(world, copy, methods=("trim",), keep=(0.75, 0.5), resume=True))
+    assert [path.name for path in (copy / "runs").iterdir()] == ["trim-0.5"]
+    assert {name: found[name]["depth"] for name in ("trim-0.75", "trim-0.5")} == {"trim-0.75": 3, "trim-0.5": 2}
+    assert 0 < found["trim-0.75"]["tokens"] < found["trim-0.5"]["tokens"] == rows["trim"]["tokens"]
+    assert found["trim-0.5"]["accuracy"] == rows["trim"]["accuracy"]
+
+
+def test_other_settings_are_refused(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    ran = made_up(monkeypatch)
+    go(settings(world, tmp_path / "out", methods=("base",)))
+    with pytest.raises(InputError, match="add --resume") as error:
+        go(settings(world, tmp_path / "out", methods=("base",)))
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="lr") as error:
+        go(settings(world, tmp_path / "out", methods=("base",), resume=True, lr=5e-4))
+    assert "\n" not in str(error.value)
+    go(settings(world, tmp_path / "out", methods=("base",), resume=True, threads=2))
+    assert ran == [["base"]]
+
+
+def test_rows_that_failed_are_tried_again(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    made_up(monkeypatch, full=1)
+    assert go(settings(world, tmp_path / "out", methods=("base", "full")))["full"]["status"] == "failed"
+    ran = made_up(monkeypatch)
+    assert go(settings(world, tmp_path / "out", methods=("base", "full"), resume=True))["full"]["status"] == "done"
+    assert ran == [["full"]]
+
+
+def test_unknown_method_names_the_nearest(world: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--methods shortgtp: unknown method: did you mean 'shortgpt'"):
+        go(settings(world, tmp_path / "out", methods=("shortgtp",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_brings_what_it_starts_from() -> None:
+    assert [each.name for each in cells(("trim-int8",), (0.5, 0.75))] == [
+        *("full", "trim-0.75", "trim-0.5", "trim-int8-0.75", "trim-int8-0.5"),
+    ]
+    assert [each.method.name for each in cells((), (0.5,))] == list(METHODS)
+
+
+def test_missing_library_is_a_row_and_the_rest_goes_on(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    in_process(monkeypatch)
+    monkeypatch.setattr(cell, "find_spec", lambda name: None if name == "llmcompressor" else find_spec(name))
+    monkeypatch.setattr(cell, "measure", lambda *_: DONE)
+    found = go(settings(world, tmp_path / "out", methods=("gptq", "shortgpt")))
+    assert found["gptq"]["status"] == "not run"
+    assert re.fullmatch(r"needs llmcompressor: pip install 'trimllm\[baselines\]'.*", found["gptq"]["why"])
+    assert found["shortgpt-0.5"]["status"] == "done"
+    assert "GPTQ int4: not run: needs llmcompressor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [(-signal.SIGKILL, "signal 9: perhaps memory ran out"), (-signal.SIGTERM, "signal 15"), (1, "exit code 1")],
+)
+def test_a_child_that_dies_is_a_row(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, code: int, why: str
+) -> None:
+    ran = made_up(monkeypatch, full=code)
+    found = go(settings(world, tmp_path / "out", methods=("full", "top")))
+    assert found["full"]["status"] == "failed"
+    assert why in found["full"]["why"]
+    assert found["top-0.5"]["status"] == "done"
+    assert ran == [["full"], ["top", "0.5"]]
+
+
+def test_without_train_rows_every_row_says_so(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    task = tmp_path / "task"
+    task.mkdir()
+    shutil.copy(world[1] / "test.jsonl", task / "test.jsonl")
+    in_process(monkeypatch)
+    found = go(settings((world[0], task), tmp_path / "out", methods=("full", "shortgpt")))
+    assert re.fullmatch("task 'task' has no training rows: .*", found["full"]["why"])
+    assert found["shortgpt-0.5"]["why"].startswith(
+        "it starts from full fine-tuning, which is not there: task 'task' has"
+    )
+
+
+def test_a_model_too_large_is_said_before_it_is_loaded(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    in_process(monkeypatch)
+    size = room.weights(str(world[0]), None)
+    assert size is not None
+    monkeypatch.setattr(room, "free", lambda _: size - 1)
+    monkeypatch.setattr(models.loading, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    found = go(settings(world, tmp_path / "out", methods=("full",)))
+    assert found["full"]["status"] == "not run"
+    assert "the weights alone take" in found["full"]["why"]
+    monkeypatch.undo()
+    monkeypatch.setattr(room, "free", lambda _: 2 * size)
+    each = Cell(METHODS["full"], None)
+    job.Job(settings(world, tmp_path / "out", methods=("full",)), each, tmp_path / "out").load()
+    assert "full fine-tuning takes" in capsys.readouterr().err
+
+
+# ---- another Python
+
+
+def test_probe_asks_for_all_that_this_package_depends_on() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    names = {
+        re.split(r"[><=]", each)[0].replace("-", "_").replace("pyyaml", "yaml") for each in project["dependencies"]
+    }
+    assert set(elsewhere.OURS) == names
+    assert all(find_spec(name) for name in names)
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_another_python_that_lacks_something(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    """One line says what is missing there; no row's process starts."""
+    made_up(monkeypatch)
+    monkeypatch.setattr(cell, "find_spec", lambda name: None if name == "llmcompressor" else find_spec(name))
+    bare = script(tmp_path / "python", f'exec {sys.executable} -I -S "$@"')
+    found = go(settings(world, tmp_path / "out", methods=("gptq",), baselines_python=str(bare)))
+    assert found["full"]["status"] == "done"
+    assert found["gptq"]["status"] == "not run"
+    assert found["gptq"]["why"].startswith(f"--baselines-python {bare} lacks torch, transformers, ")
+    assert found["gptq"]["why"].endswith("llmcompressor: pip install 'trimllm[baselines]' there")
+    assert "\n" not in found["gptq"]["why"]
+
+
+def test_another_python_that_does_not_run(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    made_up(monkeypatch)
+    monkeypatch.setattr(cell, "find_spec", lambda name: None if name == "llmcompressor" else find_spec(name))
+    broken = script(tmp_path / "broken", "exit 3")
+    found = go(settings(world, tmp_path / "out", methods=("awq",), baselines_python=str(broken)))
+    assert found["awq"]["why"] == f"--baselines-python {broken} is no Python that runs: exit code 3"
+    with pytest.raises(InputError, match="--baselines-python /nowhere/python: no such program"):
+        go(settings(world, tmp_path / "new", methods=("awq",), baselines_python="/nowhere/python"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_python_runs_this_very_package(tmp_path: Path, monkeypatch: Any) -> None:
+    """Also where that environment has a trimllm of its own, and without what is installed beside this one."""
+    other = tmp_path / "site" / "trimllm"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise SystemExit(9)")
+    monkeypatch.setenv("PYTHONPATH", str(other.parent))
+    spy = 'import sys, trimllm; print(trimllm.__file__, sys.argv[1:], file=open(sys.argv[1], "w"))'
+    python = script(tmp_path / "python", f"shift 2; exec {sys.executable} -c '{spy}' \"$@\"")
+    assert elsewhere.run(str(python), [str(tmp_path / "said"), "gptq"]) == 0
+    path, _, rest = (tmp_path / "said").read_text().partition(" ")
+    assert Path(path).parent.name == "trimllm"
+    assert not Path(path).parent.exists()  # the link is gone with its folder
+    assert "gptq" in rest
+    assert os.environ["PYTHONPATH"] == str(other.parent)
