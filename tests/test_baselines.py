@@ -1,0 +1,130 @@
+"""Methods that `trimllm compare` sets beside ours: what they make is stock, and what they compute is what they say."""
+
+from __future__ import annotations
+
+import json
+
+import helpers_run as h
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trimllm import decoder
+from trimllm.baselines import METHODS, Cell, layer_drop
+from trimllm.baselines.job import Job
+from trimllm.config import CompareConfig
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    h.fast(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def job_of(tmp_path_factory):
+    """A job of the named method, in a comparison whose fully fine-tuned model is the random base."""
+    root = tmp_path_factory.mktemp("compare")
+    base = h.save_base(root / "base", depth=4)
+    task = h.save_task(root / "task", train=24, test=8)
+    full = root / "cells" / "full"
+    h.save_base(full / "trained", depth=4)
+    (full / "row.json").write_text(json.dumps({"status": "done", "checkpoint": "cells/full/model"}), encoding="utf-8")
+
+    def make(name, keep=0.5, **changes):
+        quick = {"calibration_size": 6, "lr": 1e-3, "batch_size": 128, "eval_batch_size": 96, "device": "cpu"}
+        command = CompareConfig(model=str(base), task=str(task), output=str(root), **(quick | changes))
+        job = Job(command, Cell(METHODS[name], keep), root)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        return job
+
+    return make
+
+
+def reloaded(product):
+    return AutoModelForCausalLM.from_pretrained(product.checkpoint).eval()
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def logits(model):
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+# ---- progressive layer dropping
+
+
+def test_layer_drop_makes_a_stock_checkpoint_of_full_depth_without_traces(job_of):
+    job = job_of("layer-drop")
+    product = layer_drop.run(job)
+    model = reloaded(product)
+    assert decoder.depth(model) == 4
+    before = job.load().model
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in before.parameters())
+    assert not torch.equal(
+        model.state_dict()["model.layers.3.mlp.up_proj.weight"], before.model.layers[3].mlp.up_proj.weight
+    )
+    assert product.tokens > 0
+    # Late in the training block l of 4 is skipped with probability l / 8: 31 % on average.
+    assert 20 < int(product.note.partition("%")[0]) < 42
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layer_drop_that_keeps_everything_is_plain_tuning_bit_for_bit(job_of, checkpointing):
+    job = job_of("layer-drop", gradient_checkpointing=checkpointing)
+    plain, dropped = job.load(), job.load()
+    job.tune(plain, 1, stage=0)
+    with layer_drop.dropping(dropped.model, seed=0, limit=1.0) as drops:
+        job.tune(dropped, 1, stage=0, on_step=drops.progress)
+    expected = weights(plain.model)
+    assert drops.drawn > drops.skipped == 0
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(dropped.model).items())
+    assert not any("forward" in vars(block) for block in decoder.blocks(dropped.model))
+
+
+def test_theta_falls_from_one_to_its_limit_as_published():
+    assert layer_drop.theta(0, 0.5) == 1
+    assert layer_drop.theta(0.01, 0.5) == pytest.approx(0.5 * 2.718281828**-1 + 0.5)
+    assert layer_drop.theta(1, 0.5) == pytest.approx(0.5)
+
+
+def test_a_kept_block_is_scaled_and_a_skipped_one_is_the_identity(job_of):
+    model = job_of("layer-drop").load().model.eval()
+    kept = {place: [] for place in range(4)}
+    with layer_drop.dropping(model, seed=3, limit=0.5) as drops:
+        drops.progress(1, 1)
+        stream = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+        block = decoder.blocks(model)[3]
+        positions = model.model.rotary_emb(stream, torch.arange(5)[None])
+        whole = block(stream, position_embeddings=positions)
+        model.train()
+        outputs = []
+        for _ in range(2000):
+            drops.draw()
+            for place in kept:
+                kept[place].append(drops.kept[place])
+        for drops.kept in ([True] * 4, [False] * 4):
+            outputs.append(block(stream, position_embeddings=positions))
+        model.eval()
+        assert torch.equal(block(stream, position_embeddings=positions), whole)
+    torch.testing.assert_close(outputs[0], stream + 2 * (whole - stream))
+    assert torch.equal(outputs[1], stream)
+    torch.testing.assert_close((outputs[0] + outputs[1]) / 2, whole)  # p = 1/2: right on average
+    shares = [sum(kept[place]) / 2000 for place in range(4)]
+    assert shares == pytest.approx([7 / 8, 6 / 8, 5 / 8, 4 / 8], abs=0.04)
+
+
+def test_with_gradient_checkpointing_the_same_blocks_are_skipped_again(job_of):
+    trained = []
+    for checkpointing in (False, True):
+        job = job_of("layer-drop", gradient_checkpointing=checkpointing)
+        loaded = job.load()
+        with layer_drop.dropping(loaded.model, seed=1) as drops:
+            job.tune(loaded, 1, stage=0, on_step=drops.progress)
+        assert drops.skipped > 0
+        trained.append(weights(loaded.model))
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(tensor, trained[1][name], msg=name)
