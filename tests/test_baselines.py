@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trimllm import decoder
-from trimllm.baselines import METHODS, Cell, layer_drop
+from trimllm import decoder, packing
+from trimllm.baselines import METHODS, Cell, layer_drop, streamline
 from trimllm.baselines.job import Job
 from trimllm.config import CompareConfig
 
@@ -128,3 +128,95 @@ def test_with_gradient_checkpointing_the_same_blocks_are_skipped_again(job_of):
         trained.append(weights(loaded.model))
     for name, tensor in trained[0].items():
         torch.testing.assert_close(tensor, trained[1][name], msg=name)
+
+
+# ---- LLM-Streamline
+
+
+def test_streamline_makes_a_stock_checkpoint_of_the_kept_depth(job_of):
+    job = job_of("streamline", epochs_per_drop=5.0)
+    product = streamline.run(job)
+    assert decoder.depth(reloaded(product)) == 2
+    first, last = product.note.split()[1], product.note.split()[3]
+    assert int(last) - int(first) == 2
+    kept = [i for i in range(4) if not int(first) < i <= int(last)]
+    plan = json.loads((product.checkpoint / "plan.json").read_text(encoding="utf-8"))
+    assert plan["layers"] == kept
+    # A tenth of the ten epochs for the replacement, and the ten.
+    assert product.tokens == pytest.approx(11 * sum(len(row.ids) for row in one_epoch(job)), rel=0.01)
+
+
+def one_epoch(job):
+    return [row for rows in job.plan(job.load(job.full), 1, 0) for row in rows]
+
+
+def states_of(model, inputs):
+    """Before every block and behind the last one, by hand."""
+    states = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in decoder.blocks(model)]
+    hooks.append(decoder.blocks(model)[-1].register_forward_hook(lambda _, _args, output: states.append(output)))
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_streamline_finds_the_run_with_the_largest_cosine(job_of, length):
+    job = job_of("streamline")
+    loaded = job.load(job.full)
+    scorer, _ = job.calibration(loaded)
+    sums = torch.zeros(4 - length + 1)
+    for batch in scorer.batches:
+        states = states_of(loaded.model, batch.inputs)
+        for start in range(len(sums)):
+            cosine = torch.nn.functional.cosine_similarity(states[start], states[start + length], dim=-1)
+            sums[start] += cosine[batch.real].sum()
+    tokens = sum(int(batch.real.sum()) for batch in scorer.batches)
+    start, cosine = streamline.find_run(job, loaded, length)
+    assert start == int(sums.argmax())
+    assert cosine == pytest.approx(float(sums.max()) / tokens, abs=1e-5)
+
+
+def reference_error(model, block, start, length, rows):
+    """Mean squared error of `block` against the run, one row at a time, no packing, no padding."""
+    total = count = 0
+    for row in rows:
+        states = states_of(model, {"input_ids": torch.tensor([row.ids[:-1]])})
+        positions = model.model.rotary_emb(states[0], torch.arange(row.inputs)[None])
+        with torch.no_grad():
+            found = block(states[start], position_embeddings=positions)
+        total += float((found - states[start + length]).square().sum())
+        count += found.numel()
+    return total / count
+
+
+def test_the_trained_replacement_is_nearer_to_the_run_than_its_first_block(job_of):
+    job = job_of("streamline")
+    loaded = job.load(job.full)
+    before = weights(loaded.model)
+    steps = job.plan(loaded, 6, 0)
+    block, errors = streamline.train_replacement(loaded.model, 1, 3, steps, job.trim_settings(keep=0.5), 0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(loaded.model).items())
+    first, rows = decoder.blocks(loaded.model)[1], one_epoch(job)
+    untrained, trained = (reference_error(loaded.model, one, 1, 3, rows) for one in (first, block))
+    assert trained < 0.8 * untrained
+    # The first step is taken with the first block as it is.
+    assert errors[0] == pytest.approx(reference_error(loaded.model, first, 1, 3, steps[0]), rel=1e-3)
+
+
+def test_the_error_leaves_padding_out_and_does_not_depend_on_packing_or_micro_batches(job_of):
+    job = job_of("streamline")
+    loaded = job.load(job.full)
+    rows = sorted(one_epoch(job), key=lambda row: row.inputs)[::6]
+    expected = reference_error(loaded.model, decoder.blocks(loaded.model)[0], 0, 2, rows)
+    for way in (packing.ALONE, packing.Way(128)):
+        packed = packing.pack(rows, way, 0)
+        found = streamline.mean_squared(loaded.model, 0, 2, decoder.blocks(loaded.model)[0], packed)
+        assert found.item() == pytest.approx(expected, rel=1e-4)
+    errors = []
+    for size in (None, 1):
+        settings = job.trim_settings(keep=0.5, micro_batch_size=size)
+        errors.append(streamline.train_replacement(loaded.model, 0, 2, [rows, rows], settings, 0)[1])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
