@@ -6,13 +6,17 @@ import json
 
 import helpers_run as h
 import pytest
+import tiny
 import torch
+from test_weights import naive_gradients
 from transformers import AutoModelForCausalLM
 
 from trimllm import decoder, packing
-from trimllm.baselines import METHODS, Cell, layer_drop, streamline
+from trimllm.baselines import METHODS, Cell, layer_drop, llm_pruner, streamline, width
 from trimllm.baselines.job import Job
 from trimllm.config import CompareConfig
+from trimllm.errors import InputError
+from trimllm.evaluate import Scorer
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +224,125 @@ def test_the_error_leaves_padding_out_and_does_not_depend_on_packing_or_micro_ba
         settings = job.trim_settings(keep=0.5, micro_batch_size=size)
         errors.append(streamline.train_replacement(loaded.model, 0, 2, [rows, rows], settings, 0)[1])
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+# ---- LLM-Pruner
+
+
+def test_llm_pruner_makes_a_narrow_stock_checkpoint_recovered_by_lora(job_of, monkeypatch):
+    pruned = {}
+    prune = width.prune
+
+    def keeping(model, *arguments):
+        prune(model, *arguments)
+        pruned.update(weights(model))
+
+    monkeypatch.setattr(width, "prune", keeping)
+    job = job_of("llm-pruner")
+    product = llm_pruner.run(job)
+    model, before = reloaded(product), job.load(job.full).model
+    config = model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (4, 2, 1)
+    assert (config.head_dim, config.intermediate_size) == (8, 24)
+    share = width.block_parameters(model) / width.block_parameters(before)
+    assert share == pytest.approx(0.5, abs=0.01)
+    assert product.note == f"1 of 2 KV heads, 24 of 48 MLP channels: {share:.1%} of the blocks' parameters left"
+    after = weights(model)
+    assert after.keys() == pruned.keys()
+    for name, tensor in after.items():
+        change = tensor - pruned[name]
+        if name.endswith("_proj.weight"):
+            assert 0 < torch.linalg.matrix_rank(change.double(), rtol=1e-4) <= llm_pruner.RANK
+        else:
+            assert not change.any()
+
+
+def reference_importance(model, gradients, place, name, rows):
+    """Of some rows (of the output projections: columns) of a layer, weight by weight."""
+    total = 0.0
+    for kind in ("weight", "bias"):
+        full = f"model.layers.{place}.{name}.{kind}"
+        if full in gradients and not (kind == "bias" and name.endswith(("o_proj", "down_proj"))):
+            product = (model.get_parameter(full) * gradients[full]).abs().double().detach()
+            total += float((product[:, rows] if name.endswith(("o_proj", "down_proj")) else product[rows]).sum())
+    return total
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_groups_of_largest_importance_stay(family, tokenizer, questions):
+    model, old = (tiny.build(family, 2) for _ in range(2))
+    gradients = naive_gradients(old, tokenizer, questions)
+    scorer = Scorer(model, tokenizer, questions)
+    new = width.wanted(model, 0.5)
+    width.prune(model, llm_pruner.importance(model, scorer), new)
+    assert new == width.widths(model) == width.Widths(2, 1, 24)
+    for place in range(2):
+        heads = []
+        for head in range(2):
+            queries, keys = slice(16 * head, 16 * head + 16), slice(8 * head, 8 * head + 8)
+            parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
+            heads.append(
+                sum(reference_importance(old, gradients, place, f"self_attn.{n}", r) for n, r in parts.items())
+            )
+        channels = [
+            sum(reference_importance(old, gradients, place, f"mlp.{n}", [channel]) for n in width.MLP)
+            for channel in range(48)
+        ]
+        kept = sorted(sorted(range(48), key=lambda channel: -channels[channel])[:24])
+        best = heads.index(max(heads))
+        before, after = old.model.layers[place], model.model.layers[place]
+        assert torch.equal(after.mlp.up_proj.weight, before.mlp.up_proj.weight[kept])
+        assert torch.equal(after.mlp.gate_proj.weight, before.mlp.gate_proj.weight[kept])
+        assert torch.equal(after.mlp.down_proj.weight, before.mlp.down_proj.weight[:, kept])
+        queries, keys = slice(16 * best, 16 * best + 16), slice(8 * best, 8 * best + 8)
+        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            one, other = getattr(after.self_attn, name), getattr(before.self_attn, name)
+            assert torch.equal(one.weight, other.weight[rows])
+            assert one.bias is None or torch.equal(one.bias, other.bias[rows])
+        assert torch.equal(after.self_attn.o_proj.weight, before.self_attn.o_proj.weight[:, queries])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
+def test_pruning_zeroed_groups_and_pruning_nothing_leave_the_logits(family, tokenizer, questions):
+    model = tiny.build(family, 2)
+    expected = logits(model)
+    everything = width.wanted(model, 1.0)
+    assert everything == width.widths(model)
+    width.prune(model, llm_pruner.importance(model, Scorer(model, tokenizer, questions)), everything)
+    assert torch.equal(logits(model), expected)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight[:, :16] = 0
+            block.mlp.down_proj.weight[:, ::2] = 0
+    expected = logits(model)
+    scores = [(torch.tensor([0.0, 1.0]), torch.arange(48) % 2 * 1.0) for _ in range(2)]
+    width.prune(model, scores, width.Widths(2, 1, 24))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**{**tiny.COMMON, "num_hidden_layers": 1, **changes}))
+
+
+def test_what_heads_cannot_give_channels_do():
+    # Of 7232 parameters 2560 are the attention's, 64 the norms', and 96 every channel's.
+    one_head = llama(num_key_value_heads=1)
+    new = width.wanted(one_head, 0.75)
+    assert (new.heads, new.channels) == (1, 29)
+    before, scores = width.block_parameters(one_head), [(torch.ones(1), torch.ones(48))]
+    width.prune(one_head, scores, new)
+    assert width.block_parameters(one_head) / before == pytest.approx(0.75, abs=0.01)
+    with pytest.raises(InputError, match=r"--keep 0.2: with 1 KV heads a block cannot get below 38%: keep more"):
+        width.wanted(llama(num_key_value_heads=1), 0.2)
+    # 3 of 4 heads do not divide the hidden size of 32: 2 or 4.
+    assert width.wanted(llama(num_key_value_heads=4), 0.7).heads in (2, 4)
+    # Wide MLPs keep a multiple of eight.
+    assert width.wanted(llama(intermediate_size=1000), 0.3).channels % 8 == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "olmo2", "mixtral", "stablelm", "diffllama", "qwen3_5_text"])
+def test_families_with_other_layers_are_refused(family):
+    with pytest.raises(InputError, match="model type"):
+        width.wanted(tiny.build(family, 4), 0.5)
