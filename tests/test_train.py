@@ -198,7 +198,7 @@ def test_the_plan_depends_on_the_seed_and_mixes_both_kinds(settings):
 
 def test_the_learning_rate_rises_then_falls_and_is_never_zero():
     for total in (1, 2, 5, 50, 400):
-        rates = [train._schedule(step, total) for step in range(total)]
+        rates = [train.schedule(step, total) for step in range(total)]
         top = rates.index(max(rates))
         assert max(rates) == 1.0
         assert min(rates) > 0
@@ -493,5 +493,5 @@ def test_every_cycle_is_about_as_long_and_ends_at_its_lowest_rate(total, cycle):
     assert max(lengths) - min(lengths) <= 1
     assert len(lengths) == max(1, round(total / cycle)) if cycle else lengths == [total]
     for begin, length in zip(begins, lengths, strict=True):
-        rates = [train._schedule(*places[step]) for step in range(begin, begin + length)]
+        rates = [train.schedule(*places[step]) for step in range(begin, begin + length)]
         assert rates[-1] == min(rates[1:] or rates)

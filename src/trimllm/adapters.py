@@ -100,7 +100,12 @@ def merge(model: nn.Module, name: str | Path, *, allow_pickle: bool = False) -> 
             f"adapter {str(name)!r} does not fit its base: {len(wrong)} weights are missing or left over, such as "
             f"{sorted(wrong)[0]}; was the base cut or changed since the adapter was trained?"
         )
-    merged = wrapped.merge_and_unload(safe_merge=True)
+    return unload(wrapped, before)
+
+
+def unload(wrapped: Any, before: set[str]) -> nn.Module:
+    """The model in a PEFT one, the adapter merged into its weights; `before` are the attributes it had before PEFT."""
+    merged: nn.Module = wrapped.merge_and_unload(safe_merge=True)
     for left in set(vars(merged)) - before:  # the configs of the adapter
         delattr(merged, left)
     return merged.requires_grad_(True)

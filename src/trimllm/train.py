@@ -184,7 +184,7 @@ def train_stage(
         for number, rows in enumerate(plan):
             place, length = _in_cycle(number, len(plan), cycle)
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * _schedule(place, length)
+                group["lr"] = settings.lr * schedule(place, length)
             with _autocast(model, accelerator):
                 loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
             if not math.isfinite(loss):
@@ -289,7 +289,7 @@ def _in_cycle(step: int, total: int, cycle: int | None) -> tuple[int, int]:
     return step - begin, end - begin
 
 
-def _schedule(step: int, total: int) -> float:
+def schedule(step: int, total: int) -> float:
     """Linear warm-up, then linear decay to zero."""
     warm = max(1, round(WARMUP_SHARE * total))
     return min((step + 1) / warm, (total - step) / max(1, total - warm + 1))

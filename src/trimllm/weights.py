@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,20 @@ def magnitude(model: Any, candidates: Sequence[Unit]) -> Array:
 
 
 def taylor(model: Any, scorer: Scorer, candidates: Sequence[Unit]) -> Array:
-    """(n,) sum of |weight * dL/dw|, L the mean loss per token of the right continuations of all the scorer's items.
+    """(n,) sum of |weight * dL/dw|, with the gradients of `gradients`."""
+    with gradients(model, scorer), torch.no_grad():
+        return np.array([sum(_first_order(p) for p in parameters(model, u)) for u in candidates])
+
+
+def _first_order(parameter: torch.nn.Parameter) -> float:
+    if parameter.grad is None:
+        return 0.0
+    return float((parameter * parameter.grad).abs().sum(dtype=torch.float64))
+
+
+@contextmanager
+def gradients(model: Any, scorer: Scorer) -> Iterator[None]:
+    """Within, the gradients of L: the mean loss per token of the right continuations of all the scorer's items.
 
     The model's gradients, `requires_grad` flags and mode are afterwards what they were.
     """
@@ -48,18 +62,10 @@ def taylor(model: Any, scorer: Scorer, candidates: Sequence[Unit]) -> Array:
             picked = logprobs[right[batch.segment]]
             (-picked.sum()).backward()
             count += picked.numel()
-        with torch.no_grad():
-            return np.array(
-                [
-                    sum(
-                        float((p * p.grad).abs().sum(dtype=torch.float64))
-                        for p in parameters(model, u)
-                        if p.grad is not None
-                    )
-                    / count
-                    for u in candidates
-                ]
-            )
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= count
+        yield
     finally:
         for parameter, flag, gradient in before:
             parameter.requires_grad_(flag)

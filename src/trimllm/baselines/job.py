@@ -16,7 +16,9 @@ from trimllm.baselines import METHODS, Cell
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError
+from trimllm.evaluate import Scorer
 from trimllm.layout import Layout, whole
+from trimllm.packing import Example
 from trimllm.targets import wanted_depth
 from trimllm.tasks import load_text
 
@@ -96,6 +98,27 @@ class Job:
                 self.console.say(note)
         return models.load(settings, training=training)
 
+    def plan(self, loaded: models.Loaded, epochs: float, seed: int) -> list[list[Example]]:
+        """The optimizer steps of so many epochs over the task, with domain text between.
+
+        Raises:
+            InputError: if no training rows are left, or one does not fit the context.
+        """
+        command = self.command
+        data = inputs.task_data(command, loaded.tokenizer)
+        longest = train.longest(loaded.model, command.max_length)
+        rows = train.task_examples(loaded.tokenizer, data.train, longest, truncate=command.truncate)
+        train.check(rows)
+        texts = load_text(command.text) if command.text else []
+        text = train.text_examples(loaded.tokenizer, texts, min(longest, command.batch_size))
+        return train.steps(rows, text, command, epochs, seed)
+
+    def calibration(self, loaded: models.Loaded) -> tuple[Scorer, str]:
+        """The calibration rows, ready for the model, which is moved to the device, and the task's metric."""
+        loaded.model.to(models.accelerator(self.trim_settings(keep=0.5)).device)
+        data = inputs.task_data(self.command, loaded.tokenizer)
+        return inputs.scorer(self.command, loaded.model, loaded.tokenizer, data.calibration), data.metric
+
     def tune(
         self,
         loaded: models.Loaded,
@@ -104,20 +127,15 @@ class Job:
         stage: int,
         parameters: Sequence[torch.nn.Parameter] | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        lr: float | None = None,
     ) -> train.StageReport:
         """Fine-tune in place on the task and the domain text, as a stage of `trimllm trim` does; all parameters
-        unless named."""
-        command, model = self.trim_settings(keep=0.5), loaded.model
+        unless named, at --lr unless another rate is given."""
+        command, model = self.trim_settings(keep=0.5, **({"lr": lr} if lr else {})), loaded.model
         accelerator = models.accelerator(command)
         model.to(accelerator.device)
-        data = inputs.task_data(command, loaded.tokenizer)
-        longest = train.longest(model, command.max_length)
-        rows = train.task_examples(loaded.tokenizer, data.train, longest, truncate=command.truncate)
-        train.check(rows)
-        texts = load_text(command.text) if command.text else []
-        text = train.text_examples(loaded.tokenizer, texts, min(longest, command.batch_size))
         seed = command.seed * 1000 + stage
-        plan = train.steps(rows, text, command, epochs, seed)
+        plan = self.plan(loaded, epochs, seed)
         if parameters is None:
             parameters = list(model.parameters())
             model.requires_grad_(True)

@@ -1,0 +1,151 @@
+"""LLM-Streamline, layer replacement (https://arxiv.org/abs/2403.19135): a run of blocks becomes one that stands for it.
+
+Of the fully fine-tuned model the run of n + 1 blocks whose output is most like its input (cosine) is replaced by one
+block, which begins as the first of them and is trained alone to give, in mean squared error, what the run gives in the
+intact model. Then the cut model is fine-tuned as other methods' are.
+
+The paper also replaces runs by plain MLPs, and trains the replacement on general text; here it is a decoder block, so
+that the checkpoint is a stock one, and it sees the task's and domain's rows: a tenth of the epochs of a progressive
+run, on top of those that follow.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimllm import decoder, families, models, packing, train
+from trimllm.baselines.job import Job, Product, Watch
+from trimllm.config import TrimConfig
+from trimllm.errors import InputError, TrimError
+from trimllm.layout import whole, without
+from trimllm.packing import Example, Packed
+from trimllm.scan import scan
+from trimllm.surgery import drop_layers
+
+SHARE = 0.1
+"""Epochs of the replacement, as a share of those of the fine-tuning."""
+
+
+def run(job: Job) -> Product:
+    loaded, watch = job.load(job.full), Watch()
+    model, depth = loaded.model, decoder.depth(loaded.model)
+    kind = decoder.text_config(model)
+    if not families.family(kind).resumable:
+        raise InputError(f"blocks of model type {kind.model_type} cannot be trained apart: they share more than states")
+    length = job.drops(depth) + 1
+    start, cosine = find_run(job, loaded, length)
+    seconds, epochs = watch.seconds(), job.epochs(depth)
+    gone, training = range(start + 1, start + length), Watch()
+    note = f"blocks {start} to {gone[-1]} (cosine {cosine:.3f}) became one"
+    steps = job.plan(loaded, epochs * SHARE, job.command.seed * 1000) if epochs else []
+    if steps:
+        pad = loaded.tokenizer.pad_token_id or 0
+        replacement, errors = train_replacement(model, start, length, steps, job.trim_settings(keep=0.5), pad)
+        decoder.blocks(model)[start].load_state_dict(replacement.state_dict())
+        note += f"; its mean squared error went from {errors[0]:.3g} to {errors[-1]:.3g} in training"
+    apart = training.seconds()
+    drop_layers(model, gone)
+    report = job.tune(loaded, epochs, stage=1)
+    tokens = sum(len(row.ids) for rows in steps for row in rows) + report.tokens
+    saved = job.save(loaded, without(whole(depth), gone))
+    return Product(saved, apart + report.seconds, compress_seconds=seconds, tokens=tokens, note=note)
+
+
+def find_run(job: Job, loaded: models.Loaded, length: int) -> tuple[int, float]:
+    """Where the run begins whose input and output are most alike on the calibration rows, and the mean cosine.
+
+    Raises:
+        InputError: if no run of that length can leave the model but for its first block.
+    """
+    scorer, metric = job.calibration(loaded)
+    found = scan(loaded.model, scorer, metric, trials=False, run=length)
+    depth, config = decoder.depth(loaded.model), decoder.text_config(loaded.model)
+    cosines = dict(zip((unit.index for unit in found.candidates), found.run_cosine.tolist(), strict=True))
+    refused = {
+        start: families.illegal(config, without(whole(depth), range(start + 1, start + length)))
+        for start, cosine in cosines.items()
+        if np.isfinite(cosine)
+    }
+    legal = [start for start, reason in refused.items() if reason is None]
+    if not legal:
+        raise InputError(f"no run of {length} blocks can become one: {next(iter(refused.values()), 'it is too long')}")
+    best = max(legal, key=lambda start: cosines[start])
+    return best, cosines[best]
+
+
+def train_replacement(
+    model: Any, start: int, length: int, steps: Sequence[Sequence[Example]], settings: TrimConfig, pad_id: int
+) -> tuple[torch.nn.Module, list[float]]:
+    """A block that maps the input of the run to its output in the intact model, and the error of every step.
+
+    AdamW with the rate, the batches and the schedule of a stage; the error is the mean over tokens and dimensions.
+
+    Raises:
+        TrimError: if the error is not a finite number.
+    """
+    way, _ = packing.find_way(model, [row for rows in steps for row in rows], pad_id)
+    accelerator = models.accelerator(settings)
+    replacement = copy.deepcopy(decoder.blocks(model)[start]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(replacement.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train.schedule(step, len(steps)))
+    model.eval()
+    errors: list[float] = []
+    for rows in steps:
+        count, total = sum(row.inputs for row in rows), 0.0
+        together = max(1, (settings.micro_batch_size or settings.batch_size) // max(len(row.ids) for row in rows))
+        for begin in range(0, len(rows), together):
+            packed = packing.pack(rows[begin : begin + together], way, pad_id, model.device)
+            with accelerator.autocast():
+                found = mean_squared(model, start, length, replacement, packed)
+            share = packed.tokens / count
+            (found * share).backward()
+            total += float(found.detach()) * share
+        if not np.isfinite(total):
+            raise TrimError(f"the replacement's error became {total} at step {len(errors) + 1}: lower --lr")
+        torch.nn.utils.clip_grad_norm_(replacement.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rate.step()
+        errors.append(total)
+    return replacement, errors
+
+
+def mean_squared(model: Any, start: int, length: int, block: torch.nn.Module, packed: Packed) -> torch.Tensor:
+    """Mean squared difference, over tokens that are no padding, of the block's output and that of the run."""
+    given: list[Any] = []
+    wanted: list[torch.Tensor] = []
+
+    def enter(_module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given.extend((args, named))
+
+    def leave(_module: Any, _args: Any, output: Any) -> None:
+        wanted.append(_states(output))
+        raise _LeftError
+
+    blocks = decoder.blocks(model)
+    with ExitStack() as stack:
+        stack.callback(blocks[start].register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(blocks[start + length - 1].register_forward_hook(leave).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(suppress(_LeftError))
+        model(**packed.inputs, use_cache=False)
+    real = torch.zeros(packed.inputs["input_ids"].shape, dtype=torch.bool, device=wanted[0].device)
+    for example, row, begin in packed.spans:
+        real[row, begin : begin + example.inputs] = True
+    args, named = given
+    return torch.nn.functional.mse_loss(_states(block(*args, **named))[real].float(), wanted[0][real].float())
+
+
+def _states(output: Any) -> torch.Tensor:
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+class _LeftError(Exception):
+    """Leaves a forward pass whose rest is not wanted."""
