@@ -87,6 +87,8 @@ def test_layer_drop_that_keeps_everything_is_plain_tuning_bit_for_bit(job_of, ch
     assert drops.drawn > drops.skipped == 0
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(dropped.model).items())
     assert not any("forward" in vars(block) for block in decoder.blocks(dropped.model))
+    hooks = [one.model.get_input_embeddings()._forward_hooks for one in (plain, dropped)]
+    assert len(hooks[0]) == len(hooks[1])
 
 
 def test_theta_falls_from_one_to_its_limit_as_published():
@@ -122,14 +124,17 @@ def test_a_kept_block_is_scaled_and_a_skipped_one_is_the_identity(job_of):
 
 
 def test_with_gradient_checkpointing_the_same_blocks_are_skipped_again(job_of):
-    trained = []
+    trained, passes = [], []
     for checkpointing in (False, True):
         job = job_of("layer-drop", gradient_checkpointing=checkpointing)
-        loaded = job.load()
+        loaded, attended = job.load(), []
+        loaded.model.model.layers[0].mlp.register_forward_pre_hook(lambda m, *_: attended.append(m.training))  # noqa: B023
         with layer_drop.dropping(loaded.model, seed=1) as drops:
-            job.tune(loaded, 1, stage=0, on_step=drops.progress)
+            job.tune(loaded, 4, stage=0, on_step=drops.progress)
         assert drops.skipped > 0
+        passes.append(sum(attended))
         trained.append(weights(loaded.model))
+    assert passes[1] > passes[0]
     for name, tensor in trained[0].items():
         torch.testing.assert_close(tensor, trained[1][name], msg=name)
 
