@@ -28,7 +28,7 @@ import psutil
 import torch
 from _llamacpp import PYTHON, Engine, bytes_per_token, speed_files
 from _quantized import WAYS, linears
-from _sides import SHAPES, alternate, cut_shape, finish, ratios
+from _sides import SHAPES, alternate, cut_shape, finish, ratios, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import trimllm
@@ -383,4 +383,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -368,12 +368,12 @@ class Run:
         row = self.journal.events[-1]
         if self.main:
             self.recorder.write_result(data, good, self.history(), base, row, report, saved)
+        first = self.journal.last("base") or {}
+        if collapsed := fluency.warning(first.get("fluency"), row.get("fluency")):
+            self.console.say(f"warning: {collapsed}")
         self.console.say(
             f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {self.metric} {card.percent(row['test'])}, "
             "reloaded and compared"
         )
-        first = self.journal.last("base") or {}
-        if collapsed := fluency.warning(first.get("fluency"), row.get("fluency")):
-            self.console.say(f"warning: {collapsed}")
         self.journal.add("done", table=f"{depth} layers, {self.metric} {card.percent(row['test'])}")
         return saved, self.history()
