@@ -7,9 +7,9 @@
 Parts: medicine, law, finance are the demo world and need nothing; medquad, cuad, banking77 need the lab base
 (`benchmarks/base/pretrain.py`) and the folder of data it was made from. Every run is one of `trimllm trim` and starts
 from the same fully fine-tuned model (per part and seed); at a given depth all arms have trained on the same number of
-task rows. One-shot arms need a run per depth, progressive ones give every depth on the way. Runs are kept in --output:
-what is finished is not repeated, what was interrupted goes on. The last line is one JSON object, also in
-results/study.json.
+epochs. One-shot arms need a run per depth, progressive ones give every depth on the way. Runs are kept in --output:
+what is finished is not repeated, what was interrupted goes on. The last line is one JSON object, and
+study.json in --output holds every accuracy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _sides import RESULTS, machine, run
+from _sides import machine, run
 
-from trimllm import config, models, plain_settings
+from trimllm import config, models, plain_settings, rundir
 from trimllm.console import Console, table
 from trimllm.demo.demo import RECIPE
 from trimllm.progressive import trim
@@ -34,7 +34,7 @@ from trimllm.targets import wanted_depth
 Settings = dict[str, Any]
 DEMO = plain_settings.read_yaml(RECIPE) | {"keep": None, "final_epochs": 0, "epochs_per_drop": 1.5, "model": "demo"}
 LAB = {"batch_size": 4096, "lr": 1e-3, "warmup_epochs": 6, "epochs_per_drop": 1.0, "calibration_size": 200}
-"""The recipe for the lab base: see docs/results.md for how the rate and the epochs were found."""
+"""A first recipe for the lab base: the rate and the epochs are not tuned."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,6 @@ class Arm:
 
     changes: Settings = field(default_factory=dict)
     per_depth: bool = False
-    base: bool = False
-    """Starts from the base, and trains the warm-up's epochs at the end instead."""
 
 
 def _peer(strategy: str, **more: Any) -> Arm:
@@ -88,7 +86,6 @@ ARMS = {
     "progressive random": Arm({"strategy": "random"}),
     "50 calibration rows": Arm({"calibration_size": 50}),
     "no domain text": Arm({"text": None, "text_ratio": 1.0}),
-    "scan before warm-up": Arm(base=True),
 }
 """The first is what the others change, one thing at a time."""
 
@@ -111,11 +108,12 @@ def settings(part: str, seed: int, options: argparse.Namespace) -> Settings:
 def one_run(output: Path, given: Settings) -> list[Settings]:
     """The stages of a run, which is made, or gone on with, if it is not finished."""
     result = output / "result.json"
-    if not result.exists():
+    asked = plain_settings.make(config.TrimConfig, {**given, "output": str(output), "resume": True})
+    if result.exists():
+        rundir.same_settings(asked, output, {*rundir.FREE_OF_CHOICE} - {"model"})
+    else:
         print(f"--- {output}", flush=True)
-        trim(
-            plain_settings.make(config.TrimConfig, {**given, "output": str(output), "resume": True}), console=Console()
-        )
+        trim(asked, console=Console())
     rows: list[Settings] = json.loads(result.read_text(encoding="utf-8"))["history"]
     return [row for row in rows if row["event"] == "stage"]
 
@@ -140,8 +138,6 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
     if name != next(iter(ARMS)):
         tuned = RunDir(reference).checkpoint(wanted[1.0])
         start: Settings = {"model": str(tuned), "warmup_epochs": 0}
-        if arm.base:
-            start = {"warmup_epochs": 0, "epochs_per_drop": _spread(given, wanted)}
         place, first = folder(options.output, part, seed, name), stages[:1]
         common = {**given, **start, **arm.changes, "report_depths": True, "keep_checkpoints": False}
         if arm.per_depth:
@@ -152,12 +148,6 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
         stages = [*first, *stages]
     by_depth = {stage["depth"]: stage["test"] for stage in stages}
     return {keep: by_depth[depth] for keep, depth in wanted.items() if depth in by_depth}
-
-
-def _spread(given: Settings, wanted: dict[float, int]) -> float:
-    """Epochs per drop that also hold those of the warm-up, over all drops."""
-    drops = wanted[1.0] - min(wanted.values())
-    return float(given["epochs_per_drop"]) + float(given["warmup_epochs"]) / drops
 
 
 def means(found: dict[str, list[dict[float, Settings]]], keeps: list[float]) -> dict[str, dict[str, list[float]]]:
@@ -197,6 +187,8 @@ def main() -> int:
     for seed in options.seeds:
         for part in options.parts:
             for name in options.arms:
+                if "text" in ARMS[name].changes and "text" not in PARTS[part].settings:
+                    continue
                 by = accuracies(part, seed, name, options)
                 found[name].append(by)
                 raw.append({"part": part, "seed": seed, "arm": name, "accuracy": {f"{k:g}": v for k, v in by.items()}})
@@ -209,7 +201,7 @@ def main() -> int:
     print(report(summary, options.keep))
     record = {"name": "study", "unit": "points", "parts": options.parts, "seeds": options.seeds, "summary": summary}
     record |= {"machine": machine(), "raw": raw}
-    (RESULTS / "study.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (options.output / "study.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in record.items() if key != "raw"}))
     return 0
 

@@ -356,3 +356,24 @@ def test_another_python_runs_this_very_package(tmp_path: Path, monkeypatch: Any)
     assert not Path(path).parent.exists()  # the link is gone with its folder
     assert "gptq" in rest
     assert os.environ["PYTHONPATH"] == str(other.parent)
+
+
+def test_a_resume_with_fewer_methods_keeps_the_other_rows_in_the_table(tmp_path):
+    for name, keep in (("shortgpt-0.25", 0.25), ("base", None), ("shortgpt-0.5", 0.5)):
+        folder = tmp_path / "cells" / name
+        folder.mkdir(parents=True)
+        row = {"method": name.split("-")[0], "keep": keep, "status": "not run", "why": "a test"}
+        (folder / "row.json").write_text(json.dumps(row), encoding="utf-8")
+    rows = compare.finished(tmp_path)
+    assert [(row["method"], row["keep"]) for row in rows] == [("base", None), ("shortgpt", 0.5), ("shortgpt", 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"sequence": 100_000}, "--sequence 100000"), ({"also": ("no_such_task",)}, "no_such_task")],
+)
+def test_what_training_would_come_before_is_checked_first(tmp_path, changes, said):
+    command = CompareConfig(model="demo", task="demo_law", output=str(tmp_path / "new"), **changes)
+    with pytest.raises(InputError, match=said):
+        compare.compare(command, Console(quiet=True))
+    assert not (tmp_path / "new").exists()

@@ -227,7 +227,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
         "batch": args.batch,
         "tokens": done * args.batch * ROW / 1e6,
         "hours": seconds / 3600,
-        "device": "one H100" if args.device == "cuda" else f"{torch.get_num_threads()} CPU core(s)",
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU core(s)",
         "lr": args.lr,
         "muon_lr": args.muon_lr,
         "loss": log[-1]["loss"],

@@ -38,8 +38,8 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     wanted = cells(command.methods, command.keep)
     if command.baselines_python and shutil.which(command.baselines_python) is None:
         raise InputError(f"--baselines-python {command.baselines_python}: no such program: name a Python executable")
+    check(command)
     claim(command, root)
-    rows = {}
     for number, each in enumerate(wanted, 1):
         earlier = read_row(root, each)
         if earlier.get("status") != "done":
@@ -47,8 +47,7 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
             make_row(command, each, root)
             earlier = read_row(root, each)
         console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
-        rows[each.name] = earlier
-        made = record(command, {name: row | {"title": title(name)} for name, row in rows.items()})
+        made = record(command, finished(root))
         journal.write_json(root / "compare.json", made)
     print(report(made))
     picture(made, root / "compare.png")
@@ -56,10 +55,35 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     return made
 
 
-def title(name: str) -> str:
-    """The method's title by the row's name (`shortgpt-0.5`)."""
-    method = METHODS.get(name) or METHODS[name.rsplit("-", 1)[0]]
-    return method.title
+def check(command: CompareConfig) -> None:
+    """What would only be met after hours of training: the length of rows for the speed, and the tasks of --also.
+
+    Raises:
+        InputError: if the model's context is too short, or a task cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    from trimllm import adapters, encoding, inputs, loading, models
+
+    path = models.path_of(command.model)
+    loading.check_path(path)
+    if command.sequence is not None and not adapters.base_of(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=command.trust_remote_code)
+        context = encoding.context_length(config)
+        if command.sequence > context:
+            raise InputError(f"--sequence {command.sequence}: the model takes at most {context} tokens: ask for less")
+    if command.also:
+        tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
+        for task in command.also:
+            inputs.task_data(command.model_copy(update={"task": task, "task_files": None, "metric": None}), tokenizer)
+
+
+def finished(root: Path) -> list[dict[str, Any]]:
+    """All rows that are there, also of earlier calls, in the order of the table."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in (root / "cells").glob("*/row.json")]
+    order = list(METHODS)
+    rows.sort(key=lambda row: (order.index(row["method"]), -(row["keep"] or 0)))
+    return [row | {"title": METHODS[row["method"]].title} for row in rows]
 
 
 def claim(command: CompareConfig, root: Path) -> None:

@@ -16,19 +16,19 @@ def row_line(cell: Cell, row: dict[str, Any]) -> str:
     """A finished row in one line."""
     if row["status"] != "done":
         return f"{cell.name}: {row['status']}: {row['why']}"
-    first = next(iter(row["accuracy"].values()))
+    first, made = next(iter(row["accuracy"].values())), clock(row["train_seconds"] + row["compress_seconds"])
     return (
         f"{cell.name}: {first['metric']} {first['value']:.1f} +- {first['stderr']:.1f}, {row['depth']} layers, "
-        f"{row['speed']['ratio']['median']:.2f}x the base's decode speed, {clock(row['seconds'])}"
+        f"{row['speed']['ratio']['median']:.2f}x the base's decode speed, {made}"
     )
 
 
-def record(command: CompareConfig, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def record(command: CompareConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The contents of compare.json."""
     return {
         "settings": command.model_dump(mode="json"),
         "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine()},
-        "rows": list(rows.values()),
+        "rows": rows,
     }
 
 

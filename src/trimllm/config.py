@@ -411,6 +411,14 @@ class CompareConfig(TrainSettings, TaskSettings, ModelSettings):
     """Python of another environment, with trimllm[baselines] in it, for methods whose libraries are missing here."""
 
     @model_validator(mode="after")
+    def _methods_train_everything(self) -> CompareConfig:
+        if self.cache_frozen_prefix != "off":
+            raise ValueError("--cache-frozen-prefix is for frozen blocks, and most methods train all: leave it out")
+        if self.mixed_precision == "bf16" and self.dtype in ("bfloat16", "float16"):
+            raise ValueError(f"--mixed-precision bf16 is for float32 weights: leave out --dtype {self.dtype}")
+        return self
+
+    @model_validator(mode="after")
     def _names_something(self) -> CompareConfig:
         if not self.keep:
             raise ValueError("--keep names no share: give at least one, such as --keep 0.5")

@@ -24,9 +24,10 @@ from trimllm.plain_settings import to_yaml
 
 FREE_OF_CHOICE = (
     *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
-    *("gradient_checkpointing", "lr", "max_grad_norm", "min_accuracy", "max_drop"),
+    *("gradient_checkpointing", "lr", "max_grad_norm", "min_accuracy", "max_drop", "model"),
 )
-"""Settings that may differ when a run is resumed: where it computes, and the remedies for what can end it."""
+"""Settings that may differ when a run is resumed: where it computes, the remedies for what can end it, and where the
+base lies (that its weights are the same is checked by their SHA-256)."""
 
 
 class RunDir:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,23 +76,23 @@ def measure(command: CompareConfig, cell: Cell, root: Path) -> dict[str, Any]:
     job = Job(command, cell, root)
     for name in cell.method.after:
         job.check_earlier(name)
-    started, before = time.perf_counter(), benching.resident("VmRSS")
+    before = benching.resident("VmRSS")
     module = importlib.import_module(f"trimllm.baselines.{cell.method.module}")
     job.folder.mkdir(parents=True, exist_ok=True)
     product: Product = module.run(job)
-    seconds = time.perf_counter() - started
     device = models.device_of(command.device)
     if device.type == "cuda":
         peak: int | None = torch.cuda.max_memory_allocated(device)
     else:
         most = benching.resident("VmHWM")
         peak = None if most is None or before is None else most - before
+    if cell.method.module == "trimmed" and len(command.keep) > 1:
+        peak = None  # one run makes several rows
     made = {key: value for key, value in asdict(product).items() if key != "checkpoint"}
     return {
         "status": "done",
         "checkpoint": relative(product.checkpoint, root),
         **made,
-        "seconds": seconds,
         "making_peak_bytes": peak,
         **evaluate(job, product),
         "speed": speed(command, product),
@@ -118,6 +117,10 @@ def evaluate(job: Job, product: Product) -> dict[str, Any]:
         settings = job.command.model_copy(update=changes)
         data = inputs.task_data(settings, loaded.tokenizer)
         scorer = inputs.scorer(settings, loaded.model, loaded.tokenizer, data.test)
+        if data.name in found:
+            raise InputError(
+                f"--also {task}: its name, {data.name}, is that of another task: rename the folder or file"
+            )
         found[data.name] = scorer.evaluate(loaded.model, data.metric).summary()
     return {
         "accuracy": found,
@@ -154,6 +157,7 @@ def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
         sequence=sequence,
         new_tokens=min(command.new_tokens, sequence - 1),
         repeats=command.repeats,
+        attention=command.attention,
         device=command.device,
         threads=command.threads,
         trust_remote_code=command.trust_remote_code,

@@ -61,7 +61,9 @@ def run(job: Job) -> Product:
         said = f"int4, a scale per {size} weights" + ("" if size == GROUPS[0] else f" ({GROUPS[0]} does not divide)")
         said += "; transformers unpacks them on first use: less on disk, not in memory, and no faster"
     count = sum(len(batch["input_ids"]) for batch in rows)
-    return Product(target, compress_seconds=watch.seconds(), note=f"{said}; calibrated on {count} training rows")
+    return Product(
+        target, compress_seconds=watch.seconds(), note=f"{said}; calibrated on {count} rows of train and domain text"
+    )
 
 
 def linears(model: Any) -> dict[str, nn.Linear]:

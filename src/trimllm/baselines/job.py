@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trimllm import decoder, export, inputs, models, progressive, room, rundir, train
+from trimllm import decoder, export, inputs, models, progressive, room, rundir, sparse, train
 from trimllm.baselines import METHODS, Cell
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig
 from trimllm.console import Console
@@ -137,8 +137,8 @@ class Job:
         seed = command.seed * 1000 + stage
         plan = self.plan(loaded, epochs, seed)
         if parameters is None:
-            parameters = list(model.parameters())
-            model.requires_grad_(True)
+            embeddings = stage == 0 or command.train_embeddings
+            parameters = sparse.freeze(model, whole(decoder.depth(model)), None, embeddings=embeddings)
         pad = loaded.tokenizer.pad_token_id
         with self.console.progress(self.cell.name) as show:
 
@@ -158,6 +158,7 @@ class Job:
                 folder=self.folder,
                 on_step=step,
                 say=self.console.say,
+                attention=command.attention,
             )
 
     def save(self, loaded: models.Loaded, layout: Layout | None = None) -> Path:
