@@ -6,8 +6,9 @@
 
 Parts: medicine, law, finance are the demo world and need nothing; medquad, cuad, banking77 need the lab base
 (`benchmarks/base/pretrain.py`) and the folder of data it was made from. Every run is one of `trimllm trim` and starts
-from the same fully fine-tuned model (per part and seed); at a given depth all arms have trained on the same number of
-epochs. One-shot arms need a run per depth, progressive ones give every depth on the way. Runs are kept in --output:
+from the same fully fine-tuned model (per part and seed), unless its arm says otherwise; at a given depth all arms have
+trained for the same number of epochs, that full fine-tuning included. Progressive arms give every depth on the way in
+one run; those that cut at once, or train longest at the end, need a run per depth. Runs are kept in --output:
 what is finished is not repeated, what was interrupted goes on. The last line is one JSON object, and
 study.json in --output holds every accuracy.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +34,7 @@ from trimllm.rundir import RunDir
 from trimllm.targets import wanted_depth
 
 Settings = dict[str, Any]
-DEMO = plain_settings.read_yaml(RECIPE) | {"keep": None, "final_epochs": 0, "epochs_per_drop": 1.5, "model": "demo"}
+DEMO = plain_settings.read_yaml(RECIPE) | {"keep": None, "final_epochs": 0, "epochs_per_drop": 1.0, "model": "demo"}
 LAB = {"batch_size": 4096, "lr": 1e-3, "warmup_epochs": 6, "epochs_per_drop": 1.0, "calibration_size": 200}
 """A first recipe for the lab base: the rate and the epochs are not tuned."""
 
@@ -60,15 +62,35 @@ class Arm:
 
     changes: Settings = field(default_factory=dict)
     per_depth: bool = False
+    late: float = 0.0
+    """Share of the epochs behind drops that comes after the last one; takes a run per depth."""
+    from_base: bool = False
+    """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
+
+    def settings(self, given: Settings, drops: int) -> Settings:
+        """The settings of a run that drops so many blocks."""
+        epochs = given["epochs_per_drop"]
+        spread: Settings = {"epochs_per_drop": epochs * (1 - self.late), "final_epochs": epochs * self.late * drops}
+        if self.from_base:
+            spread["final_epochs"] += given["warmup_epochs"]
+        return {**given, **spread, "warmup_epochs": 0, **self.changes}
 
 
 def _peer(strategy: str, **more: Any) -> Arm:
     return Arm({"one_shot": True, "strategy": strategy, "sparse_update": "off", **more}, per_depth=True)
 
 
+LATE = 2 / 3
+
+
 ARMS = {
     "trimllm": Arm(),
+    "late": Arm(per_depth=True, late=LATE),
+    "late, r=1": Arm({"sparse_update": "off"}, per_depth=True, late=LATE),
+    "late, pairs": Arm({"unit": "pair"}, per_depth=True, late=LATE),
     "one-shot": _peer("scan+norm", sparse_update="static"),
+    "one-shot, r=1": _peer("scan+norm"),
+    "one-shot, base scanned": Arm({"one_shot": True}, per_depth=True, from_base=True),
     "shortgpt": _peer("bi"),
     "angular": _peer("angular"),
     "perplexity": _peer("perplexity"),
@@ -91,7 +113,7 @@ ARMS = {
 
 
 def folder(root: Path, part: str, seed: int, arm: str) -> Path:
-    return root / f"{part}-{seed}" / arm.replace(" ", "-").replace("/", "-")
+    return root / f"{part}-{seed}" / re.sub(r"\W+", "-", arm)
 
 
 def settings(part: str, seed: int, options: argparse.Namespace) -> Settings:
@@ -137,14 +159,18 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
     stages = one_run(reference, {**given, "depth": least, "keep_checkpoints": True, "report_depths": True})
     if name != next(iter(ARMS)):
         tuned = RunDir(reference).checkpoint(wanted[1.0])
-        start: Settings = {"model": str(tuned), "warmup_epochs": 0}
         place, first = folder(options.output, part, seed, name), stages[:1]
-        common = {**given, **start, **arm.changes, "report_depths": True, "keep_checkpoints": False}
+        common = given if arm.from_base else {**given, "model": str(tuned)}
+
+        def made(output: Path, depth: int) -> list[Settings]:
+            changed = arm.settings(common, wanted[1.0] - depth)
+            return one_run(output, {**changed, "depth": depth, "report_depths": True})
+
         if arm.per_depth:
-            shares = {keep: depth for keep, depth in wanted.items() if keep < 1}
-            stages = [one_run(place / f"{depth}", {**common, "depth": depth})[-1] for depth in shares.values()]
+            shares = sorted({depth for keep, depth in wanted.items() if keep < 1})
+            stages = [made(place / f"{depth}", depth)[-1] for depth in shares]
         else:
-            stages = one_run(place, {**common, "depth": least})[1:]
+            stages = made(place, least)[1:]
         stages = [*first, *stages]
     by_depth = {stage["depth"]: stage["test"] for stage in stages}
     return {keep: by_depth[depth] for keep, depth in wanted.items() if depth in by_depth}
