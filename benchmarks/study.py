@@ -4,13 +4,15 @@
     python benchmarks/study.py --parts cuad --base BASE --data DATA       # the lab base on real text
     python benchmarks/study.py --arms trimllm one-shot --seeds 0          # a part of it
 
-Parts: medicine, law, finance are the demo world and need nothing; medquad, cuad, banking77 need the lab base
-(`benchmarks/base/pretrain.py`) and the folder of data it was made from. Every run is one of `trimllm trim` and starts
-from the same fully fine-tuned model (per part and seed), unless its arm says otherwise; at a given depth all arms have
-trained for the same number of epochs, that full fine-tuning included. Progressive arms give every depth on the way in
-one run; those that cut at once, or train longest at the end, need a run per depth. Runs are kept in --output:
-what is finished is not repeated, what was interrupted goes on. The last line is one JSON object, and
-study.json in --output holds every accuracy.
+Parts: medicine, law, finance are the demo world and need nothing; the others need the lab base
+(`benchmarks/base/pretrain.py`) and the folder of data it was made from. medquad, cuad, banking77 are choices;
+answers to medquad_gen, tatqa_gen, gsm8k are written (`benchmarks/beyond.py` has the trimmed models write them).
+
+Every run is one of `trimllm trim` and starts from the same fully fine-tuned model (per part and seed), unless its arm
+says otherwise; at a given depth all arms have trained for the same number of epochs, that full fine-tuning included.
+Progressive arms give every depth on the way in one run; those that cut at once, or train longest at the end, need a
+run per depth. Runs are kept in --output: what is finished is not repeated, what was interrupted goes on. The last
+line is one JSON object, and study.json in --output holds every accuracy.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ Settings = dict[str, Any]
 DEMO = plain_settings.read_yaml(RECIPE) | {"keep": None, "final_epochs": 0, "epochs_per_drop": 1.0, "model": "demo"}
 LAB = {"batch_size": 4096, "lr": 1e-3, "warmup_epochs": 6, "epochs_per_drop": 1.0, "calibration_size": 200}
 """A first recipe for the lab base: the rate and the epochs are not tuned."""
+WRITTEN = {"truncate": True, "max_train": 2000, "max_test": 300}
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,18 @@ class Part:
     settings: Settings
     files: str | None = None
     """Folder of the task under --data."""
+    generation: bool = False
+    """Answers are written and not chosen; accuracy is the likelihood of the reference (see benchmarks/beyond.py)."""
 
 
 PARTS = {
     **{name: Part(DEMO | {"task": f"demo_{name}", "text": f"demo_{name}"}) for name in ("medicine", "law", "finance")},
     "medquad": Part(LAB | {"max_train": 3000, "max_test": 800}, "medical/medquad_qtype"),
-    "cuad": Part(LAB, "legal/cuad_clause_type"),
+    "cuad": Part(LAB | {"truncate": True}, "legal/cuad_clause_type"),
     "banking77": Part(LAB | {"max_test": 800}, "finance/banking77"),
+    "medquad_gen": Part(LAB | WRITTEN, "medical/medquad_gen", generation=True),
+    "tatqa_gen": Part(LAB | WRITTEN, "finance/tatqa_gen", generation=True),
+    "gsm8k": Part(LAB | WRITTEN, "generation/gsm8k", generation=True),
 }
 
 
