@@ -95,6 +95,7 @@ ARMS = {
     "trimllm": Arm(),
     "late": Arm(per_depth=True, late=LATE),
     "late, r=1": Arm({"sparse_update": "off"}, per_depth=True, late=LATE),
+    "late, frozen embeddings": Arm({"train_embeddings": False}, per_depth=True, late=LATE),
     "late, pairs": Arm({"unit": "pair"}, per_depth=True, late=LATE),
     "one-shot": _peer("scan+norm", sparse_update="static"),
     "one-shot, r=1": _peer("scan+norm"),
