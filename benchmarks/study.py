@@ -94,6 +94,7 @@ LATE = 2 / 3
 ARMS = {
     "trimllm": Arm(),
     "late": Arm(per_depth=True, late=LATE),
+    "all late": Arm(per_depth=True, late=1.0),
     "late, r=1": Arm({"sparse_update": "off"}, per_depth=True, late=LATE),
     "late, frozen embeddings": Arm({"train_embeddings": False}, per_depth=True, late=LATE),
     "late, pairs": Arm({"unit": "pair"}, per_depth=True, late=LATE),
