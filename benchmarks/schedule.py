@@ -27,9 +27,10 @@ from trimllm.demo.demo import settings
 from trimllm.demo.world import DOMAINS
 from trimllm.progressive import trim
 
+SPENT = {"epochs_per_drop": 1.0, "final_epochs": 4.0}
 SIDES: dict[str, dict[str, Any]] = {
-    "published": {"schedule": "epoch"},
-    "recover": {"schedule": "recover"},
+    "published": {"schedule": "epoch", **SPENT},
+    "recover": {"schedule": "recover", **SPENT},
 }
 """What differs from the demo's recipe. At half the depth the published side ends with 1 + 4 epochs, recover with 4."""
 

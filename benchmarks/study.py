@@ -36,8 +36,9 @@ from trimllm.rundir import RunDir
 from trimllm.targets import wanted_depth
 
 Settings = dict[str, Any]
-DEMO = plain_settings.read_yaml(RECIPE) | {"keep": None, "final_epochs": 0, "epochs_per_drop": 1.0, "model": "demo"}
-LAB = {"batch_size": 4096, "lr": 1e-3, "warmup_epochs": 6, "epochs_per_drop": 1.0, "calibration_size": 200}
+SPREAD = {"keep": None, "schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 0}
+DEMO = plain_settings.read_yaml(RECIPE) | SPREAD | {"model": "demo"}
+LAB = SPREAD | {"batch_size": 4096, "lr": 1e-3, "warmup_epochs": 6, "calibration_size": 200}
 """A first recipe for the lab base: the rate and the epochs are not tuned."""
 WRITTEN = {"truncate": True, "max_train": 2000, "max_test": 300}
 
@@ -71,7 +72,7 @@ class Arm:
     changes: Settings = field(default_factory=dict)
     per_depth: bool = False
     late: float = 0.0
-    """Share of the epochs behind drops that comes after the last one; takes a run per depth."""
+    """Share of the epochs behind drops that comes after the last one (2/3: --schedule late); takes a run per depth."""
     from_base: bool = False
     """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
 

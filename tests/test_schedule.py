@@ -254,8 +254,8 @@ def test_units_that_go_at_once_leave_what_they_leave_one_by_one(kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schedule": "recover", "one_shot": True}, "--one-shot is for --schedule epoch"),
-        ({"schedule": "recover", "drops_per_stage": 2}, "--drops-per-stage 2 is for --schedule epoch"),
+        ({"schedule": "recover", "one_shot": True}, "--one-shot is not for --schedule recover"),
+        ({"schedule": "recover", "drops_per_stage": 2}, "--drops-per-stage 2 is not for --schedule recover"),
         ({"max_joint": 2}, "--max-joint is for --schedule recover"),
         ({"joint_tolerance": 0.1}, "--joint-tolerance is for --schedule recover"),
         ({"recover_tolerance": 0.1}, "--recover-tolerance is for --schedule recover"),
@@ -269,15 +269,39 @@ def test_options_without_an_effect_are_refused(base, task, tmp_path, changes, me
 
 
 def test_epochs_of_a_stage():
-    def epochs(units, *, last, **settings):
-        return stage_epochs(TrimConfig(model="m", task="t", output="o", **settings), units, last=last)
+    def epochs(units, stage=1, *, last, **settings):
+        return stage_epochs(TrimConfig(model="m", task="t", output="o", **settings), units, stage, last=last)
 
-    assert epochs(3, last=False) == 1
-    assert epochs(3, last=True, final_epochs=4) == 5
-    assert epochs(3, last=True, one_shot=True, depth=1) == 3
+    assert epochs(3, last=False, schedule="epoch") == 1
+    assert epochs(3, last=True, schedule="epoch", final_epochs=4) == 5
+    assert epochs(3, last=True, schedule="epoch", one_shot=True, depth=1) == 3
     assert epochs(3, last=False, schedule="recover", epochs_per_drop=2) == 6
     assert epochs(3, last=True, schedule="recover", epochs_per_drop=2) == 2
     assert epochs(3, last=True, schedule="recover", epochs_per_drop=2, final_epochs=4) == 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"one_shot": True, "depth": 1}, {"drops_per_stage": 2}], ids=str)
+def test_late_training_is_as_much_in_all_and_most_of_it_comes_last(settings):
+    def every(schedule):
+        config = TrimConfig(
+            model="m", task="t", output="o", schedule=schedule, epochs_per_drop=1.5, final_epochs=2, **settings
+        )
+        stages = 1 if config.one_shot else 5
+        return [stage_epochs(config, 5 if stages == 1 else 2, n, last=n == stages) for n in range(1, stages + 1)]
+
+    late, published = every("late"), every("epoch")
+    assert sum(late) == pytest.approx(sum(published))
+    assert late[:-1] == pytest.approx([each / 3 for each in published[:-1]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "late"),
+    [({}, True), ({"keep": 0.25}, True), ({"max_drop": 2.0}, False), ({"keep": 0.25, "min_accuracy": 5.0}, False)],
+    ids=str,
+)
+def test_training_waits_for_the_last_drop_unless_a_floor_may_come_first(settings, late):
+    assert TrimConfig(model="m", task="t", output="o", **settings).late is late
+    assert TrimConfig(model="m", task="t", output="o", schedule="epoch", **settings).late is False
 
 
 def test_least_depth_for_a_speed_is_where_blocks_alone_would_give_it():

@@ -168,11 +168,12 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     """Never go below so many blocks."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of full fine-tuning before the first scan; 0 scans the base as it is."""
-    schedule: Literal["epoch", "recover"] = "epoch"
-    """epoch: one unit at a time, then --epochs-per-drop (as published); recover: as many at once as cost little
-    together, then only until the calibration loss is back."""
+    schedule: Literal["auto", "late", "epoch", "recover"] = "auto"
+    """How training is spread. epoch: --epochs-per-drop after every drop (as published); late: as many in all, a third
+    of them after every drop and the rest after the last; recover: as many units at once as cost little together, then
+    only until the calibration loss is back. auto: late, or epoch if a floor may end the run."""
     epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
-    """Epochs after every drop; 0 drops without training. With --schedule recover: at most so many per dropped unit."""
+    """Epochs of training per drop; 0 drops without training. With --schedule recover: at most so many per unit."""
     recover_tolerance: Annotated[float, Field(ge=0)] = 0.5
     """With --schedule recover: nats per token above the fine-tuned model's calibration loss at which the next drop
     follows."""
@@ -217,7 +218,7 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
         if self.schedule == "recover":
             if self.one_shot or self.drops_per_stage != 1:
                 option = "--one-shot" if self.one_shot else f"--drops-per-stage {self.drops_per_stage}"
-                raise ValueError(f"{option} is for --schedule epoch: recover finds out how many go at once")
+                raise ValueError(f"{option} is not for --schedule recover, which finds out how many go at once")
             if self.scan == "racing":
                 raise ValueError("--schedule recover ranks all candidates, --scan racing finds one: leave one out")
             return self
@@ -227,14 +228,22 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
                 raise ValueError(f"{option} is for --schedule recover: leave it out, or add --schedule recover")
         return self
 
+    @property
+    def late(self) -> bool:
+        """Whether most of the training waits for the last drop."""
+        return self.schedule == "late" or (self.schedule == "auto" and not self.has_floor)
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether an accuracy may end the run."""
+        return self.min_accuracy is not None or self.max_drop is not None
+
     @model_validator(mode="after")
-    def _final_epochs_have_an_end(self) -> TrimConfig:
-        floors = self.min_accuracy is not None or self.max_drop is not None
+    def _what_comes_last_has_an_end(self) -> TrimConfig:
         sizes = (self.keep, self.depth, self.max_params, self.max_memory, self.target_speedup)
-        if self.final_epochs and floors and all(size is None for size in sizes) and self.min_depth == 1:
-            raise ValueError(
-                "--final-epochs needs a target besides the floor: which drop is the last is known too late"
-            )
+        option = "--schedule late" if self.late else "--final-epochs" if self.final_epochs else None
+        if option and self.has_floor and all(size is None for size in sizes) and self.min_depth == 1:
+            raise ValueError(f"{option} needs a target besides the floor: which drop is the last is known too late")
         return self
 
     @model_validator(mode="after")

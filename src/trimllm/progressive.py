@@ -226,7 +226,7 @@ class Run:
             enough = len(state.pending) >= config.drops_per_stage or state.reached or config.one_shot
             if state.pending and enough:
                 units = sum(len(drop["units"]) for drop in state.pending)
-                epochs = targets.stage_epochs(config, units, last=state.reached is not None)
+                epochs = targets.stage_epochs(config, units, state.stages, last=state.reached is not None)
                 self._stage(state, epochs, f"depth {len(state.layout)}")
             elif state.reached:
                 self.console.say(f"end of the drops: {state.reached}")

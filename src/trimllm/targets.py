@@ -10,6 +10,8 @@ from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 
 GIB = 2**30
+LATE_SHARE = 2 / 3
+"""Of the training behind drops, what waits for the last drop with --schedule late; see docs/results.md."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,17 @@ def least_depth(config: TrimConfig, base_depth: int) -> int:
     return max(least)
 
 
-def stage_epochs(config: TrimConfig, units: int, *, last: bool) -> float:
-    """Epochs of the stage behind `units` dropped together (with --schedule recover: at most)."""
+def stage_epochs(config: TrimConfig, units: int, stage: int, *, last: bool) -> float:
+    """Epochs of the stage behind `units` dropped together, the `stage`-th with a drop (with --schedule recover: at
+    most)."""
     if config.schedule == "recover":
         return max(config.epochs_per_drop, config.final_epochs) if last else config.epochs_per_drop * units
-    return config.epochs_per_drop * (units if config.one_shot else 1) + (config.final_epochs if last else 0.0)
+    stages = units if config.one_shot else 1  # that this one stands for
+    now = config.epochs_per_drop * stages
+    if not config.late:
+        return now + (config.final_epochs if last else 0.0)
+    put_off = LATE_SHARE * config.epochs_per_drop * (stages + stage - 1)
+    return (1 - LATE_SHARE) * now + (put_off + config.final_epochs if last else 0.0)
 
 
 def floor(config: TrimConfig, values: Sequence[float]) -> float:
