@@ -16,8 +16,10 @@ from trimllm import losses, packing, sparse, surgery, train
 from trimllm.config import TrainSettings
 from trimllm.errors import InputError, TrimError
 from trimllm.layout import Block, whole
+from trimllm.packing import Example
 from trimllm.tasks.items import Item
-from trimllm.train import Example, check, steps, task_examples, text_examples, train_stage
+from trimllm.train import train_stage
+from trimllm.training_rows import check, steps, task_examples, text_examples
 
 TEXTS = ["the cat sat on the mat. a dog ran", "no hat", "yes or no: maybe yes. the man had a dog; the dog had a hat"]
 

@@ -37,6 +37,7 @@ from trimllm import (
     surgery,
     targets,
     train,
+    training_rows,
 )
 from trimllm.config import TrimConfig
 from trimllm.console import Console
@@ -145,11 +146,11 @@ class Run:
         self.metric = data.metric
         self.calibration = inputs.scorer(config, model, tokenizer, data.calibration)
         self.test = inputs.scorer(config, model, tokenizer, data.test)
-        longest = train.longest(model, config.max_length)
-        self.task_rows = train.task_examples(tokenizer, data.train, longest, truncate=config.truncate)
-        train.check(self.task_rows)
+        longest = training_rows.longest(model, config.max_length)
+        self.task_rows = training_rows.task_examples(tokenizer, data.train, longest, truncate=config.truncate)
+        training_rows.check(self.task_rows)
         texts = load_text(config.text) if config.text else []
-        self.text_rows = train.text_examples(tokenizer, texts, min(longest, config.batch_size))
+        self.text_rows = training_rows.text_examples(tokenizer, texts, min(longest, config.batch_size))
         self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
         self.decider.check(model)
         self.pad_id = self.calibration.pad_id
@@ -257,7 +258,7 @@ class Run:
         chosen = None if warm or config.sparse_update == "off" else state.chosen
         parameters = sparse.freeze(state.model, state.layout, chosen, embeddings=warm or config.train_embeddings)
         seed = config.seed * 1000 + state.stages
-        plan = train.steps(self.task_rows, self.text_rows, config, epochs, seed)
+        plan = training_rows.steps(self.task_rows, self.text_rows, config, epochs, seed)
         watch = None
         if config.schedule == "recover" and not warm and state.reached is None:
             limit = recovery.limit(self.journal.of("stage"), config.recover_tolerance)

@@ -1,4 +1,4 @@
-"""One stage of training: cross-entropy on the target tokens, domain text mixed in, AdamW with a fresh state.
+"""One stage of training: cross-entropy on the target tokens of a list of steps, AdamW with a fresh state.
 
 A stage is a fixed list of optimizer steps made from a seed, so that a stage that is started again gives the same
 weights. Each stage begins with a fresh optimizer and its own warm-up and decay: the optimizer never holds parameters of
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from typing import Any
 
 import torch
 
-from trimllm import backends, encoding, losses, memory, packing, prefix
+from trimllm import backends, losses, memory, packing, prefix
 from trimllm.config import TrainSettings
 from trimllm.errors import InputError, TrimError
 from trimllm.packing import Example, Way
 from trimllm.prefix import Prefix
-from trimllm.tasks.items import Item
 
 WARMUP_SHARE = 0.06
 """Share of a stage's steps over which the learning rate rises."""
@@ -44,78 +42,6 @@ class StageReport:
     """Share of its tokens that were read back behind the frozen blocks (--cache-frozen-prefix)."""
     micro_batch_size: int = 0
     """Tokens per forward and backward at the end: less than asked for where memory ran out."""
-
-
-def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, truncate: bool = False) -> list[Example]:
-    """Prompt + target + EOS of every item, tokenized as evaluation does; only target and EOS are learnt.
-
-    Raises:
-        InputError: if a prompt does not fit the context (see `encoding.encode`).
-    """
-    eos = tokenizer.eos_token_id
-    ending = () if eos is None else (eos,)
-    targets_only = [Item(item.place, item.prompt, (item.target,), lengths=(0,), group=item.group) for item in items]
-    made = []
-    for one in encoding.encode(tokenizer, targets_only, max_length, truncate=truncate, room=len(ending)):
-        tail = ending if items[one.item].prompt else ()
-        made.append(Example((*one.prompt, *one.target, *tail), len(one.prompt)))
-    return made
-
-
-def text_examples(tokenizer: Any, texts: Sequence[str], length: int) -> list[Example]:
-    """Documents, each closed by EOS, packed one behind the other into rows of `length` tokens; all are learnt."""
-    eos = tokenizer.eos_token_id
-    stream: list[int] = []
-    for text in texts:
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if eos is not None:
-            stream.append(eos)
-    rows = [tuple(stream[begin : begin + length]) for begin in range(0, len(stream), length)]
-    return [Example(row, 1) for row in rows if len(row) > 1]
-
-
-def steps(
-    task: Sequence[Example], text: Sequence[Example], settings: TrainSettings, epochs: float, seed: int
-) -> list[list[Example]]:
-    """The optimizer steps of a stage: batches of task rows and of text rows in random order, never both in one.
-
-    Text rows take `text_ratio` times the tokens of the task rows; each is used again only when all were used.
-    """
-    rng = random.Random(f"stage:{seed}")
-    text_rows = _endless(text, rng)
-    out: list[list[Example]] = []
-    whole = [1.0] * int(epochs) + ([epochs % 1] if epochs % 1 > 1e-9 else [])
-    for share in whole:
-        rows = rng.sample(list(task), max(1, round(share * len(task))))
-        wanted = settings.text_ratio * sum(len(row.ids) for row in rows) if text else 0
-        drawn: list[Example] = []
-        while wanted > 0:
-            drawn.append(next(text_rows))
-            wanted -= len(drawn[-1].ids)
-        batches = [*_batches(rows, settings.batch_size, rng), *_batches(drawn, settings.batch_size, rng)]
-        rng.shuffle(batches)
-        out += batches
-    return out
-
-
-def _endless(rows: Sequence[Example], rng: random.Random) -> Iterator[Example]:
-    while rows:
-        yield from rng.sample(list(rows), len(rows))
-
-
-def _batches(rows: Sequence[Example], budget: int, rng: random.Random) -> list[list[Example]]:
-    """Rows of similar length together (sorted within random pools of about 16 batches), padding counted."""
-    pools, out = [], []
-    average = max(1, sum(len(row.ids) for row in rows) // max(1, len(rows)))
-    size = max(1, 16 * budget // average)
-    order = rng.sample(list(rows), len(rows))
-    pools = [sorted(order[begin : begin + size], key=lambda row: -len(row.ids)) for begin in range(0, len(order), size)]
-    for pool in pools:
-        while pool:
-            rows_here = max(1, budget // len(pool[0].ids))
-            out.append(pool[:rows_here])
-            pool = pool[rows_here:]
-    return out
 
 
 @dataclass
@@ -385,14 +311,3 @@ def _add_up(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
 def _micro_batches(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
     count = max(1, size // max((len(row.ids) for row in rows), default=1))
     return [rows[begin : begin + count] for begin in range(0, len(rows), count)]
-
-
-def longest(model: Any, limit: int | None) -> int:
-    """The longest training row in tokens."""
-    return encoding.context_length(model.config, limit)
-
-
-def check(task: Sequence[Example]) -> None:
-    """Raises InputError if there is nothing to train on."""
-    if not task:
-        raise InputError("there are no training rows left after the calibration set was held out: give more rows")
