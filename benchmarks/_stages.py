@@ -23,11 +23,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from trimllm import sparse, tasks, train
+from trimllm import sparse, tasks, train, training_rows
 from trimllm.config import TrainSettings
 from trimllm.layout import whole
 from trimllm.models import path_of
-from trimllm.train import Example
+from trimllm.packing import Example
 
 VOCABULARY, CONTEXT, RATIO, LR = 8192, 1024, 0.25, 1e-4
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -73,7 +73,7 @@ def data(name: str, rows: int) -> Data:
     """Rows as training sees them. The longest row is that of all the training data."""
     tokenizer = tokenizer_for(name)
     items = tasks.load_task(name, tokenizer=tokenizer).train
-    examples = train.task_examples(tokenizer, items, CONTEXT, truncate=True)
+    examples = training_rows.task_examples(tokenizer, items, CONTEXT, truncate=True)
     generator = torch.Generator().manual_seed(0)
     picked = [examples[i] for i in torch.randperm(len(examples), generator=generator)[:rows].tolist()]
     return Data(Path(name).name, tokenizer, picked, max(len(row.ids) for row in examples))
@@ -115,7 +115,7 @@ def tokens(rows: Sequence[Example]) -> int:
 def ours(net: Any, parameters: Sequence[Any], rows: Sequence[Example], batch: int, epochs: int, **more: Any) -> Any:
     """Our stage; returns its report."""
     settings = TrainSettings(lr=LR, batch_size=batch, text_ratio=0.0, **more)
-    plan = train.steps(rows, [], settings, epochs, seed=0)
+    plan = training_rows.steps(rows, [], settings, epochs, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         return train.train_stage(net, parameters, plan, settings, Accelerator(cpu=True), folder=folder)
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AttentionInterface
 
-from trimllm import backends, benching, cli, models, packing, shapes, train
+from trimllm import backends, benching, cli, models, packing, shapes, train, training_rows
 from trimllm import losses as losses_of
 from trimllm.config import BenchConfig, EvalConfig, TrainSettings
 from trimllm.errors import InputError
@@ -96,7 +96,7 @@ def test_gradients_of_a_stage_are_those_of_the_default(family: str, tmp_path: Pa
     for name in ("auto", "eager"):
         model = load_model(tmp_path, attention=name)
         settings = TrainSettings(lr=1e-3, batch_size=64, text_ratio=0)
-        plan = train.steps(rows(), [], settings, 2, seed=0)
+        plan = training_rows.steps(rows(), [], settings, 2, seed=0)
         report = train.train_stage(model, list(model.parameters()), plan, settings, Accelerator(cpu=True))
         found.append((report.loss, torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)

@@ -13,7 +13,7 @@ from tiny import build
 from trimllm.encoding import Batches, Encoded, attention_window, context_length, encode, encode_pair, rows
 from trimllm.errors import InputError
 from trimllm.tasks.items import Item
-from trimllm.train import task_examples
+from trimllm.training_rows import task_examples
 
 
 def ids(tokenizer, text):

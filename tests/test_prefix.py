@@ -9,12 +9,12 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from trimllm import decoder, prefix, sparse, train
+from trimllm import decoder, prefix, sparse, train, training_rows
 from trimllm.config import TrainSettings, TrimConfig
 from trimllm.errors import InputError
 from trimllm.layout import whole
+from trimllm.packing import Example
 from trimllm.plain_settings import make
-from trimllm.train import Example
 
 TASK = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + n % 9)), 1 + n % 2) for n in range(12)]
 
@@ -31,7 +31,7 @@ def stage(model, chosen, tmp_path, epochs=3, **more):
             passed[place] += (output[0] if isinstance(output, tuple) else output).shape[:2].numel() * module.training
 
         handles.append(block.register_forward_hook(count))
-    plan = train.steps(TASK, [], settings, epochs, 0)
+    plan = training_rows.steps(TASK, [], settings, epochs, 0)
     report = train.train_stage(
         model, parameters, plan, settings, Accelerator(cpu=True), folder=tmp_path, say=said.append
     )

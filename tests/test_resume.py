@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import helpers_run as h
 import pytest
@@ -86,7 +87,7 @@ POINTS = {
     "while a checkpoint is written": (PreTrainedModel, "save_pretrained", 2, True),
     "between a checkpoint and its journal line": (progressive.Run, "_checkpoint", 2, True),
     "between the journal line and cleaning up": (progressive.Run, "_clean", 2, False),
-    "while an old checkpoint is deleted": (progressive.shutil, "rmtree", 4, False),
+    "while an old checkpoint is deleted": (shutil, "rmtree", 4, False),
     "in the second scan": (scan, "_part", 4, False),
     "before the export": (progressive.Run, "_finish", 1, False),
     "in the export": (verification, "verify", 1, False),

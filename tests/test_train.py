@@ -16,8 +16,10 @@ from trimllm import losses, packing, sparse, surgery, train
 from trimllm.config import TrainSettings
 from trimllm.errors import InputError, TrimError
 from trimllm.layout import Block, whole
+from trimllm.packing import Example
 from trimllm.tasks.items import Item
-from trimllm.train import Example, check, steps, task_examples, text_examples, train_stage
+from trimllm.train import train_stage
+from trimllm.training_rows import check, steps, task_examples, text_examples
 
 TEXTS = ["the cat sat on the mat. a dog ran", "no hat", "yes or no: maybe yes. the man had a dog; the dog had a hat"]
 
@@ -328,9 +330,9 @@ def small_memory(monkeypatch):
     """Backward runs out of memory, after the fact, for micro-batches of more than two rows; it keeps the sizes."""
     work, sizes = losses.backward, []
 
-    def backward(model, packed, scale, places):
+    def backward(model, packed, scale, places, *rest):
         sizes.append(len(packed.spans))
-        loss = work(model, packed, scale, places)
+        loss = work(model, packed, scale, places, *rest)
         if len(packed.spans) > small_memory_rows[0]:
             raise small_memory_rows[1]
         return loss

@@ -184,6 +184,12 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     final_epochs: Annotated[float, Field(ge=0)] = 0.0
     """More epochs after the last drop of a run that a size or speed ends (one that a floor ends is known too late).
     With --schedule recover the last stage takes these, or --epochs-per-drop if that is more, and is not cut short."""
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the loss after the warm-up that is the KL divergence from the fully fine-tuned model, a teacher that is
+    kept in memory beside the model that trains; 0: cross-entropy only."""
+    optimizer_state: Literal["fresh", "carried"] = "fresh"
+    """What AdamW begins a stage with: fresh: nothing; carried: what it knew of the parameters that go on training (kept
+    in the last checkpoint, up to twice its weights)."""
     drops_per_stage: Positive = 1
     """Units dropped one after the other, each by a scan of its own, before training goes on."""
     one_shot: bool = False

@@ -1,4 +1,4 @@
-"""Cross-entropy without all logits at once: the output head and its backward run over a few target places at a time.
+"""A loss without all logits at once: the output head and its backward run over a few target places at a time.
 
 Between the decoder and the logits a family may do more than one matrix product (scales, soft caps). So a chunk goes
 through the model's own forward, in which the decoder returns the chunk of its output that was computed before.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,37 +21,40 @@ CHUNK = 2**22
 """Logits (places x vocabulary) in one chunk: 16 MiB in float32."""
 LEAST_PLACES = 256
 """Target places in one chunk, however large the vocabulary: fewer would read the head's weights too often."""
+Loss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Logits (k, vocabulary), targets (k,) and the number of the first of these places -> the loss summed over them."""
 TOLERANCE = 1e-4
 """What the logits of a chunk may differ by from those of a whole forward pass, relative to the largest."""
 
 
-def backward(model: Any, packed: Packed, scale: float, places: int) -> torch.Tensor:
-    """Add the gradients of scale * (summed cross-entropy over the targets) to the parameters, and return that loss.
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, _begin: int = 0) -> torch.Tensor:
+    """Summed over the places, in nats."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def backward(model: Any, packed: Packed, scale: float, places: int, loss_of: Loss = cross_entropy) -> torch.Tensor:
+    """Add the gradients of scale * (summed loss over the targets) to the parameters, and return that loss.
 
     `places`: the most target places whose logits are in memory at once (see `places_at_once`).
     """
     if not len(packed.targets):
         return torch.zeros((), device=packed.where.device)
     if len(packed.targets) <= places:
-        loss = _cross_entropy(target_logits(model, packed), packed.targets) * scale
+        loss = loss_of(target_logits(model, packed), packed.targets, 0) * scale
         loss.backward()
         return loss.detach()
     hidden, output = decode(model, packed)
     total = torch.zeros((), device=hidden.device)
-    gradients = []
-    for states, targets in zip(hidden.detach().split(places), packed.targets.split(places), strict=True):
-        states.requires_grad_(hidden.requires_grad)
-        loss = _cross_entropy(logits_of(model, states, output), targets) * scale
+    gradients: list[Any] = []
+    for begin in range(0, len(packed.targets), places):
+        states = hidden.detach()[begin : begin + places].requires_grad_(hidden.requires_grad)
+        loss = loss_of(logits_of(model, states, output), packed.targets[begin : begin + places], begin) * scale
         loss.backward()
         gradients.append(states.grad)
         total += loss.detach()
     if hidden.requires_grad:
         hidden.backward(torch.cat(gradients))
     return total
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def decode(model: Any, packed: Packed) -> tuple[torch.Tensor, Any]:

@@ -9,7 +9,6 @@ weights are those of the last checkpoint, the order of training rows comes from 
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from trimllm import (
     journal,
     loading,
     models,
+    optimizer_state,
     recording,
     recovery,
     room,
@@ -37,14 +37,17 @@ from trimllm import (
     surgery,
     targets,
     train,
+    training_rows,
 )
 from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.deciding import Decider
+from trimllm.distill import Teacher
 from trimllm.errors import InputError, TrimError
 from trimllm.journal import Journal
 from trimllm.layout import Layout, compose, plan_record, remove_all, whole
 from trimllm.models import DTYPES, Loaded, load
+from trimllm.optimizer_state import Moments
 from trimllm.parallel import Share
 from trimllm.plain_settings import make
 from trimllm.recording import Recorder
@@ -85,6 +88,8 @@ class State:
     chosen: list[int] | None = None
     """Original blocks that train (sparse update); None: all."""
     reached: str | None = None
+    moments: Moments = field(default_factory=dict)
+    """What AdamW knows at the end of the last stage (--optimizer-state carried)."""
 
 
 class Run:
@@ -96,6 +101,7 @@ class Run:
         self.accelerator = models.accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
+        self.carried = config.optimizer_state == "carried"
         self.fitted: int | None = None  # tokens of a micro-batch that memory had room for in the last stage
         transformers.utils.logging.disable_progress_bar()
         if not self.main:
@@ -107,7 +113,7 @@ class Run:
         scores.parts(self.config.strategy)
         if self.main:
             rundir.check(self.config)
-        self._note_on_room()
+        self._check_room()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
         self.journal = Journal(
@@ -122,12 +128,15 @@ class Run:
         self._loop(state)
         return self._finish(state, loaded, data)
 
-    def _note_on_room(self) -> None:
+    def _check_room(self) -> None:
         config, device = self.config, self.accelerator.device
-        if config.warmup_epochs or config.sparse_update == "off":
-            weights = room.weights(models.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
-            if note := room.full_training_note(weights, device):
-                self.console.say(note)
+        weights = room.weights(models.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
+        if config.distill:
+            what = f"--distill {config.distill:g} needs the model twice"
+            room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
+        full = config.warmup_epochs or config.sparse_update == "off"
+        if full and (note := room.full_training_note(weights, device)):
+            self.console.say(note)
 
     def _prepare(self, loaded: Loaded) -> TaskData:
         """Everything that can be wrong with model and data is found here, before anything is computed or written."""
@@ -145,15 +154,16 @@ class Run:
         self.metric = data.metric
         self.calibration = inputs.scorer(config, model, tokenizer, data.calibration)
         self.test = inputs.scorer(config, model, tokenizer, data.test)
-        longest = train.longest(model, config.max_length)
-        self.task_rows = train.task_examples(tokenizer, data.train, longest, truncate=config.truncate)
-        train.check(self.task_rows)
+        longest = training_rows.longest(model, config.max_length)
+        self.task_rows = training_rows.task_examples(tokenizer, data.train, longest, truncate=config.truncate)
+        training_rows.check(self.task_rows)
         texts = load_text(config.text) if config.text else []
-        self.text_rows = train.text_examples(tokenizer, texts, min(longest, config.batch_size))
+        self.text_rows = training_rows.text_examples(tokenizer, texts, min(longest, config.batch_size))
         self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
         self.decider.check(model)
         self.pad_id = self.calibration.pad_id
-        rundir.check_space(config.output, sum(p.numel() * p.element_size() for p in model.parameters()))
+        copies = 3 + (config.distill > 0) + 4 * self.carried  # the state is twice the weights, and there may be two
+        rundir.check_space(config.output, sum(p.numel() * p.element_size() for p in model.parameters()), copies)
         return data
 
     def _start(self, loaded: Loaded, data: TaskData) -> None:
@@ -189,7 +199,9 @@ class Run:
         if stage is not None:
             self.console.say(f"going on after stage {stage['stage']}, at depth {len(stage['layout'])}")
             layout = rundir.load_layout(stage["layout"])
-            state = State(self._load(self.dir.checkpoint(len(layout))), layout, stage["stage"] + 1)
+            folder = self.dir.checkpoint(len(layout))
+            state = State(self._load(folder), layout, stage["stage"] + 1)
+            state.moments = optimizer_state.load(state.model, folder) if self.carried else {}
         for drop in self.journal.of("drop"):
             state.chosen = drop["trains"]
             if drop["stage"] == state.stages:
@@ -199,6 +211,7 @@ class Run:
                 state.reached = drop["reached"]
         if stage is not None and not state.pending and (last := self.journal.last("drop")) is not None:
             state.reached = last["reached"]
+        state.moments = optimizer_state.present(state.moments, state.model)
         self._clean()
         return state
 
@@ -257,7 +270,7 @@ class Run:
         chosen = None if warm or config.sparse_update == "off" else state.chosen
         parameters = sparse.freeze(state.model, state.layout, chosen, embeddings=warm or config.train_embeddings)
         seed = config.seed * 1000 + state.stages
-        plan = train.steps(self.task_rows, self.text_rows, config, epochs, seed)
+        plan = training_rows.steps(self.task_rows, self.text_rows, config, epochs, seed)
         watch = None
         if config.schedule == "recover" and not warm and state.reached is None:
             limit = recovery.limit(self.journal.of("stage"), config.recover_tolerance)
@@ -278,6 +291,8 @@ class Run:
                 until=watch,
                 fitted=self.fitted,
                 attention=config.attention,
+                teacher=self._teacher() if config.distill and plan and not warm else None,
+                moments=state.moments if self.carried else None,
             )
         self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)
@@ -287,20 +302,25 @@ class Run:
         state.pending = []
         self._clean()
 
+    def _teacher(self) -> Teacher:
+        """The model at the end of the warm-up; not kept between stages, in which scans may need the memory."""
+        return Teacher(self._load(self.dir.checkpoint(self.base_depth)), self.config.distill)
+
     def _checkpoint(self, state: State) -> None:
         if self.main:
             with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
                 state.model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
+                if self.carried:
+                    optimizer_state.save(state.moments, state.model, folder)
         self.accelerator.wait_for_everyone()
 
     def _clean(self) -> None:
-        """Delete checkpoints that neither the user, nor a floor, nor a resumed run needs."""
-        if self.config.keep_checkpoints or not self.main:
-            return
-        needed = {len(stage["layout"]) for stage in self.journal.of("stage")[-2:]}
-        for depth in set(self.dir.kept_depths()) - needed:
-            shutil.rmtree(self.dir.checkpoint(depth))
+        """Delete checkpoints that neither the user, nor a floor, nor a teacher, nor a resumed run needs."""
+        if self.main:
+            stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
+            teacher = [self.base_depth] if self.config.distill else []
+            self.dir.clean(stages, teacher, every=self.config.keep_checkpoints)
 
     def _drop(self, state: State) -> None:
         """Scan, choose, cut. The scan's finished batches survive a kill."""
@@ -314,6 +334,7 @@ class Run:
             state.chosen = decision.trains
         cut = remove_all(whole(len(state.layout)), [choice.unit for choice in choices])
         surgery.apply_layout(state.model, cut)
+        state.moments = optimizer_state.present(state.moments, state.model)
         before, state.layout = state.layout, compose(state.layout, cut)
         state.reached = targets.reached(self.config, self.base_depth, self.recorder.size(state.model))
         if state.reached is None and not self.decider.droppable(state.model, state.layout):

@@ -12,8 +12,8 @@ from typing import Any
 
 from trimllm import encoding
 from trimllm.evaluate import Scorer
+from trimllm.packing import Example
 from trimllm.parallel import Share
-from trimllm.train import Example
 
 CYCLES = 3
 """Cycles of the learning rate per epoch, at most; each ends with a look at the calibration loss."""

@@ -8,13 +8,13 @@ checkpoints/     weights at the end of stages     model/, result.json   the prod
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trimllm import folders
+from trimllm import folders, optimizer_state
 from trimllm.config import Settings, TrimConfig
 from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
@@ -50,6 +50,15 @@ class RunDir:
     def kept_depths(self) -> list[int]:
         """Depths whose weights are there, deepest first."""
         return sorted((int(path.name.split("-")[1]) for path in self.checkpoints.glob("depth-*")), reverse=True)
+
+    def clean(self, stages: Sequence[int], more: Collection[int] = (), *, every: bool = False) -> None:
+        """Delete the weights of all depths but those of the last two `stages` and of `more`, unless `every` one is
+        kept; and what the optimizer knew at all but the last."""
+        for depth in self.kept_depths():
+            if not every and depth not in (*stages[-2:], *more):
+                shutil.rmtree(self.checkpoint(depth))
+            elif depth not in stages[-1:]:
+                optimizer_state.delete(self.checkpoint(depth))
 
 
 def stored_settings(output: str | Path) -> dict[str, Any]:
@@ -105,12 +114,13 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
             )
 
 
-def check_space(output: str | Path, weights: int) -> None:
-    """Raises InputError if the disk cannot hold two checkpoints and the result; `weights` are the bytes of one."""
+def check_space(output: str | Path, weights: int, copies: int = 3) -> None:
+    """Raises InputError if the disk cannot hold so many times the `weights` (in bytes): two checkpoints and the result,
+    and what a run keeps besides."""
     parent = Path(output).absolute()
     while not parent.exists():
         parent = parent.parent
-    free, needed = shutil.disk_usage(parent).free, 3 * weights
+    free, needed = shutil.disk_usage(parent).free, copies * weights
     if free < needed:
         raise InputError(
             f"--output {output}: {free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed: free some space"

@@ -1,15 +1,14 @@
-"""One stage of training: cross-entropy on the target tokens, domain text mixed in, AdamW with a fresh state.
+"""One stage of training: cross-entropy on the target tokens of a list of steps, AdamW, a schedule of its own.
 
 A stage is a fixed list of optimizer steps made from a seed, so that a stage that is started again gives the same
-weights. Each stage begins with a fresh optimizer and its own warm-up and decay: the optimizer never holds parameters of
-removed blocks, and the weights alone are the state that a run must keep.
+weights. Each stage begins with its own warm-up and decay and, unless it is given what AdamW knew before, with a fresh
+optimizer: this never holds parameters of removed blocks, and the weights alone are the state that a run must keep.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from typing import Any
 
 import torch
 
-from trimllm import backends, encoding, losses, memory, packing, prefix
+from trimllm import backends, losses, memory, optimizer_state, packing, prefix
 from trimllm.config import TrainSettings
+from trimllm.distill import Teacher
 from trimllm.errors import InputError, TrimError
+from trimllm.optimizer_state import Moments
 from trimllm.packing import Example, Way
 from trimllm.prefix import Prefix
-from trimllm.tasks.items import Item
 
 WARMUP_SHARE = 0.06
 """Share of a stage's steps over which the learning rate rises."""
@@ -31,7 +31,7 @@ WARMUP_SHARE = 0.06
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a stage did. `loss` is the mean over its last tenth, in nats per target token."""
+    """What a stage did. `loss` is the mean over its last tenth, in nats per target token (with a teacher, of both)."""
 
     steps: int
     tokens: int
@@ -46,78 +46,6 @@ class StageReport:
     """Tokens per forward and backward at the end: less than asked for where memory ran out."""
 
 
-def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, truncate: bool = False) -> list[Example]:
-    """Prompt + target + EOS of every item, tokenized as evaluation does; only target and EOS are learnt.
-
-    Raises:
-        InputError: if a prompt does not fit the context (see `encoding.encode`).
-    """
-    eos = tokenizer.eos_token_id
-    ending = () if eos is None else (eos,)
-    targets_only = [Item(item.place, item.prompt, (item.target,), lengths=(0,), group=item.group) for item in items]
-    made = []
-    for one in encoding.encode(tokenizer, targets_only, max_length, truncate=truncate, room=len(ending)):
-        tail = ending if items[one.item].prompt else ()
-        made.append(Example((*one.prompt, *one.target, *tail), len(one.prompt)))
-    return made
-
-
-def text_examples(tokenizer: Any, texts: Sequence[str], length: int) -> list[Example]:
-    """Documents, each closed by EOS, packed one behind the other into rows of `length` tokens; all are learnt."""
-    eos = tokenizer.eos_token_id
-    stream: list[int] = []
-    for text in texts:
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if eos is not None:
-            stream.append(eos)
-    rows = [tuple(stream[begin : begin + length]) for begin in range(0, len(stream), length)]
-    return [Example(row, 1) for row in rows if len(row) > 1]
-
-
-def steps(
-    task: Sequence[Example], text: Sequence[Example], settings: TrainSettings, epochs: float, seed: int
-) -> list[list[Example]]:
-    """The optimizer steps of a stage: batches of task rows and of text rows in random order, never both in one.
-
-    Text rows take `text_ratio` times the tokens of the task rows; each is used again only when all were used.
-    """
-    rng = random.Random(f"stage:{seed}")
-    text_rows = _endless(text, rng)
-    out: list[list[Example]] = []
-    whole = [1.0] * int(epochs) + ([epochs % 1] if epochs % 1 > 1e-9 else [])
-    for share in whole:
-        rows = rng.sample(list(task), max(1, round(share * len(task))))
-        wanted = settings.text_ratio * sum(len(row.ids) for row in rows) if text else 0
-        drawn: list[Example] = []
-        while wanted > 0:
-            drawn.append(next(text_rows))
-            wanted -= len(drawn[-1].ids)
-        batches = [*_batches(rows, settings.batch_size, rng), *_batches(drawn, settings.batch_size, rng)]
-        rng.shuffle(batches)
-        out += batches
-    return out
-
-
-def _endless(rows: Sequence[Example], rng: random.Random) -> Iterator[Example]:
-    while rows:
-        yield from rng.sample(list(rows), len(rows))
-
-
-def _batches(rows: Sequence[Example], budget: int, rng: random.Random) -> list[list[Example]]:
-    """Rows of similar length together (sorted within random pools of about 16 batches), padding counted."""
-    pools, out = [], []
-    average = max(1, sum(len(row.ids) for row in rows) // max(1, len(rows)))
-    size = max(1, 16 * budget // average)
-    order = rng.sample(list(rows), len(rows))
-    pools = [sorted(order[begin : begin + size], key=lambda row: -len(row.ids)) for begin in range(0, len(order), size)]
-    for pool in pools:
-        while pool:
-            rows_here = max(1, budget // len(pool[0].ids))
-            out.append(pool[:rows_here])
-            pool = pool[rows_here:]
-    return out
-
-
 @dataclass
 class _Ways:
     """How a stage computes its micro-batches; decided at its start, but for the size, which halves if memory ends."""
@@ -129,6 +57,7 @@ class _Ways:
     """Tokens of a micro-batch, padding counted."""
     eager: int = 0
     """Rows of up to so many tokens are computed with eager attention, while memory lasts."""
+    teacher: Teacher | None = None
     tokens: int = 0
     cells: int = 0
 
@@ -149,6 +78,8 @@ def train_stage(
     until: Callable[[], bool] | None = None,
     fitted: int | None = None,
     attention: str = backends.AUTO,
+    teacher: Teacher | None = None,
+    moments: Moments | None = None,
 ) -> StageReport:
     """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
 
@@ -157,6 +88,8 @@ def train_stage(
     once, or anew every `cycle` steps; where it is down, the stage ends if `until()` is true. `fitted`: tokens that a
     micro-batch had at the end of the stage before, where memory may have run out; with `attention`
     auto the short rows of a stage may be computed by another backend than the model's (see `backends.EAGER_LENGTH`).
+    `teacher`: a model of the same family and vocabulary, to learn from beside the targets. `moments`: what AdamW
+    goes on from; afterwards, what it knows of the parameters that trained.
 
     Raises:
         TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
@@ -171,21 +104,25 @@ def train_stage(
         raise InputError(f"processes of type {kind} share the weights: launch plain ones, with a whole model each")
     say = say or (lambda line: None)
     torch.manual_seed(seed)
-    ways = _ways(model, plan, settings, accelerator, pad_id, folder, say)
-    ways.eager = _eager_length(model, plan, ways.packing, accelerator, attention, pad_id)
+    models = [model, teacher.model] if teacher else [model]
+    ways = _ways(models, plan, settings, accelerator, pad_id, folder, say)
+    ways.eager = _eager_length(models, plan, ways.packing, accelerator, attention, pad_id)
+    ways.teacher = teacher
     ways.size = min(ways.size, fitted or ways.size)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     fused = accelerator.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    if moments is not None:
+        optimizer_state.restore(optimizer, moments)
     history, tokens = [], 0
     try:
         for number, rows in enumerate(plan):
             place, length = _in_cycle(number, len(plan), cycle)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(place, length)
-            with _autocast(model, accelerator):
+            with _autocast(models, accelerator):
                 loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
             if not math.isfinite(loss):
                 raise TrimError(
@@ -207,6 +144,8 @@ def train_stage(
         for parameter in parameters:
             parameter.grad = None
         model.eval()
+    if moments is not None:
+        moments.update(optimizer.state)
     tail = history[-max(1, len(history) // 10) :]
     return StageReport(
         steps=len(history),
@@ -220,7 +159,7 @@ def train_stage(
 
 
 def _ways(
-    model: Any,
+    models: Sequence[Any],
     plan: Sequence[Sequence[Example]],
     settings: TrainSettings,
     accelerator: Any,
@@ -228,14 +167,16 @@ def _ways(
     folder: str | Path | None,
     say: Callable[[str], None],
 ) -> _Ways:
-    first = [row for rows in plan[:4] for row in rows]
-    way, reason = packing.find_way(model, [row for rows in plan for row in rows], pad_id)
+    """`models`: the one that trains, and its teacher if it has one; what one of them cannot do is done for none."""
+    model, first = models[0], [row for rows in plan[:4] for row in rows]
+    way, reason = _packing(models, plan, pad_id)
     if reason:
         say(f"  rows are batched by length, not packed: {reason}")
     sample = [row for row in first if row.targets][:1]
-    places = (
-        losses.places_at_once(model, packing.pack(sample, packing.ALONE, pad_id, accelerator.device)) if sample else 1
-    )
+    places = 1
+    if sample:
+        packed = packing.pack(sample, packing.ALONE, pad_id, accelerator.device)
+        places = max(losses.places_at_once(each, packed) for each in models)
     cache = None
     if settings.cache_frozen_prefix != "off" and not all(p.requires_grad for p in model.parameters()):
         on_disk = settings.cache_frozen_prefix == "disk"
@@ -247,31 +188,46 @@ def _ways(
     return _Ways(way, places, cache, settings.micro_batch_size or settings.batch_size)
 
 
+def _packing(models: Sequence[Any], plan: Sequence[Sequence[Example]], pad_id: int) -> tuple[Way, str | None]:
+    """See `packing.find_way`; how all of the models do it, or why not."""
+    rows = [row for step in plan for row in step]
+    found, reasons = zip(*(packing.find_way(model, rows, pad_id) for model in models), strict=True)
+    if len(set(found)) > 1:
+        return packing.ALONE, next(filter(None, reasons), "the model and its teacher do it in different ways")
+    return found[0], reasons[0]
+
+
 def _eager_length(
-    model: Any, plan: Sequence[Sequence[Example]], way: Way, accelerator: Any, attention: str, pad_id: int
+    models: Sequence[Any], plan: Sequence[Sequence[Example]], way: Way, accelerator: Any, attention: str, pad_id: int
 ) -> int:
     """See `backends.eager_length`; 0 where rows would have to be packed in another way for it."""
-    length = backends.eager_length(model, attention, accelerator)
+    length = min(backends.eager_length(model, attention, accelerator) for model in models)
     if length:
-        with backends.eager(model):
-            if packing.find_way(model, [row for rows in plan for row in rows], pad_id)[0] != way:
+        with contextlib.ExitStack() as within:
+            for model in models:
+                within.enter_context(backends.eager(model))
+            if _packing(models, plan, pad_id)[0] != way:
                 return 0
     return length
 
 
 @contextlib.contextmanager
-def _autocast(model: Any, accelerator: Any) -> Iterator[None]:
-    """Within, the model's forward computes in the accelerator's mixed precision; the backward pass follows it."""
-    plain = model.forward
+def _autocast(models: Sequence[Any], accelerator: Any) -> Iterator[None]:
+    """Within, forward passes compute in the accelerator's mixed precision; the backward pass follows them."""
+    with contextlib.ExitStack() as undo:
+        for model in models if accelerator.mixed_precision != "no" else ():
+            undo.enter_context(_casting(model, accelerator))
+        yield
+
+
+@contextlib.contextmanager
+def _casting(model: Any, accelerator: Any) -> Iterator[None]:
+    plain, before = model.forward, vars(model).get("forward")
 
     def forward(*arguments: Any, **named: Any) -> Any:
         with accelerator.autocast():
             return plain(*arguments, **named)
 
-    if accelerator.mixed_precision == "no":
-        yield
-        return
-    before = vars(model).get("forward")
     model.forward = forward
     try:
         yield
@@ -340,9 +296,14 @@ def _passes(
     try:
         for part in parts:
             packed = packing.pack(part, ways.packing, pad_id, accelerator.device)
+            short = packed.inputs["input_ids"].shape[1] <= ways.eager
+            loss_of: losses.Loss = losses.cross_entropy
+            if ways.teacher:
+                with backends.eager(ways.teacher.model, short):
+                    loss_of = ways.teacher.lesson(packed, ways.places)
             resumed = ways.prefix.resumed(packed) if ways.prefix else contextlib.nullcontext()
-            with resumed, backends.eager(model, packed.inputs["input_ids"].shape[1] <= ways.eager):
-                total += losses.backward(model, packed, scale, ways.places)
+            with resumed, backends.eager(model, short):
+                total += losses.backward(model, packed, scale, ways.places, loss_of)
             tokens, cells = tokens + packed.tokens, cells + packed.cells
     except RuntimeError as error:
         if not memory.ended(error):
@@ -385,14 +346,3 @@ def _add_up(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
 def _micro_batches(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
     count = max(1, size // max((len(row.ids) for row in rows), default=1))
     return [rows[begin : begin + count] for begin in range(0, len(rows), count)]
-
-
-def longest(model: Any, limit: int | None) -> int:
-    """The longest training row in tokens."""
-    return encoding.context_length(model.config, limit)
-
-
-def check(task: Sequence[Example]) -> None:
-    """Raises InputError if there is nothing to train on."""
-    if not task:
-        raise InputError("there are no training rows left after the calibration set was held out: give more rows")

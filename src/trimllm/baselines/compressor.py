@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from trimllm import decoder, folders, inputs, loading, train
+from trimllm import decoder, folders, inputs, loading, training_rows
 from trimllm.baselines.job import Job, Product, Watch
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.handover import copy_companions, quantized
@@ -106,12 +106,12 @@ def recipe(name: str, size: int, ignored: list[str]) -> list[Any]:
 def calibration(job: Job, loaded: Any) -> list[dict[str, torch.Tensor]]:
     """Batches of rows of train and of domain text; rows of a batch are of one length, so that nothing is padded."""
     command = job.command
-    longest = train.longest(loaded.model, command.max_length)
+    longest = training_rows.longest(loaded.model, command.max_length)
     data = inputs.task_data(command, loaded.tokenizer)
-    task = train.task_examples(loaded.tokenizer, data.train, longest, truncate=command.truncate)
-    train.check(task)
+    task = training_rows.task_examples(loaded.tokenizer, data.train, longest, truncate=command.truncate)
+    training_rows.check(task)
     texts = load_text(command.text) if command.text else []
-    text = train.text_examples(loaded.tokenizer, texts, min(longest, BATCH_TOKENS))
+    text = training_rows.text_examples(loaded.tokenizer, texts, min(longest, BATCH_TOKENS))
     rng = random.Random(f"calibration:{command.seed}")
     drawn = rng.sample(text, min(len(text), CALIBRATION_ROWS // 2))
     drawn += rng.sample(task, min(len(task), CALIBRATION_ROWS - len(drawn)))

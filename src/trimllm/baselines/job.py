@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trimllm import decoder, export, inputs, models, progressive, room, rundir, sparse, train
+from trimllm import decoder, export, inputs, models, progressive, room, rundir, sparse, train, training_rows
 from trimllm.baselines import METHODS, Cell
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig
 from trimllm.console import Console
@@ -106,12 +106,12 @@ class Job:
         """
         command = self.command
         data = inputs.task_data(command, loaded.tokenizer)
-        longest = train.longest(loaded.model, command.max_length)
-        rows = train.task_examples(loaded.tokenizer, data.train, longest, truncate=command.truncate)
-        train.check(rows)
+        longest = training_rows.longest(loaded.model, command.max_length)
+        rows = training_rows.task_examples(loaded.tokenizer, data.train, longest, truncate=command.truncate)
+        training_rows.check(rows)
         texts = load_text(command.text) if command.text else []
-        text = train.text_examples(loaded.tokenizer, texts, min(longest, command.batch_size))
-        return train.steps(rows, text, command, epochs, seed)
+        text = training_rows.text_examples(loaded.tokenizer, texts, min(longest, command.batch_size))
+        return training_rows.steps(rows, text, command, epochs, seed)
 
     def calibration(self, loaded: models.Loaded) -> tuple[Scorer, str]:
         """The calibration rows, ready for the model, which is moved to the device, and the task's metric."""

@@ -1,0 +1,73 @@
+"""AdamW's state from one stage to the next (--optimizer-state carried): by parameter in memory, by name on disk.
+
+A drop takes blocks out of a model and leaves the parameters of the others the objects they were, so their moments and
+step counts stay theirs. A parameter that is itself cut (a weight with a slice per layer) is a new one, without state.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from trimllm.errors import InputError
+
+Moments = dict[torch.Tensor, dict[str, torch.Tensor]]
+"""What AdamW knows of each parameter: `exp_avg`, `exp_avg_sq` and `step`."""
+FOLDER, FILE = "optimizer", "adamw.safetensors"
+"""In a checkpoint; in a folder of its own, where nobody takes it for weights."""
+
+
+def restore(optimizer: torch.optim.Optimizer, moments: Moments) -> None:
+    """Move into a new optimizer what is known of its parameters; the others of them begin without state.
+
+    `moments` is empty afterwards: what does not train now is forgotten.
+    """
+    record = optimizer.state_dict()
+    (group,) = optimizer.param_groups
+    record["state"] = {number: moments[one] for number, one in enumerate(group["params"]) if one in moments}
+    moments.clear()
+    optimizer.load_state_dict(record)
+
+
+def present(moments: Moments, model: Any) -> Moments:
+    """Less what belongs to parameters that the model has lost."""
+    left = set(model.parameters())
+    return {parameter: known for parameter, known in moments.items() if parameter in left}
+
+
+def save(moments: Moments, model: Any, checkpoint: Path) -> None:
+    """Write it into the folder of the model's checkpoint, by the names that the parameters have there."""
+    tensors = {
+        f"{name}.{key}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in moments.get(parameter, {}).items()
+    }
+    (checkpoint / FOLDER).mkdir()
+    save_file(tensors, checkpoint / FOLDER / FILE)
+
+
+def load(model: Any, checkpoint: Path) -> Moments:
+    """What `save` wrote beside the checkpoint that the model was loaded from.
+
+    Raises:
+        InputError: if there is nothing.
+    """
+    file = checkpoint / FOLDER / FILE
+    if not file.exists():
+        raise InputError(f"{file}: the state of the optimizer is not there: begin a new run in another --output")
+    parameters = dict(model.named_parameters())
+    moments: Moments = {}
+    for key, value in load_file(file).items():
+        name, _, what = key.rpartition(".")
+        moments.setdefault(parameters[name], {})[what] = value
+    return moments
+
+
+def delete(checkpoint: Path) -> None:
+    """Take it out of a checkpoint, if there is any."""
+    if (checkpoint / FOLDER).exists():
+        shutil.rmtree(checkpoint / FOLDER)

@@ -1,0 +1,245 @@
+"""AdamW's state goes on over a drop, in memory and through a kill, and is nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+
+import helpers_run as h
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from trimllm import cli, loading, optimizer_state, progressive, sparse, surgery, train
+from trimllm.config import TrainSettings
+from trimllm.errors import InputError
+from trimllm.layout import Block, whole
+from trimllm.packing import Example
+from trimllm.rundir import RunDir
+
+ROWS = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + 2 * (n % 5))), 1 + n % 2) for n in range(8)]
+PLANS = [[ROWS[:4], ROWS[4:], ROWS[2:6]], [ROWS[1:5], ROWS[:2], ROWS, ROWS[3:]]]
+SETTINGS = TrainSettings(lr=1e-2, batch_size=200, weight_decay=0.01)
+
+
+def stage(model, plan, moments, parameters=None):
+    parameters = parameters or sparse.freeze(model, whole(model.config.num_hidden_layers), None)
+    train.train_stage(model, parameters, plan, SETTINGS, Accelerator(cpu=True), moments=moments)
+
+
+def apart(one, other):
+    return max(float((a - b).detach().abs().max()) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def step(model, rows, optimizer, rate):
+    """Plain PyTorch, row by row."""
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.zero_grad()
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.ids[:-1]]), use_cache=False).logits[0, row.start - 1 :]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[row.start :]), reduction="sum")
+        (loss / sum(each.targets for each in rows)).backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], SETTINGS.max_grad_norm)
+    optimizer.step()
+
+
+# ---- stages
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_two_stages_are_one_optimizer_that_nobody_interrupted(family, monkeypatch):
+    """AdamW divides by the gradient's size: with a large eps rounding noise does not grow to a step."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: adamw(*a, eps=0.1, **k))
+    model = tiny.build(family, 2)
+    twin, fresh = copy.deepcopy(model), copy.deepcopy(model)
+    moments = {}
+    for plan in PLANS:
+        stage(model, plan, moments)
+        stage(fresh, plan, None)
+    optimizer = torch.optim.AdamW(twin.parameters(), weight_decay=SETTINGS.weight_decay)
+    for plan in PLANS:
+        for number, rows in enumerate(plan):
+            step(twin, rows, optimizer, SETTINGS.lr * train.schedule(number, len(plan)))
+    assert apart(model, twin) < 1e-6
+    assert apart(fresh, twin) > 1e-5
+    assert {float(known["step"]) for known in moments.values()} == {7.0}
+
+
+def test_what_leaves_or_stops_training_is_forgotten_and_what_begins_starts_empty():
+    model, moments = tiny.build("llama", 4), {}
+    stage(model, PLANS[0], moments, sparse.freeze(model, whole(4), [0, 1, 2], embeddings=False))
+    surgery.apply_layout(model, layout := (Block(0, 0), Block(2, 2), Block(3, 3)))
+    moments = optimizer_state.present(moments, model)
+    assert set(moments) == {p for place in (0, 1) for p in model.model.layers[place].parameters()}, (
+        "block 1 took its own"
+    )
+    stage(model, PLANS[1], moments, sparse.freeze(model, layout, [2, 3], embeddings=False))
+    steps = [
+        {float(moments[p]["step"]) if p in moments else 0 for p in block.parameters()} for block in model.model.layers
+    ]
+    assert steps == [{0}, {7.0}, {4.0}]
+    stage(model, [], moments)
+    assert len(moments) == sum(1 for block in model.model.layers[1:] for _ in block.parameters()), "an empty stage"
+
+
+def test_halves_of_repacked_blocks_keep_their_own_state():
+    model, moments = tiny.build("llama", 3), {}
+    stage(model, PLANS[0], moments)
+    before = {id(p): known for p, known in moments.items()}
+    mlp, attention = (
+        list(model.model.layers[i].get_submodule(n).parameters()) for i, n in ((1, "mlp"), (0, "self_attn"))
+    )
+    surgery.apply_layout(model, (Block(0, 1), Block(2, 2)))
+    moments = optimizer_state.present(moments, model)
+    first = model.model.layers[0]
+    assert [id(p) for p in (*first.mlp.parameters(), *first.self_attn.parameters())] == [
+        id(p) for p in (*mlp, *attention)
+    ]
+    assert all(moments[p] is before[id(p)] for p in (*mlp, *attention))
+    assert set(moments) == set(model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma3n_text"])
+def test_state_read_back_goes_on_bit_for_bit(family, tmp_path):
+    model, moments = tiny.build(family, 6), {}
+    stage(model, PLANS[0], moments)
+    model.save_pretrained(tmp_path / "depth-6")
+    optimizer_state.save(moments, model, tmp_path / "depth-6")
+    again = loading.load_model(tmp_path / "depth-6")
+    read = optimizer_state.load(again, tmp_path / "depth-6")
+    names = [{name for name, p in m.named_parameters() if p in known} for m, known in ((model, moments), (again, read))]
+    assert names[0] == names[1] != set()
+    for one, known in ((model, moments), (again, read)):
+        surgery.drop_layers(one, [0])
+        kept = optimizer_state.present(known, one)
+        assert (len(kept) < len(list(one.parameters()))) == (family == "gemma3n_text"), "a weight that is cut is new"
+        stage(one, PLANS[1], kept)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+# ---- runs
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    fast(monkeypatch)
+
+
+def fast(monkeypatch):
+    """No waiting; and before every stage, no state of a parameter that the model has lost."""
+    h.fast(monkeypatch)
+    begin = progressive.Run._stage
+
+    def checked(self, state, *rest):
+        assert set(state.moments) <= set(state.model.parameters())
+        assert bool(state.moments) == (self.carried and state.stages > 0)
+        return begin(self, state, *rest)
+
+    monkeypatch.setattr(progressive.Run, "_stage", checked)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return h.save_base(tmp_path_factory.mktemp("base"), depth=4)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return h.save_task(tmp_path_factory.mktemp("task"))
+
+
+CARRIED = {
+    "optimizer_state": "carried",
+    "sparse_update": "dynamic",
+    "depth": 2,
+    "warmup_epochs": 0.5,
+    "epochs_per_drop": 0.5,
+    "calibration_size": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def straight(base, task, tmp_path_factory):
+    """The run that nobody interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        fast(patch)
+        output = tmp_path_factory.mktemp("straight") / "run"
+        h.run(base, task, output, **CARRIED)
+        return output
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+POINTS = {
+    "between drop and training": (progressive.Run, "_drop", 1, True),
+    "in the middle of a stage": (train, "_step", 5, False),
+    "while the state is written": (optimizer_state, "save", 2, False),
+    "between a checkpoint and its journal line": (progressive.Run, "_checkpoint", 2, True),
+    "between the journal line and cleaning up": (progressive.Run, "_clean", 3, False),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_ends_bit_equal(base, task, tmp_path, straight, monkeypatch, point):
+    owner, name, call, after = POINTS[point]
+    with monkeypatch.context() as patch:
+        work, calls = getattr(owner, name), []
+
+        def dying(*arguments, **more):
+            calls.append(1)
+            if len(calls) == call:
+                if after:
+                    work(*arguments, **more)
+                raise Killed
+            return work(*arguments, **more)
+
+        patch.setattr(owner, name, dying)
+        with contextlib.suppress(Killed):
+            h.run(base, task, tmp_path / "run", **CARRIED)
+        assert len(calls) == call, "it was killed there"
+    h.run(base, task, tmp_path / "run", **CARRIED, resume=True)
+    assert h.drops(tmp_path / "run") == h.drops(straight)
+    assert h.weights_hash(tmp_path / "run" / "model") == h.weights_hash(straight / "model")
+    left, wanted = ({str(p.relative_to(run)) for p in run.rglob("*")} for run in (tmp_path / "run", straight))
+    assert left == wanted
+
+
+def test_the_run_differs_from_one_with_fresh_optimizers(base, task, tmp_path, straight):
+    h.run(base, task, tmp_path / "run", **CARRIED | {"optimizer_state": "fresh"})
+    assert h.weights_hash(tmp_path / "run" / "model") != h.weights_hash(straight / "model")
+    assert not list((tmp_path / "run").rglob(optimizer_state.FOLDER))
+    assert [path.parent.name for path in straight.rglob(optimizer_state.FOLDER)] == ["depth-2"]
+
+
+def test_only_the_last_checkpoint_holds_state_and_no_product_does(base, task, tmp_path):
+    output = tmp_path / "run"
+    h.run(base, task, output, **CARRIED | {"keep_checkpoints": True})
+    run = RunDir(output)
+    assert run.kept_depths() == [4, 3, 2]
+    assert [path.parent for path in output.rglob(optimizer_state.FOLDER)] == [run.checkpoint(2)]
+    held = load_file(run.checkpoint(2) / optimizer_state.FOLDER / optimizer_state.FILE)
+    (last,) = [drop["trains"] for drop in h.journal(output, "drop")[-1:]]
+    places = [block["attention"] for block in json.loads((run.plans / "depth-2.json").read_text())["blocks"]]
+    trained = {f"model.layers.{place}" for place, source in enumerate(places) if source in last}
+    assert {".".join(name.split(".")[:3]) for name in held if ".layers." in name} == trained
+    assert {name.rpartition(".")[2] for name in held} == {"step", "exp_avg", "exp_avg_sq"}
+    assert cli.main(["export", str(output), "--depth", "2", "--output", str(tmp_path / "product")]) == 0
+    for product in (tmp_path / "product", run.model):
+        assert not (product / optimizer_state.FOLDER).exists()
+        assert [path.name for path in product.rglob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_state_that_is_gone_is_one_line(base, task, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(progressive.Run, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with contextlib.suppress(Killed):
+            h.run(base, task, tmp_path / "run", **CARRIED)
+    optimizer_state.delete(RunDir(tmp_path / "run").checkpoint(2))
+    with pytest.raises(InputError, match=r"depth-2.*: the state of the optimizer is not there: begin a new run"):
+        h.run(base, task, tmp_path / "run", **CARRIED, resume=True)
