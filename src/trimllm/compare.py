@@ -41,11 +41,11 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     check(command)
     claim(command, root)
     for number, each in enumerate(wanted, 1):
-        earlier = read_row(root, each)
+        earlier = each.row(root)
         if earlier.get("status") != "done":
             console.say(f"[{number}/{len(wanted)}] {each.name}")
             make_row(command, each, root)
-            earlier = read_row(root, each)
+            earlier = each.row(root)
         console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
         made = record(command, finished(root))
         journal.write_json(root / "compare.json", made)
@@ -108,16 +108,10 @@ def claim(command: CompareConfig, root: Path) -> None:
     journal.write_atomic(settings, plain_settings.to_yaml(command.model_copy(update={"resume": False})))
 
 
-def read_row(root: Path, each: Cell) -> dict[str, Any]:
-    path = root / "cells" / each.name / "row.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
-
-
 def make_row(command: CompareConfig, each: Cell, root: Path) -> None:
     """Run the row's process; where it ends without a row, a row says so."""
     arguments = [str(root), each.method.name, *([f"{each.keep:g}"] if each.method.keeps else [])]
-    path = root / "cells" / each.name / "row.json"
+    path = each.file(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     if command.baselines_python and cell.missing(each):

@@ -6,8 +6,11 @@ speed and size are measured alike for all, outside (see `cell.py`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from trimllm.errors import InputError
 
@@ -87,6 +90,16 @@ class Cell:
     @property
     def name(self) -> str:
         return self.method.name + (f"-{self.keep:g}" if self.method.keeps else "")
+
+    def file(self, root: Path) -> Path:
+        """Where the comparison in `root` keeps its row; what the method makes is beside it."""
+        return root / "cells" / self.name / "row.json"
+
+    def row(self, root: Path) -> dict[str, Any]:
+        """Its row; empty if there is none yet."""
+        path = self.file(root)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found
 
 
 def cells(names: Sequence[str], keeps: Sequence[float]) -> list[Cell]:

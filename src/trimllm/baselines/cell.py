@@ -30,7 +30,6 @@ def main(arguments: list[str]) -> int:
     root, name, *keep = arguments
     command = plain_settings.make(CompareConfig, plain_settings.read_yaml(Path(root) / "config.yaml"))
     cell = Cell(METHODS[name], float(keep[0]) if keep else None)
-    folder = Path(root) / "cells" / cell.name
     try:
         check_libraries(cell)
         row = measure(command, cell, Path(root))
@@ -44,7 +43,7 @@ def main(arguments: list[str]) -> int:
         row = {"status": "not run", "why": "out of memory on the device: a smaller --micro-batch-size may help"}
     from trimllm import journal
 
-    journal.write_json(folder / "row.json", {"method": name, "keep": cell.keep, **row})
+    journal.write_json(cell.file(Path(root)), {"method": name, "keep": cell.keep, **row})
     return 0
 
 

@@ -46,16 +46,20 @@ class Job:
 
     def __init__(self, command: CompareConfig, cell: Cell, root: Path) -> None:
         self.command, self.cell, self.root = command, cell, root
-        self.folder = root / "cells" / cell.name
+        self.folder = cell.file(root).parent
         self.console = Console()
+
+    def row_of(self, name: str) -> dict[str, Any]:
+        """The row of another method, at this share if it has shares; empty if there is none."""
+        return Cell(METHODS[name], self.cell.keep).row(self.root)
 
     def earlier(self, name: str) -> Path:
         """The checkpoint that another method made, at this depth if it has depths."""
-        return self.root / row_of(self.root, name, self.cell.keep)["checkpoint"]
+        return self.root / self.row_of(name)["checkpoint"]
 
     def check_earlier(self, name: str) -> None:
         """Raises InputError if the method that this one starts from has no checkpoint."""
-        row = row_of(self.root, name, self.cell.keep)
+        row = self.row_of(name)
         if row.get("status") != "done":
             raise InputError(f"it starts from {METHODS[name].title}, which is not there: {row.get('why', 'not run')}")
 
@@ -202,13 +206,6 @@ def cost(checkpoint: Path, run: rundir.RunDir, depth: int = 0) -> Product:
         compress_seconds=sum(drop["seconds"] for drop in drops),
         tokens=sum(stage["train"]["tokens"] for stage in stages),
     )
-
-
-def row_of(root: Path, name: str, keep: float | None) -> dict[str, Any]:
-    """The row of another method, at the same share if it has shares; empty if there is none."""
-    path = root / "cells" / Cell(METHODS[name], keep).name / "row.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
 
 
 class Watch:
