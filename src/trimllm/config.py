@@ -443,6 +443,8 @@ class ExportConfig(Settings):
     """With --to gguf: type of the matrices (default: f16)."""
     task: str | None = None
     """With --to int8 or int4: also evaluate the quantized model on this task (as `trimllm eval` does)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off: such a model is refused."""
     output: str | None = None
     """What to write (default: beside the source, named by depth and format)."""
 

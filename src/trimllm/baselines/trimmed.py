@@ -18,15 +18,8 @@ def run(job: Job) -> Product:
     least = job.trim(job.full, shared, unit=unit, warmup_epochs=0, keep=keep, keep_checkpoints=True)
     if job.cell.keep == keep:
         return least
-    from transformers import AutoConfig
-
-    base = AutoConfig.from_pretrained(job.full)
-    depth = _layers(base) - job.drops(_layers(base))
+    depth = job.depth - job.drops
     target = job.folder / "model"
     if not target.exists():
         save_depth(ExportConfig(source=str(shared), depth=depth, output=str(target)), target)
     return cost(target, RunDir(shared), depth)
-
-
-def _layers(config: object) -> int:
-    return int(config.get_text_config(decoder=True).num_hidden_layers)  # type: ignore[attr-defined]
