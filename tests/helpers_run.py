@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimllm import bench
+from trimllm import bench, cli
 from trimllm.console import Console
 from trimllm.demo import world
 from trimllm.loading import load_tokenizer
@@ -114,6 +114,15 @@ def command(
     """`python -m trimllm ...` in a process of its own, or another program in its place."""
     line = [sys.executable, *(launcher or []), *(program or ["-m", "trimllm"]), *words]
     return subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+def line(capsys: Any, *words: str) -> str:
+    """The only line that a command prints which the user got wrong."""
+    capsys.readouterr()
+    code = cli.main(list(words))
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    return err
 
 
 def journal(output: Path, event: str | None = None) -> list[dict[str, Any]]:
