@@ -79,7 +79,7 @@ def dropping(model: Any, *, seed: int, limit: float | None = None) -> Iterator[D
     drops = Drops(len(blocks), seed, THETA if limit is None else limit)
 
     def embed(_module: Any, _args: Any, _output: Any) -> None:
-        # Embeddings are looked up once per forward pass; with gradient checkpointing blocks run twice, alike.
+        # Embeddings are looked up once per forward pass; with gradient checkpointing blocks may run twice, alike.
         if model.training:
             drops.draw()
 
