@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_run import fast, save_base, save_task
+from helpers_run import fast, save_base, save_task, with_own_code
 
 from trimllm import cli, compare, inputs, models, plain_settings, room
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job
@@ -215,6 +215,18 @@ def test_depths_of_trim_share_a_run(whole: Any, world: tuple[Path, Path], tmp_pa
     assert {name: found[name]["depth"] for name in ("trim-0.75", "trim-0.5")} == {"trim-0.75": 3, "trim-0.5": 2}
     assert 0 < found["trim-0.75"]["tokens"] < found["trim-0.5"]["tokens"] == rows["trim"]["tokens"]
     assert found["trim-0.5"]["accuracy"] == rows["trim"]["accuracy"]
+
+
+def test_a_model_with_its_own_code_is_refused_or_used_as_asked(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    own = (with_own_code(shutil.copytree(world[0], tmp_path / "base"), monkeypatch, tmp_path), world[1])
+    in_process(monkeypatch)
+    with pytest.raises(InputError, match="it brings its own code; if you trust it, give --trust-remote-code"):
+        go(settings(own, tmp_path / "new", methods=("trim",)))
+    quick = {"epochs_per_drop": 0, "warmup_epochs": 0, "trust_remote_code": True}
+    found = go(settings(own, tmp_path / "out", methods=("trim",), keep=(0.75, HALF), **quick))
+    assert {name: row["depth"] for name, row in found.items()} == {"full": 4, "trim-0.75": 3, "trim-0.5": 2}
 
 
 def test_other_settings_are_refused(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
