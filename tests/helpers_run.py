@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
-from trimllm import bench
+from trimllm import bench, cli
 from trimllm.console import Console
 from trimllm.demo import world
 from trimllm.loading import load_tokenizer
@@ -52,6 +52,31 @@ def save_base(folder: Path, depth: int = DEPTH, dtype: torch.dtype = torch.float
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return save_model(model.to(dtype), folder)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_code"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def with_own_code(folder: Path, monkeypatch: Any, cache: Path) -> Path:
+    """The checkpoint of a Llama, changed to one that brings its code; `cache` is where transformers copies that."""
+    (folder / "own.py").write_text(OWN_CODE, encoding="utf-8")
+    named = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    changed = {"model_type": "own_code", "architectures": ["OwnForCausalLM"], "auto_map": named}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | changed), encoding="utf-8")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache / "modules"))
+    monkeypatch.syspath_prepend(str(cache / "modules"))
+    return folder
 
 
 def save_task(folder: Path, train: int = 24, test: int = 8) -> Path:
@@ -114,6 +139,15 @@ def command(
     """`python -m trimllm ...` in a process of its own, or another program in its place."""
     line = [sys.executable, *(launcher or []), *(program or ["-m", "trimllm"]), *words]
     return subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+def line(capsys: Any, *words: str) -> str:
+    """The only line that a command prints which the user got wrong."""
+    capsys.readouterr()
+    code = cli.main(list(words))
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    return err
 
 
 def journal(output: Path, event: str | None = None) -> list[dict[str, Any]]:

@@ -185,15 +185,6 @@ def test_it_reaches_an_adapters_base(base: Path, tmp_path: Path) -> None:
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-def line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The only line that the command prints."""
-    capsys.readouterr()
-    code = cli.main(list(words))
-    out, err = capsys.readouterr()
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    return err
-
-
 REFUSED = {
     "flashy": r"--attention flashy: transformers \S+ does not know it: use auto, eager, .*flex_attention.*, sdpa$",
     "paged|eager": r"--attention paged\|eager: transformers \S+ does not know it",
@@ -218,7 +209,7 @@ def test_what_no_model_can_take_is_refused_before_any_is_read(
         "bench": ["bench", str(base)],
         "bench config": ["bench", f"config:{base / 'config.json'}"],
     }[command]
-    said = line(capsys, *words, "--device", "cpu", "--attention", name).strip()
+    said = h.line(capsys, *words, "--device", "cpu", "--attention", name).strip()
     assert re.search(REFUSED[name], said), said
     assert not (tmp_path / "out").exists()
 
@@ -245,7 +236,7 @@ def test_flash_attention_is_for_16_bits(dtype: torch.dtype | None, refused: bool
 
 def test_flex_attention_is_not_for_training_on_a_cpu(base: Path, task: Path, tmp_path: Path, capsys: Any) -> None:
     given = ["--model", str(base), "--task", str(task), "--device", "cpu", "--attention", "flex_attention"]
-    said = line(capsys, "trim", *given, "--output", str(tmp_path / "out"))
+    said = h.line(capsys, "trim", *given, "--output", str(tmp_path / "out"))
     assert "--attention flex_attention: torch has no backward pass of it on the device cpu: leave" in said
     backends.check("flex_attention", CPU, torch.float32)
     backends.check("flex_attention", torch.device("cuda"), torch.float32, training=True)

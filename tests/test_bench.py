@@ -9,25 +9,11 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from tiny import build
+from tiny import SHAPE, build
 from torch.testing._internal.two_tensor import TwoTensor
 
 from trimllm import bench, bench_report, benching, cli, config, reads, shapes
 from trimllm.errors import InputError, TrimError
-
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "vocab_size": 64,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
 
 
 def bytes_of(model):

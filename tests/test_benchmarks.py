@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
+import lzma
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trimllm.errors import InputError, TrimError
 
@@ -32,6 +36,62 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, FOLDER / "schedule.py", *words], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("schedule.py: --output ")
+
+
+# ---- the pre-training of the lab base
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: Any) -> Path:
+    """Files such as the pre-training takes, of a few hundred words."""
+    script, folder, rng = module("base", "pretrain"), tmp_path_factory.mktemp("data"), random.Random(0)
+    for name in (*script.SOURCES, *script.HELD_OUT.values(), script.WIKITEXT):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = [" ".join(rng.choices(["law", "and", "order", "of", "the", "sea"], k=400)) for _ in range(4)]
+        lines = texts if path.suffix == ".txt" else [json.dumps({"text": text}) for text in texts]
+        with lzma.open(path, "wt") if path.suffix == ".xz" else path.open("w") as stream:
+            stream.write("\n".join(lines) + "\n")
+    return folder
+
+
+def module(*parts: str) -> Any:
+    """A benchmark's module."""
+    folder = str(FOLDER.joinpath(*parts[:-1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        return importlib.import_module(parts[-1])
+
+
+def pretrain(data: Path, output: Path, **changes: Any) -> Any:
+    """The state after a pre-training of a few steps."""
+    quick = {"blocks": 1, "hidden": 128, "batch": 2, "rows": 1, "device": "cpu", "data": data, "output": output}
+    words = [word for name, value in (quick | changes).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain.py", *words])
+        module("base", "pretrain").main()
+    return torch.load(output / "state.pt", weights_only=True)
+
+
+def test_pre_training_goes_on_as_if_it_had_not_ended_and_only_with_its_own_settings(data: Path, tmp_path: Path) -> None:
+    whole = pretrain(data, tmp_path / "whole", steps=3)
+    half = pretrain(data, tmp_path / "half", steps=2)
+    assert half["step"] == 2
+    other = {"batch": 3, "lr": 1e-3, "muon_lr": 1e-3, "seed": 1, "blocks": 2, "hidden": 256}
+    before = (tmp_path / "half" / "state.pt").read_bytes()
+    for name, value in other.items():
+        option, was = "--" + name.replace("_", "-"), half["settings"][name]
+        line = f"{option} {value}: .*half/state.pt was trained with {option} {was}: give that, or another --output"
+        with pytest.raises(InputError, match=f"^{line}$"):
+            pretrain(data, tmp_path / "half", **{"steps": 3, name: value})
+    with pytest.raises(InputError, match=r"--steps 2: the base in .*half has 2 already"):
+        pretrain(data, tmp_path / "half", steps=2)
+    assert (tmp_path / "half" / "state.pt").read_bytes() == before
+    torch.save({name: value for name, value in half.items() if name != "settings"}, tmp_path / "half" / "state.pt")
+    resumed = pretrain(data, tmp_path / "half", steps=3)  # a state of an earlier version, which kept no settings
+    assert resumed["settings"] == whole["settings"]
+    assert all(torch.equal(tensor, resumed["model"][name]) for name, tensor in whole["model"].items())
+    assert not any(torch.equal(tensor, half["model"][name]) for name, tensor in whole["model"].items())
 
 
 def test_exit_codes_are_those_of_the_command_and_of_own_processes(monkeypatch: Any, capsys: Any) -> None:

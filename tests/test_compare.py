@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
@@ -16,15 +18,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_run import save_base, save_task
+from helpers_run import fast, save_base, save_task, with_own_code
 
-from trimllm import compare, inputs, models, plain_settings, room
+from trimllm import cli, compare, inputs, models, plain_settings, room
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job
 from trimllm.config import CompareConfig, EvalConfig
 from trimllm.console import Console
-from trimllm.errors import InputError
+from trimllm.errors import InputError, TrimError
 
 DEPTH = 4
+KEEPS = (0.75, 0.5)
 HALF = 0.5
 DONE = {
     "status": "done",
@@ -61,6 +64,7 @@ def settings(world: tuple[Path, Path], output: Path, **changes: Any) -> CompareC
         "lr": 1e-3,
         "batch_size": 256,
         "epochs_per_drop": 0.5,
+        "schedule": "epoch",
         "sequence": 16,
         "new_tokens": 2,
         "repeats": 1,
@@ -75,16 +79,18 @@ def go(command: CompareConfig) -> dict[str, dict[str, Any]]:
     return {Cell(METHODS[row["method"]], row["keep"]).name: row for row in rows}
 
 
-def in_process(monkeypatch: Any, picture: bool = False) -> None:
-    """Rows are made in this process: no child starts, nothing is timed."""
+def in_process(monkeypatch: Any, picture: bool = False, apart: str = "") -> None:
+    """Rows are made in this process: no child starts, nothing is timed, but for the row of the method `apart`."""
 
     def child(command: list[str], **_: Any) -> Any:
         assert command[1:3] == ["-m", "trimllm.baselines.cell"]
+        if command[4] == apart:
+            return subprocess.run(command)
         return SimpleNamespace(returncode=cell.main(command[3:]))
 
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=child))
     monkeypatch.setattr(cell, "speed", lambda *_: DONE["speed"])
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+    fast(monkeypatch)
     if not picture:
         monkeypatch.setattr(compare, "picture", lambda *_: None)
 
@@ -123,14 +129,20 @@ def accuracy(checkpoint: Path, task: Path) -> dict[str, Any]:
 def whole(world: tuple[Path, Path], tmp_path_factory: Any) -> tuple[Path, dict[str, dict[str, Any]], str]:
     """A real comparison: its folder, its rows, what it printed.
 
-    The base's row is made and timed as users have it, by a child process; the others in this one, for time's sake.
+    The base's row is made and timed as users have it, by a child process; meanwhile the others in this one, for time's
+    sake.
     """
     output = tmp_path_factory.mktemp("whole") / "compare"
-    names = ("base", "full", "trim", "shortgpt")
-    go(settings(world, output, methods=("base",), keep=(HALF,)))
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
-        in_process(patch, picture=True)
-        go(settings(world, output, methods=names, keep=(HALF,), resume=True))
+    command = settings(world, output, methods=("base", "full", "trim", "shortgpt"), keep=(HALF,))
+    with pytest.MonkeyPatch.context() as patch:
+        in_process(patch, picture=True, apart="base")
+        compare.claim(command, output)
+        with ThreadPoolExecutor(1) as pool:
+            child = pool.submit(compare.make_row, command, Cell(METHODS["base"], None), output)
+            go(command.model_copy(update={"methods": ("full", "trim", "shortgpt"), "resume": True}))
+            child.result()
+        with redirect_stdout(StringIO()) as printed:
+            go(command.model_copy(update={"resume": True}))
     rows = json.loads((output / "compare.json").read_text())["rows"]
     return output, {row["method"]: row for row in rows}, printed.getvalue()
 
@@ -164,7 +176,7 @@ def test_table_shows_the_rows(whole: Any) -> None:
     output, rows, printed = whole
     for row in rows.values():
         (found,) = row["accuracy"].values()
-        line = next(line for line in printed.splitlines() if line.startswith(METHODS[row["method"]].title))
+        line = next(line for line in printed.splitlines() if line.startswith(row["title"] + "  "))
         assert f" {row['depth']}  {found['value']:.1f} +- {found['stderr']:.1f} " in re.sub(r" {2,}", "  ", line)
         assert f"{row['parameters'] / 1e6:.2f}" in line
         assert f"{row['speed']['decode_tokens_per_second']:.1f}" in line
@@ -207,6 +219,36 @@ def test_depths_of_trim_share_a_run(whole: Any, world: tuple[Path, Path], tmp_pa
     assert found["trim-0.5"]["accuracy"] == rows["trim"]["accuracy"]
 
 
+def test_late_training_is_as_long_as_that_of_peers_and_every_depth_has_a_run(
+    whole: Any, world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    in_process(monkeypatch)
+    late = settings(
+        world, tmp_path / "late", schedule="late", epochs_per_drop=3, methods=("trim", "shortgpt"), keep=KEEPS
+    )
+    found = go(late)
+    assert not (tmp_path / "late" / "runs").exists()
+    assert {name: found[name]["depth"] for name in ("trim-0.75", "trim-0.5")} == {"trim-0.75": 3, "trim-0.5": 2}
+    for keep in KEEPS:
+        assert found[f"trim-{keep}"]["tokens"] == found[f"shortgpt-{keep}"]["tokens"] > 0
+    lines = (tmp_path / "late/cells/trim-0.5/run/journal.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    first, last = [event["train"]["tokens"] for event in events if event["event"] == "stage"][1:]
+    assert last == 5 * first
+
+
+def test_a_model_with_its_own_code_is_refused_or_used_as_asked(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    own = (with_own_code(shutil.copytree(world[0], tmp_path / "base"), monkeypatch, tmp_path), world[1])
+    in_process(monkeypatch)
+    with pytest.raises(InputError, match="it brings its own code; if you trust it, give --trust-remote-code"):
+        go(settings(own, tmp_path / "new", methods=("trim",)))
+    quick = {"epochs_per_drop": 0, "warmup_epochs": 0, "trust_remote_code": True}
+    found = go(settings(own, tmp_path / "out", methods=("trim",), keep=(0.75, HALF), **quick))
+    assert {name: row["depth"] for name, row in found.items()} == {"full": 4, "trim-0.75": 3, "trim-0.5": 2}
+
+
 def test_other_settings_are_refused(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
     ran = made_up(monkeypatch)
     go(settings(world, tmp_path / "out", methods=("base",)))
@@ -216,8 +258,56 @@ def test_other_settings_are_refused(world: tuple[Path, Path], tmp_path: Path, mo
     with pytest.raises(InputError, match="lr") as error:
         go(settings(world, tmp_path / "out", methods=("base",), resume=True, lr=5e-4))
     assert "\n" not in str(error.value)
-    go(settings(world, tmp_path / "out", methods=("base",), resume=True, threads=2))
+    go(settings(world, tmp_path / "out", methods=("base",), resume=True, micro_batch_size=2))
     assert ran == [["base"]]
+
+
+def test_rows_of_one_table_have_the_same_threads_and_device(
+    whole: Any, world: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Real rows say what they were made with; a call with anything else is refused before it changes the folder."""
+    output, rows, _ = whole
+    assert {json.dumps(row["conditions"]) for row in rows.values()} == {'{"device": "cpu", "threads": 1}'}
+    moved = shutil.copytree(output, tmp_path / "moved")
+    again = {"methods": ("base",), "keep": (HALF,), "resume": True}
+    with pytest.raises(InputError, match=r"--threads 2: .* were made with 1: give --threads 1, or start") as error:
+        go(settings(world, moved, threads=2, **again))
+    assert "\n" not in str(error.value)
+    path = moved / "cells" / "full" / "row.json"
+    path.write_text(path.read_text().replace('"cpu"', '"NVIDIA H100"'))
+    with pytest.raises(InputError, match=r"--device cpu is cpu, .* were made on NVIDIA H100: resume there") as error:
+        go(settings(world, moved, **again))
+    assert "\n" not in str(error.value)
+    assert (moved / "config.yaml").read_bytes() == (output / "config.yaml").read_bytes()
+
+
+def test_a_folder_remembers_the_methods_and_shares_of_all_calls(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    ran = made_up(monkeypatch)
+    go(settings(world, tmp_path / "out", methods=("base",), keep=(HALF,)))
+    go(settings(world, tmp_path / "out", methods=("top",), keep=(0.75,), resume=True))
+    assert ran == [["base"], ["top", "0.75"]]
+    command = ("compare", "--resume", "--output", str(tmp_path / "out"))
+    stored = cli.parse([*command])
+    assert isinstance(stored, CompareConfig)
+    assert (stored.methods, stored.keep) == (("base", "top"), (0.75, HALF))
+    made = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert (made["settings"]["methods"], made["settings"]["keep"]) == (["base", "top"], [0.75, HALF])
+    go(stored)
+    assert ran[2:] == [["top", "0.5"]]
+    go(settings(world, tmp_path / "out", methods=(), keep=(HALF,), resume=True))
+    assert cli.parse([*command]).methods == ()  # type: ignore[attr-defined]
+
+
+def test_titles_do_not_call_a_model_cut_that_is_not() -> None:
+    said = {name: Cell(METHODS[name], None if name == "gptq" else HALF).title for name in METHODS}
+    assert said["trim"] == "TrimLLM, blocks, 50% kept"
+    assert said["one-shot"] == "one-shot, by the same scan, 50% kept"
+    assert said["full-long"] == "full fine-tuning, all blocks, as long as for 50%"
+    assert said["layer-drop"] == "progressive layer dropping, all blocks, as long as for 50%"
+    assert said["gptq"] == "GPTQ int4"
+    assert {name for name, title in said.items() if "as long" in title} == {"full-long", "layer-drop"}
 
 
 def test_rows_that_failed_are_tried_again(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
@@ -269,16 +359,14 @@ def test_a_child_that_dies_is_a_row(
     assert ran == [["full"], ["top", "0.5"]]
 
 
-def test_without_train_rows_every_row_says_so(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
-    task = tmp_path / "task"
-    task.mkdir()
-    shutil.copy(world[1] / "test.jsonl", task / "test.jsonl")
+def test_a_method_says_that_what_it_starts_from_is_not_there(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     in_process(monkeypatch)
-    found = go(settings((world[0], task), tmp_path / "out", methods=("full", "shortgpt")))
-    assert re.fullmatch("task 'task' has no training rows: .*", found["full"]["why"])
-    assert found["shortgpt-0.5"]["why"].startswith(
-        "it starts from full fine-tuning, which is not there: task 'task' has"
-    )
+    monkeypatch.setattr(job.Job, "tune", lambda *_, **__: (_ for _ in ()).throw(TrimError("the loss is infinite")))
+    found = go(settings(world, tmp_path / "out", methods=("full", "shortgpt")))
+    assert found["full"]["why"] == "the loss is infinite"
+    assert found["shortgpt-0.5"]["why"] == ("it starts from full fine-tuning, which is not there: the loss is infinite")
 
 
 def test_a_model_too_large_is_said_before_it_is_loaded(
@@ -369,12 +457,89 @@ def test_a_resume_with_fewer_methods_keeps_the_other_rows_in_the_table(tmp_path)
     assert [(row["method"], row["keep"]) for row in rows] == [("base", None), ("shortgpt", 0.5), ("shortgpt", 0.25)]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"sequence": 100_000}, "--sequence 100000"), ({"also": ("no_such_task",)}, "no_such_task")],
+def rows_file(folder: Path, *rows: dict[str, Any]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def question(prompt: str = "What is it?") -> dict[str, Any]:
+    return {"question": prompt, "choices": ["this", "that"], "answer": 0}
+
+
+def wrong(world: tuple[Path, Path], folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """What may be wrong with the settings -> them, and the line that is expected."""
+    base, task = world
+    folder.mkdir()
+    only_tests = folder / "only_tests"
+    only_tests.mkdir()
+    shutil.copy(task / "test.jsonl", only_tests)
+    torn = shutil.copytree(base, folder / "torn")
+    (torn / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-10])
+    bare = shutil.copytree(base, folder / "bare")
+    (bare / "model.safetensors").unlink()
+    encoder = shutil.copytree(base, folder / "encoder")
+    (encoder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    same = shutil.copytree(task, folder / "other" / "task")
+    long = rows_file(folder / "long", *[question(f"{n} words " * 100) for n in range(40)])
+    return {
+        "unknown task": ({"task": "demo_lav"}, "unknown task 'demo_lav'.*demo_law"),
+        "no such file": ({"task": "nowhere/rows.jsonl"}, "nowhere/rows.jsonl does not exist"),
+        "no training rows": ({"task": str(only_tests)}, "task 'only_tests' has no training rows: "),
+        "long prompts": ({"task": long}, r"\d+ of \d+ prompts do not fit the context of 128 tokens"),
+        "unknown task of --also": ({"also": ("demo_law", "no_such_task")}, "no_such_task"),
+        "broken file in --also": ({"also": (rows_file(folder / "broken", {"colour": "red"}),)}, "colour"),
+        "long prompts in --also": ({"also": (long,)}, r"\d+ of \d+ prompts do not fit the context of 128 tokens"),
+        "two tasks of a name": ({"also": (str(same),)}, f"--also {same}: its name, task, is that of another task"),
+        "no such model": ({"model": str(folder / "no")}, "cannot load '.*/no': there is no such folder"),
+        "torn weights": ({"model": str(torn)}, "model.safetensors"),
+        "no weights": ({"model": str(bare)}, "cannot load model '.*/bare': the folder has no model.safetensors"),
+        "no language model": ({"model": str(encoder)}, "cannot use model '.*/encoder': it is not a causal language"),
+        "no such text": ({"text": str(folder / "no.txt")}, "no.txt does not exist"),
+        "nothing to drop": ({"keep": (HALF, 0.95)}, "--keep 0.95: the model has only 4 layers"),
+        "no such device": ({"device": "cuda:99"}, "--device cuda:99: there is no such device here"),
+        "unknown attention": ({"attention": "flashy"}, "--attention flashy: "),
+        "long rows for the speed": ({"sequence": 100_000}, "--sequence 100000: the model takes at most 128 tokens"),
+    }
+
+
+WRONG = (
+    *("unknown task", "no such file", "no training rows", "long prompts", "unknown task of --also"),
+    *("broken file in --also", "long prompts in --also", "two tasks of a name", "no such model", "torn weights"),
+    *("no weights", "no language model", "no such text", "nothing to drop", "no such device", "unknown attention"),
+    "long rows for the speed",
 )
-def test_what_training_would_come_before_is_checked_first(tmp_path, changes, said):
-    command = CompareConfig(model="demo", task="demo_law", output=str(tmp_path / "new"), **changes)
-    with pytest.raises(InputError, match=said):
-        compare.compare(command, Console(quiet=True))
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_would_end_every_row_is_one_line_before_any_starts(
+    what: str, world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    ran = made_up(monkeypatch)
+    cases = wrong(world, tmp_path / "wrong")
+    assert tuple(cases) == WRONG
+    changes, said = cases[what]
+    with pytest.raises(InputError, match=said) as error:
+        go(settings(world, tmp_path / "new", **changes))
+    assert "\n" not in str(error.value)
+    assert ran == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path, capsys: Any) -> None:
+    words = [
+        "compare",
+        "--model",
+        "demo",
+        "--task",
+        "demo_law",
+        "--also",
+        "demo_lav",
+        "--output",
+        str(tmp_path / "new"),
+    ]
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "demo_lav" in err
     assert not (tmp_path / "new").exists()

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trimllm import cli, export
+from trimllm.baselines import cell
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.handover import quantized
@@ -213,6 +214,19 @@ def test_cut_on_disk_after_quantizing_is_quantizing_after_the_cut(
     assert cli.main(["drop", "--model", str(source), "--layers", "1", "--output", str(other)]) == 0
     assert cli.main(["export", str(other), "--to", to, "--output", str(both)]) == 0
     assert torch.equal(logits(one), logits(both))
+
+
+def test_a_model_with_its_own_code_is_refused_or_used_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = h.with_own_code(base(tmp_path / "own"), monkeypatch, tmp_path)
+    words = ("export", str(own), "--to", "int8", "--output", str(tmp_path / "out"))
+    assert "it brings its own code; if you trust it, give --trust-remote-code" in h.line(capsys, *words)
+    assert cli.main([*words, "--trust-remote-code"]) == 0
+    plain, made = (load_model(folder, trust_remote_code=True) for folder in (own, tmp_path / "out"))
+    assert type(made).__name__ == "OwnForCausalLM"
+    count = sum(parameter.numel() for parameter in plain.parameters())
+    assert cell.parameters(made, trust_remote_code=True) == cell.parameters(plain) == count
 
 
 def test_share_counts_tied_weights_once(done: tuple[str, Path], source: Path) -> None:

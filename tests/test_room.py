@@ -39,15 +39,6 @@ def weights(folder: Path, dtype: torch.dtype | None = None) -> int:
     return sum(p.numel() * p.element_size() for p in load_model(folder, dtype=dtype).parameters())
 
 
-def line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The only line that the command prints."""
-    capsys.readouterr()
-    code = cli.main(list(words))
-    out, err = capsys.readouterr()
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    return err
-
-
 # ---- the estimate ----------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +96,7 @@ def test_a_bench_of_a_shape_larger_than_any_memory_is_refused_by_its_name(
     }
     values = json.loads((base / "config.json").read_text()) | huge | {"head_dim": 128}
     (tmp_path / "huge.json").write_text(json.dumps(values))
-    said = line(capsys, "bench", str(base), f"config:{tmp_path / 'huge.json'}", "--device", "cpu")
+    said = h.line(capsys, "bench", str(base), f"config:{tmp_path / 'huge.json'}", "--device", "cpu")
     assert f"config:{tmp_path / 'huge.json'} beside {base}: the weights alone take 1" in said
     assert " GB are free on cpu: measure fewer or smaller models, or give a narrower --dtype" in said
 
@@ -117,7 +108,7 @@ def test_a_bench_of_directories_larger_than_memory_is_refused(
 ) -> None:
     monkeypatch.setattr(room, "free", lambda _: int(copies * weights_once))
     weights_once = room.weights(str(base), None)
-    said = line(capsys, "bench", *[str(base)] * models, "--device", "cpu")
+    said = h.line(capsys, "bench", *[str(base)] * models, "--device", "cpu")
     assert said.startswith(f"trimllm: {base}")
     assert "the weights alone take" in said
 

@@ -11,26 +11,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 import torch
-from tiny import build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimllm import bench, benching, reads
 from trimllm.config import BenchConfig
 
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "vocab_size": 64,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
+SHAPE = tiny.SHAPE | {"hidden_size": 128, "intermediate_size": 256}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +116,7 @@ def test_llm_int8_reads_and_stores_a_byte_a_weight_and_a_scale_a_row(quantized, 
 
 
 def test_a_tied_matrix_is_stored_once():
-    model = build("llama-tied")
+    model = tiny.build("llama-tied")
     assert reads.stored_bytes(model) == sum(p.nbytes for p in model.parameters())
 
 

@@ -1,6 +1,7 @@
 """The main loop: where it ends, what it drops and trains, and what it leaves in its directory."""
 
 import json
+import time
 
 import helpers_run as h
 import pytest
@@ -329,6 +330,23 @@ def test_frozen_embeddings_do_not_move_after_the_warm_up(base, task, tmp_path):
     assert torch.equal(before.model.norm.weight, after.model.norm.weight)
     original = AutoModelForCausalLM.from_pretrained(base)
     assert not torch.equal(before.get_input_embeddings().weight, original.get_input_embeddings().weight)
+
+
+def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path, monkeypatch):
+    taylor, spent = deciding.weights.taylor, []
+
+    def slow(*arguments):
+        started = time.perf_counter()
+        time.sleep(0.5)
+        found = taylor(*arguments)
+        spent.append(time.perf_counter() - started)
+        return found
+
+    monkeypatch.setattr(deciding.weights, "taylor", slow)
+    h.run(base, task, tmp_path / "run", depth=4, strategy="taylor", **NO_TRAINING)
+    (drop,) = h.journal(tmp_path / "run", "drop")
+    assert drop["seconds"] >= spent[0] >= 0.5
+    assert h.result(tmp_path / "run")["seconds"]["scans"] == drop["seconds"]
 
 
 def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, task, tmp_path, monkeypatch):

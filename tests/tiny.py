@@ -31,6 +31,20 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+SHAPE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": VOCAB,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+"""A config.json, as `trimllm bench` takes it."""
 PLAIN = {k: v for k, v in COMMON.items() if k not in ("num_key_value_heads", "head_dim")}
 NO_HEAD_DIM = {k: v for k, v in COMMON.items() if k != "head_dim"}
 GPT2 = {

@@ -9,7 +9,8 @@ tokens of whole documents one behind the other; which source the next row comes 
 share is of the tokens seen. Only training splits are named: no reported question's text is ever seen, and no label.
 
 The matrices of the blocks are trained with Muon, embeddings and norms with AdamW; after a plateau the learning rate
-falls over the last part of `--steps`. Until it has begun to fall, `--steps` may be changed between two starts.
+falls over the last part of `--steps`. Until it has begun to fall, `--steps` may be changed between two starts; sizes,
+batch, rates and seed may not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trimllm.demo.pretrain import lr_share, optimizers, save
+from trimllm.demo.pretrain import lr_share, optimizers, read_state, save, train_step, write_state
+from trimllm.errors import InputError
 from trimllm.tasks.text import load_text
 
 SOURCES = {
@@ -159,6 +162,32 @@ def order(sizes: list[int], rows: int, seed: int) -> list[tuple[int, int]]:
     return out
 
 
+FIXED = ("blocks", "hidden", "batch", "lr", "muon_lr", "seed")
+"""Options that stay what they were when the training goes on."""
+
+
+def fixed(args: argparse.Namespace) -> dict[str, float]:
+    """What of the settings a state keeps."""
+    return {name: getattr(args, name) for name in FIXED}
+
+
+def check_state(args: argparse.Namespace) -> None:
+    """Raises InputError if the state in --output is of a training with other settings.
+
+    States of earlier versions, which keep none, are taken as they are.
+    """
+    path = args.output / STATE
+    if not path.exists():
+        return
+    stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("settings", {})
+    for name, value in fixed(args).items():
+        if stored.get(name, value) != value:
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} {value}: {path} was trained with {option} {stored[name]}: give that, or another --output"
+            )
+
+
 def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict[str, Any]:
     """Train (or go on training) and return what the card says of it."""
     model = build_model(tokenizer, args).to(args.device)
@@ -168,22 +197,17 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
     done, seconds, log = 0, 0.0, []
     path = args.output / STATE
     if path.exists():
-        state = torch.load(path, weights_only=True, map_location=args.device)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(trained, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        state = read_state(path, model, trained)
         done, seconds, log = state["step"], state["seconds"], state["log"]
         print(f"going on from step {done}", flush=True)
     if done >= args.steps:
-        raise SystemExit(f"--steps {args.steps}: the base has {done} already")
+        raise InputError(f"--steps {args.steps}: the base in {args.output} has {done} already: ask for more")
     sources = source_rows(tokenizer, args)
     plan = order([len(rows) for rows in sources], args.steps * args.batch, args.seed)
     forward = torch.compile(model, dynamic=False) if args.compile else model
 
     def checkpoint() -> None:
-        state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in trained]}
-        torch.save(state | {"step": done, "seconds": seconds, "log": log}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        write_state(path, model, trained, step=done, seconds=seconds, log=log, settings=fixed(args))
         save(model.to("cpu"), tokenizer, args.output)
         model.to(args.device)
 
@@ -192,23 +216,11 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
     began = time.time()
     while done < args.steps:
         start = time.time()
-        share = lr_share(done, args.steps, args.warmup, args.decay)
-        for optimizer in trained:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * share
         chosen = plan[done * args.batch : (done + 1) * args.batch]
         batch = torch.tensor(np.stack([sources[s][r] for s, r in chosen]).astype(np.int64), device=args.device)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            logits = forward(input_ids=batch, use_cache=False).logits
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in trained:
-            optimizer.step()
-            optimizer.zero_grad()
+        losses.append(train_step(forward, trained, batch, lr_share(done, args.steps, args.warmup, args.decay)))
         done += 1
         seconds += time.time() - start
-        losses.append(loss.detach())
         if done % args.log_every == 0 or done == args.steps:
             log.append({"step": done, "loss": torch.stack(losses).mean().item()})
             pace = (time.time() - began) / (done - first)
@@ -296,6 +308,8 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="only measure perplexities and write the card")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if not args.card:
+        check_state(args)
     args.output.mkdir(parents=True, exist_ok=True)
     if (args.output / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output)
@@ -312,4 +326,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from _sides import run
+
+    run(main)

@@ -88,7 +88,8 @@ class Runner:
         return out
 
     def _step(self, token: torch.Tensor, cache: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.step is not self.model:  # importing torch's compiler for this takes seconds
+            torch.compiler.cudagraph_mark_step_begin()
         return self.step(input_ids=token, use_cache=True, **({} if cache is None else {self.name: cache}))
 
     @torch.inference_mode()

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,23 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     """Make the rows that are not there yet, print the table, and return what compare.json holds.
 
     Raises:
-        InputError: if a method is unknown, --baselines-python is no program, or --output holds something else, or a
-            comparison with other settings.
+        InputError: if a method is unknown, --baselines-python is no program, or --output holds something else, a
+            comparison with other settings, or rows made with other threads or on another device; see also `check`.
     """
     root = Path(command.output)
     wanted = cells(command.methods, command.keep)
     if command.baselines_python and shutil.which(command.baselines_python) is None:
         raise InputError(f"--baselines-python {command.baselines_python}: no such program: name a Python executable")
-    check(command)
-    claim(command, root)
+    check(command, wanted)
+    whole = claim(command, root)
     for number, each in enumerate(wanted, 1):
-        earlier = read_row(root, each)
+        earlier = each.row(root)
         if earlier.get("status") != "done":
             console.say(f"[{number}/{len(wanted)}] {each.name}")
             make_row(command, each, root)
-            earlier = read_row(root, each)
+            earlier = each.row(root)
         console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
-        made = record(command, finished(root))
+        made = record(whole, finished(root))
         journal.write_json(root / "compare.json", made)
     print(report(made))
     picture(made, root / "compare.png")
@@ -55,27 +56,69 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     return made
 
 
-def check(command: CompareConfig) -> None:
-    """What would only be met after hours of training: the length of rows for the speed, and the tasks of --also.
+def check(command: CompareConfig, wanted: Sequence[Cell]) -> None:
+    """Whatever would end every row, or be met after hours of training: model, tasks, text, names, shares, lengths.
 
     Raises:
-        InputError: if the model's context is too short, or a task cannot be loaded.
+        InputError: for the first of these that cannot be used.
     """
-    from transformers import AutoConfig
+    from trimllm import backends, encoding, inputs, loading, models
+    from trimllm.baselines import job
 
-    from trimllm import adapters, encoding, inputs, loading, models
+    trains = any(each.method.name != "base" for each in wanted)
+    dtype = models.DTYPES.get(command.dtype) or (models.DTYPES["float32"] if trains else None)
+    backends.check(command.attention, models.device_of(command.device), dtype, training=trains)
+    config = check_model(command)
+    for each in wanted:
+        if each.keep is not None:
+            _ = job.Job(command, each, Path(command.output)).drops
+    context = encoding.context_length(config)
+    if command.sequence is not None and command.sequence > context:
+        raise InputError(f"--sequence {command.sequence}: the model takes at most {context} tokens: ask for less")
+    path = models.path_of(command.model)
+    tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
+    names = set()
+    for settings in cell.tasks(command):
+        data = inputs.task_data(settings, tokenizer)
+        if data.name in names:
+            raise InputError(
+                f"--also {settings.task}: its name, {data.name}, is that of another task: rename the folder or file"
+            )
+        names.add(data.name)
+        longest = encoding.context_length(config, command.max_length)
+        own = settings is command
+        encoding.encode(tokenizer, [*data.test, *(data.calibration if own else [])], longest, truncate=command.truncate)
+        if own and trains:
+            job.examples(command, tokenizer, config, data.train, command.batch_size)
+
+
+def check_model(command: CompareConfig) -> Any:
+    """The config of a model that can be loaded, as far as can be told without its weights.
+
+    Raises:
+        InputError: if it is not there, is no causal language model, or its weights are missing or torn.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trimllm import adapters, decoder, loading, models, shards
 
     path = models.path_of(command.model)
-    loading.check_path(path)
-    if command.sequence is not None and not adapters.base_of(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=command.trust_remote_code)
-        context = encoding.context_length(config)
-        if command.sequence > context:
-            raise InputError(f"--sequence {command.sequence}: the model takes at most {context} tokens: ask for less")
-    if command.also:
-        tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
-        for task in command.also:
-            inputs.task_data(command.model_copy(update={"task": task, "task_files": None, "metric": None}), tokenizer)
+    config = models.config_of(path, trust_remote_code=command.trust_remote_code)
+    folder = Path(adapters.base_of(path) or path)
+    if folder.is_dir():
+        loading.check_folder(folder)
+        if not shards.present(folder) and not command.allow_pickle:
+            raise InputError(loading.no_safetensors(str(folder)))
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"cannot use model {path!r}: it is an encoder-decoder, not a causal language model")
+    try:
+        with loading.quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=command.trust_remote_code)
+    except Exception as error:
+        raise InputError(loading.explain(path, error)) from error
+    decoder.blocks(model)
+    return config
 
 
 def finished(root: Path) -> list[dict[str, Any]]:
@@ -83,11 +126,11 @@ def finished(root: Path) -> list[dict[str, Any]]:
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in (root / "cells").glob("*/row.json")]
     order = list(METHODS)
     rows.sort(key=lambda row: (order.index(row["method"]), -(row["keep"] or 0)))
-    return [row | {"title": METHODS[row["method"]].title} for row in rows]
+    return [row | {"title": Cell(METHODS[row["method"]], row["keep"]).title} for row in rows]
 
 
-def claim(command: CompareConfig, root: Path) -> None:
-    """Make the folder this comparison's own.
+def claim(command: CompareConfig, root: Path) -> CompareConfig:
+    """Make the folder this comparison's own; its settings, with the methods and shares of earlier calls.
 
     Raises:
         InputError: see `compare`.
@@ -102,22 +145,45 @@ def claim(command: CompareConfig, root: Path) -> None:
                 "another one"
             )
         rundir.same_settings(command, root, FREE_OF_CHOICE)
+        same_conditions(command, root)
+        command = joined(command, plain_settings.make(CompareConfig, plain_settings.read_yaml(settings)))
     elif root.exists() and any(root.iterdir()):
         raise InputError(f"--output {root}: the directory is not empty: choose another one")
     folders.check_writable(root)
-    journal.write_atomic(settings, plain_settings.to_yaml(command.model_copy(update={"resume": False})))
+    command = command.model_copy(update={"resume": False})
+    journal.write_atomic(settings, plain_settings.to_yaml(command))
+    return command
 
 
-def read_row(root: Path, each: Cell) -> dict[str, Any]:
-    path = root / "cells" / each.name / "row.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+def joined(command: CompareConfig, earlier: CompareConfig) -> CompareConfig:
+    """The settings with the methods (none named: all) and the shares of both."""
+    named = {*command.methods, *earlier.methods} if command.methods and earlier.methods else ()
+    methods = tuple(name for name in METHODS if name in named)
+    keep = tuple(sorted({*command.keep, *earlier.keep}, reverse=True))
+    return command.model_copy(update={"methods": methods, "keep": keep})
+
+
+def same_conditions(command: CompareConfig, root: Path) -> None:
+    """Raises InputError if finished rows were computed elsewhere, or with other threads: one table, one machine."""
+    now = cell.conditions(command)
+    for row in finished(root):
+        then = row.get("conditions", now)
+        if then["device"] != now["device"]:
+            raise InputError(
+                f"--device {command.device} is {now['device']}, and finished rows in {root} were made on "
+                f"{then['device']}: resume there, or start another comparison"
+            )
+        if then["threads"] != now["threads"]:
+            raise InputError(
+                f"--threads {now['threads']}: finished rows in {root} were made with {then['threads']}: give --threads "
+                f"{then['threads']}, or start another comparison"
+            )
 
 
 def make_row(command: CompareConfig, each: Cell, root: Path) -> None:
     """Run the row's process; where it ends without a row, a row says so."""
     arguments = [str(root), each.method.name, *([f"{each.keep:g}"] if each.method.keeps else [])]
-    path = root / "cells" / each.name / "row.json"
+    path = each.file(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     if command.baselines_python and cell.missing(each):

@@ -47,10 +47,10 @@ def report(found: dict[str, Any]) -> str:
     )
     for row in done:
         if row["note"]:
-            out += f"\n{row['title']}{_share(row)}: {row['note']}"
+            out += f"\n{row['title']}: {row['note']}"
     for row in found["rows"]:
         if row["status"] != "done":
-            out += f"\n{row['title']}{_share(row)}: {row['status']}: {row['why']}"
+            out += f"\n{row['title']}: {row['status']}: {row['why']}"
     return out
 
 
@@ -59,7 +59,7 @@ def _line(row: dict[str, Any], tasks: list[str]) -> list[Any]:
     accuracies = [row["accuracy"].get(task) for task in tasks]
     own = next(iter(row["accuracy"].values()))
     return [
-        row["title"] + _share(row),
+        row["title"],
         row["depth"],
         *(f"{found['value']:.1f} +- {found['stderr']:.1f}" if found else "-" for found in accuracies),
         f"{own['acc_norm']:.1f}" if "acc_norm" in own else "-",
@@ -73,10 +73,6 @@ def _line(row: dict[str, Any], tasks: list[str]) -> list[Any]:
         f"{row['train_seconds'] / 60:.1f}",
         f"{row['compress_seconds'] / 60:.1f}",
     ]
-
-
-def _share(row: dict[str, Any]) -> str:
-    return "" if row["keep"] is None else f", {row['keep']:.0%}"
 
 
 def picture(found: dict[str, Any], path: Path) -> None:
@@ -96,7 +92,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
         colour = "#c44e52" if ours else "#8c8c8c" if row["method"] in ("base", "full", "full-long") else "#4878a8"
         axes.errorbar(ratio, own["value"], yerr=own["stderr"], fmt="o", color=colour, capsize=2, markersize=5)
         axes.annotate(
-            row["title"] + _share(row),
+            row["title"],
             (ratio, own["value"]),
             xytext=(5, 4 if number % 2 else -9),
             textcoords="offset points",

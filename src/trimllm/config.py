@@ -410,8 +410,10 @@ class CompareConfig(TrainSettings, TaskSettings, ModelSettings):
     """More tasks to evaluate every model on, without training for them: what specialization costs."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of the full fine-tuning that most methods start from."""
+    schedule: Literal["late", "epoch"] = "late"
+    """How TrimLLM spreads its training, as in `trimllm trim`; epoch: one run of it gives every --keep."""
     epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
-    """Epochs after every dropped block; methods that cut at once train as long as all of them together."""
+    """Epochs per dropped block; methods that cut at once train as long as all of them together."""
     final_epochs: Annotated[float, Field(ge=0)] = 0.0
     """More epochs after the last drop."""
     eval_batch_size: Positive | None = None
@@ -458,6 +460,8 @@ class ExportConfig(Settings):
     """With --to gguf: type of the matrices (default: f16)."""
     task: str | None = None
     """With --to int8 or int4: also evaluate the quantized model on this task (as `trimllm eval` does)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off: such a model is refused."""
     output: str | None = None
     """What to write (default: beside the source, named by depth and format)."""
 

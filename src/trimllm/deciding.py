@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ class Decision:
     evidence: Evidence
     joint: list[Joint]
     """Sets that were tried as a whole (--schedule recover)."""
+    seconds: float
+    """All of it took: the scan, scores from weights and gradients, sets that were tried."""
 
 
 class Decider:
@@ -100,13 +103,15 @@ class Decider:
 
         Finished batches are kept in the file `parts`; those that stand there already are not computed again.
         """
+        started = time.perf_counter()
         result = self._scan(model, layout, parts, share, console)
         evidence = share.from_first(lambda: self._evidence(model, layout, result))
         choices = self._choose(model, layout, result, evidence)
         tried: list[Joint] = []
         if self.config.schedule == "recover":
             choices, tried = self._together(model, layout, result, evidence, choices[0], parts, share)
-        return Decision(choices, self._trainable(layout, result, evidence, choices), result, evidence, tried)
+        trains = self._trainable(layout, result, evidence, choices)
+        return Decision(choices, trains, result, evidence, tried, time.perf_counter() - started)
 
     def _race(self, model: Any, layout: Layout) -> Race | None:
         every = units(self.config.unit, whole(len(layout)), self.length)
@@ -263,7 +268,7 @@ class Decider:
             "importance": [choice.importance for choice in choices],
             "joint": None if found is None else found.record() | {"tried": len(decision.joint)},
             "why": choices[0].why,
-            "seconds": decision.result.seconds,
+            "seconds": decision.seconds,
         }
 
     def table(self, decision: Decision, layout: Layout) -> dict[str, Any]:

@@ -145,9 +145,23 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:
-    """The dtype that the checkpoint's config names; of an adapter, its base's."""
+def config_of(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint; of an adapter, its base's.
+
+    Raises:
+        InputError: if there is none, or transformers cannot read it.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(adapters.base_of(path) or path, trust_remote_code=settings.trust_remote_code)
+    name = adapters.base_of(path) or path
+    loading.check_path(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(loading.explain(name, error)) from error
+
+
+def saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:
+    """The dtype that the checkpoint's config names; of an adapter, its base's."""
+    config = config_of(path, trust_remote_code=settings.trust_remote_code)
     return config.dtype or config.get_text_config(decoder=True).dtype

@@ -6,8 +6,11 @@ speed and size are measured alike for all, outside (see `cell.py`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from trimllm.errors import InputError
 
@@ -18,13 +21,15 @@ class Method:
 
     name: str
     title: str
-    """What the table calls it."""
+    """What the table calls it, with the share behind it (see `Cell.title`)."""
     module: str
     """Module of this package with `run(job)`."""
     source: str
     """Paper, as an arXiv number or a link; empty for a plain reference."""
     keeps: bool = True
     """Whether there is one for every --keep; else one only."""
+    cuts: bool = True
+    """Whether what it makes is smaller by that; else only its training is as long as for a model so small."""
     after: tuple[str, ...] = ("full",)
     """Methods whose product it starts from; they are done before."""
     needs: tuple[str, ...] = ()
@@ -45,7 +50,7 @@ METHODS = {
     for method in (
         Method("base", "no training", "plain", "", keeps=False, after=()),
         Method("full", "full fine-tuning", "plain", "", keeps=False, after=()),
-        Method("full-long", "full fine-tuning, tokens of the trimmed", "plain", ""),
+        Method("full-long", "full fine-tuning, all blocks", "plain", "", cuts=False),
         Method("trim", "TrimLLM, blocks", "trimmed", _TRIMLLM),
         Method("trim-pair", "TrimLLM, pairs", "trimmed", _TRIMLLM),
         Method("trim-int8", "TrimLLM, then int8", "quantized", _TRIMLLM, after=("trim",), needs=("bitsandbytes",)),
@@ -65,7 +70,11 @@ METHODS = {
         Method("contribution", "Sajjad et al., contribution", "sajjad", _SAJJAD, after=()),
         Method("random", "random blocks", "one_shot", ""),
         Method("streamline", "LLM-Streamline (replacement layer)", "streamline", _arxiv("2403.19135")),
-        Method("layer-drop", "progressive layer dropping, full depth", "layer_drop", _arxiv("2010.13369"), after=()),
+        Method(
+            *("layer-drop", "progressive layer dropping, all blocks", "layer_drop", _arxiv("2010.13369")),
+            cuts=False,
+            after=(),
+        ),
         Method("llm-pruner", "LLM-Pruner (channels and heads)", "llm_pruner", _arxiv("2305.11627"), needs=("peft",)),
         Method("sparsegpt", "SparseGPT 2:4", "compressor", _arxiv("2301.00774"), keeps=False, needs=_COMPRESSOR),
         Method("wanda", "Wanda 2:4", "compressor", _arxiv("2306.11695"), keeps=False, needs=_COMPRESSOR),
@@ -87,6 +96,25 @@ class Cell:
     @property
     def name(self) -> str:
         return self.method.name + (f"-{self.keep:g}" if self.method.keeps else "")
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        if not self.method.keeps or self.keep is None:
+            return self.method.title
+        return self.method.title + (
+            f", {self.keep:.0%} kept" if self.method.cuts else f", as long as for {self.keep:.0%}"
+        )
+
+    def file(self, root: Path) -> Path:
+        """Where the comparison in `root` keeps its row; what the method makes is beside it."""
+        return root / "cells" / self.name / "row.json"
+
+    def row(self, root: Path) -> dict[str, Any]:
+        """Its row; empty if there is none yet."""
+        path = self.file(root)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found
 
 
 def cells(names: Sequence[str], keeps: Sequence[float]) -> list[Cell]:

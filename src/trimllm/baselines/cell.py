@@ -30,7 +30,6 @@ def main(arguments: list[str]) -> int:
     root, name, *keep = arguments
     command = plain_settings.make(CompareConfig, plain_settings.read_yaml(Path(root) / "config.yaml"))
     cell = Cell(METHODS[name], float(keep[0]) if keep else None)
-    folder = Path(root) / "cells" / cell.name
     try:
         check_libraries(cell)
         row = measure(command, cell, Path(root))
@@ -44,7 +43,7 @@ def main(arguments: list[str]) -> int:
         row = {"status": "not run", "why": "out of memory on the device: a smaller --micro-batch-size may help"}
     from trimllm import journal
 
-    journal.write_json(folder / "row.json", {"method": name, "keep": cell.keep, **row})
+    journal.write_json(cell.file(Path(root)), {"method": name, "keep": cell.keep, **row})
     return 0
 
 
@@ -86,7 +85,7 @@ def measure(command: CompareConfig, cell: Cell, root: Path) -> dict[str, Any]:
     else:
         most = benching.resident("VmHWM")
         peak = None if most is None or before is None else most - before
-    if cell.method.module == "trimmed" and len(command.keep) > 1:
+    if cell.method.module == "trimmed" and job.every_depth_at_once and len(command.keep) > 1:
         peak = None  # one run makes several rows
     made = {key: value for key, value in asdict(product).items() if key != "checkpoint"}
     return {
@@ -94,6 +93,7 @@ def measure(command: CompareConfig, cell: Cell, root: Path) -> dict[str, Any]:
         "checkpoint": relative(product.checkpoint, root),
         **made,
         "making_peak_bytes": peak,
+        "conditions": conditions(command),
         **evaluate(job, product),
         "speed": speed(command, product),
     }
@@ -111,26 +111,36 @@ def evaluate(job: Job, product: Product) -> dict[str, Any]:
 
     loaded = job.load(product.checkpoint, training=False)
     found = {}
-    for task in (job.command.task, *job.command.also):
-        own = task == job.command.task
-        changes = {} if own else {"task": task, "task_files": None, "metric": None}
-        settings = job.command.model_copy(update=changes)
+    for settings in tasks(job.command):
         data = inputs.task_data(settings, loaded.tokenizer)
         scorer = inputs.scorer(settings, loaded.model, loaded.tokenizer, data.test)
-        if data.name in found:
-            raise InputError(
-                f"--also {task}: its name, {data.name}, is that of another task: rename the folder or file"
-            )
         found[data.name] = scorer.evaluate(loaded.model, data.metric).summary()
     return {
         "accuracy": found,
         "depth": decoder.depth(loaded.model),
-        "parameters": parameters(loaded.model),
+        "parameters": parameters(loaded.model, trust_remote_code=job.command.trust_remote_code),
         "disk_bytes": benching.disk_bytes(str(product.checkpoint), job.command.allow_pickle),
     }
 
 
-def parameters(model: Any) -> int:
+def tasks(command: CompareConfig) -> list[CompareConfig]:
+    """The settings for each task that models are evaluated on: the comparison's own, and those of --also."""
+    also = [{"task": task, "task_files": None, "metric": None} for task in command.also]
+    return [command, *(command.model_copy(update=changes) for changes in also)]
+
+
+def conditions(command: CompareConfig) -> dict[str, Any]:
+    """What times depend on, and accuracies a little: rows of one table have the same."""
+    import torch
+
+    from trimllm import models
+
+    device = models.device_of(command.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "threads": command.threads or torch.get_num_threads()}
+
+
+def parameters(model: Any, *, trust_remote_code: bool = False) -> int:
     """Weights of the model; of a quantized one as many as it would have unquantized: packed ones and scales are not
     counted."""
     if getattr(model, "is_quantized", False):
@@ -138,19 +148,17 @@ def parameters(model: Any) -> int:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model.config)
+            model = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
     """Prefill, decode and peak memory at batch 1, in turn with the base."""
-    from transformers import AutoConfig
-
     from trimllm import bench_report, benching, encoding, models
     from trimllm.config import BenchConfig
 
     base = models.path_of(command.model)
-    context = encoding.context_length(AutoConfig.from_pretrained(base, trust_remote_code=command.trust_remote_code))
+    context = encoding.context_length(models.config_of(base, trust_remote_code=command.trust_remote_code))
     sequence = command.sequence or min(512, context)
     settings = BenchConfig(
         models=(base, str(product.checkpoint)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from trimllm import decoder, folders, inputs, loading, training_rows
-from trimllm.baselines.job import Job, Product, Watch
+from trimllm import decoder, folders, loading
+from trimllm.baselines.job import Job, Product
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.handover import copy_companions, quantized
-from trimllm.tasks import load_text
 
 CALIBRATION_ROWS = 128
 """Most rows that are calibrated on, as in the papers; half of them domain text if there is one."""
@@ -39,7 +39,7 @@ def run(job: Job) -> Product:
         InputError: if the model has no layers that the method takes.
         TrimError: if llm-compressor cannot compress it, or what it saved is not what it made.
     """
-    name, watch = job.cell.method.name, Watch()
+    name, started = job.cell.method.name, time.perf_counter()
     source = job.earlier("full")
     loaded = job.load(source, training=False)
     layers = linears(loaded.model)
@@ -61,9 +61,8 @@ def run(job: Job) -> Product:
         said = f"int4, a scale per {size} weights" + ("" if size == GROUPS[0] else f" ({GROUPS[0]} does not divide)")
         said += "; transformers unpacks them on first use: less on disk, not in memory, and no faster"
     count = sum(len(batch["input_ids"]) for batch in rows)
-    return Product(
-        target, compress_seconds=watch.seconds(), note=f"{said}; calibrated on {count} rows of train and domain text"
-    )
+    said += f"; calibrated on {count} rows of train and domain text"
+    return Product(target, compress_seconds=time.perf_counter() - started, note=said)
 
 
 def linears(model: Any) -> dict[str, nn.Linear]:
@@ -105,14 +104,8 @@ def recipe(name: str, size: int, ignored: list[str]) -> list[Any]:
 
 def calibration(job: Job, loaded: Any) -> list[dict[str, torch.Tensor]]:
     """Batches of rows of train and of domain text; rows of a batch are of one length, so that nothing is padded."""
-    command = job.command
-    longest = training_rows.longest(loaded.model, command.max_length)
-    data = inputs.task_data(command, loaded.tokenizer)
-    task = training_rows.task_examples(loaded.tokenizer, data.train, longest, truncate=command.truncate)
-    training_rows.check(task)
-    texts = load_text(command.text) if command.text else []
-    text = training_rows.text_examples(loaded.tokenizer, texts, min(longest, BATCH_TOKENS))
-    rng = random.Random(f"calibration:{command.seed}")
+    task, text = job.examples(loaded, BATCH_TOKENS)
+    rng = random.Random(f"calibration:{job.command.seed}")
     drawn = rng.sample(text, min(len(text), CALIBRATION_ROWS // 2))
     drawn += rng.sample(task, min(len(task), CALIBRATION_ROWS - len(drawn)))
     by_length = defaultdict(list)
@@ -194,5 +187,5 @@ def save_quantized(job: Job, source: Path, loaded: Any) -> Path:
             loaded.model.save_pretrained(scratch, save_compressed=True)
             loaded.tokenizer.save_pretrained(scratch)
         copy_companions(source, scratch)
-        quantized.compare(scratch, loaded.model)
+        quantized.compare(scratch, loaded.model, trust_remote_code=job.command.trust_remote_code)
     return target

@@ -7,21 +7,17 @@ leave a stock checkpoint.
 
 from __future__ import annotations
 
-from transformers import AutoConfig
-
 from trimllm.baselines.job import Job, Product
 
 
 def run(job: Job) -> Product:
-    config = AutoConfig.from_pretrained(job.full, trust_remote_code=job.command.trust_remote_code)
-    drops = job.drops(config.get_text_config(decoder=True).num_hidden_layers)
     # One stage follows the drops: its epochs are those of all of them.
     return job.trim(
         job.full,
         unit="pair" if job.cell.method.name == "blockpruner" else "block",
         strategy="loss",
         warmup_epochs=0,
-        drops_per_stage=drops,
-        final_epochs=job.command.final_epochs + (drops - 1) * job.command.epochs_per_drop,
+        drops_per_stage=job.drops,
+        final_epochs=job.command.final_epochs + (job.drops - 1) * job.command.epochs_per_drop,
         sparse_update="off",
     )

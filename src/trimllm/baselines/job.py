@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimllm import decoder, export, inputs, models, progressive, room, rundir, sparse, train, training_rows
+from trimllm import decoder, encoding, export, inputs, models, progressive, room, rundir, sparse, train, training_rows
 from trimllm.baselines import METHODS, Cell
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig
 from trimllm.console import Console
@@ -20,10 +20,10 @@ from trimllm.evaluate import Scorer
 from trimllm.layout import Layout, whole
 from trimllm.packing import Example
 from trimllm.targets import wanted_depth
-from trimllm.tasks import load_text
+from trimllm.tasks import Item, load_text
 
 SHARED = {*TrainSettings.model_fields, *TaskSettings.model_fields, *ModelSettings.model_fields}
-SHARED |= {"eval_batch_size", "warmup_epochs", "epochs_per_drop", "final_epochs"}
+SHARED |= {"eval_batch_size", "warmup_epochs", "schedule", "epochs_per_drop", "final_epochs"}
 """Settings that the comparison and a run of `trimllm trim` have in common."""
 
 
@@ -46,16 +46,20 @@ class Job:
 
     def __init__(self, command: CompareConfig, cell: Cell, root: Path) -> None:
         self.command, self.cell, self.root = command, cell, root
-        self.folder = root / "cells" / cell.name
+        self.folder = cell.file(root).parent
         self.console = Console()
+
+    def row_of(self, name: str) -> dict[str, Any]:
+        """The row of another method, at this share if it has shares; empty if there is none."""
+        return Cell(METHODS[name], self.cell.keep).row(self.root)
 
     def earlier(self, name: str) -> Path:
         """The checkpoint that another method made, at this depth if it has depths."""
-        return self.root / row_of(self.root, name, self.cell.keep)["checkpoint"]
+        return self.root / self.row_of(name)["checkpoint"]
 
     def check_earlier(self, name: str) -> None:
         """Raises InputError if the method that this one starts from has no checkpoint."""
-        row = row_of(self.root, name, self.cell.keep)
+        row = self.row_of(name)
         if row.get("status") != "done":
             raise InputError(f"it starts from {METHODS[name].title}, which is not there: {row.get('why', 'not run')}")
 
@@ -72,16 +76,35 @@ class Job:
         fixed = {"output": str(self.folder / "run"), "resume": True, "report_depths": False}
         return TrimConfig(**{**shared, **fixed, **changes})
 
-    def drops(self, depth: int) -> int:
-        """Blocks that go from a model of `depth` blocks at this share."""
-        assert self.cell.keep is not None
-        wanted = wanted_depth(self.trim_settings(keep=self.cell.keep), depth)
-        assert wanted is not None
-        return depth - wanted
+    @cached_property
+    def depth(self) -> int:
+        """Blocks of the base, by its config."""
+        command = self.command
+        config = models.config_of(models.path_of(command.model), trust_remote_code=command.trust_remote_code)
+        return int(config.get_text_config(decoder=True).num_hidden_layers)
 
-    def epochs(self, depth: int) -> float:
+    @property
+    def drops(self) -> int:
+        """Blocks that go at this share."""
+        assert self.cell.keep is not None
+        wanted = wanted_depth(self.trim_settings(keep=self.cell.keep), self.depth)
+        assert wanted is not None
+        return self.depth - wanted
+
+    @property
+    def epochs(self) -> float:
         """Epochs behind the warm-up that the progressive run takes, which every method that trains is given."""
-        return self.command.epochs_per_drop * self.drops(depth) + self.command.final_epochs
+        return self.command.epochs_per_drop * self.drops + self.command.final_epochs
+
+    @property
+    def every_depth_at_once(self) -> bool:
+        """Whether one run of TrimLLM gives all depths, since no training waits for the last drop."""
+        return self.command.schedule == "epoch" and not self.command.final_epochs
+
+    @cached_property
+    def accelerator(self) -> Any:
+        """Device and mixed precision of training, as in a run of `trimllm trim`."""
+        return models.accelerator(self.trim_settings(keep=0.5))
 
     # ---- what most methods do
 
@@ -94,28 +117,26 @@ class Job:
         settings = self.command if path is None else self.command.model_copy(update={"model": str(path)})
         if training:
             weights = room.weights(models.path_of(settings.model), models.DTYPES.get(settings.dtype, torch.float32))
-            if note := room.full_training_note(weights, models.accelerator(self.trim_settings(keep=0.5)).device):
+            if note := room.full_training_note(weights, self.accelerator.device):
                 self.console.say(note)
         return models.load(settings, training=training)
 
-    def plan(self, loaded: models.Loaded, epochs: float, seed: int) -> list[list[Example]]:
-        """The optimizer steps of so many epochs over the task, with domain text between.
+    def examples(self, loaded: models.Loaded, text_length: int) -> tuple[list[Example], list[Example]]:
+        """The rows of the task, and those of the domain text, which have `text_length` tokens or the context's.
 
         Raises:
             InputError: if no training rows are left, or one does not fit the context.
         """
-        command = self.command
-        data = inputs.task_data(command, loaded.tokenizer)
-        longest = training_rows.longest(loaded.model, command.max_length)
-        rows = training_rows.task_examples(loaded.tokenizer, data.train, longest, truncate=command.truncate)
-        training_rows.check(rows)
-        texts = load_text(command.text) if command.text else []
-        text = training_rows.text_examples(loaded.tokenizer, texts, min(longest, command.batch_size))
-        return training_rows.steps(rows, text, command, epochs, seed)
+        items = inputs.task_data(self.command, loaded.tokenizer).train
+        return examples(self.command, loaded.tokenizer, loaded.model.config, items, text_length)
+
+    def plan(self, loaded: models.Loaded, epochs: float, seed: int) -> list[list[Example]]:
+        """The optimizer steps of so many epochs over the task, with domain text between. Raises as `examples` does."""
+        return training_rows.steps(*self.examples(loaded, self.command.batch_size), self.command, epochs, seed)
 
     def calibration(self, loaded: models.Loaded) -> tuple[Scorer, str]:
         """The calibration rows, ready for the model, which is moved to the device, and the task's metric."""
-        loaded.model.to(models.accelerator(self.trim_settings(keep=0.5)).device)
+        loaded.model.to(self.accelerator.device)
         data = inputs.task_data(self.command, loaded.tokenizer)
         return inputs.scorer(self.command, loaded.model, loaded.tokenizer, data.calibration), data.metric
 
@@ -132,8 +153,7 @@ class Job:
         """Fine-tune in place on the task and the domain text, as a stage of `trimllm trim` does; all parameters
         unless named, at --lr unless another rate is given."""
         command, model = self.trim_settings(keep=0.5, **({"lr": lr} if lr else {})), loaded.model
-        accelerator = models.accelerator(command)
-        model.to(accelerator.device)
+        model.to(self.accelerator.device)
         seed = command.seed * 1000 + stage
         plan = self.plan(loaded, epochs, seed)
         if parameters is None:
@@ -152,7 +172,7 @@ class Job:
                 parameters,
                 plan,
                 command,
-                accelerator,
+                self.accelerator,
                 seed=seed,
                 pad_id=0 if pad is None else pad,
                 folder=self.folder,
@@ -190,6 +210,17 @@ class Job:
         return cost(rundir.RunDir(output).model, rundir.RunDir(output))
 
 
+def examples(
+    command: CompareConfig, tokenizer: Any, model_config: Any, items: Sequence[Item], text_length: int
+) -> tuple[list[Example], list[Example]]:
+    """The rows of a task's items, and those of the domain text, for a model of this config. See `Job.examples`."""
+    longest = encoding.context_length(model_config, command.max_length)
+    rows = training_rows.task_examples(tokenizer, items, longest, truncate=command.truncate)
+    training_rows.check(rows)
+    texts = load_text(command.text) if command.text else []
+    return rows, training_rows.text_examples(tokenizer, texts, min(longest, text_length))
+
+
 def cost(checkpoint: Path, run: rundir.RunDir, depth: int = 0) -> Product:
     """A checkpoint of a run as a product: what its stages and scans took, down to `depth`."""
     lines = [json.loads(line) for line in run.journal.read_text(encoding="utf-8").splitlines()]
@@ -202,20 +233,3 @@ def cost(checkpoint: Path, run: rundir.RunDir, depth: int = 0) -> Product:
         compress_seconds=sum(drop["seconds"] for drop in drops),
         tokens=sum(stage["train"]["tokens"] for stage in stages),
     )
-
-
-def row_of(root: Path, name: str, keep: float | None) -> dict[str, Any]:
-    """The row of another method, at the same share if it has shares; empty if there is none."""
-    path = root / "cells" / Cell(METHODS[name], keep).name / "row.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
-
-
-class Watch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started

@@ -29,7 +29,7 @@ STEEPNESS = 100.0
 
 def run(job: Job) -> Product:
     loaded = job.load()
-    epochs = job.command.warmup_epochs + job.epochs(decoder.depth(loaded.model))
+    epochs = job.command.warmup_epochs + job.epochs
     with dropping(loaded.model, seed=job.command.seed) as drops:
         report = job.tune(loaded, epochs, stage=0, on_step=drops.progress)
     skipped = f"{drops.skipped / max(1, drops.drawn):.0%} of the blocks' passes in training were skipped"
@@ -79,7 +79,7 @@ def dropping(model: Any, *, seed: int, limit: float | None = None) -> Iterator[D
     drops = Drops(len(blocks), seed, THETA if limit is None else limit)
 
     def embed(_module: Any, _args: Any, _output: Any) -> None:
-        # Embeddings are looked up once per forward pass; with gradient checkpointing blocks run twice, alike.
+        # Embeddings are looked up once per forward pass; with gradient checkpointing blocks may run twice, alike.
         if model.training:
             drops.draw()
 

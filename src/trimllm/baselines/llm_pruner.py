@@ -11,6 +11,7 @@ from the fully fine-tuned model, and LoRA trains as long as other methods, at th
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 from trimllm import adapters, decoder, models, train, weights
 from trimllm.baselines import width
-from trimllm.baselines.job import Job, Product, Watch
+from trimllm.baselines.job import Job, Product
 from trimllm.evaluate import Scorer
 
 RANK, ALPHA, RATE = 8, 16, 1e-4
@@ -26,7 +27,7 @@ RANK, ALPHA, RATE = 8, 16, 1e-4
 
 
 def run(job: Job) -> Product:
-    loaded, watch = job.load(job.full), Watch()
+    loaded, started = job.load(job.full), time.perf_counter()
     model, keep = loaded.model, job.cell.keep
     assert keep is not None
     old, new, before = width.widths(model), width.wanted(model, keep), width.block_parameters(model)
@@ -36,7 +37,7 @@ def run(job: Job) -> Product:
     note = f"{new.heads} of {old.heads} KV heads, {new.channels} of {old.channels} MLP channels: {left}"
     if new.heads == old.heads:
         note += "; heads cannot be cut at this share, so more channels went"
-    seconds = watch.seconds()
+    seconds = time.perf_counter() - started
     report = recover(job, loaded)
     saved = job.save(loaded)
     return Product(saved, report.seconds, compress_seconds=seconds, tokens=report.tokens, note=note)
@@ -76,7 +77,7 @@ def recover(job: Job, loaded: models.Loaded) -> train.StageReport:
     torch.manual_seed(job.command.seed)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    epochs, rate = job.epochs(decoder.depth(model)), max(RATE, job.command.lr)
+    epochs, rate = job.epochs, max(RATE, job.command.lr)
     report = job.tune(loaded, epochs, stage=1, parameters=trained, lr=rate)
     adapters.unload(wrapped, before)
     return report

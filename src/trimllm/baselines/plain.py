@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimllm import decoder, models
+from trimllm import models
 from trimllm.baselines.job import Job, Product
 
 
@@ -18,5 +18,5 @@ def run(job: Job) -> Product:
         loaded.tokenizer.save_pretrained(job.folder / "trained")
     else:
         loaded = job.load(job.full)
-        report = job.tune(loaded, job.epochs(decoder.depth(loaded.model)), stage=1)
+        report = job.tune(loaded, job.epochs, stage=1)
     return Product(job.save(loaded), train_seconds=report.seconds, tokens=report.tokens)

@@ -12,6 +12,7 @@ run, on top of those that follow.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from trimllm import decoder, families, models, packing, train
-from trimllm.baselines.job import Job, Product, Watch
+from trimllm.baselines.job import Job, Product
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.layout import whole, without
@@ -33,28 +34,27 @@ SHARE = 0.1
 
 
 def run(job: Job) -> Product:
-    loaded, watch = job.load(job.full), Watch()
+    loaded, started = job.load(job.full), time.perf_counter()
     model, depth = loaded.model, decoder.depth(loaded.model)
     kind = decoder.text_config(model)
     if not families.family(kind).resumable:
         raise InputError(f"blocks of model type {kind.model_type} cannot be trained apart: they share more than states")
-    length = job.drops(depth) + 1
+    length = job.drops + 1
     start, cosine = find_run(job, loaded, length)
-    seconds, epochs = watch.seconds(), job.epochs(depth)
-    gone, training = range(start + 1, start + length), Watch()
+    found, gone = time.perf_counter(), range(start + 1, start + length)
     note = f"blocks {start} to {gone[-1]} (cosine {cosine:.3f}) became one"
-    steps = job.plan(loaded, epochs * SHARE, job.command.seed * 1000) if epochs else []
+    steps = job.plan(loaded, job.epochs * SHARE, job.command.seed * 1000) if job.epochs else []
     if steps:
         pad = loaded.tokenizer.pad_token_id or 0
         replacement, errors = train_replacement(model, start, length, steps, job.trim_settings(keep=0.5), pad)
         decoder.blocks(model)[start].load_state_dict(replacement.state_dict())
         note += f"; its mean squared error went from {errors[0]:.3g} to {errors[-1]:.3g} in training"
-    apart = training.seconds()
+    apart = time.perf_counter() - found
     drop_layers(model, gone)
-    report = job.tune(loaded, epochs, stage=1)
+    report = job.tune(loaded, job.epochs, stage=1)
     tokens = sum(len(row.ids) for rows in steps for row in rows) + report.tokens
     saved = job.save(loaded, without(whole(depth), gone))
-    return Product(saved, apart + report.seconds, compress_seconds=seconds, tokens=tokens, note=note)
+    return Product(saved, apart + report.seconds, compress_seconds=found - started, tokens=tokens, note=note)
 
 
 def find_run(job: Job, loaded: models.Loaded, length: int) -> tuple[int, float]:

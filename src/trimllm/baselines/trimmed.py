@@ -9,24 +9,17 @@ from trimllm.rundir import RunDir
 
 
 def run(job: Job) -> Product:
-    """From the fully fine-tuned model. Without final epochs one run to the least --keep gives every depth."""
+    """From the fully fine-tuned model. Where no training waits for the last drop, one run gives every depth."""
     unit = "pair" if job.cell.method.name == "trim-pair" else "block"
-    if job.command.final_epochs:
+    if not job.every_depth_at_once:
         return job.trim(job.full, unit=unit, warmup_epochs=0)
     keep = min(job.command.keep)
     shared = job.root / "runs" / f"{job.cell.method.name}-{keep:g}"
     least = job.trim(job.full, shared, unit=unit, warmup_epochs=0, keep=keep, keep_checkpoints=True)
     if job.cell.keep == keep:
         return least
-    from transformers import AutoConfig
-
-    base = AutoConfig.from_pretrained(job.full)
-    depth = _layers(base) - job.drops(_layers(base))
+    depth = job.depth - job.drops
     target = job.folder / "model"
     if not target.exists():
         save_depth(ExportConfig(source=str(shared), depth=depth, output=str(target)), target)
     return cost(target, RunDir(shared), depth)
-
-
-def _layers(config: object) -> int:
-    return int(config.get_text_config(decoder=True).num_hidden_layers)  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -202,6 +203,40 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Pat
     tokenizer.save_pretrained(output)
 
 
+def train_step(
+    forward: Any, optimizers: list[torch.optim.Optimizer], batch: torch.Tensor, share: float, *, bf16: bool = True
+) -> torch.Tensor:
+    """One step on token ids `(rows, seq)` at this share of the peak learning rates; the mean loss, in nats a token."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+        logits = forward(input_ids=batch, use_cache=False).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(forward.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach()
+
+
+def write_state(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], **more: Any) -> None:
+    """What a run goes on from: weights, optimizers, and `more`, which are plain values."""
+    state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    torch.save(state | more, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def read_state(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Put weights and optimizers back as `write_state` found them; the other values are returned."""
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location=model.device)
+    model.load_state_dict(state.pop("model"))
+    for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
+        optimizer.load_state_dict(saved)
+    return state
+
+
 def pretrain(args: argparse.Namespace) -> dict:
     """Train (or go on training) and return the figures of the model card."""
     tokenizer = build_tokenizer()
@@ -210,26 +245,13 @@ def pretrain(args: argparse.Namespace) -> dict:
     done, epoch, used, seconds, log = 0, 0, 0, 0.0, []
     path = args.output / STATE
     if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(trained, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        state = read_state(path, model, trained)
         done, epoch, used, seconds, log = (state[key] for key in ("step", "epoch", "used", "seconds", "log"))
         print(f"going on from step {done}", flush=True)
     forward = torch.compile(model, dynamic=False) if args.compile else model
 
     def checkpoint() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in trained],
-            "step": done,
-            "epoch": epoch,
-            "used": used,
-            "seconds": seconds,
-            "log": log,
-        }
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        write_state(path, model, trained, step=done, epoch=epoch, used=used, seconds=seconds, log=log)
         save(model, tokenizer, args.output)
 
     model.train()
@@ -241,17 +263,8 @@ def pretrain(args: argparse.Namespace) -> dict:
         start = time.time()
         batch = rows[used : used + args.batch]
         used += args.batch
-        for optimizer in trained:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_share(done, args.steps, args.warmup, args.decay)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            logits = forward(input_ids=batch, use_cache=False).logits
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in trained:
-            optimizer.step()
-            optimizer.zero_grad()
+        share = lr_share(done, args.steps, args.warmup, args.decay)
+        loss = train_step(forward, trained, batch, share, bf16=args.bf16)
         done += 1
         seconds += time.time() - start
         losses.append(loss.item())

@@ -49,23 +49,25 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
     """
     if target.exists():
         raise InputError(f"--output {target}: it exists: choose another name")
-    config = _config(folder)
+    own_code = command.trust_remote_code
+    config = _config(folder, own_code)
     described = gguf_families.describe(config)
     wanted = Type[(command.quant or "f16").upper()]
     planned = gguf_tensors.plan(folder, config, described, wanted)
+    tokens = gguf_tokenizer.describe(folder, config.vocab_size, trust_remote_code=own_code)
     keys = _about(folder, command, config.num_hidden_layers)
     keys |= {"general.file_type": _file_type(wanted), "general.quantization_version": gguf.GGML_QUANT_VERSION}
     keys |= {f"{described.family.arch}.{key}": value for key, value in described.metadata.items()}
-    keys |= {f"tokenizer.{key}": value for key, value in gguf_tokenizer.describe(folder, config.vocab_size).items()}
+    keys |= {f"tokenizer.{key}": value for key, value in tokens.items()}
     rounding = _to_file(target, keys, planned, described)
     size = f"{wanted.name.lower()}, {config.num_hidden_layers} blocks, {target.stat().st_size / 2**20:.1f} MiB"
     weights = f"weights rounded by {100 * rounding:.2g} % (rms)" if rounding else "weights exact"
     return "; ".join([f"{size}, {weights}", *_exceptions(planned, wanted), *described.notes])
 
 
-def _config(folder: Path) -> Any:
+def _config(folder: Path, trust_remote_code: bool) -> Any:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot read {folder / 'config.json'}: {one_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:

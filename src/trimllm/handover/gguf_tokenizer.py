@@ -78,13 +78,13 @@ ATOMS = (
 """Letters, marks, digits, spaces, line ends and signs of every kind that the expressions tell apart."""
 
 
-def describe(folder: Path, size: int) -> dict[str, Any]:
+def describe(folder: Path, size: int, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Keys behind `tokenizer.` for the tokenizer in `folder`, of a model with `size` embeddings.
 
     Raises:
         InputError: if there is none, or llama.cpp cannot do what it does, naming what and the remedy.
     """
-    tokenizer = loading.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder, trust_remote_code=trust_remote_code)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _refuse(type(tokenizer).__name__, "is not one of the `tokenizers` library")

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, DynamicCache
+from transformers import DynamicCache
 
-from trimllm import decoder, folders, loading
+from trimllm import decoder, folders, loading, models
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.handover import copy_companions
@@ -57,9 +57,10 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
     """
     folders.check_target(target, source=folder)
     exporter, settings = _exporter(command.to)
-    tokenizer = loading.load_tokenizer(folder)
-    stored = AutoConfig.from_pretrained(folder).dtype or torch.float32
-    model: Any = loading.load_model(folder, dtype=torch.float32)
+    own_code = command.trust_remote_code
+    tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
+    stored = models.config_of(str(folder), trust_remote_code=own_code).dtype or torch.float32
+    model: Any = loading.load_model(folder, dtype=torch.float32, trust_remote_code=own_code)
     _check_family(model)
     ids, mask = _rows(model)
     wanted, layers = _logits(model, ids, mask), decoder.depth(model)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from trimllm import config, folders, inputs, journal, loading, model_card, models
@@ -36,14 +36,16 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     if find_spec("bitsandbytes") is None:
         raise InputError(f"--to {command.to} needs bitsandbytes: pip install 'trimllm[quantize]'")
     folders.check_target(target, source=folder)
-    stock = AutoConfig.from_pretrained(folder)
+    own_code = command.trust_remote_code
+    stock = models.config_of(str(folder), trust_remote_code=own_code)
     if getattr(stock, "quantization_config", None) is not None:
         raise InputError(f"{command.source} is quantized already: give the unquantized checkpoint")
-    tokenizer = loading.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
     data = inputs.task_data(_evaluation(command, folder), tokenizer) if command.task else None
     dtype = torch.float16 if stock.dtype == torch.float16 else torch.bfloat16
-    kept = _too_odd(folder) if command.to == "int4" else []
-    model: Any = loading.load_model(folder, dtype=dtype, quantization=_settings(command.to, dtype, kept, folder))
+    kept, head = _too_odd(stock, own_code) if command.to == "int4" else ([], [])
+    quantization = _settings(command.to, dtype, [*head, *kept] if kept else None)
+    model: Any = loading.load_model(folder, dtype=dtype, quantization=quantization, trust_remote_code=own_code)
     share = _share(model)
     if not share:
         raise InputError(
@@ -65,7 +67,7 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
                 f"{command.source}: {command.to} would take {sizes[1] / 1e6:.2f} MB, not less than now "
                 f"({sizes[0] / 1e6:.2f} MB): only {share:.0%} of its weights can be quantized"
             )
-        difference = compare(scratch, model)
+        difference = compare(scratch, model, trust_remote_code=own_code)
         measured, results = "", []
         if data is not None:
             settings = _evaluation(command, scratch)
@@ -86,15 +88,14 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
 
 def _evaluation(command: config.ExportConfig, folder: Path) -> config.EvalConfig:
     assert command.task is not None
-    return config.EvalConfig(model=str(folder), task=command.task)
+    return config.EvalConfig(model=str(folder), task=command.task, trust_remote_code=command.trust_remote_code)
 
 
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in loading.weight_files(folder))
 
 
-def _settings(to: str, dtype: torch.dtype, kept: list[str], folder: Path) -> BitsAndBytesConfig:
-    skipped = [*get_keys_to_not_convert(_skeleton(folder)), *kept] if kept else None
+def _settings(to: str, dtype: torch.dtype, skipped: list[str] | None) -> BitsAndBytesConfig:
     if to == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -102,16 +103,11 @@ def _settings(to: str, dtype: torch.dtype, kept: list[str], folder: Path) -> Bit
     )
 
 
-def _skeleton(folder: Path) -> nn.Module:
-    """The model without weights."""
+def _too_odd(stock: Any, trust_remote_code: bool) -> tuple[list[str], list[str]]:
+    """Names (their last two parts) of linear layers that the 4-bit kernel for CPUs cannot take, and the output head."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-
-
-def _too_odd(folder: Path) -> list[str]:
-    """Names (their last two parts) of linear layers that the 4-bit kernel for CPUs cannot take."""
-    model = _skeleton(folder)
-    head = set(get_keys_to_not_convert(model))
+        model: nn.Module = AutoModelForCausalLM.from_config(stock, trust_remote_code=trust_remote_code)
+    head = get_keys_to_not_convert(model)
     names = {
         ".".join(name.split(".")[-2:])
         for name, module in model.named_modules()
@@ -119,7 +115,7 @@ def _too_odd(folder: Path) -> list[str]:
         and name not in head
         and (module.in_features % COLUMNS or module.out_features % ROWS)
     }
-    return sorted(names)
+    return sorted(names), head
 
 
 def _share(model: nn.Module) -> float:
@@ -137,12 +133,13 @@ def _share(model: nn.Module) -> float:
     return linear / (linear + sum(others.values()))
 
 
-def compare(folder: Path, model: Any) -> float:
+def compare(folder: Path, model: Any, *, trust_remote_code: bool = False) -> float:
     """The largest difference of logits between the checkpoint, loaded again, and the quantized model in memory."""
     try:
         with loading.quiet():
             load: Any = AutoModelForCausalLM.from_pretrained
-            fresh, info = load(folder, device_map={"": "cpu"}, output_loading_info=True, use_safetensors=True)
+            ways: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+            fresh, info = load(folder, device_map={"": "cpu"}, output_loading_info=True, **ways)
     except Exception as error:
         raise TrimError(f"the checkpoint in {folder} cannot be loaded again: {one_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

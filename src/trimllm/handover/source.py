@@ -58,9 +58,10 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         )
     stored = plain_settings.make(config.TrimConfig, rundir.stored_settings(command.source))
     dtype = saved_dtype(run, stored)
-    tokenizer = loading.load_tokenizer(folder, trust_remote_code=stored.trust_remote_code)
+    own_code = stored.trust_remote_code or command.trust_remote_code
+    tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
     plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
-    model: Any = loading.load_model(folder, trust_remote_code=stored.trust_remote_code)
+    model: Any = loading.load_model(folder, trust_remote_code=own_code)
     models.cast(model, dtype or model.dtype)
     layout = rundir.load_layout(plan["blocks"])
     return export.save_trimmed(
@@ -92,7 +93,7 @@ def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:
         return models.DTYPES[name]
     try:
         return models.saved_dtype(models.path_of(stored.model), stored)
-    except (OSError, ValueError):
+    except InputError:
         raise InputError(
             f"the dtype of {stored.model}, which the run did not note, cannot be read: put the model back there"
         ) from None
