@@ -1,0 +1,59 @@
+"""Every setting of every command: frozen pydantic models, read from the command line and from YAML.
+
+The field's description is the option's help; the same names stand in `--config FILE.yaml` and in `config.yaml`, which
+a run writes beside its results.
+"""
+
+from __future__ import annotations
+
+from trimllm.config.commands import (
+    BenchConfig,
+    CompareConfig,
+    DemoConfig,
+    DropConfig,
+    EvalConfig,
+    ExportConfig,
+    PushConfig,
+    ScanConfig,
+    TasksConfig,
+)
+from trimllm.config.shared import (
+    ANALYSIS_ITEMS,
+    CONFIDENCE,
+    Fraction,
+    LoadSettings,
+    ModelName,
+    ModelSettings,
+    Positive,
+    S,
+    ScoreSettings,
+    Settings,
+    TaskSettings,
+    TrainSettings,
+)
+from trimllm.config.trim import TrimConfig
+
+__all__ = [
+    "ANALYSIS_ITEMS",
+    "CONFIDENCE",
+    "BenchConfig",
+    "CompareConfig",
+    "DemoConfig",
+    "DropConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "Fraction",
+    "LoadSettings",
+    "ModelName",
+    "ModelSettings",
+    "Positive",
+    "PushConfig",
+    "S",
+    "ScanConfig",
+    "ScoreSettings",
+    "Settings",
+    "TaskSettings",
+    "TasksConfig",
+    "TrainSettings",
+    "TrimConfig",
+]

@@ -1,0 +1,272 @@
+"""Settings of the other commands."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trimllm.config.shared import (
+    ANALYSIS_ITEMS,
+    LoadSettings,
+    ModelSettings,
+    Positive,
+    ScoreSettings,
+    Settings,
+    TaskSettings,
+    TrainSettings,
+)
+
+
+class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):
+    """Measure how important every layer is, without changing the model: a table, scan.json and scan.png.
+
+    Example:
+      trimllm scan --model demo --task demo_law --unit sublayer --output runs/scan
+      trimllm scan --model runs/medicine/model --task demo_medicine --analysis --output runs/why
+    """
+
+    unit: Literal["block", "pair", "sublayer"] = "block"  # type: ignore[assignment]
+    """What is deleted on trial: blocks, pairs, or attention and MLP separately."""
+    run: Positive | None = None
+    """Blocks in the contiguous runs that --strategy angular compares (default: half of the depth)."""
+    analysis: bool = False
+    """Also measure what may explain the scan (causal tracing, what MLPs promote, block influence, logit lens) and how
+    its ranks agree: analysis.json, analysis.png."""
+    analysis_items: Positive = ANALYSIS_ITEMS
+    """With --analysis: most questions that are traced; its cost grows with them and with the layers."""
+    output: str
+    """Directory for scan.json and scan.png."""
+
+    @model_validator(mode="after")
+    def _an_analysis_compares_all_layers(self) -> ScanConfig:
+        if not self.analysis:
+            if self.analysis_items != ANALYSIS_ITEMS:
+                raise ValueError("--analysis-items is for --analysis: leave it out, or add --analysis")
+            return self
+        if self.unit == "pair":
+            raise ValueError("--analysis is of blocks or sublayers: leave out --unit pair")
+        if self.scan == "racing":
+            raise ValueError("--analysis compares all candidates, and --scan racing finds one: leave one of them out")
+        if self.keep_pattern:
+            raise ValueError("--analysis is of single layers: leave out --keep-pattern")
+        return self
+
+    @model_validator(mode="after")
+    def _runs_are_for_angular(self) -> ScanConfig:
+        if self.run is not None and "angular" not in self.strategy:
+            raise ValueError("--run is for --strategy angular: leave it out")
+        return self
+
+
+class DropConfig(ModelSettings):
+    """Remove the named layers and save the rest, verified: surgery only, no data needed.
+
+    Example:
+      trimllm drop --model DIR_OR_HUB_ID --layers 3,7 --output trimmed
+      trimllm drop --model DIR --layers 3,7 --output trimmed --streaming
+    """
+
+    layers: tuple[int, ...]
+    """Layers to remove, 0-based, negative from the end: 3,7."""
+    output: str
+    """Directory of the new checkpoint."""
+    streaming: bool = False
+    """Cut on disk, tensor by tensor, without loading the model: for a --model directory larger than memory."""
+    max_shard_size: str | None = None
+    """With --streaming: largest weight file (default: 5GB)."""
+
+    @model_validator(mode="after")
+    def _every_option_is_used(self) -> DropConfig:
+        if not self.streaming and self.max_shard_size is not None:
+            raise ValueError("--max-shard-size is for --streaming: leave it out, or add --streaming")
+        others = ("dtype", "device", "attention", "threads", "allow_pickle")
+        unused = [name for name in others if getattr(self, name) not in ("auto", None, False)]
+        if self.streaming and unused:
+            option = "--" + unused[0].replace("_", "-")
+            raise ValueError(f"{option} is not for --streaming, which never loads the model: leave one of them out")
+        return self
+
+
+class EvalConfig(TaskSettings, ModelSettings):
+    """Evaluate a model on a task's reported split: the metric with its standard error, loss, perplexity.
+
+    Example:
+      trimllm eval --model runs/medicine/model --task demo_medicine
+    """
+
+    output: str | None = None
+    """JSON file for the result."""
+    eval_batch_size: Positive | None = None
+    """Most tokens per batch (default: 4096; less where memory ends)."""
+    generate: bool = False
+    """Generation tasks: also generate, and report exact match, ROUGE-L and repetition."""
+    max_new_tokens: Positive = 128
+    """Longest generated answer."""
+
+
+class BenchConfig(LoadSettings):
+    """Measure models in turn: prefill and decode speed, latency, memory, cache, size, and what the bytes allow at best.
+
+    Example:
+      trimllm bench demo runs/medicine/model --batch-size 1,8 --output runs/bench
+      trimllm bench config:benchmarks/shapes/llama-7b.json config:benchmarks/shapes/llama-7b-half.json --dtype float16
+    """
+
+    models: tuple[str, ...]
+    """Directories, Hub ids or `demo`; config:FILE.json is a model of that shape with random weights. Ratios are to the
+    first."""
+    batch_size: tuple[Positive, ...] = (1,)
+    """Sequences at a time: 1,8 measures both."""
+    sequence: Annotated[int, Field(gt=1)] = 512
+    """Length of a row in tokens when its last token is decoded; the prompt is what --new-tokens leave of it."""
+    new_tokens: Positive = 64
+    """Tokens decoded one by one at the end of the row."""
+    repeats: Positive = 5
+    """Rounds; in each, every model has its turn. One more before them warms up."""
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """Key-value cache: growing with every token, or allocated for the whole row."""
+    compile: bool = False
+    """Decode with torch.compile (needs --cache static: its shapes never change)."""
+    output: str | None = None
+    """Directory for bench.json and bench.png."""
+
+    @model_validator(mode="after")
+    def _room_for_a_prompt(self) -> BenchConfig:
+        if not self.models:
+            raise ValueError("name at least one model: trimllm bench demo")
+        if self.new_tokens >= self.sequence:
+            raise ValueError(
+                f"--new-tokens {self.new_tokens} leave no prompt in --sequence {self.sequence}: ask for less"
+            )
+        if self.compile and self.cache != "static":
+            raise ValueError("--compile needs --cache static: a growing cache has other shapes at every token")
+        return self
+
+
+class CompareConfig(TrainSettings, TaskSettings, ModelSettings):
+    """Compare ways to make a model smaller or faster, on your model and data: one table, compare.json, compare.png.
+
+    Example:
+      trimllm compare --model demo --task demo_law --text demo_law --lr 2e-3 --output runs/compare
+      trimllm compare --model demo --task demo_law --methods trim,shortgpt,llm-int8 --keep 0.5,0.25 --output runs/few
+    """
+
+    output: str
+    """Directory of the comparison: a folder per method, compare.json, compare.png."""
+    resume: bool = False
+    """Go on with the comparison in --output: finished methods are kept, those that could not run are tried again."""
+    methods: tuple[str, ...] = ()
+    """Methods by name, with those they start from (default: all; an unknown name lists them)."""
+    keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5,)
+    """Shares of the blocks to keep: 0.5,0.25 gives two rows for every method that removes blocks."""
+    also: tuple[str, ...] = ()
+    """More tasks to evaluate every model on, without training for them: what specialization costs."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs of the full fine-tuning that most methods start from."""
+    schedule: Literal["late", "epoch"] = "late"
+    """How TrimLLM spreads its training, as in `trimllm trim`; epoch: one run of it gives every --keep."""
+    epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs per dropped block; methods that cut at once train as long as all of them together."""
+    final_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """More epochs after the last drop."""
+    eval_batch_size: Positive | None = None
+    """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
+    sequence: Annotated[int, Field(gt=1)] | None = None
+    """Length of a row in tokens when its last token is decoded (default: 512, or the model's context)."""
+    new_tokens: Positive = 64
+    """Tokens decoded one by one at the end of the row, for the speed."""
+    repeats: Positive = 5
+    """Rounds of the speed; in each, the base and the method's model have their turn."""
+    baselines_python: str | None = None
+    """Python of another environment, with trimllm[baselines] in it, for methods whose libraries are missing here."""
+
+    @model_validator(mode="after")
+    def _methods_train_everything(self) -> CompareConfig:
+        if self.cache_frozen_prefix != "off":
+            raise ValueError("--cache-frozen-prefix is for frozen blocks, and most methods train all: leave it out")
+        if self.mixed_precision == "bf16" and self.dtype in ("bfloat16", "float16"):
+            raise ValueError(f"--mixed-precision bf16 is for float32 weights: leave out --dtype {self.dtype}")
+        return self
+
+    @model_validator(mode="after")
+    def _names_something(self) -> CompareConfig:
+        if not self.keep:
+            raise ValueError("--keep names no share: give at least one, such as --keep 0.5")
+        return self
+
+
+class ExportConfig(Settings):
+    """Hand a model over: a depth that a run kept as a checkpoint of its own, or a checkpoint in another format.
+
+    Example:
+      trimllm export runs/medicine --depth 10
+      trimllm export runs/medicine --to gguf --quant q8_0
+    """
+
+    source: str
+    """Directory of a `trimllm trim` run, or of a checkpoint."""
+    depth: Positive | None = None
+    """Of a run: which depth; kept are the last one, and all with --keep-checkpoints (default: the run's result)."""
+    to: Literal["checkpoint", "gguf", "onnx", "openvino", "int8", "int4"] = "checkpoint"
+    """checkpoint: a depth of a run; gguf: for llama.cpp; onnx, openvino: graphs; int8, int4: quantized weights."""
+    quant: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
+    """With --to gguf: type of the matrices (default: f16)."""
+    task: str | None = None
+    """With --to int8 or int4: also evaluate the quantized model on this task (as `trimllm eval` does)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off: such a model is refused."""
+    output: str | None = None
+    """What to write (default: beside the source, named by depth and format)."""
+
+    @model_validator(mode="after")
+    def _every_option_is_used(self) -> ExportConfig:
+        if self.to == "checkpoint" and self.depth is None:
+            raise ValueError("name what the run kept with --depth N, or another format with --to")
+        if self.quant is not None and self.to != "gguf":
+            raise ValueError("--quant is for --to gguf: leave it out")
+        if self.task is not None and self.to not in ("int8", "int4"):
+            raise ValueError("--task is for --to int8 and int4: leave it out")
+        return self
+
+
+class PushConfig(Settings):
+    """Put a finished checkpoint on the Hugging Face Hub, with its model card.
+
+    Example:
+      trimllm push runs/medicine YOUR_NAME/medicine-8-layers --private
+    """
+
+    directory: str
+    """Directory of a `trimllm trim` run (its result is taken), or of a checkpoint that trimllm wrote."""
+    repo_id: str
+    """Repository on the Hub: YOUR_NAME/REPOSITORY; made if it is not there."""
+    private: bool = False
+    """Make the repository private; one that exists stays what it is."""
+
+
+class TasksConfig(Settings):
+    """List the built-in tasks.
+
+    Example:
+      trimllm tasks
+    """
+
+
+class DemoConfig(Settings):
+    """Run the whole job on the embedded model, which knows three invented domains.
+
+    Example:
+      trimllm demo --domain law
+    """
+
+    domain: Literal["medicine", "law", "finance"] = "medicine"
+    """The domain to specialize in."""
+    output: str = "runs/demo"
+    """Directory of the runs and of the trimmed checkpoint."""
+    seed: int = 0
+    """Seed of the run."""
+    unit: Literal["block", "pair"] = "block"
+    """What is dropped at a time."""
+    threads: Positive | None = None
+    """CPU threads for torch."""

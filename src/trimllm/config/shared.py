@@ -1,0 +1,134 @@
+"""Settings that several commands have: which model, which task, how units are scored, how training goes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+CONFIDENCE = 0.999
+"""Of a race: tried on recorded scans, see docs/lab.md."""
+ANALYSIS_ITEMS = 64
+"""Questions of causal tracing."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown names and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class ModelName(Settings):
+    model: str
+    """Model to work on: a directory or a Hugging Face Hub id; `demo` is the embedded one."""
+
+
+class LoadSettings(Settings):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights in memory; auto: float32 to train (bf16 mixed precision on a GPU), else as saved."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one (to train: CUDA only)."""
+    attention: str = "auto"
+    """What computes attention: eager, sdpa, flex_attention, flash_attention_2 ... where model and device can; auto: as
+    transformers chooses for the model (short rows train with eager on a CPU in bf16 mixed precision)."""
+    threads: Positive | None = None
+    """CPU threads for torch (default: torch's own choice)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off: such a model is refused."""
+    allow_pickle: bool = False
+    """Read weights from pickle files too, which can run code. Off: safetensors only."""
+
+
+class ModelSettings(LoadSettings, ModelName):
+    """Which model, and how it is loaded."""
+
+
+class TaskSettings(Settings):
+    task: str
+    """A built-in task (`trimllm tasks` lists them), a task YAML, or a file or directory with your rows."""
+    task_files: dict[str, str] | None = None
+    """Local files for a built-in task, per split: train=FILE,test=FILE."""
+    metric: Literal["acc", "acc_norm", "likelihood"] | None = None
+    """What is reported and decided on (default: the task's own)."""
+    calibration_size: Positive | None = None
+    """Rows held out of train on which every decision is taken (default: from --resolution)."""
+    resolution: Annotated[float, Field(gt=0, le=50)] = 0.5
+    """Accuracy points one calibration question should be worth; 0.5 asks for 200 rows (at most a fifth of train)."""
+    max_train: Positive | None = None
+    """Use at most so many training rows (seeded sample)."""
+    max_test: Positive | None = None
+    """Report on at most so many test rows (seeded sample)."""
+    max_length: Positive | None = None
+    """Longest row in tokens (default: the model's context)."""
+    truncate: bool = False
+    """Cut prompts that exceed the context from the left; without it they are an error."""
+    seed: int = 0
+    """Seed of splits, order and every random choice."""
+
+
+class ScoreSettings(Settings):
+    unit: Literal["block", "pair"] = "block"
+    """What is dropped at a time: a block, or also an MLP with the next attention (what is left re-packs to blocks)."""
+    strategy: str = "scan+norm"
+    """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular,
+    loss, perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
+    scan: Literal["exact", "racing"] = "exact"
+    """exact: every candidate on all calibration rows; racing: candidates that cannot win any more stop early, with
+    foreseen accuracies, by which the blocks to train are ranked."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
+    """With --scan racing: probability of finding the winner of the exact scan."""
+    tie_tolerance: Annotated[float, Field(ge=0)] | None = None
+    """Accuracy points within which candidates are tied (default: one calibration question; none for likelihoods)."""
+    keep_pattern: bool = False
+    """Drop adjacent layers, as many at a time as a period of the model's layer types has (Gemma 3: six), for engines
+    that take the pattern from the family and not from the checkpoint."""
+    protect: tuple[int, ...] = ()
+    """Layers that must stay, 0-based, negative from the end: 0,-1."""
+    eval_batch_size: Positive | None = None
+    """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
+
+    @model_validator(mode="after")
+    def _races_are_for_accuracy(self) -> ScoreSettings:
+        if self.scan == "racing" and not self.strategy.startswith("scan"):
+            raise ValueError(
+                f"--scan racing compares accuracies, and --strategy {self.strategy} does not: leave it out"
+            )
+        if self.scan == "exact" and "confidence" in self.model_fields_set and self.confidence != CONFIDENCE:
+            raise ValueError("--confidence is for --scan racing: leave it out, or add --scan racing")
+        return self
+
+
+class TrainSettings(Settings):
+    text: str | None = None
+    """Domain text to mix into training: file or directory (plain text, JSONL `text`, Parquet), or demo_medicine etc."""
+    text_ratio: Annotated[float, Field(ge=0)] = 1.0
+    """Tokens of domain text per token of the task."""
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate of AdamW; linear warm-up and decay within every stage."""
+    batch_size: Positive = 4096
+    """Tokens per optimizer step (over all processes)."""
+    micro_batch_size: Positive | None = None
+    """Tokens per forward and backward of one process (default: the whole batch); halved where memory runs out."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    train_ratio: Fraction = 0.25
+    """Share of the blocks that train after the warm-up: those most likely to stay."""
+    sparse_update: Literal["static", "dynamic", "off"] = "static"
+    """static: chosen once by the first scan; dynamic: by every scan; off: everything trains."""
+    train_embeddings: bool = True
+    """Embeddings, final norm and output head train too (as published)."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Training computes in bf16 on float32 weights; auto: on a CUDA GPU (CPUs with AVX512-BF16 or AMX gain too)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    cache_frozen_prefix: Literal["off", "memory", "disk"] = "off"
+    """Keep what the blocks below the lowest that trains give for each row, for stages of several epochs; needs
+    --no-train-embeddings."""

@@ -1,0 +1,135 @@
+"""Settings of `trimllm trim`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trimllm.config.shared import ModelSettings, Positive, ScoreSettings, TaskSettings, TrainSettings
+
+
+class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
+    """Trim a model: fine-tune on a task, drop the least important layer, go on until the target.
+
+    Example:
+      trimllm trim --model demo --task demo_medicine --text demo_medicine --keep 0.5 --lr 3e-4 --output runs/medicine
+      trimllm trim --output runs/medicine --resume
+    """
+
+    output: str
+    """Directory of the run: journal, plans, result.json and the trimmed checkpoint in `model/`."""
+    resume: bool = False
+    """Go on with the run in --output where it was interrupted."""
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction of the blocks to keep (default when no other target is given: 0.5)."""
+    depth: Positive | None = None
+    """Number of blocks to keep."""
+    max_params: Positive | None = None
+    """Stop when the model has at most so many parameters."""
+    max_memory: Annotated[float, Field(gt=0)] | None = None
+    """Stop when the weights take at most so many GiB in the saved dtype."""
+    target_speedup: Annotated[float, Field(gt=1)] | None = None
+    """Stop when decoding at batch 1 is so many times as fast as the base (measured)."""
+    min_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Floor in percent on the calibration set: the first depth below it ends the run, the one before is the result."""
+    max_drop: Annotated[float, Field(ge=0)] | None = None
+    """Floor in points below the best calibration accuracy so far."""
+    min_depth: Positive = 1
+    """Never go below so many blocks."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs of full fine-tuning before the first scan; 0 scans the base as it is."""
+    schedule: Literal["auto", "late", "epoch", "recover"] = "auto"
+    """How training is spread. epoch: --epochs-per-drop after every drop (as published); late: as many in all, a third
+    of them after every drop and the rest after the last; recover: as many units at once as cost little together, then
+    only until the calibration loss is back. auto: late, or epoch if a floor may end the run."""
+    epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs of training per drop; 0 drops without training. With --schedule recover: at most so many per unit."""
+    recover_tolerance: Annotated[float, Field(ge=0)] = 0.5
+    """With --schedule recover: nats per token above the fine-tuned model's calibration loss at which the next drop
+    follows."""
+    joint_tolerance: Annotated[float, Field(ge=0)] = 0.75
+    """With --schedule recover: nats per token that deleting several units at once may add to the calibration loss."""
+    max_joint: Positive = 4
+    """With --schedule recover: the most units that go at once."""
+    final_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """More epochs after the last drop of a run that a size or speed ends (one that a floor ends is known too late).
+    With --schedule recover the last stage takes these, or --epochs-per-drop if that is more, and is not cut short."""
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the loss after the warm-up that is the KL divergence from the fully fine-tuned model, a teacher that is
+    kept in memory beside the model that trains; 0: cross-entropy only."""
+    optimizer_state: Literal["fresh", "carried"] = "fresh"
+    """What AdamW begins a stage with: fresh: nothing; carried: what it knew of the parameters that go on training (kept
+    in the last checkpoint, up to twice its weights)."""
+    drops_per_stage: Positive = 1
+    """Units dropped one after the other, each by a scan of its own, before training goes on."""
+    one_shot: bool = False
+    """Drop everything at once by the first scan, then train as long as all stages together: the usual baseline."""
+    report_depths: bool = True
+    """Evaluate the reported split at every depth, not only at the end (it is never used for a decision)."""
+    keep_checkpoints: bool = False
+    """Keep the weights of every depth on the way, for `trimllm export`."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the trimmed checkpoint; auto: as the base was saved."""
+
+    @model_validator(mode="after")
+    def _mixed_precision_is_of_float32(self) -> TrimConfig:
+        if self.mixed_precision == "bf16" and self.dtype in ("bfloat16", "float16"):
+            raise ValueError(f"--mixed-precision bf16 is for float32 weights: leave out --dtype {self.dtype}")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_are_frozen(self) -> TrimConfig:
+        if self.cache_frozen_prefix != "off" and (self.train_embeddings or self.sparse_update == "off"):
+            raise ValueError("--cache-frozen-prefix is for frozen embeddings and blocks: add --no-train-embeddings")
+        return self
+
+    @model_validator(mode="after")
+    def _one_depth_target(self) -> TrimConfig:
+        if self.keep is not None and self.depth is not None:
+            raise ValueError("give --keep or --depth, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _every_schedule_has_its_options(self) -> TrimConfig:
+        if self.schedule == "recover":
+            if self.one_shot or self.drops_per_stage != 1:
+                option = "--one-shot" if self.one_shot else f"--drops-per-stage {self.drops_per_stage}"
+                raise ValueError(f"{option} is not for --schedule recover, which finds out how many go at once")
+            if self.scan == "racing":
+                raise ValueError("--schedule recover ranks all candidates, --scan racing finds one: leave one out")
+            return self
+        for name in ("recover_tolerance", "joint_tolerance", "max_joint"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} is for --schedule recover: leave it out, or add --schedule recover")
+        return self
+
+    @property
+    def late(self) -> bool:
+        """Whether most of the training waits for the last drop."""
+        return self.schedule == "late" or (self.schedule == "auto" and not self.has_floor)
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether an accuracy may end the run."""
+        return self.min_accuracy is not None or self.max_drop is not None
+
+    @model_validator(mode="after")
+    def _what_comes_last_has_an_end(self) -> TrimConfig:
+        sizes = (self.keep, self.depth, self.max_params, self.max_memory, self.target_speedup)
+        option = "--schedule late" if self.late else "--final-epochs" if self.final_epochs else None
+        if option and self.has_floor and all(size is None for size in sizes) and self.min_depth == 1:
+            raise ValueError(f"{option} needs a target besides the floor: which drop is the last is known too late")
+        return self
+
+    @model_validator(mode="after")
+    def _one_shot_knows_how_many(self) -> TrimConfig:
+        others = (self.max_params, self.max_memory, self.target_speedup, self.min_accuracy, self.max_drop)
+        if self.one_shot and self.unit != "block":
+            raise ValueError("--one-shot drops blocks only: leave out --unit pair")
+        if self.one_shot and self.scan == "racing":
+            raise ValueError("--one-shot ranks all candidates, and --scan racing finds one: leave one of them out")
+        if self.one_shot and self.keep is None and self.depth is None and any(o is not None for o in others):
+            raise ValueError("--one-shot must know how many layers go: give --keep or --depth")
+        return self
