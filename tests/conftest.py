@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import helpers_run as h
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -25,6 +27,18 @@ def make_tokenizer(template: str = "$A") -> Any:
     ids = [(token, number) for number, token in enumerate(special)]
     raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model of `helpers_run.DEPTH` blocks."""
+    return h.save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of rows that such a model can be asked."""
+    return h.save_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(scope="session")

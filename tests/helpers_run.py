@@ -167,3 +167,23 @@ def drops(output: Path) -> list[list[str]]:
 def weights_hash(folder: Path) -> str:
     """SHA-256 of the safetensors files."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))).hexdigest()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it. (A real SIGKILL: benchmarks/kill_resume.py.)"""
+
+
+def kill_at(monkeypatch: Any, owner: Any, name: str, call: int, *, after: bool = False) -> None:
+    """Die at call number `call` (1-based) of `owner.name`, before or after it does its work."""
+    work, calls = getattr(owner, name), [0]
+
+    def dying(*arguments: Any, **more: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and not after:
+            raise Killed
+        value = work(*arguments, **more)
+        if calls[0] == call:
+            raise Killed
+        return value
+
+    monkeypatch.setattr(owner, name, dying)

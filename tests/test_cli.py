@@ -27,11 +27,6 @@ def base(tmp_path_factory):
     return h.save_base(tmp_path_factory.mktemp("base"), depth=4)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 def call(capsys, *words):
     """(exit code, standard output, standard error)."""
     code = cli.main([str(word) for word in words])

@@ -256,20 +256,6 @@ def _fast(monkeypatch):
     h.fast(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return h.save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
 def test_a_killed_run_finds_its_teacher_again_and_ends_bit_equal(base, task, tmp_path, monkeypatch):
     straight, killed, plain = (tmp_path / name for name in ("straight", "killed", "plain"))
     made, init = [], Teacher.__post_init__
@@ -293,11 +279,11 @@ def test_a_killed_run_finds_its_teacher_again_and_ends_bit_equal(base, task, tmp
                 calls.append(1)
                 value = work(*arguments, **more) if after else None
                 if len(calls) == call:
-                    raise Killed
+                    raise h.Killed
                 return value if after else work(*arguments, **more)
 
             patch.setattr(owner, name, dying)
-            with contextlib.suppress(Killed):
+            with contextlib.suppress(h.Killed):
                 h.run(base, task, killed, **distilled, resume=True)
             assert sum(calls) == call, "it was killed there"
     h.run(base, task, killed, **distilled, resume=True)

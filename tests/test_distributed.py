@@ -31,11 +31,6 @@ def base(tmp_path_factory):
     return h.save_base(tmp_path_factory.mktemp("base"), depth=4)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 RECOVER = {"schedule": "recover", "depth": 1, "max_joint": 2, "joint_tolerance": 100.0, "tie_tolerance": 100.0}
 
 

@@ -98,11 +98,6 @@ def windowed(tmp_path_factory):
     return h.save_model(Gemma3ForCausalLM(config), folder)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 def test_run_drops_whole_periods(windowed, task, tmp_path, monkeypatch):
     h.fast(monkeypatch)
     output = tmp_path / "run"

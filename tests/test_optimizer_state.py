@@ -147,11 +147,6 @@ def base(tmp_path_factory):
     return h.save_base(tmp_path_factory.mktemp("base"), depth=4)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 CARRIED = {
     "optimizer_state": "carried",
     "sparse_update": "dynamic",
@@ -170,10 +165,6 @@ def straight(base, task, tmp_path_factory):
         output = tmp_path_factory.mktemp("straight") / "run"
         h.run(base, task, output, **CARRIED)
         return output
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
 
 
 POINTS = {
@@ -196,11 +187,11 @@ def test_a_killed_run_ends_bit_equal(base, task, tmp_path, straight, monkeypatch
             if len(calls) == call:
                 if after:
                     work(*arguments, **more)
-                raise Killed
+                raise h.Killed
             return work(*arguments, **more)
 
         patch.setattr(owner, name, dying)
-        with contextlib.suppress(Killed):
+        with contextlib.suppress(h.Killed):
             h.run(base, task, tmp_path / "run", **CARRIED)
         assert len(calls) == call, "it was killed there"
     h.run(base, task, tmp_path / "run", **CARRIED, resume=True)
@@ -237,8 +228,8 @@ def test_only_the_last_checkpoint_holds_state_and_no_product_does(base, task, tm
 
 def test_state_that_is_gone_is_one_line(base, task, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(progressive.Run, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
-        with contextlib.suppress(Killed):
+        patch.setattr(progressive.Run, "_finish", lambda *_: (_ for _ in ()).throw(h.Killed))
+        with contextlib.suppress(h.Killed):
             h.run(base, task, tmp_path / "run", **CARRIED)
     optimizer_state.delete(RunDir(tmp_path / "run").checkpoint(2))
     with pytest.raises(InputError, match=r"depth-2.*: the state of the optimizer is not there: begin a new run"):

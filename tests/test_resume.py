@@ -15,23 +15,9 @@ from trimllm import card, cli, deciding, journal, progressive, recording, scan, 
 from trimllm.errors import InputError, TrimError
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it. (A real SIGKILL: benchmarks/kill_resume.py.)"""
-
-
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
     h.fast(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return h.save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return h.save_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +28,6 @@ def straight(base, task, tmp_path_factory):
         output = tmp_path_factory.mktemp("straight") / "run"
         h.run(base, task, output)
         return output
-
-
-def kill_at(monkeypatch, owner, name, call, *, after=False):
-    """Die at call number `call` (1-based) of `owner.name`, before or after it does its work."""
-    work, calls = getattr(owner, name), [0]
-
-    def dying(*arguments, **more):
-        calls[0] += 1
-        if calls[0] == call and not after:
-            raise Killed
-        value = work(*arguments, **more)
-        if calls[0] == call:
-            raise Killed
-        return value
-
-    monkeypatch.setattr(owner, name, dying)
 
 
 def assert_same(output, straight):
@@ -103,8 +73,8 @@ def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
         owner, name, call, after = POINTS[point]
-        kill_at(patch, owner, name, call, after=after)
-        with pytest.raises(Killed):
+        h.kill_at(patch, owner, name, call, after=after)
+        with pytest.raises(h.Killed):
             h.run(base, task, output)
     h.run(base, task, output, resume=True)
     assert_same(output, straight)
@@ -114,10 +84,10 @@ def test_run_killed_again_and_again_still_ends_the_same(base, task, tmp_path, st
     output, resume = tmp_path / "run", False
     for owner, name, call, after in list(POINTS.values())[2::4]:
         with monkeypatch.context() as patch:
-            kill_at(patch, owner, name, call, after=after)
+            h.kill_at(patch, owner, name, call, after=after)
             try:
                 h.run(base, task, output, resume=resume)
-            except Killed:
+            except h.Killed:
                 resume = True
     h.run(base, task, output, resume=True)
     assert_same(output, straight)
@@ -132,8 +102,8 @@ def count_parts(monkeypatch):
 def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path, straight, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        kill_at(patch, scan, "_part", 2)
-        with pytest.raises(Killed):
+        h.kill_at(patch, scan, "_part", 2)
+        with pytest.raises(h.Killed):
             h.run(base, task, output, depth=4)
     lines = (output / "scans" / "scan-000.jsonl").read_bytes().splitlines()
     assert len(lines) == 1
@@ -147,8 +117,8 @@ def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path,
 def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        kill_at(patch, scan, "_part", 2)
-        with pytest.raises(Killed):
+        h.kill_at(patch, scan, "_part", 2)
+        with pytest.raises(h.Killed):
             h.run(base, task, output, depth=4)
     h.run(base, task, output, depth=4, resume=True, eval_batch_size=40)
     h.run(base, task, tmp_path / "straight", depth=4, eval_batch_size=40)
@@ -161,8 +131,8 @@ def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path, 
 def test_line_torn_by_a_kill_is_cut_off(base, task, tmp_path, straight, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        kill_at(patch, deciding.Decider, "_choose", 1)
-        with pytest.raises(Killed):
+        h.kill_at(patch, deciding.Decider, "_choose", 1)
+        with pytest.raises(h.Killed):
             h.run(base, task, output)
     for name in ("journal.jsonl", "scans/scan-000.jsonl"):
         whole = (output / name).read_bytes()
@@ -206,8 +176,8 @@ def test_directory_of_another_run_or_with_other_files_is_refused(base, task, str
 
 def test_changed_base_weights_are_refused(task, tmp_path, monkeypatch):
     mine, output = h.save_base(tmp_path / "base"), tmp_path / "run"
-    kill_at(monkeypatch, progressive.Run, "_drop", 1)
-    with pytest.raises(Killed):
+    h.kill_at(monkeypatch, progressive.Run, "_drop", 1)
+    with pytest.raises(h.Killed):
         h.run(mine, task, output)
     file = mine / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
@@ -290,8 +260,8 @@ def test_full_disk_while_journaling_loses_only_that_event(base, task, tmp_path, 
 def test_resumed_weights_are_float32_even_if_the_base_is_not(task, tmp_path, monkeypatch):
     mine, output = h.save_base(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "run"
     with monkeypatch.context() as patch:
-        kill_at(patch, progressive.Run, "_drop", 2)
-        with pytest.raises(Killed):
+        h.kill_at(patch, progressive.Run, "_drop", 2)
+        with pytest.raises(h.Killed):
             h.run(mine, task, output)
     h.run(mine, task, output, resume=True)
     h.run(mine, task, tmp_path / "straight")
@@ -301,8 +271,8 @@ def test_resumed_weights_are_float32_even_if_the_base_is_not(task, tmp_path, mon
 def test_row_of_the_saved_model_is_measured_anew_when_the_run_went_on_after_it(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        kill_at(patch, card, "result", 1)
-        with pytest.raises(Killed):
+        h.kill_at(patch, card, "result", 1)
+        with pytest.raises(h.Killed):
             h.run(base, task, output)
     events = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "saved"

@@ -30,16 +30,6 @@ def _fast(monkeypatch):
     h.fast(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return h.save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 RECOVER = {**EASY, "max_joint": 2, "depth": 2, "epochs_per_drop": 0.5, "recover_tolerance": 0.0}
 
 
@@ -327,25 +317,6 @@ def test_line_of_a_joint_drop_names_both_accuracies(base, task, tmp_path, capsys
 # ---- interrupted
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
-def kill_at(monkeypatch, owner, name, call, *, after=False):
-    work, calls = getattr(owner, name), [0]
-
-    def dying(*arguments, **more):
-        calls[0] += 1
-        if calls[0] == call and not after:
-            raise Killed
-        value = work(*arguments, **more)
-        if calls[0] == call:
-            raise Killed
-        return value
-
-    monkeypatch.setattr(owner, name, dying)
-
-
 POINTS = {
     "between joint decision and cut": (joint, "grow", 1, True),
     "in the first cycle of a stage": (train, "_step", 8, False),
@@ -362,8 +333,8 @@ def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
         owner, name, call, after = POINTS[point]
-        kill_at(patch, owner, name, call, after=after)
-        with pytest.raises(Killed):
+        h.kill_at(patch, owner, name, call, after=after)
+        with pytest.raises(h.Killed):
             h.run(base, task, output, **RECOVER)
     h.run(base, task, output, **RECOVER, resume=True)
     assert h.drops(output) == h.drops(straight)
@@ -380,8 +351,8 @@ def test_sets_that_were_tried_are_not_tried_again(base, task, tmp_path, monkeypa
     output = tmp_path / "run"
     more = {**EASY, "depth": 2, "max_joint": 3, "warmup_epochs": 0, "epochs_per_drop": 0}
     with monkeypatch.context() as patch:
-        kill_at(patch, joint, "grow", 1, after=True)
-        with pytest.raises(Killed):
+        h.kill_at(patch, joint, "grow", 1, after=True)
+        with pytest.raises(h.Killed):
             h.run(base, task, output, **more)
     kept = journal.read_lines(output / "scans" / "scan-000.jsonl")
     assert [line["joint"]["units"] for line in kept if "joint" in line] == [

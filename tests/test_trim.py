@@ -23,16 +23,6 @@ def _fast(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return h.save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
-@pytest.fixture(scope="module")
 def trained(base, task, tmp_path_factory):
     """One run with everything switched on: its directory, and what trim() returned."""
     with pytest.MonkeyPatch.context() as patch:
