@@ -5,9 +5,9 @@
 
 Every finished run's saved model, and the fully fine-tuned one that it started from, answers the questions of the
 other domains of its world; models of a generation part write answers (exact match, ROUGE-L, repeated 4-grams). How
-freely it writes on (repetition, silence: see `trimllm.fluency`) is read from the run itself. What was measured is kept
-beside each model and not measured again. The last line is one JSON object, and beyond.json in the folder holds every
-figure.
+freely a trimmed model writes on (repetition, silence: see `trimllm.fluency`) is read from its run. What was measured is
+kept beside each model and not measured again: delete the study's runs to make them anew. The last line is one JSON
+object, and beyond.json in the folder holds every figure.
 """
 
 from __future__ import annotations
@@ -45,18 +45,21 @@ class Trained(NamedTuple):
 def trained(root: Path) -> Iterator[Trained]:
     """The fully fine-tuned model of every part and seed (arm "full"), then what every finished run saved."""
     for place in sorted(root.glob("*-*")):
-        part, _, seed = place.name.rpartition("-")
-        reference = RunDir(folder(root, part, int(seed), next(iter(ARMS))))
-        if part not in PARTS or not reference.result.exists():
+        part, _, number = place.name.rpartition("-")
+        if part not in PARTS or not number.isdigit():
+            continue
+        seed = int(number)
+        reference = RunDir(folder(root, part, seed, next(iter(ARMS))))
+        if not reference.result.exists():
             continue
         full = next(row for row in history(reference) if row["event"] == "stage")
-        yield Trained(part, int(seed), "full", full["depth"], reference.checkpoint(full["depth"]), full)
+        yield Trained(part, seed, "full", full["depth"], reference.checkpoint(full["depth"]), full)
         for arm in ARMS:
-            at = folder(root, part, int(seed), arm)
+            at = folder(root, part, seed, arm)
             for found in (at, *sorted(path for path in at.glob("*") if path.name.isdigit())):
                 if (done := RunDir(found)).result.exists():
                     saved = history(done)[-1]
-                    yield Trained(part, int(seed), arm, saved["depth"], done.model, saved)
+                    yield Trained(part, seed, arm, saved["depth"], done.model, saved)
 
 
 def history(place: RunDir) -> list[Settings]:
@@ -87,7 +90,7 @@ def task_of(part: str, options: argparse.Namespace) -> str:
 
 def measured(one: Trained, name: str, asked: Settings, threads: int | None) -> Settings:
     """The evaluation, from beside the model if it is there already."""
-    kept = one.model.parent / f"beyond-{one.model.name}-{name}.json"
+    kept = one.model.parent / f"beyond-{one.model.name}-{name}-{asked['max_test']}.json"
     if not kept.exists():
         run_eval(config.EvalConfig(model=str(one.model), output=str(kept), threads=threads, **asked))
     found: Settings = json.loads(kept.read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ from trimllm.console import Console, table
 from trimllm.demo.demo import RECIPE
 from trimllm.progressive import trim
 from trimllm.rundir import RunDir
-from trimllm.targets import wanted_depth
+from trimllm.targets import LATE_SHARE, wanted_depth
 
 Settings = dict[str, Any]
 SPREAD = {"keep": None, "schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 0}
@@ -89,18 +89,19 @@ def _peer(strategy: str, **more: Any) -> Arm:
     return Arm({"one_shot": True, "strategy": strategy, "sparse_update": "off", **more}, per_depth=True)
 
 
-LATE = 2 / 3
+WHERE = ("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size")
+"""Settings that may differ from those of a finished run."""
 
 
 ARMS = {
     "trimllm": Arm(),
-    "late": Arm(per_depth=True, late=LATE),
+    "late": Arm(per_depth=True, late=LATE_SHARE),
     "all late": Arm(per_depth=True, late=1.0),
-    "late, r=1": Arm({"sparse_update": "off"}, per_depth=True, late=LATE),
-    "late, frozen embeddings": Arm({"train_embeddings": False}, per_depth=True, late=LATE),
-    "late, loss scan": Arm({"strategy": "loss"}, per_depth=True, late=LATE),
-    "late, scan alone": Arm({"strategy": "scan"}, per_depth=True, late=LATE),
-    "late, pairs": Arm({"unit": "pair"}, per_depth=True, late=LATE),
+    "late, r=1": Arm({"sparse_update": "off"}, per_depth=True, late=LATE_SHARE),
+    "late, frozen embeddings": Arm({"train_embeddings": False}, per_depth=True, late=LATE_SHARE),
+    "late, loss scan": Arm({"strategy": "loss"}, per_depth=True, late=LATE_SHARE),
+    "late, scan alone": Arm({"strategy": "scan"}, per_depth=True, late=LATE_SHARE),
+    "late, pairs": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE),
     "one-shot": _peer("scan+norm", sparse_update="static"),
     "one-shot, loss scan": _peer("loss", sparse_update="static"),
     "one-shot, r=1": _peer("scan+norm"),
@@ -111,7 +112,7 @@ ARMS = {
     "taylor": _peer("taylor"),
     "random": _peer("random"),
     "last": _peer("last"),
-    "distilled": Arm({"distill": 0.5}, per_depth=True, late=LATE),
+    "distilled": Arm({"distill": 0.5}, per_depth=True, late=LATE_SHARE),
     "pairs": Arm({"unit": "pair"}),
     "r=1/8": Arm({"train_ratio": 0.125}),
     "r=1/2": Arm({"train_ratio": 0.5}),
@@ -148,7 +149,7 @@ def one_run(output: Path, given: Settings) -> list[Settings]:
     result = output / "result.json"
     asked = plain_settings.make(config.TrimConfig, {**given, "output": str(output), "resume": True})
     if result.exists():
-        rundir.same_settings(asked, output, {*rundir.FREE_OF_CHOICE} - {"model"})
+        rundir.same_settings(asked, output, WHERE)
     else:
         print(f"--- {output}", flush=True)
         trim(asked, console=Console())

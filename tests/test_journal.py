@@ -76,7 +76,7 @@ def test_json_that_others_can_read_has_no_nan(tmp_path):
 
 
 def config(tmp_path, **values):
-    return TrimConfig(**{"model": "m", "task": "t", "output": str(tmp_path / "run")} | values)
+    return TrimConfig(**({"model": "m", "task": "t", "output": str(tmp_path / "run")} | values))
 
 
 def test_stored_settings_make_the_same_config(tmp_path):
@@ -84,6 +84,19 @@ def test_stored_settings_make_the_same_config(tmp_path):
     assert rundir.claim(mine) == []
     assert TrimConfig(**rundir.stored_settings(mine.output)) == mine
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lr"] == 3e-5
+
+
+def test_a_setting_that_an_older_run_did_not_know_has_the_value_that_held_then(tmp_path):
+    rundir.claim(config(tmp_path, schedule="epoch"))
+    path = tmp_path / "run" / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({name: stored[name] for name in stored if name not in ("schedule", "distill")}))
+    again = TrimConfig(**(rundir.stored_settings(path.parent) | {"resume": True}))
+    assert again.schedule == "epoch"
+    rundir.check(again)
+    for other in ({"distill": 0.5}, {"schedule": "late"}):
+        with pytest.raises(InputError, match=f"--{next(iter(other))} .*leave it out, or start another run"):
+            rundir.check(again.model_copy(update=other))
 
 
 def test_run_that_died_before_its_first_event_can_be_resumed(tmp_path):

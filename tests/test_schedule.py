@@ -249,6 +249,9 @@ def test_units_that_go_at_once_leave_what_they_leave_one_by_one(kind):
         ({"max_joint": 2}, "--max-joint is for --schedule recover"),
         ({"joint_tolerance": 0.1}, "--joint-tolerance is for --schedule recover"),
         ({"recover_tolerance": 0.1}, "--recover-tolerance is for --schedule recover"),
+        ({"schedule": "late", "max_drop": 2.0}, "--max-drop judges depths when they are trained"),
+        ({"distill": 0.5, "epochs_per_drop": 0}, "--distill 0.5 is about the training after drops"),
+        ({"optimizer_state": "carried", "epochs_per_drop": 0}, "--optimizer-state carried is about the training"),
     ],
     ids=str,
 )
@@ -270,7 +273,7 @@ def test_epochs_of_a_stage():
     assert epochs(3, last=True, schedule="recover", epochs_per_drop=2, final_epochs=4) == 4
 
 
-@pytest.mark.parametrize("settings", [{}, {"one_shot": True, "depth": 1}, {"drops_per_stage": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"one_shot": True, "depth": 1}], ids=str)
 def test_late_training_is_as_much_in_all_and_most_of_it_comes_last(settings):
     def every(schedule):
         config = TrimConfig(
@@ -285,13 +288,13 @@ def test_late_training_is_as_much_in_all_and_most_of_it_comes_last(settings):
 
 
 @pytest.mark.parametrize(
-    ("settings", "late"),
-    [({}, True), ({"keep": 0.25}, True), ({"max_drop": 2.0}, False), ({"keep": 0.25, "min_accuracy": 5.0}, False)],
+    ("settings", "found"),
+    [({}, "late"), ({"keep": 0.25}, "late"), ({"max_drop": 2.0}, "epoch"), ({"keep": 0.5, "min_accuracy": 5}, "epoch")],
     ids=str,
 )
-def test_training_waits_for_the_last_drop_unless_a_floor_may_come_first(settings, late):
-    assert TrimConfig(model="m", task="t", output="o", **settings).late is late
-    assert TrimConfig(model="m", task="t", output="o", schedule="epoch", **settings).late is False
+def test_training_waits_for_the_last_drop_unless_a_floor_may_come_first(settings, found):
+    assert TrimConfig(model="m", task="t", output="o", **settings).schedule == found
+    assert TrimConfig(model="m", task="t", output="o", **settings, schedule="epoch").schedule == "epoch"
 
 
 def test_least_depth_for_a_speed_is_where_blocks_alone_would_give_it():

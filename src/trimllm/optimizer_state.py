@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trimllm.errors import InputError
@@ -54,16 +55,18 @@ def load(model: Any, checkpoint: Path) -> Moments:
     """What `save` wrote beside the checkpoint that the model was loaded from.
 
     Raises:
-        InputError: if there is nothing.
+        InputError: if there is nothing, or it cannot be read.
     """
     file = checkpoint / FOLDER / FILE
-    if not file.exists():
-        raise InputError(f"{file}: the state of the optimizer is not there: begin a new run in another --output")
     parameters = dict(model.named_parameters())
     moments: Moments = {}
-    for key, value in load_file(file).items():
-        name, _, what = key.rpartition(".")
-        moments.setdefault(parameters[name], {})[what] = value
+    try:
+        for key, value in load_file(file).items():
+            name, _, what = key.rpartition(".")
+            moments.setdefault(parameters[name], {})[what] = value
+    except (OSError, SafetensorError, KeyError):
+        why = "is damaged" if file.exists() else "is not there"
+        raise InputError(f"{file}: the state of the optimizer {why}: begin a new run in another --output") from None
     return moments
 
 

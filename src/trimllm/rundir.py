@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from trimllm import folders, optimizer_state
-from trimllm.config import Settings, TrimConfig
+from trimllm.config import FORMER, Settings, TrimConfig
 from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
 from trimllm.layout import Block, Layout
@@ -64,7 +64,7 @@ class RunDir:
 def stored_settings(output: str | Path) -> dict[str, Any]:
     """The settings of the run in `output`, for `--resume`; empty if there is none yet."""
     path = RunDir(output).config
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return FORMER | yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def check(config: TrimConfig) -> None:
@@ -103,11 +103,14 @@ def claim(config: TrimConfig) -> list[dict[str, Any]]:
 
 
 def same_settings(config: Settings, output: str | Path, free: Collection[str]) -> None:
-    """Raises InputError if a setting that is not `free` differs from what `output` was begun with."""
-    stored = stored_settings(output)
-    now = config.model_dump(mode="json")
-    for name, value in now.items():
-        if name not in free and stored.get(name, value) != value:
+    """Raises InputError if a setting that is not `free` differs from what `output` was begun with.
+
+    A setting that did not exist then has its default.
+    """
+    defaults = {name: field.default for name, field in type(config).model_fields.items() if not field.is_required()}
+    stored = {**config.model_copy(update=defaults).model_dump(mode="json"), **stored_settings(output)}
+    for name, value in config.model_dump(mode="json").items():
+        if name not in free and stored[name] != value:
             option = "--" + name.replace("_", "-")
             raise InputError(
                 f"{option} {value}: the run in {output} has {stored[name]}: leave it out, or start another run"

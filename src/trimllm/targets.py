@@ -83,7 +83,7 @@ def stage_epochs(config: TrimConfig, units: int, stage: int, *, last: bool) -> f
         return max(config.epochs_per_drop, config.final_epochs) if last else config.epochs_per_drop * units
     stages = units if config.one_shot else 1  # that this one stands for
     now = config.epochs_per_drop * stages
-    if not config.late:
+    if config.schedule != "late":
         return now + (config.final_epochs if last else 0.0)
     put_off = LATE_SHARE * config.epochs_per_drop * (stages + stage - 1)
     return (1 - LATE_SHARE) * now + (put_off + config.final_epochs if last else 0.0)

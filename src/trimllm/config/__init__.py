@@ -33,9 +33,13 @@ from trimllm.config.shared import (
 )
 from trimllm.config.trim import TrimConfig
 
+FORMER = {"schedule": "epoch"}
+"""What held before a setting existed, where that is not its default: for a config.yaml without it."""
+
 __all__ = [
     "ANALYSIS_ITEMS",
     "CONFIDENCE",
+    "FORMER",
     "BenchConfig",
     "CompareConfig",
     "DemoConfig",

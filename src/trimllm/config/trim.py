@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from trimllm.config.shared import ModelSettings, Positive, ScoreSettings, TaskSettings, TrainSettings
+
+FLOORS = ("min_accuracy", "max_drop")
 
 
 class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
@@ -39,12 +41,13 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     """Never go below so many blocks."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of full fine-tuning before the first scan; 0 scans the base as it is."""
-    schedule: Literal["auto", "late", "epoch", "recover"] = "auto"
+    schedule: Literal["late", "epoch", "recover"] = "late"
     """How training is spread. epoch: --epochs-per-drop after every drop (as published); late: as many in all, a third
     of them after every drop and the rest after the last; recover: as many units at once as cost little together, then
-    only until the calibration loss is back. auto: late, or epoch if a floor may end the run."""
+    only until the calibration loss is back. Default: late, or epoch if an accuracy floor may end the run."""
     epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
-    """Epochs of training per drop; 0 drops without training. With --schedule recover: at most so many per unit."""
+    """Epochs of training per drop (or per --drops-per-stage of them); 0 drops without training. With --schedule
+    recover: at most so many per unit."""
     recover_tolerance: Annotated[float, Field(ge=0)] = 0.5
     """With --schedule recover: nats per token above the fine-tuned model's calibration loss at which the next drop
     follows."""
@@ -56,8 +59,9 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     """More epochs after the last drop of a run that a size or speed ends (one that a floor ends is known too late).
     With --schedule recover the last stage takes these, or --epochs-per-drop if that is more, and is not cut short."""
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the loss after the warm-up that is the KL divergence from the fully fine-tuned model, a teacher that is
-    kept in memory beside the model that trains; 0: cross-entropy only."""
+    """Share of the loss after the warm-up that is the KL divergence from the fully fine-tuned model (with
+    --warmup-epochs 0: the model as given), a teacher that is kept in memory beside the model that trains; 0:
+    cross-entropy only."""
     optimizer_state: Literal["fresh", "carried"] = "fresh"
     """What AdamW begins a stage with: fresh: nothing; carried: what it knew of the parameters that go on training (kept
     in the last checkpoint, up to twice its weights)."""
@@ -68,9 +72,16 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     report_depths: bool = True
     """Evaluate the reported split at every depth, not only at the end (it is never used for a decision)."""
     keep_checkpoints: bool = False
-    """Keep the weights of every depth on the way, for `trimllm export`."""
+    """Keep the weights of every depth on the way, for `trimllm export`; with --schedule late they had a third of their
+    training."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the trimmed checkpoint; auto: as the base was saved."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_floor_needs_trained_depths(cls, values: Any) -> Any:
+        floor = isinstance(values, dict) and any(values.get(name) is not None for name in FLOORS)
+        return {"schedule": "epoch", **values} if floor else values
 
     @model_validator(mode="after")
     def _mixed_precision_is_of_float32(self) -> TrimConfig:
@@ -105,22 +116,27 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
                 raise ValueError(f"{option} is for --schedule recover: leave it out, or add --schedule recover")
         return self
 
-    @property
-    def late(self) -> bool:
-        """Whether most of the training waits for the last drop."""
-        return self.schedule == "late" or (self.schedule == "auto" and not self.has_floor)
-
-    @property
-    def has_floor(self) -> bool:
-        """Whether an accuracy may end the run."""
-        return self.min_accuracy is not None or self.max_drop is not None
-
     @model_validator(mode="after")
     def _what_comes_last_has_an_end(self) -> TrimConfig:
+        floor = next((f"--{name.replace('_', '-')}" for name in FLOORS if getattr(self, name) is not None), None)
         sizes = (self.keep, self.depth, self.max_params, self.max_memory, self.target_speedup)
-        option = "--schedule late" if self.late else "--final-epochs" if self.final_epochs else None
-        if option and self.has_floor and all(size is None for size in sizes) and self.min_depth == 1:
-            raise ValueError(f"{option} needs a target besides the floor: which drop is the last is known too late")
+        if floor and self.schedule == "late":
+            raise ValueError(
+                f"{floor} judges depths when they are trained, and --schedule late trains the last one only: leave one "
+                "of them out"
+            )
+        if floor and self.final_epochs and all(size is None for size in sizes) and self.min_depth == 1:
+            raise ValueError(
+                "--final-epochs needs a target besides the floor: which drop is the last is known too late"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drops_are_trained_behind(self) -> TrimConfig:
+        option = f"--distill {self.distill}" if self.distill else "--optimizer-state carried"
+        asked = self.distill or self.optimizer_state == "carried"
+        if asked and not self.epochs_per_drop and not self.final_epochs:
+            raise ValueError(f"{option} is about the training after drops, and there is none: leave it out")
         return self
 
     @model_validator(mode="after")
