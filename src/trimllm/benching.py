@@ -60,7 +60,6 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     if command.threads:
         torch.set_num_threads(command.threads)
     device, dtype = models.device_of(command.device), models.DTYPES.get(command.dtype)
-    backends.check(command.attention, device, dtype)
     _wake(device)
     _HERE["before"] = resident("VmRSS")
     ways: dict[str, Any] = {"trust_remote_code": command.trust_remote_code, "attention": command.attention}
@@ -188,6 +187,7 @@ def measure(
     """
     batches, count = sorted(set(command.batch_size)), len(command.models)  # a larger batch has the higher peak
     total, done = count * (1 + len(batches) * (command.repeats + 3)), 0
+    _check(command)  # before any process starts, which takes seconds
     with ExitStack() as stack:
         pools = [stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in command.models]
         for pool in pools:
@@ -202,7 +202,6 @@ def measure(
                 progress(done, total, name)
             return found
 
-        _check_room(command)
         changes = manner.changes or [None] * count
         known = [
             _ask(pool, name, load, name, command, change)
@@ -221,9 +220,11 @@ def measure(
     return known, measured
 
 
-def _check_room(command: BenchConfig) -> None:
-    """Refuse models that are not there, and models that do not fit into memory together, before any is loaded."""
+def _check(command: BenchConfig) -> None:
+    """Refuse an attention backend that no model can take, models that are not there, and models that do not fit into
+    memory together, before any is loaded."""
     device, dtype, total = models.device_of(command.device), models.DTYPES.get(command.dtype), 0
+    backends.check(command.attention, device, dtype)
     for name in command.models:
         if name.startswith(shapes.PREFIX):
             file = name.removeprefix(shapes.PREFIX)
