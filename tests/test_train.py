@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 
 from trimllm import losses, packing, sparse, surgery, train
-from trimllm.config import TrainSettings
+from trimllm.config import TrainSettings, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.layout import Block, whole
 from trimllm.packing import Example
 from trimllm.tasks.items import Item
 from trimllm.train import train_stage
-from trimllm.training_rows import check, steps, task_examples, text_examples
+from trimllm.training_rows import examples, steps, task_examples, text_examples
 
 TEXTS = ["the cat sat on the mat. a dog ran", "no hat", "yes or no: maybe yes. the man had a dog; the dog had a hat"]
 
@@ -128,9 +128,10 @@ def test_text_is_packed_without_loss_and_closed_by_eos(tokenizer):
     assert {row.start for row in rows} == {1}
 
 
-def test_no_training_rows_is_an_error():
+def test_no_training_rows_is_an_error(tokenizer):
+    model = tiny.build("llama", 1)
     with pytest.raises(InputError, match="no training rows"):
-        check([])
+        examples(TrimConfig(model="m", task="t", output="o"), tokenizer, model.config, [], 16)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------

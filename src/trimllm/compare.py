@@ -62,7 +62,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> None:
     Raises:
         InputError: for the first of these that cannot be used.
     """
-    from trimllm import backends, encoding, inputs, loading, models
+    from trimllm import backends, encoding, inputs, loading, models, training_rows
     from trimllm.baselines import job
 
     trains = any(each.method.name != "base" for each in wanted)
@@ -89,7 +89,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> None:
         own = settings is command
         encoding.encode(tokenizer, [*data.test, *(data.calibration if own else [])], longest, truncate=command.truncate)
         if own and trains:
-            job.examples(command, tokenizer, config, data.train, command.batch_size)
+            training_rows.examples(command, tokenizer, config, data.train, command.batch_size)
 
 
 def check_model(command: CompareConfig) -> Any:

@@ -52,7 +52,7 @@ from trimllm.parallel import Share
 from trimllm.plain_settings import make
 from trimllm.recording import Recorder
 from trimllm.rundir import RunDir
-from trimllm.tasks import TaskData, load_text
+from trimllm.tasks import TaskData
 
 History = list[dict[str, Any]]
 
@@ -154,11 +154,9 @@ class Run:
         self.metric = data.metric
         self.calibration = inputs.scorer(config, model, tokenizer, data.calibration)
         self.test = inputs.scorer(config, model, tokenizer, data.test)
-        longest = training_rows.longest(model, config.max_length)
-        self.task_rows = training_rows.task_examples(tokenizer, data.train, longest, truncate=config.truncate)
-        training_rows.check(self.task_rows)
-        texts = load_text(config.text) if config.text else []
-        self.text_rows = training_rows.text_examples(tokenizer, texts, min(longest, config.batch_size))
+        self.task_rows, self.text_rows = training_rows.examples(
+            config, tokenizer, model.config, data.train, config.batch_size
+        )
         self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
         self.decider.check(model)
         self.pad_id = self.calibration.pad_id

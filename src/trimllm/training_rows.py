@@ -7,10 +7,30 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trimllm import encoding
-from trimllm.config import TrainSettings
+from trimllm.config import CompareConfig, TrainSettings, TrimConfig
 from trimllm.errors import InputError
 from trimllm.packing import Example
+from trimllm.tasks import load_text
 from trimllm.tasks.items import Item
+
+Settings = TrimConfig | CompareConfig
+"""What is trained on, and how."""
+
+
+def examples(
+    settings: Settings, tokenizer: Any, model_config: Any, items: Sequence[Item], text_length: int
+) -> tuple[list[Example], list[Example]]:
+    """The rows of a task's items, and those of --text, which have `text_length` tokens or the context's.
+
+    Raises:
+        InputError: if there is nothing to train on, or a row does not fit the context.
+    """
+    longest = encoding.context_length(model_config, settings.max_length)
+    rows = task_examples(tokenizer, items, longest, truncate=settings.truncate)
+    if not rows:
+        raise InputError("there are no training rows left after the calibration set was held out: give more rows")
+    texts = load_text(settings.text) if settings.text else []
+    return rows, text_examples(tokenizer, texts, min(longest, text_length))
 
 
 def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, truncate: bool = False) -> list[Example]:
@@ -83,14 +103,3 @@ def _batches(rows: Sequence[Example], budget: int, rng: random.Random) -> list[l
             out.append(pool[:rows_here])
             pool = pool[rows_here:]
     return out
-
-
-def longest(model: Any, limit: int | None) -> int:
-    """The longest training row in tokens."""
-    return encoding.context_length(model.config, limit)
-
-
-def check(task: Sequence[Example]) -> None:
-    """Raises InputError if there is nothing to train on."""
-    if not task:
-        raise InputError("there are no training rows left after the calibration set was held out: give more rows")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trimllm import decoder, encoding, export, inputs, models, progressive, room, rundir, sparse, train, training_rows
+from trimllm import decoder, export, inputs, models, progressive, room, rundir, sparse, train, training_rows
 from trimllm.baselines import METHODS, Cell
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig
 from trimllm.console import Console
@@ -20,7 +20,6 @@ from trimllm.evaluate import Scorer
 from trimllm.layout import Layout, whole
 from trimllm.packing import Example
 from trimllm.targets import wanted_depth
-from trimllm.tasks import Item, load_text
 
 SHARED = {*TrainSettings.model_fields, *TaskSettings.model_fields, *ModelSettings.model_fields}
 SHARED |= {"eval_batch_size", "warmup_epochs", "schedule", "epochs_per_drop", "final_epochs"}
@@ -128,7 +127,7 @@ class Job:
             InputError: if no training rows are left, or one does not fit the context.
         """
         items = inputs.task_data(self.command, loaded.tokenizer).train
-        return examples(self.command, loaded.tokenizer, loaded.model.config, items, text_length)
+        return training_rows.examples(self.command, loaded.tokenizer, loaded.model.config, items, text_length)
 
     def plan(self, loaded: models.Loaded, epochs: float, seed: int) -> list[list[Example]]:
         """The optimizer steps of so many epochs over the task, with domain text between. Raises as `examples` does."""
@@ -208,17 +207,6 @@ class Job:
         config = self.trim_settings(**{**fixed, **changes})
         progressive.trim(config, console=self.console)
         return cost(rundir.RunDir(output).model, rundir.RunDir(output))
-
-
-def examples(
-    command: CompareConfig, tokenizer: Any, model_config: Any, items: Sequence[Item], text_length: int
-) -> tuple[list[Example], list[Example]]:
-    """The rows of a task's items, and those of the domain text, for a model of this config. See `Job.examples`."""
-    longest = encoding.context_length(model_config, command.max_length)
-    rows = training_rows.task_examples(tokenizer, items, longest, truncate=command.truncate)
-    training_rows.check(rows)
-    texts = load_text(command.text) if command.text else []
-    return rows, training_rows.text_examples(tokenizer, texts, min(longest, text_length))
 
 
 def cost(checkpoint: Path, run: rundir.RunDir, depth: int = 0) -> Product:
