@@ -1,5 +1,6 @@
 """Two processes do what one does, and fail with one line."""
 
+import json
 from pathlib import Path
 
 import helpers_run as h
@@ -11,6 +12,15 @@ from torch import distributed
 from trimllm import parallel
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+RUNNING = """
+import json
+import sys
+from trimllm import cli
+
+for words in json.loads(sys.argv[1]):
+    assert cli.main(words) == 0
+"""
 
 FAILING = """
 import sys
@@ -34,13 +44,28 @@ def base(tmp_path_factory):
 RECOVER = {"schedule": "recover", "depth": 1, "max_joint": 2, "joint_tolerance": 100.0, "tie_tolerance": 100.0}
 
 
-@pytest.mark.parametrize("changes", [{"depth": 3}, RECOVER], ids=["epoch", "recover"])
-def test_two_processes_drop_the_same_layers_and_measure_the_same_accuracies(base, task, tmp_path, monkeypatch, changes):
-    one, two = tmp_path / "one", tmp_path / "two"
-    done = h.command("trim", *h.arguments(h.settings(base, task, two, **changes)), launcher=TWO)
+RUNS = {"epoch": {"depth": 3}, "recover": RECOVER}
+
+
+@pytest.fixture(scope="module")
+def pair(base, task, tmp_path_factory):
+    """The folder of runs that the same two processes made, one behind the other."""
+    folder = tmp_path_factory.mktemp("pair")
+    script = folder / "runs.py"
+    script.write_text(RUNNING)
+    words = [["trim", *h.arguments(h.settings(base, task, folder / name, **RUNS[name]))] for name in RUNS]
+    done = h.command(json.dumps(words), launcher=TWO, program=[str(script)])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trimmed checkpoint:") == 1
-    assert sum(line.startswith("saved ") for line in done.stderr.splitlines()) == 1
+    assert done.stdout.count("trimmed checkpoint:") == len(RUNS)
+    assert sum(line.startswith("saved ") for line in done.stderr.splitlines()) == len(RUNS)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_drop_the_same_layers_and_measure_the_same_accuracies(
+    base, task, pair, tmp_path, monkeypatch, name
+):
+    one, two, changes = tmp_path / "one", pair / name, RUNS[name]
     h.fast(monkeypatch)
     h.run(base, task, one, **changes)
     assert h.drops(two) == h.drops(one)
