@@ -95,8 +95,15 @@ def test_a_setting_that_an_older_run_did_not_know_has_the_value_that_held_then(t
     assert again.schedule == "epoch"
     rundir.check(again)
     for other in ({"distill": 0.5}, {"schedule": "late"}):
-        with pytest.raises(InputError, match=f"--{next(iter(other))} .*leave it out, or start another run"):
+        with pytest.raises(InputError, match=f"--{next(iter(other))} .*give that or leave it out"):
             rundir.check(again.model_copy(update=other))
+
+
+def test_a_floor_added_later_leaves_the_target_of_the_run(tmp_path):
+    rundir.claim(config(tmp_path, schedule="epoch"))
+    again = TrimConfig(**(rundir.stored_settings(tmp_path / "run") | {"resume": True, "min_accuracy": 60}))
+    assert again.keep == 0.5
+    rundir.check(again)
 
 
 def test_run_that_died_before_its_first_event_can_be_resumed(tmp_path):

@@ -38,7 +38,7 @@ def test_wanted_depth(values, depth, wanted):
         ({"depth": 4}, 4, "--depth 4"),
         ({"depth": 9}, 4, "--depth 9"),
         ({"keep": 0.99}, 4, "--keep 0.99"),
-        ({}, 1, "half"),
+        ({}, 1, "--keep 0.5"),
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
 from trimllm.layout import Block, Layout
 from trimllm.models import path_of
-from trimllm.plain_settings import to_yaml
+from trimllm.plain_settings import make, to_yaml
 
 FREE_OF_CHOICE = (
     *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
@@ -107,13 +107,14 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
 
     A setting that did not exist then has its default.
     """
-    defaults = {name: field.default for name, field in type(config).model_fields.items() if not field.is_required()}
-    stored = {**config.model_copy(update=defaults).model_dump(mode="json"), **stored_settings(output)}
+    needed = {name: getattr(config, name) for name, field in type(config).model_fields.items() if field.is_required()}
+    stored = make(type(config), needed | stored_settings(output)).model_dump(mode="json")
     for name, value in config.model_dump(mode="json").items():
         if name not in free and stored[name] != value:
             option = "--" + name.replace("_", "-")
             raise InputError(
-                f"{option} {value}: the run in {output} has {stored[name]}: leave it out, or start another run"
+                f"{option} {value}: the run in {output} has {stored[name]}: give that or leave it out, "
+                "or start another run"
             )
 
 

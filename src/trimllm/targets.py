@@ -25,7 +25,7 @@ class Size:
 
 
 def wanted_depth(config: TrimConfig, base_depth: int) -> int | None:
-    """Blocks to end with, by --depth or --keep; half of them when no target at all is given; None for other targets.
+    """Blocks to end with, by --depth or --keep; None for other targets.
 
     Raises:
         InputError: if that is not less than the base has.
@@ -34,19 +34,11 @@ def wanted_depth(config: TrimConfig, base_depth: int) -> int | None:
         wanted, option = config.depth, f"--depth {config.depth}"
     elif config.keep is not None:
         wanted, option = max(1, round(config.keep * base_depth)), f"--keep {config.keep}"
-    elif has_other_target(config):
-        return None
     else:
-        wanted, option = max(1, base_depth // 2), "half of the depth"
+        return None
     if wanted >= base_depth:
         raise InputError(f"{option}: the model has only {base_depth} layers, so nothing would be dropped: ask for less")
     return max(wanted, config.min_depth)
-
-
-def has_other_target(config: TrimConfig) -> bool:
-    """Whether anything but a depth ends the run."""
-    names = ("max_params", "max_memory", "target_speedup", "min_accuracy", "max_drop")
-    return any(getattr(config, name) is not None for name in names)
 
 
 def reached(config: TrimConfig, base_depth: int, size: Size) -> str | None:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from trimllm.config.shared import ModelSettings, Positive, ScoreSettings, TaskSettings, TrainSettings
 
+SIZES = ("keep", "depth", "max_params", "max_memory", "target_speedup")
 FLOORS = ("min_accuracy", "max_drop")
 
 
@@ -79,6 +80,12 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
 
     @model_validator(mode="before")
     @classmethod
+    def _half_of_the_blocks_without_a_target(cls, values: Any) -> Any:
+        none = isinstance(values, dict) and all(values.get(name) is None for name in (*SIZES, *FLOORS))
+        return {**values, "keep": 0.5} if none else values
+
+    @model_validator(mode="before")
+    @classmethod
     def _a_floor_needs_trained_depths(cls, values: Any) -> Any:
         floor = isinstance(values, dict) and any(values.get(name) is not None for name in FLOORS)
         return {"schedule": "epoch", **values} if floor else values
@@ -119,7 +126,7 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     @model_validator(mode="after")
     def _what_comes_last_has_an_end(self) -> TrimConfig:
         floor = next((f"--{name.replace('_', '-')}" for name in FLOORS if getattr(self, name) is not None), None)
-        sizes = (self.keep, self.depth, self.max_params, self.max_memory, self.target_speedup)
+        sizes = [getattr(self, name) for name in SIZES]
         if floor and self.schedule == "late":
             raise ValueError(
                 f"{floor} judges depths when they are trained, and --schedule late trains the last one only: leave one "
