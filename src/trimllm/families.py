@@ -413,8 +413,7 @@ def illegal(config: Any, layout: Layout) -> str | None:
     row = family(config)
     if row.reason:
         return f"model type {config.model_type!r} cannot be cut: {row.reason}"
-    have = metadata.version("transformers")
-    if row.since and _release(have) < _release(row.since):
+    if row.since and _release(have := metadata.version("transformers")) < _release(row.since):  # slow to find out
         return f"model type {config.model_type!r} needs transformers {row.since} or newer: {have} computes it wrongly"
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
