@@ -69,7 +69,7 @@ def _line(row: dict[str, Any], tasks: list[str]) -> list[Any]:
         f"{speed['prefill_tokens_per_second']:.0f}",
         f"{speed['decode_tokens_per_second']:.1f}",
         f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})",
-        f"{row['tokens'] / 1e6:.2f}",
+        f"{row['tokens'] / 1e6:.3g}",
         f"{row['train_seconds'] / 60:.1f}",
         f"{row['compress_seconds'] / 60:.1f}",
     ]
