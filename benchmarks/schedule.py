@@ -27,12 +27,11 @@ from trimllm.demo.demo import settings
 from trimllm.demo.world import DOMAINS
 from trimllm.progressive import trim
 
-SPENT = {"epochs_per_drop": 1.0, "final_epochs": 4.0}
 SIDES: dict[str, dict[str, Any]] = {
-    "published": {"schedule": "epoch", **SPENT},
-    "recover": {"schedule": "recover", **SPENT},
+    "published": {"schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 4.0},
+    "recover": {"schedule": "recover", "epochs_per_drop": 1.0, "final_epochs": 3.5},
 }
-"""What differs from the demo's recipe. At half the depth the published side ends with 1 + 4 epochs, recover with 4."""
+"""What differs from the demo's recipe. At half the depth the published side ends with 5 epochs, recover with 3.5."""
 
 
 def result(command: DemoConfig, output: Path, **changes: Any) -> dict[str, Any]:

@@ -456,6 +456,8 @@ def test_export_needs_no_base_and_takes_the_dtype_of_the_run(task, tmp_path, cap
     assert code == 0, err
     assert AutoModelForCausalLM.from_pretrained(output / "model-depth-3").dtype == torch.bfloat16
     assert (output / "model-depth-3" / "tokenizer.json").exists()
+    card = (output / "model-depth-3" / "README.md").read_text()
+    assert "on the way train for 33% of `--epochs-per-drop`" in card
 
 
 def test_export_of_an_older_run_takes_the_dtype_of_its_base(task, tmp_path, capsys):

@@ -17,6 +17,7 @@ from trimllm.card import depth_table
 from trimllm.config import TrimConfig
 from trimllm.layout import Layout, whole_layers
 from trimllm.loading import quiet
+from trimllm.targets import LATE_SHARE
 from trimllm.tasks import TaskData
 from trimllm.tasks.catalog import find_builtin
 
@@ -103,7 +104,7 @@ def depth_of_run(config: TrimConfig, base: Origin, layout: Layout, history: list
     return f"""{_front(base, [], name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
 # {_short(base)}, trimmed to {len(layout)} layers
 
-One of the depths that a run (TrimLLM, arXiv 2412.11242) passed.{at} (measured in training precision).
+One of the depths that a run (TrimLLM, arXiv 2412.11242) passed.{at} (measured in training precision).{_late(config)}
 
 {_origin(base)}
 
@@ -112,6 +113,15 @@ It has {_kept(layout)}.
 {_scores(history, len(layout), row["calibration"]["metric"])}
 
 {_how_to_load()}"""
+
+
+def _late(config: TrimConfig) -> str:
+    """What the reader must know of depths on the way, where the last one has most of the training."""
+    if config.schedule != "late":
+        return ""
+    return f"""
+Behind a drop, depths on the way train for {1 - LATE_SHARE:.0%} of `--epochs-per-drop`, and the one at which the run
+ends for all that is left (`--schedule late`): more training should help any other."""
 
 
 def quantized(
