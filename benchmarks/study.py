@@ -9,7 +9,8 @@ Parts: medicine, law, finance are the demo world and need nothing; the others ne
 answers to medquad_gen, tatqa_gen, gsm8k are written (`benchmarks/beyond.py` has the trimmed models write them).
 
 Every run is one of `trimllm trim` and starts from the same fully fine-tuned model (per part and seed), unless its arm
-says otherwise; at a given depth all arms have trained for the same number of epochs, that full fine-tuning included.
+says otherwise; at a given depth all arms have trained for the same number of epochs, that full fine-tuning included
+("twice as long" excepted).
 Progressive arms give every depth on the way in one run; those that cut at once, or train longest at the end, need a
 run per depth. Runs are kept in --output: what is finished is not repeated, what was interrupted goes on. The last
 line is one JSON object, and study.json in --output holds every accuracy.
@@ -73,12 +74,14 @@ class Arm:
     per_depth: bool = False
     late: float = 0.0
     """Share of the epochs behind drops that comes after the last one (2/3: --schedule late); takes a run per depth."""
+    longer: float = 1.0
+    """Epochs behind drops over those of the other arms, where it shows what more training gives."""
     from_base: bool = False
     """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
 
     def settings(self, given: Settings, drops: int) -> Settings:
         """The settings of a run that drops so many blocks."""
-        epochs = given["epochs_per_drop"]
+        epochs = given["epochs_per_drop"] * self.longer
         spread: Settings = {"epochs_per_drop": epochs * (1 - self.late), "final_epochs": epochs * self.late * drops}
         if self.from_base:
             spread["final_epochs"] += given["warmup_epochs"]
@@ -102,6 +105,7 @@ ARMS = {
     "late, loss scan": Arm({"strategy": "loss"}, per_depth=True, late=LATE_SHARE),
     "late, scan alone": Arm({"strategy": "scan"}, per_depth=True, late=LATE_SHARE),
     "late, pairs": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE),
+    "late, pairs, twice as long": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE, longer=2.0),
     "one-shot": _peer("scan+norm", sparse_update="static"),
     "one-shot, loss scan": _peer("loss", sparse_update="static"),
     "one-shot, r=1": _peer("scan+norm"),
