@@ -105,6 +105,8 @@ ARMS = {
     "late, loss scan": Arm({"strategy": "loss"}, per_depth=True, late=LATE_SHARE),
     "late, scan alone": Arm({"strategy": "scan"}, per_depth=True, late=LATE_SHARE),
     "late, pairs": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE),
+    "late, filled": Arm({"sparse_update": "filled"}, per_depth=True, late=LATE_SHARE),
+    "late, pairs, filled": Arm({"sparse_update": "filled", "unit": "pair"}, per_depth=True, late=LATE_SHARE),
     "late, pairs, twice as long": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE, longer=2.0),
     "one-shot": _peer("scan+norm", sparse_update="static"),
     "one-shot, loss scan": _peer("loss", sparse_update="static"),

@@ -8,7 +8,7 @@ import torch
 
 from trimllm import decoder, surgery
 from trimllm.layout import Block, whole
-from trimllm.sparse import count, freeze
+from trimllm.sparse import choose, count, freeze
 
 ATTENTION = ("input_layernorm", "self_attn")
 
@@ -18,6 +18,28 @@ ATTENTION = ("input_layernorm", "self_attn")
 )
 def test_r_times_n_blocks_train_and_at_least_one(ratio, depth, expected):
     assert count(ratio, depth) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "before", "expected"),
+    [
+        ("static", None, [1, 5]),
+        ("static", [2, 7], [2, 7]),  # 2 was dropped, and is not replaced
+        ("static", [2, 3], [1, 5]),  # nothing of it is left
+        ("filled", None, [1, 5]),
+        ("filled", [2, 7], [5, 7]),
+        ("filled", [0, 7], [0, 7]),
+        ("dynamic", [0, 7], [1, 5]),
+        ("off", [0, 7], None),
+    ],
+)
+def test_what_trains_behind_a_drop(mode, before, expected):
+    assert choose(mode, [5, 1, 7, 0], 2, before, staying={0, 1, 5, 7}) == expected
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("static", [2, 7]), ("filled", None), ("dynamic", None)])
+def test_all_train_where_no_more_are_left_than_asked_for(mode, expected):
+    assert choose(mode, [5, 7], 2, [2, 7], staying={5, 7}) == expected
 
 
 def training(model):

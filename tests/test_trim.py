@@ -291,7 +291,7 @@ def test_several_drops_per_stage_each_have_their_own_scan(base, task, tmp_path):
     assert len(list((tmp_path / "run" / "scans").glob("scan-*.json"))) == 3
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic", "off"])
+@pytest.mark.parametrize("mode", ["static", "filled", "dynamic", "off"])
 def test_sparse_update_trains_the_chosen_blocks_and_no_other(base, task, tmp_path, mode):
     output = tmp_path / "run"
     h.run(base, task, output, depth=3, sparse_update=mode, keep_checkpoints=True, train_ratio=0.2, text_ratio=0)
@@ -339,13 +339,13 @@ def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path,
 
 
 def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, task, tmp_path, monkeypatch):
-    choose = deciding.Decider._trainable
+    order = deciding.Decider._order
 
-    def worst(self, layout, result, evidence, choices):
-        chosen = choose(self, layout, result, evidence, choices)
-        return [3] if len(layout) == h.DEPTH else chosen
+    def worst(self, layout, *scanned):
+        found = order(self, layout, *scanned)
+        return [3, *found] if len(layout) == h.DEPTH else found
 
-    monkeypatch.setattr(deciding.Decider, "_trainable", worst)
+    monkeypatch.setattr(deciding.Decider, "_order", worst)
     h.run(base, task, tmp_path / "run", depth=3, strategy="last", train_ratio=0.2, train_embeddings=False)
     first, second = h.journal(tmp_path / "run", "drop")
     assert first["trains"] == [3]
@@ -353,6 +353,13 @@ def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, tas
     assert second["trains"]
     assert set(second["trains"]) <= {0, 1, 2}
     assert h.journal(tmp_path / "run", "stage")[-1]["train"]["steps"] > 0
+
+
+def test_filled_is_always_as_many_blocks_as_were_asked_for(base, task, tmp_path):
+    h.run(base, task, tmp_path / "run", depth=1, strategy="last", train_ratio=0.4, sparse_update="filled")
+    for drop in h.journal(tmp_path / "run", "drop"):
+        left = {block["attention"] for block in drop["layout"]}
+        assert drop["trains"] is None if len(left) <= 2 else len(drop["trains"]) == 2 and left >= set(drop["trains"])
 
 
 def test_zero_epochs_drop_greedily_without_a_step(base, task, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import decoder, joint, journal, legality, recording, scan, scores, select, sparse, targets, weights
+from trimllm import decoder, joint, journal, legality, recording, scan, scores, select, targets, weights
 from trimllm.config import ScoreSettings, TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError
@@ -39,8 +39,8 @@ class Decision:
 
     choices: list[Choice]
     """The units to drop: one, or several at once (--one-shot, --schedule recover)."""
-    trains: list[int] | None
-    """Original indices of the blocks that train by this scan (sparse update); None: all."""
+    order: list[int]
+    """Original indices of the blocks that are left, those most likely to stay first (sparse update)."""
     result: ScanResult
     evidence: Evidence
     joint: list[Joint]
@@ -110,8 +110,8 @@ class Decider:
         tried: list[Joint] = []
         if self.config.schedule == "recover":
             choices, tried = self._together(model, layout, result, evidence, choices[0], parts, share)
-        trains = self._trainable(layout, result, evidence, choices)
-        return Decision(choices, trains, result, evidence, tried, time.perf_counter() - started)
+        order = self._order(layout, result, evidence, choices)
+        return Decision(choices, order, result, evidence, tried, time.perf_counter() - started)
 
     def _race(self, model: Any, layout: Layout) -> Race | None:
         every = units(self.config.unit, whole(len(layout)), self.length)
@@ -237,11 +237,8 @@ class Decider:
         trial_ = result.trials[index]
         return self._harmless(result, Joint((index,), trial_.value, trial_.loss))
 
-    def _trainable(
-        self, layout: Layout, result: ScanResult, evidence: Evidence, choices: list[Choice]
-    ) -> list[int] | None:
-        """Original indices of the r * N blocks most likely to stay, ties by the norm; None trains everything."""
-        count = sparse.count(self.config.train_ratio, self.base_depth)
+    def _order(self, layout: Layout, result: ScanResult, evidence: Evidence, choices: list[Choice]) -> list[int]:
+        """Original indices of the blocks that are left, those most likely to stay first, ties by the norm."""
         going = {choice.unit for choice in choices}
         blocks = {i: unit for i, unit in enumerate(result.candidates) if unit.kind == "block"}
         gone = {place for unit in going if unit.kind == "block" for place in unit.blocks}
@@ -253,10 +250,8 @@ class Decider:
             for place in range(len(layout))
             if place not in gone and any(place in unit.blocks for unit in blocks.values())
         }
-        if self.config.sparse_update == "off" or count >= len(rank):
-            return None
         order = sorted(rank, key=lambda place: (-rank[place][0], -rank[place][1], place))
-        return sorted(source for place in order[:count] if (source := layout[place].attention) is not None)
+        return [source for place in order if (source := layout[place].attention) is not None]
 
     def record(self, decision: Decision, layout: Layout) -> dict[str, Any]:
         """What the journal keeps of a decision; `layout` is the one that was scanned."""

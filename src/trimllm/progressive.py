@@ -327,9 +327,9 @@ class Run:
         decision = self.decider.decide(state.model, state.layout, parts, self.share, self.console)
         choices = decision.choices
         going = set().union(*(select.touches(choice.unit, state.layout) for choice in choices))
-        staying = {source for block in state.layout for source in block} - going
-        if self.config.sparse_update == "dynamic" or not staying.intersection(state.chosen or ()):
-            state.chosen = decision.trains
+        staying = {source for block in state.layout for source in block if source is not None} - going
+        count = sparse.count(self.config.train_ratio, self.base_depth)
+        state.chosen = sparse.choose(self.config.sparse_update, decision.order, count, state.chosen, staying)
         cut = remove_all(whole(len(state.layout)), [choice.unit for choice in choices])
         surgery.apply_layout(state.model, cut)
         state.moments = optimizer_state.present(state.moments, state.model)

@@ -6,7 +6,7 @@ Source: TrimLLM (arXiv 2412.11242), sparse update with r = 1/4.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,29 @@ from trimllm.layout import Layout
 def count(ratio: float, depth: int) -> int:
     """How many blocks train: r * N, at least one."""
     return max(1, math.ceil(ratio * depth - 1e-9))
+
+
+def choose(
+    mode: str, order: Sequence[int], count: int, before: Collection[int] | None, staying: Collection[int]
+) -> list[int] | None:
+    """Original indices of the blocks that train behind a drop, ascending; None trains all.
+
+    Args:
+        mode: "static", "filled", "dynamic" or "off" (--sparse-update).
+        order: original indices of the blocks that are left, by the latest scan, the most important first.
+        count: how many are to train.
+        before: the blocks that trained so far, if any.
+        staying: original indices of the blocks of which at least a half is left.
+    """
+    held = [i for i in before or () if i in staying]
+    if mode == "static" and held:
+        return sorted(before or ())
+    if mode == "off" or count >= len(order):
+        return None
+    if mode != "filled":
+        held = []
+    more = [i for i in order if i not in held]
+    return sorted(held + more[: count - len(held)])
 
 
 def freeze(

@@ -121,8 +121,9 @@ class TrainSettings(Settings):
     """Gradient norm above which gradients are scaled down."""
     train_ratio: Fraction = 0.25
     """Share of the blocks that train after the warm-up: those most likely to stay."""
-    sparse_update: Literal["static", "dynamic", "off"] = "static"
-    """static: chosen once by the first scan; dynamic: by every scan; off: everything trains."""
+    sparse_update: Literal["static", "filled", "dynamic", "off"] = "static"
+    """Which blocks train. static: those that the first scan chose, as long as one of them is left; filled: those, and
+    for each that was dropped the most important other one; dynamic: chosen by every scan; off: all train."""
     train_embeddings: bool = True
     """Embeddings, final norm and output head train too (as published)."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
