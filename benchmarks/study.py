@@ -13,7 +13,8 @@ says otherwise; at a given depth all arms have trained for the same number of ep
 ("twice as long" excepted).
 Progressive arms give every depth on the way in one run; those that cut at once, or train longest at the end, need a
 run per depth. Runs are kept in --output: what is finished is not repeated, what was interrupted goes on. The last
-line is one JSON object, and study.json in --output holds every accuracy.
+line is one JSON object; study.json in --output holds every accuracy of this and earlier calls. Standard errors are over
+parts and seeds: seeds of one part share their reported questions.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from _sides import machine, run
 from trimllm import config, models, plain_settings, rundir
 from trimllm.console import Console, table
 from trimllm.demo.demo import RECIPE
+from trimllm.journal import write_json
 from trimllm.progressive import trim
 from trimllm.rundir import RunDir
 from trimllm.targets import LATE_SHARE, wanted_depth
@@ -199,25 +201,47 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
     return {keep: by_depth[depth] for keep, depth in wanted.items() if depth in by_depth}
 
 
-def means(found: dict[str, list[dict[float, Settings]]], keeps: list[float]) -> dict[str, dict[str, list[float]]]:
-    """Per arm and share: mean over parts and seeds of accuracy less that of full fine-tuning, its error, and its n."""
-    out: dict[str, dict[str, list[float]]] = {}
-    for name, runs in found.items():
-        out[name] = {}
-        for keep in keeps:
-            points = [each[keep]["value"] - each[1.0]["value"] for each in runs if keep in each]
-            if points:
-                error = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else math.nan
-                out[name][f"{keep:g}"] = [statistics.mean(points), error, len(points)]
-    return out
+def means(records: list[Settings], against: str | None = None) -> dict[str, dict[str, list[float]]]:
+    """Per arm and share: mean difference over parts and seeds, its standard error, and their number.
+
+    Of the accuracy and that of full fine-tuning, or of the arm `against` at the same share, part and seed.
+    """
+    by = {(one["part"], one["seed"], one["arm"]): one["accuracy"] for one in records}
+    points: dict[str, dict[str, list[float]]] = {}
+    for (part, seed, arm), found in by.items():
+        for keep in found.keys() - {"1"}:
+            other = found.get("1") if against is None else by.get((part, seed, against), {}).get(keep)
+            if other is not None and arm != against:
+                points.setdefault(arm, {}).setdefault(keep, []).append(found[keep]["value"] - other["value"])
+    return {arm: {keep: _mean(values) for keep, values in found.items()} for arm, found in points.items()}
 
 
-def report(summary: dict[str, dict[str, list[float]]], keeps: list[float]) -> str:
+def _mean(values: list[float]) -> list[float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return [statistics.mean(values), error, len(values)]
+
+
+def report(summary: dict[str, dict[str, list[float]]]) -> str:
+    keeps = sorted({keep for by in summary.values() for keep in by}, key=float, reverse=True)
     rows = []
     for name, by in summary.items():
-        cells = [by.get(f"{keep:g}") for keep in keeps]
+        cells = [by.get(keep) for keep in keeps]
         rows.append([name, *(f"{c[0]:+.1f} +- {c[1]:.1f} ({c[2]:.0f})" if c else "-" for c in cells)])
-    return table(["", *(f"{keep:.0%}" for keep in keeps)], rows)
+    return table(["", *(f"{float(keep):.0%}" for keep in keeps)], rows)
+
+
+def merged(path: Path, new: list[Settings]) -> list[Settings]:
+    """The accuracies that earlier calls wrote to `path`, and the new ones in their place or beside them."""
+    old = json.loads(path.read_text(encoding="utf-8"))["raw"] if path.exists() else []
+    found: dict[tuple[Any, ...], Settings] = {}
+    for one in [*old, *new]:
+        key = one["part"], one["seed"], one["arm"]
+        found[key] = {**one, "accuracy": {**found.get(key, one)["accuracy"], **one["accuracy"]}}
+    return [found[key] for key in sorted(found, key=lambda key: (list(PARTS).index(key[0]), key[1], _place(key[2])))]
+
+
+def _place(arm: str) -> int:
+    return list(ARMS).index(arm) if arm in ARMS else len(ARMS)
 
 
 def main() -> int:
@@ -226,32 +250,39 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.4, 0.33, 0.25], help="shares of blocks")
+    parser.add_argument("--against", choices=list(ARMS), help="another table: accuracy less that of this arm, in pairs")
     parser.add_argument("--base", type=Path, help="the lab base")
     parser.add_argument("--data", type=Path, help="folder with the lab's tasks")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch (default: its own choice)")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all runs")
     options = parser.parse_args()
-    found: dict[str, list[dict[float, Settings]]] = {name: [] for name in options.arms}
-    raw = []
+    path, raw = options.output / "study.json", []
     for seed in options.seeds:
         for part in options.parts:
             for name in options.arms:
                 if "text" in ARMS[name].changes and "text" not in PARTS[part].settings:
                     continue
                 by = accuracies(part, seed, name, options)
-                found[name].append(by)
                 raw.append({"part": part, "seed": seed, "arm": name, "accuracy": {f"{k:g}": v for k, v in by.items()}})
-                print(
-                    f"{part} {seed} {name}: " + ", ".join(f"{k:.0%} {v['value']:.1f}" for k, v in by.items()),
-                    flush=True,
-                )
-    summary = means(found, options.keep)
+                write_json(path, {"raw": merged(path, raw)})
+                shown = ", ".join(f"{keep:.0%} {value['value']:.1f}" for keep, value in by.items())
+                print(f"{part} {seed} {name}: {shown}", flush=True)
+    records = [
+        one
+        for one in merged(path, raw)
+        if one["part"] in options.parts and one["seed"] in options.seeds and one["arm"] in options.arms
+    ]
+    summary = means(records)
     print("points of accuracy over full fine-tuning, mean +- standard error over parts and seeds (their number)")
-    print(report(summary, options.keep))
+    print(report(summary))
     record = {"name": "study", "unit": "points", "parts": options.parts, "seeds": options.seeds, "summary": summary}
-    record |= {"machine": machine(), "raw": raw}
-    (options.output / "study.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in record.items() if key != "raw"}))
+    if options.against:
+        record |= {"against": options.against, "differences": (pairs := means(records, options.against))}
+        print(f"points over {options.against!r} with the same part and seed, mean +- standard error (pairs)")
+        print(report(pairs))
+    record["machine"] = machine()
+    write_json(path, record | {"raw": merged(path, raw)})
+    print(json.dumps(record))
     return 0
 
 

@@ -115,3 +115,30 @@ def test_exit_codes_are_those_of_the_command_and_of_own_processes(monkeypatch: A
     assert ended(subprocess.CalledProcessError(-9, "child")) == (1, 0)
     with pytest.raises(KeyError):
         run(lambda: {}["a bug"])
+
+
+# ---- the study
+
+
+def measured(part: str, seed: int, arm: str, **values: float) -> dict[str, Any]:
+    named = {"full": "1", "half": "0.5", "quarter": "0.25"}
+    return {"part": part, "seed": seed, "arm": arm, "accuracy": {named[k]: {"value": v} for k, v in values.items()}}
+
+
+def test_study_differences_are_paired_by_part_and_seed_and_keep_what_was_measured_before(tmp_path: Path) -> None:
+    study = module("study")
+    path = tmp_path / "study.json"
+    first = [measured("law", 0, "late", full=90, half=88), measured("law", 1, "late", full=80, half=84)]
+    path.write_text(json.dumps({"raw": study.merged(path, first)}))
+    new = [measured("law", 0, "one-shot", full=90, half=86), measured("law", 0, "late", full=90, quarter=70)]
+    raw = study.merged(path, new)
+    assert [(one["seed"], one["arm"], len(one["accuracy"])) for one in raw] == [
+        (0, "late", 3),
+        (0, "one-shot", 2),
+        (1, "late", 2),
+    ]
+    over_full = study.means(raw)
+    assert over_full["late"]["0.5"] == [1.0, 3.0, 2]  # -2 and +4
+    assert over_full["late"]["0.25"][::2] == [-20, 1]
+    assert {arm: by["0.5"][::2] for arm, by in study.means(raw, "one-shot").items()} == {"late": [2, 1]}
+    assert "+1.0 +- 3.0 (2)" in study.report(over_full)
