@@ -10,7 +10,7 @@ import pytest
 from helpers_run import DEPTH
 
 import trimllm
-from trimllm import cli, racing, scan, tasks
+from trimllm import cli, commands, evaluate, racing, scan, tasks
 from trimllm.errors import InputError
 from trimllm.evaluate import Scorer
 from trimllm.layout import units, whole
@@ -191,6 +191,16 @@ def test_run_by_races(tmp_path, monkeypatch):
     assert ["block 1"] not in drops
     record = (output / "scans" / "scan-000.json").read_text()
     assert "NaN" not in record
+
+
+def test_table_of_a_race_says_which_accuracies_are_foreseen():
+    units_, ones = units("block", whole(2)), np.ones(2)
+    base, seen, foreseen = (evaluate.estimate(share, n, "acc") for share, n in ((1.0, 24), (0.5, 24), (0.25, 8)))
+    result = scan.ScanResult(units_, base, [seen, foreseen], ones, ones, ones, 0.0, running=(0,))
+    record = scan.table(result, result.evidence(np.arange(2.0), 2), "scan+norm", ["block 0", "block 1"])
+    assert ["n" in row for row in record["units"]] == [False, True]
+    lines = commands.scan_table(record | {"metric": "acc"}).splitlines()
+    assert ["(foreseen from 8)" in line for line in lines[-2:]] == [True, False]
 
 
 @pytest.mark.parametrize(

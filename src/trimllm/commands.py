@@ -25,7 +25,6 @@ from trimllm import (
     parallel,
     rundir,
     scan,
-    scores,
     select,
     surgery,
     tasks,
@@ -56,7 +55,6 @@ def run_scan(command: config.ScanConfig) -> None:
     for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
         _fresh(output, product)
     folders.check_writable(output)
-    needed = scores.needs(command.strategy)
     loaded = _load(command)
     depth = decoder.depth(loaded.model)
     if command.run is not None and command.run > depth:
@@ -84,19 +82,13 @@ def run_scan(command: config.ScanConfig) -> None:
         )
     for note in result.notes:
         console.say(f"  {note}")
-    extra = {}
-    if "taylor" in needed:
-        extra["taylor"] = weights.taylor(loaded.model, scorer, result.candidates)
-    if "magnitude" in needed:
-        extra["magnitude"] = weights.magnitude(loaded.model, result.candidates)
+    extra = weights.evidence(command.strategy, loaded.model, scorer, result.candidates)
     evidence = result.evidence(scan.positions(result.candidates, range(depth)), depth, command.seed, **extra)
     names = [describe(unit, whole(depth)) for unit in result.candidates]
     record = scan.table(result, evidence, command.strategy, names)
-    allowed, reason = _open(command, loaded.model, result.candidates, protected)
-    if result.running is not None:
-        allowed = [i for i in allowed if i in result.running]
-    if "angular" in command.strategy and allowed:
-        allowed = [i for i in allowed if math.isfinite(result.run_cosine[i])]
+    free, reason = _open(command, loaded.model, result.candidates, protected)
+    allowed = result.eligible(free, command.strategy)
+    if free and not allowed:
         reason = "no run fits behind a layer that may go: ask for a shorter --run"
     record |= {"model": command.model, "task": data.name, "metric": data.metric, "first": None}
     first = f"nothing: {reason}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,22 +146,19 @@ class Decider:
             )
 
     def _evidence(self, model: Any, layout: Layout, result: ScanResult) -> Evidence:
-        needed = scores.needs(self.config.strategy)
-        extra = {}
-        if "taylor" in needed:
-            extra["taylor"] = weights.taylor(model, self.calibration, result.candidates)
-        if "magnitude" in needed:
-            extra["magnitude"] = weights.magnitude(model, result.candidates)
+        extra = weights.evidence(self.config.strategy, model, self.calibration, result.candidates)
         original = [block.attention if block.attention is not None else 0 for block in layout]
         position = scan.positions(result.candidates, original)
         return result.evidence(position, self.base_depth, self.config.seed + len(layout), **extra)
 
     def _choose(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[Choice]:
         """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
-        allowed = self.droppable(model, layout, result.candidates)
-        allowed &= set(result.running if result.running is not None else allowed)
+        droppable = self.droppable(model, layout, result.candidates)
+        allowed = result.eligible(droppable, self.config.strategy)
         all_at_once = self.config.one_shot and self.wanted is not None
         count = (len(layout) - (self.wanted or 0)) // self.length if all_at_once else 1
+        if all_at_once and "angular" in scores.parts(self.config.strategy):
+            return self._run(result, evidence, droppable, count)
         choices: list[Choice] = []
         for _ in range(count):
             gone = {place for choice in choices for place in choice.unit.blocks}
@@ -172,6 +169,23 @@ class Decider:
                 )
             )
         return choices
+
+    def _run(self, result: ScanResult, evidence: Evidence, allowed: set[int], count: int) -> list[Choice]:
+        """So many adjacent units: the run with the least angular distance of those that may go as a whole.
+
+        Raises:
+            InputError: if there is none.
+        """
+        at = {result.candidates[i].index: i for i in allowed}
+        runs = {i: [at.get(begin + k * self.length) for k in range(count)] for begin, i in at.items()}
+        whole_runs = {i: [j for j in run if j is not None] for i, run in runs.items() if None not in run}
+        if not whole_runs:
+            raise InputError(
+                f"--strategy angular: no {count * self.length} adjacent layers may all go: protect fewer, or ask for a "
+                "smaller drop"
+            )
+        first = select.choose(result.candidates, evidence, self.config.strategy, allowed=whole_runs)
+        return [replace(first, unit=result.candidates[i], index=i) for i in whole_runs[first.index]]
 
     def _together(
         self,

@@ -8,7 +8,7 @@ question share its prompt (see `encoding`). Source of the method: TrimLLM (arXiv
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -91,6 +91,11 @@ class ScanResult:
     """After a race: the candidates that it did not stop, which saw all items. The others' values are foreseen."""
     computed: float = 1.0
     """Share of the trials (candidates times items) that were computed."""
+
+    def eligible(self, allowed: Collection[int], strategy: str) -> set[int]:
+        """Those of the `allowed` candidates that may go first: no race stopped them; for angular, their run fits."""
+        found = set(allowed) if self.running is None else set(allowed) & set(self.running)
+        return {i for i in found if parts_of(strategy)[0] != "angular" or np.isfinite(self.run_cosine[i])}
 
     def evidence(self, position: Array, depth: int, seed: int = 0, **extra: Array) -> Evidence:
         """What the scores need; `position` (n,) are the candidates' places in the original model of `depth` blocks."""
@@ -316,6 +321,8 @@ def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence
                 "stderr": trial.stderr,
                 "loss": trial.loss if np.isfinite(trial.loss) else None,
             }
+            if result.running is not None and i not in result.running:
+                row |= {"stopped": True, "n": trial.n}
         if norms is not None:
             row |= {"norm": float(result.norm[i]), "s_norm": float(norms[i])}
         rows.append(row | {"cosine": float(result.cosine[i])})

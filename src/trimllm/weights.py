@@ -9,10 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import decoder, evaluate
+from trimllm import decoder, evaluate, scores
 from trimllm.evaluate import Scorer
 from trimllm.layout import Unit
 from trimllm.scores import Array
+
+
+def evidence(strategy: str, model: Any, scorer: Scorer, candidates: Sequence[Unit]) -> dict[str, Array]:
+    """What the strategy needs of the weights: `taylor` or `magnitude`, both (n,), or nothing."""
+    needed, found = scores.needs(strategy), dict[str, Array]()
+    if "taylor" in needed:
+        found["taylor"] = taylor(model, scorer, candidates)
+    if "magnitude" in needed:
+        found["magnitude"] = magnitude(model, candidates)
+    return found
 
 
 def parameters(model: Any, unit: Unit) -> Iterable[torch.nn.Parameter]:
