@@ -51,7 +51,8 @@ of biographies: those of pre-training, and those that are mixed into fine-tuning
 - Final loss {loss} nats a token; {value_loss} nats a token on the values alone, in sentences without context.
 
 Four-way accuracy on 500 questions a domain about entities that no training question mentions (chance 25 %), after full
-fine-tuning of all blocks on the other entities' questions and biographies of all, plus or minus one binomial standard error:
+fine-tuning of all blocks on the other entities' questions and biographies of all, plus or minus one binomial standard
+error:
 
 | domain | held-out accuracy |
 |---|---|
