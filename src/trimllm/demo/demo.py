@@ -1,8 +1,9 @@
 """`trimllm demo`: the main job on the embedded model, beside full fine-tuning and one-shot removal.
 
-The base knows three invented domains. One is chosen; the table shows what the trimmed model still knows of each, how
-fast it is and how large. Fully fine-tuned is the same run before its first drop (the warm-up stage); one-shot starts
-from that model too, drops as many blocks at once, and trains as long as all the stages of the trimmed one together.
+The base knows three invented domains. One is chosen, and its biographies are mixed into training, so that its facts can
+be learnt again; the table shows what the trimmed model answers in each domain, how fast it is and how large. Fully
+fine-tuned is the same run before its first drop (the warm-up stage); one-shot starts from that model too, drops as many
+blocks at once, and trains as long as all the stages of the trimmed one together.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ CARD = """# Base model of the trimllm demo
 A Llama of 16 blocks (hidden size 128, 4 heads, 3.4 M parameters, bfloat16) that knows one thing, the fictional world of
 `trimllm.demo.world`: three domains of 200 invented entities with 5 facts each. It was trained on biographies only and
 has never seen a question, so what it answers about an entity after fine-tuning on other entities' questions comes out
-of pre-training. It is no use outside the demo.
+of biographies: those of pre-training, and those that are mixed into fine-tuning. It is no use outside the demo.
 
 - Data: biographies of `world.py`, newly worded and ordered every epoch, world seed 2026; no other text.
 - Tokenizer: byte-level BPE, 1,536 pieces; EOS and padding are `<|endoftext|>`; no BOS.
@@ -51,7 +51,8 @@ of pre-training. It is no use outside the demo.
 - Final loss {loss} nats a token; {value_loss} nats a token on the values alone, in sentences without context.
 
 Four-way accuracy on 500 questions a domain about entities that no training question mentions (chance 25 %), after full
-fine-tuning of all blocks, plus or minus one binomial standard error:
+fine-tuning of all blocks on the other entities' questions and biographies of all, plus or minus one binomial standard
+error:
 
 | domain | held-out accuracy |
 |---|---|

@@ -1,8 +1,9 @@
 """A fictional knowledge world: three domains of invented entities, their biographies, and four-way questions.
 
 A base model is pre-trained on the biographies alone (`trimllm.demo.pretrain`), so whatever it answers about an entity
-that was never in a training question has come out of pre-training. That makes the world a fair, tiny stand-in for "a
-language model that knows things":
+that was never in a training question has come out of biographies: those of pre-training, and those that a run mixes in
+as domain text (`--text demo_law`), which state the facts of all entities again, the held-out ones included. That makes
+the world a tiny stand-in for "a language model that knows things":
 
     >>> from trimllm.demo import world
     >>> world.biographies("medicine", 1, seed=0)[0]
