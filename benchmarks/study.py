@@ -77,7 +77,8 @@ class Arm:
     late: float = 0.0
     """Share of the epochs behind drops that comes after the last one (2/3: --schedule late); takes a run per depth."""
     longer: float = 1.0
-    """Epochs behind drops over those of the other arms, where it shows what more training gives."""
+    """Epochs behind drops over those of the other arms: where it shows what more training gives, or where epochs are
+    shorter."""
     from_base: bool = False
     """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
 
@@ -132,7 +133,7 @@ ARMS = {
     "loss scan": Arm({"strategy": "loss"}),
     "progressive random": Arm({"strategy": "random"}),
     "50 calibration rows": Arm({"calibration_size": 50}),
-    "no domain text": Arm({"text": None, "text_ratio": 1.0}),
+    "late, no domain text": Arm({"text": None, "text_ratio": 1.0}, per_depth=True, late=LATE_SHARE, longer=4.0),
 }
 """The first is what the others change, one thing at a time."""
 
@@ -226,8 +227,12 @@ def report(summary: dict[str, dict[str, list[float]]]) -> str:
     rows = []
     for name, by in summary.items():
         cells = [by.get(keep) for keep in keeps]
-        rows.append([name, *(f"{c[0]:+.1f} +- {c[1]:.1f} ({c[2]:.0f})" if c else "-" for c in cells)])
+        rows.append([name, *(_cell(*cell) if cell else "-" for cell in cells)])
     return table(["", *(f"{float(keep):.0%}" for keep in keeps)], rows)
+
+
+def _cell(mean: float, error: float, count: float) -> str:
+    return f"{mean:+.1f} (1)" if count == 1 else f"{mean:+.1f} +- {error:.1f} ({count:.0f})"
 
 
 def merged(path: Path, new: list[Settings]) -> list[Settings]:
