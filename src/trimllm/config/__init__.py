@@ -30,6 +30,7 @@ from trimllm.config.shared import (
     Settings,
     TaskSettings,
     TrainSettings,
+    without_idle,
 )
 from trimllm.config.trim import TrimConfig
 
@@ -60,4 +61,5 @@ __all__ = [
     "TasksConfig",
     "TrainSettings",
     "TrimConfig",
+    "without_idle",
 ]

@@ -17,6 +17,9 @@ from trimllm.config.shared import (
     TrainSettings,
 )
 
+NEW_TOKENS = 128
+"""Of a generated answer."""
+
 
 class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):
     """Measure how important every layer is, without changing the model: a table, scan.json and scan.png.
@@ -101,8 +104,16 @@ class EvalConfig(TaskSettings, ModelSettings):
     """Most tokens per batch (default: 4096; less where memory ends)."""
     generate: bool = False
     """Generation tasks: also generate, and report exact match, ROUGE-L and repetition."""
-    max_new_tokens: Positive = 128
-    """Longest generated answer."""
+    max_new_tokens: Positive = NEW_TOKENS
+    """With --generate: longest generated answer."""
+
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if not self.generate and self.max_new_tokens != NEW_TOKENS:
+            found["max_new_tokens"] = (
+                f"--max-new-tokens {self.max_new_tokens} is for --generate: leave it out, or add --generate"
+            )
+        return found
 
 
 class BenchConfig(LoadSettings):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 CONFIDENCE = 0.999
 """Of a race: tried on recorded scans, see docs/lab.md."""
+RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
 ANALYSIS_ITEMS = 64
 """Questions of causal tracing."""
 
@@ -20,8 +21,25 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    def idle(self) -> dict[str, str]:
+        """Settings that were given and would have no effect beside the others: by name, why, with the remedy."""
+        return {}
+
+    @model_validator(mode="after")
+    def _every_setting_has_an_effect(self) -> Settings:
+        for why in self.idle().values():
+            raise ValueError(why)
+        return self
+
 
 S = TypeVar("S", bound=Settings)
+
+
+def without_idle(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
+    """The values less those that have no effect: of a run that was begun when these were taken without a word, or of
+    settings that several methods share."""
+    idle = kind.model_construct(**values).idle()
+    return {name: value for name, value in values.items() if name not in idle}
 
 
 class ModelName(Settings):
@@ -58,7 +76,7 @@ class TaskSettings(Settings):
     """What is reported and decided on (default: the task's own)."""
     calibration_size: Positive | None = None
     """Rows held out of train on which every decision is taken (default: from --resolution)."""
-    resolution: Annotated[float, Field(gt=0, le=50)] = 0.5
+    resolution: Annotated[float, Field(gt=0, le=50)] = RESOLUTION
     """Accuracy points one calibration question should be worth; 0.5 asks for 200 rows (at most a fifth of train)."""
     max_train: Positive | None = None
     """Use at most so many training rows (seeded sample)."""
@@ -70,6 +88,15 @@ class TaskSettings(Settings):
     """Cut prompts that exceed the context from the left; without it they are an error."""
     seed: int = 0
     """Seed of splits, order and every random choice."""
+
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if self.calibration_size is not None and self.resolution != RESOLUTION:
+            found["resolution"] = (
+                f"--resolution {self.resolution} finds out how many calibration rows are held out, and "
+                f"--calibration-size {self.calibration_size} says it: leave one of them out"
+            )
+        return found
 
 
 class ScoreSettings(Settings):
@@ -107,7 +134,7 @@ class ScoreSettings(Settings):
 class TrainSettings(Settings):
     text: str | None = None
     """Domain text to mix into training: file or directory (plain text, JSONL `text`, Parquet), or demo_medicine etc."""
-    text_ratio: Annotated[float, Field(ge=0)] = 1.0
+    text_ratio: Annotated[float, Field(ge=0)] = TEXT_RATIO
     """Tokens of domain text per token of the task."""
     lr: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate of AdamW; linear warm-up and decay within every stage."""
@@ -119,7 +146,7 @@ class TrainSettings(Settings):
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm above which gradients are scaled down."""
-    train_ratio: Fraction = 0.25
+    train_ratio: Fraction = TRAIN_RATIO
     """Share of the blocks that train after the warm-up: those most likely to stay."""
     sparse_update: Literal["static", "dynamic", "off"] = "static"
     """static: chosen once by the first scan; dynamic: by every scan; off: everything trains."""
@@ -132,3 +159,14 @@ class TrainSettings(Settings):
     cache_frozen_prefix: Literal["off", "memory", "disk"] = "off"
     """Keep what the blocks below the lowest that trains give for each row, for stages of several epochs; needs
     --no-train-embeddings."""
+
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if self.text is None and self.text_ratio not in (0.0, TEXT_RATIO):
+            found["text_ratio"] = f"--text-ratio {self.text_ratio} is for --text: leave it out, or add --text"
+        if self.sparse_update == "off" and self.train_ratio != TRAIN_RATIO:
+            found["train_ratio"] = (
+                f"--train-ratio {self.train_ratio} is for some of the blocks, and with --sparse-update off all of them "
+                "train: leave one of them out"
+            )
+        return found

@@ -78,6 +78,28 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the trimmed checkpoint; auto: as the base was saved."""
 
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if not self.one_shot:
+            return found
+        if self.drops_per_stage != 1:
+            found["drops_per_stage"] = (
+                f"--drops-per-stage {self.drops_per_stage} is for several stages, and --one-shot drops everything at "
+                "once: leave one of them out"
+            )
+        if self.sparse_update == "dynamic":
+            found["sparse_update"] = (
+                "--sparse-update dynamic is for several scans, and --one-shot makes one: leave one of them out"
+            )
+        depth = next((f"--{name} {value}" for name in SIZES[:2] if (value := getattr(self, name)) is not None), None)
+        for name in SIZES[2:]:
+            if depth and (value := getattr(self, name)) is not None:
+                found[name] = (
+                    f"--{name.replace('_', '-')} {value} cannot end --one-shot, which drops everything at once, to "
+                    f"{depth}: leave it out"
+                )
+        return found
+
     @model_validator(mode="before")
     @classmethod
     def _half_of_the_blocks_without_a_target(cls, values: Any) -> Any:
