@@ -232,6 +232,12 @@ def test_options_with_an_effect_are_taken(words):
     cli.parse(words)
 
 
+@pytest.mark.parametrize("command", [TRIM, SCAN], ids=lambda value: value[0])
+def test_an_unknown_strategy_is_refused_when_the_settings_are_made(command):
+    with pytest.raises(InputError, match="unknown strategy 'bogus': use one of scan\\+norm, scan, norm, bi,"):
+        cli.parse([*command, "--strategy", "bogus"])
+
+
 OLD = {"text_ratio": 3.0, "sparse_update": "off", "train_ratio": 0.5, "resolution": 2.0, "calibration_size": 50}
 
 

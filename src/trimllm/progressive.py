@@ -31,7 +31,6 @@ from trimllm import (
     recovery,
     room,
     rundir,
-    scores,
     select,
     sparse,
     surgery,
@@ -110,7 +109,6 @@ class Run:
     # ---- preparation
 
     def go(self) -> tuple[Any, History]:
-        scores.parts(self.config.strategy)
         if self.main:
             rundir.check(self.config)
         self._check_room()

@@ -9,6 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
+STRATEGIES = (
+    *("scan+norm", "scan", "norm", "bi", "angular", "loss", "perplexity", "taylor", "magnitude", "random"),
+    *("first", "last", "alternate", "symmetric"),
+)
+"""What `--strategy` takes; scan+norm is the paper's: the scan decides, the norm breaks ties. See `scores.SCORES`."""
 CONFIDENCE = 0.999
 """Of a race: tried on recorded scans, see docs/lab.md."""
 RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
@@ -99,6 +104,15 @@ class TaskSettings(Settings):
         return found
 
 
+def unknown_strategy(name: str) -> str:
+    """One line for a strategy that there is not, with the nearest that there is."""
+    import difflib
+
+    near = difflib.get_close_matches(name, STRATEGIES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(STRATEGIES)}"
+    return f"unknown strategy {name!r}: {hint}"
+
+
 class ScoreSettings(Settings):
     unit: Literal["block", "pair"] = "block"
     """What is dropped at a time: a block, or also an MLP with the next attention (what is left re-packs to blocks)."""
@@ -119,6 +133,12 @@ class ScoreSettings(Settings):
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
     eval_batch_size: Positive | None = None
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
+
+    @model_validator(mode="after")
+    def _strategy_is_known(self) -> ScoreSettings:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(unknown_strategy(self.strategy))
+        return self
 
     @model_validator(mode="after")
     def _races_are_for_accuracy(self) -> ScoreSettings:
