@@ -238,6 +238,16 @@ def test_an_unknown_strategy_is_refused_when_the_settings_are_made(command):
         cli.parse([*command, "--strategy", "bogus"])
 
 
+@pytest.mark.parametrize("command", [TRIM, COMPARE], ids=lambda value: value[0])
+def test_weights_that_cannot_train_are_refused(command):
+    with pytest.raises(
+        InputError, match=r"--dtype float16 cannot train: .*give float32 with --mixed-precision bf16, or"
+    ):
+        cli.parse([*command, "--dtype", "float16"])
+    with pytest.raises(InputError, match="--mixed-precision bf16 is for float32 weights: leave out --dtype bfloat16"):
+        cli.parse([*command, "--dtype", "bfloat16", "--mixed-precision", "bf16"])
+
+
 OLD = {"text_ratio": 3.0, "sparse_update": "off", "train_ratio": 0.5, "resolution": 2.0, "calibration_size": 50}
 
 

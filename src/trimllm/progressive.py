@@ -133,7 +133,10 @@ class Run:
             what = f"--distill {config.distill:g} needs the model twice"
             room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
         full = config.warmup_epochs or config.sparse_update == "off"
-        if full and (note := room.full_training_note(weights, device)):
+        stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
+        if full and (note := room.full_training_note(weights, device, stages)):
+            self.console.say(note)
+        if note := train.rounding_note(config):
             self.console.say(note)
 
     def _prepare(self, loaded: Loaded) -> TaskData:

@@ -116,7 +116,7 @@ class Job:
         settings = self.command if path is None else self.command.model_copy(update={"model": str(path)})
         if training:
             weights = room.weights(models.path_of(settings.model), models.DTYPES.get(settings.dtype, torch.float32))
-            if note := room.full_training_note(weights, self.accelerator.device):
+            if note := room.full_training_note(weights, self.accelerator.device, "a device with more memory"):
                 self.console.say(note)
         return models.load(settings, training=training)
 

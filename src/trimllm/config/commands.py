@@ -14,7 +14,7 @@ from trimllm.config.shared import (
     ScoreSettings,
     Settings,
     TaskSettings,
-    TrainSettings,
+    TrainedModel,
 )
 
 NEW_TOKENS = 128
@@ -155,7 +155,7 @@ class BenchConfig(LoadSettings):
         return self
 
 
-class CompareConfig(TrainSettings, TaskSettings, ModelSettings):
+class CompareConfig(TrainedModel, TaskSettings, ModelSettings):
     """Compare ways to make a model smaller or faster, on your model and data: one table, compare.json, compare.png.
 
     Example:
@@ -196,8 +196,6 @@ class CompareConfig(TrainSettings, TaskSettings, ModelSettings):
     def _methods_train_everything(self) -> CompareConfig:
         if self.cache_frozen_prefix != "off":
             raise ValueError("--cache-frozen-prefix is for frozen blocks, and most methods train all: leave it out")
-        if self.mixed_precision == "bf16" and self.dtype in ("bfloat16", "float16"):
-            raise ValueError(f"--mixed-precision bf16 is for float32 weights: leave out --dtype {self.dtype}")
         return self
 
     @model_validator(mode="after")

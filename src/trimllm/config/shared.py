@@ -190,3 +190,18 @@ class TrainSettings(Settings):
                 "train: leave one of them out"
             )
         return found
+
+
+class TrainedModel(TrainSettings, ModelSettings):
+    """A model that trains: which weights can."""
+
+    @model_validator(mode="after")
+    def _weights_can_train(self) -> TrainedModel:
+        if self.dtype == "float16":
+            raise ValueError(
+                "--dtype float16 cannot train: AdamW's second moments underflow in it, and steps become far too large: "
+                "give float32 with --mixed-precision bf16, or --dtype bfloat16"
+            )
+        if self.mixed_precision == "bf16" and self.dtype == "bfloat16":
+            raise ValueError("--mixed-precision bf16 is for float32 weights: leave out --dtype bfloat16")
+        return self

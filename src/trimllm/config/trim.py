@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trimllm.config.shared import ModelSettings, Positive, ScoreSettings, TaskSettings, TrainSettings
+from trimllm.config.shared import ModelSettings, Positive, ScoreSettings, TaskSettings, TrainedModel
 
 SIZES = ("keep", "depth", "max_params", "max_memory", "target_speedup")
 FLOORS = ("min_accuracy", "max_drop")
 
 
-class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
+class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     """Trim a model: fine-tune on a task, drop the least important layer, go on until the target.
 
     Example:
@@ -111,12 +111,6 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     def _a_floor_needs_trained_depths(cls, values: Any) -> Any:
         floor = isinstance(values, dict) and any(values.get(name) is not None for name in FLOORS)
         return {"schedule": "epoch", **values} if floor else values
-
-    @model_validator(mode="after")
-    def _mixed_precision_is_of_float32(self) -> TrimConfig:
-        if self.mixed_precision == "bf16" and self.dtype in ("bfloat16", "float16"):
-            raise ValueError(f"--mixed-precision bf16 is for float32 weights: leave out --dtype {self.dtype}")
-        return self
 
     @model_validator(mode="after")
     def _prefixes_are_frozen(self) -> TrimConfig:
