@@ -69,5 +69,6 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 		--editable . pytest pytest-xdist transformers==$*
 	touch $@
 
+# Of runs/ only what `make demo` writes: the rest is the user's.
 clean:
-	rm -rf $(VENV) .venv-transformers-* .venv-llamacpp runs
+	rm -rf $(VENV) .venv-transformers-* .venv-llamacpp runs/demo

@@ -359,3 +359,11 @@ def test_what_heads_cannot_give_channels_do():
 def test_families_with_other_layers_are_refused(family):
     with pytest.raises(InputError, match="model type"):
         width.wanted(tiny.build(family, 4), 0.5)
+
+
+def test_settings_of_the_comparison_that_mean_nothing_to_a_method_do_not_stop_it(job_of):
+    job = job_of("random", train_ratio=0.5)
+    assert job.trim_settings(keep=0.5).train_ratio == 0.5
+    assert job.trim_settings(keep=0.5, sparse_update="off").sparse_update == "off"
+    one = job_of("one-shot", sparse_update="dynamic").trim_settings(keep=0.5, one_shot=True, sparse_update="dynamic")
+    assert one.sparse_update == "static"  # by its only scan

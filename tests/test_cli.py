@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from trimllm import cli, commands, config, journal, legality, models, plain_settings, scan
+from trimllm import cli, commands, config, journal, legality, models, plain_settings, rundir, scan
 from trimllm.errors import InputError, TrimError
 
 
@@ -170,6 +170,98 @@ def test_words_that_cannot_be_used(capsys, tmp_path, monkeypatch, words, message
     monkeypatch.chdir(tmp_path)
     assert message in refusal(capsys, *words)
     assert not list(tmp_path.iterdir())
+
+
+EVAL, SCAN, COMPARE = (["eval", *TRIM[1:]], ["scan", *TRIM[1:]], ["compare", *TRIM[1:]])
+ONE_SHOT = [*TRIM, "--one-shot", "--depth", "3"]
+RESOLUTION = ["--resolution", "2", "--calibration-size", "50"]
+IDLE = [
+    (
+        [*ONE_SHOT, "--max-params", "9"],
+        "--max-params 9 cannot end --one-shot, which drops everything at once, to --depth 3",
+    ),
+    ([*ONE_SHOT, "--max-memory", "2.5"], "--max-memory 2.5 cannot end --one-shot"),
+    (
+        [*TRIM, "--one-shot", "--keep", "0.25", "--target-speedup", "2"],
+        "drops everything at once, to --keep 0.25: leave",
+    ),
+    ([*ONE_SHOT, "--drops-per-stage", "2"], "--drops-per-stage 2 is for several stages, and --one-shot"),
+    (
+        [*ONE_SHOT, "--sparse-update", "dynamic"],
+        "--sparse-update dynamic is for several scans, and --one-shot makes one",
+    ),
+    *(
+        ([*command, *words], message)
+        for command in (TRIM, COMPARE)
+        for words, message in (
+            (["--sparse-update", "off", "--train-ratio", "0.5"], "--train-ratio 0.5 is for some of the blocks, and"),
+            (["--text-ratio", "3"], "--text-ratio 3.0 is for --text: leave it out, or add --text"),
+        )
+    ),
+    *(
+        (
+            [*command, *RESOLUTION],
+            "--resolution 2.0 finds out how many calibration rows are held out, and --calibration-size",
+        )
+        for command in (TRIM, COMPARE, SCAN, EVAL)
+    ),
+    ([*EVAL, "--max-new-tokens", "9"], "--max-new-tokens 9 is for --generate: leave it out, or add --generate"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), IDLE, ids=lambda value: " ".join(value[:1] + value[7:]) if isinstance(value, list) else ""
+)
+def test_options_without_effect_are_refused(capsys, words, message):
+    assert message in refusal(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*ONE_SHOT, "--sparse-update", "off"],
+        [*TRIM, "--max-params", "9", "--depth", "3", "--drops-per-stage", "2", "--sparse-update", "dynamic"],
+        [*TRIM, "--text", "demo_law", "--text-ratio", "3", "--train-ratio", "0.5"],
+        [*TRIM, "--text-ratio", "0", "--resolution", "2"],
+        [*EVAL, "--generate", "--max-new-tokens", "9"],
+        [*EVAL, "--calibration-size", "50"],
+    ],
+    ids=lambda value: " ".join(value[7:]),
+)
+def test_options_with_an_effect_are_taken(words):
+    cli.parse(words)
+
+
+@pytest.mark.parametrize("command", [TRIM, SCAN], ids=lambda value: value[0])
+def test_an_unknown_strategy_is_refused_when_the_settings_are_made(command):
+    with pytest.raises(InputError, match="unknown strategy 'bogus': use one of scan\\+norm, scan, norm, bi,"):
+        cli.parse([*command, "--strategy", "bogus"])
+
+
+@pytest.mark.parametrize("command", [TRIM, COMPARE], ids=lambda value: value[0])
+def test_weights_that_cannot_train_are_refused(command):
+    with pytest.raises(
+        InputError, match=r"--dtype float16 cannot train: .*give float32 with --mixed-precision bf16, or"
+    ):
+        cli.parse([*command, "--dtype", "float16"])
+    with pytest.raises(InputError, match="--mixed-precision bf16 is for float32 weights: leave out --dtype bfloat16"):
+        cli.parse([*command, "--dtype", "bfloat16", "--mixed-precision", "bf16"])
+
+
+OLD = {"text_ratio": 3.0, "sparse_update": "off", "train_ratio": 0.5, "resolution": 2.0, "calibration_size": 50}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("trim", config.TrimConfig), ("compare", config.CompareConfig)])
+def test_what_was_begun_when_options_without_effect_were_taken_goes_on(tmp_path, name, kind):
+    fresh = kind(model="demo", task="demo_law", output=str(tmp_path))
+    rundir.RunDir(tmp_path).config.write_text(plain_settings.to_yaml(fresh.model_copy(update=OLD)))
+    resumed = cli.parse([name, "--output", str(tmp_path), "--resume"])
+    assert (resumed.sparse_update, resumed.calibration_size) == ("off", 50)
+    rundir.same_settings(resumed, tmp_path, ["resume"])
+    with pytest.raises(InputError, match=r"--train-ratio 0\.5 is for some"):
+        cli.parse([name, "--output", str(tmp_path), "--resume", "--train-ratio", "0.5"])
+    with pytest.raises(InputError, match=r"--sparse-update static: the run in .* has off"):
+        rundir.same_settings(resumed.model_copy(update={"sparse_update": "static"}), tmp_path, ["resume"])
 
 
 # ---- input that cannot be used

@@ -190,12 +190,30 @@ def test_a_damaged_model_is_an_error(tokenizer, questions):
     model = tiny.build("llama", depth=2)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(TrimError, match="not finite"):
-        score_items(model, tokenizer, questions)
+    with pytest.raises(TrimError, match=r"not finite .*\(the first: item 1 of its set\): try --dtype float32"):
+        Scorer(model, tokenizer, questions[:1], branches=True).score(model)
+
+
+def test_an_item_that_a_narrow_dtype_cannot_score_is_named(tokenizer, questions, monkeypatch):
+    model = tiny.build("llama", depth=1)
+    made = Scorer(model, tokenizer, questions, token_budget=10**6, branches=True)
+    third = [number for number, (item, _) in enumerate(made.batches[0].owners) if item == 2]
+    compute = evaluate.target_logprobs
+
+    def overflowing(model, batch):
+        logprobs, greedy = compute(model, batch)
+        logprobs[batch.segment == third[0]] = -torch.inf
+        return logprobs, greedy
+
+    monkeypatch.setattr(evaluate, "target_logprobs", overflowing)
+    with pytest.raises(TrimError, match=r"for 1 of \d+ continuations in a batch \(the first: item 3 of its set\)"):
+        made.score(model)
 
 
 def test_nothing_to_evaluate_is_an_error(tokenizer):
-    with pytest.raises(InputError, match="no rows"):
+    with pytest.raises(
+        InputError, match=r"`items` has no rows: give those of a set, such as load_task\(\.\.\.\)\.test"
+    ):
         Scorer(tiny.build("llama", depth=1), tokenizer, [])
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import build
 
+from trimllm import verification
 from trimllm.errors import InputError, TrimError
 from trimllm.export import save_trimmed
 from trimllm.layout import Block
@@ -192,6 +193,14 @@ def test_wrong_surgery_never_reaches_the_disk(tmp_path: Path) -> None:
         block.attn.layer_idx = place
     with pytest.raises(TrimError, match="logits differ"):
         save_trimmed(baked, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_decoding_names_the_release_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = verification._decode
+    monkeypatch.setattr(verification, "_decode", lambda *given: decode(*given) + 100)
+    with pytest.raises(TrimError, match=r"decodes wrongly with a cache: logits differ by 100 .*try another release of"):
+        save_trimmed(trimmed(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
+import subprocess
 import tempfile
 from collections import namedtuple
 from collections.abc import Iterator
@@ -223,3 +225,13 @@ def test_other_errors_pass_through() -> None:
         raise ValueError
     with pytest.raises(InputError), disk_errors("x"):
         raise InputError("no")
+
+
+def test_make_clean_leaves_the_models_of_the_user(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parents[1] / "Makefile", tmp_path)
+    (tmp_path / "constraints.txt").touch()
+    for name in ("runs/demo/medicine", "runs/mine/model", ".venv/bin", ".venv-llamacpp"):
+        (tmp_path / name).mkdir(parents=True)
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == ["Makefile", "constraints.txt", "runs", "runs/mine", "runs/mine/model"]

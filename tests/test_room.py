@@ -166,3 +166,5 @@ def test_a_run_whose_full_fine_tuning_cannot_fit_is_told_before_it_loads(
     with pytest.raises(KeyboardInterrupt):
         progressive.trim(settings, console=Console())
     assert [("full fine-tuning takes" in text) for text in said] == [True] * noted
+    for text in said:
+        assert text.index("--warmup-epochs 0, --no-train-embeddings and a small --train-ratio") < text.index("bfloat16")

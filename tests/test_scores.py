@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from trimllm import scores
+from trimllm.config import STRATEGIES
 from trimllm.errors import InputError
-from trimllm.scores import SCORES, STRATEGIES, Evidence, importance, needs, parts, s_norm, s_scan
+from trimllm.scores import SCORES, Evidence, importance, needs, parts, s_norm, s_scan
 
 PLACES = np.arange(8.0)
 
@@ -126,3 +127,7 @@ def test_unknown_strategy_names_the_nearest(wrong, near):
 def test_unknown_strategy_that_is_near_to_none_lists_them_all():
     with pytest.raises(InputError, match=r"use one of scan\+norm, scan, norm"):
         needs("zzz")
+
+
+def test_every_strategy_that_the_settings_take_has_its_score():
+    assert ("scan+norm", *SCORES) == STRATEGIES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.layout import Block, whole
 from trimllm.packing import Example
 from trimllm.tasks.items import Item
-from trimllm.train import train_stage
+from trimllm.train import rounding_note, train_stage
 from trimllm.training_rows import examples, steps, task_examples, text_examples
 
 TEXTS = ["the cat sat on the mat. a dog ran", "no hat", "yes or no: maybe yes. the man had a dog; the dog had a hat"]
@@ -498,3 +499,21 @@ def test_every_cycle_is_about_as_long_and_ends_at_its_lowest_rate(total, cycle):
     for begin, length in zip(begins, lengths, strict=True):
         rates = [train.schedule(*places[step]) for step in range(begin, begin + length)]
         assert rates[-1] == min(rates[1:] or rates)
+
+
+@pytest.mark.parametrize("lr", [2e-5, 1e-3])
+def test_steps_in_bfloat16_are_rounded_away_where_the_note_says(lr):
+    """A weight of twice the threshold stays, one of half of it moves; a run in float32 has no note."""
+    note = rounding_note(TrimConfig(model="m", task="t", output="o", dtype="bfloat16", lr=lr))
+    threshold = float(re.search(r"in weights above about (\S+):", note)[1])
+    assert "--dtype bfloat16" in note
+    assert "leave it out (float32 weights" in note
+    large, small = 2 * threshold, threshold / 2
+    weight = torch.nn.Parameter(torch.tensor([large, small]).bfloat16())
+    before = weight.detach().clone()
+    optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=0.0)
+    for _ in range(20):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert (weight.detach() != before).tolist() == [False, True]
+    assert rounding_note(TrimConfig(model="m", task="t", output="o", lr=lr)) is None

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimllm import cli, deciding, decoder, losses, progressive, rundir, scores, train
-from trimllm.config import TrimConfig
+from trimllm.config import STRATEGIES, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluate import Scorer
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(base, task, t
 # ---- what goes, and what trains
 
 
-@pytest.mark.parametrize("strategy", scores.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategy_runs_and_drops_what_its_table_calls_least_important(base, task, tmp_path, strategy):
     h.run(base, task, tmp_path / "run", depth=4, strategy=strategy, **NO_TRAINING)
     table = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())

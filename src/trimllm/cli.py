@@ -159,7 +159,8 @@ def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if name in RESUMABLE and "--resume" in arguments and (output := _value(arguments, "--output")):
         stored = os.path.join(output, "config.yaml")
-        values |= settings.FORMER | plain_settings.read_yaml(stored) if os.path.exists(stored) else {}
+        if os.path.exists(stored):
+            values |= settings.without_idle(COMMANDS[name], settings.FORMER | plain_settings.read_yaml(stored))
     if name in ("trim", "scan", "drop", "eval", "compare") and (path := _value(arguments, "--config")):
         values |= plain_settings.read_yaml(path)
     return values

@@ -146,7 +146,7 @@ def claim(command: CompareConfig, root: Path) -> CompareConfig:
             )
         rundir.same_settings(command, root, FREE_OF_CHOICE)
         same_conditions(command, root)
-        command = joined(command, plain_settings.make(CompareConfig, plain_settings.read_yaml(settings)))
+        command = joined(command, plain_settings.make(CompareConfig, rundir.stored_settings(root, CompareConfig)))
     elif root.exists() and any(root.iterdir()):
         raise InputError(f"--output {root}: the directory is not empty: choose another one")
     folders.check_writable(root)

@@ -134,9 +134,11 @@ def batch_pieces(model: Any, batch: Batch) -> Pieces:
     total = torch.zeros(count, dtype=torch.float64).index_add_(0, segment, logprobs.double())
     misses = torch.zeros(count, dtype=torch.long).index_add_(0, segment, (~greedy).long())
     lengths = torch.bincount(segment, minlength=count)
-    if not torch.isfinite(total).all():
+    if len(bad := (~torch.isfinite(total)).nonzero()):
         raise TrimError(
-            "the model's log-likelihoods are not finite numbers: its weights are damaged or dtype too narrow"
+            f"the model's log-likelihoods are not finite numbers, for {len(bad)} of {count} continuations in a batch "
+            f"(the first: item {batch.owners[int(bad[0])][0] + 1} of its set): try --dtype float32; if that does not "
+            "help, the weights are damaged"
         )
     columns = zip(total.tolist(), lengths.tolist(), (misses == 0).tolist(), strict=True)
     return dict(zip(batch.owners, columns, strict=True))
@@ -187,7 +189,9 @@ class Scorer:
         branches: bool | None = None,
     ) -> None:
         if not items:
-            raise InputError("there is nothing to evaluate: the set has no rows")
+            raise InputError(
+                "there is nothing to evaluate: `items` has no rows: give those of a set, such as load_task(...).test"
+            )
         self.items = list(items)
         self.note: str | None = None
         limit = encoding.context_length(model.config, max_length)

@@ -31,7 +31,6 @@ from trimllm import (
     recovery,
     room,
     rundir,
-    scores,
     select,
     sparse,
     surgery,
@@ -110,7 +109,6 @@ class Run:
     # ---- preparation
 
     def go(self) -> tuple[Any, History]:
-        scores.parts(self.config.strategy)
         if self.main:
             rundir.check(self.config)
         self._check_room()
@@ -135,7 +133,10 @@ class Run:
             what = f"--distill {config.distill:g} needs the model twice"
             room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
         full = config.warmup_epochs or config.sparse_update == "off"
-        if full and (note := room.full_training_note(weights, device)):
+        stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
+        if full and (note := room.full_training_note(weights, device, stages)):
+            self.console.say(note)
+        if note := train.rounding_note(config):
             self.console.say(note)
 
     def _prepare(self, loaded: Loaded) -> TaskData:

@@ -82,7 +82,7 @@ def race(
         intact: (items,) bool, the intact model's hits.
         margins: (items,) its score of the right choice less that of the best other one.
         rule: who wins.
-        confidence: probability with which the winner over all items is not stopped.
+        confidence: nominal probability with which the winner over all items is not stopped.
         seed: of the draws.
     """
     rounds = hardest_first(margins)

@@ -86,13 +86,16 @@ def check(what: str, needed: int | None, device: torch.device, remedy: str) -> N
         raise InputError(f"{what}: {sizes}: {remedy}")
 
 
-def full_training_note(needed: int | None, device: torch.device) -> str | None:
-    """A line for the user if full fine-tuning of weights of so many bytes cannot fit; activations come on top."""
+def full_training_note(needed: int | None, device: torch.device, remedy: str) -> str | None:
+    """A line for the user if full fine-tuning of weights of so many bytes cannot fit; activations come on top.
+
+    `remedy` lowers weights and states in full precision; only behind it a narrower dtype is named, which rounds steps.
+    """
     have = free(device)
     if needed is None or have is None or not needed <= have < STATES * needed:  # what cannot be loaded is an error
         return None
     return (
         f"full fine-tuning takes {STATES * needed / GB:.1f} GB for weights, gradients and optimizer, and "
-        f"{have / GB:.1f} GB are free on {device}: if memory runs out, try --dtype bfloat16, or --warmup-epochs 0 with "
-        "--no-train-embeddings"
+        f"{have / GB:.1f} GB are free on {device}: if memory runs out, try {remedy}; --dtype bfloat16 halves it, and "
+        "rounds small steps away (--gradient-checkpointing is about activations, which come on top)"
     )

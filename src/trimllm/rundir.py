@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from trimllm import folders, optimizer_state
-from trimllm.config import FORMER, Settings, TrimConfig
+from trimllm.config import FORMER, Settings, TrimConfig, without_idle
 from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
 from trimllm.layout import Block, Layout
@@ -61,10 +61,10 @@ class RunDir:
                 optimizer_state.delete(self.checkpoint(depth))
 
 
-def stored_settings(output: str | Path) -> dict[str, Any]:
-    """The settings of the run in `output`, for `--resume`; empty if there is none yet."""
+def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> dict[str, Any]:
+    """The settings of the run (or the comparison) in `output`, for `--resume`; empty if there is none yet."""
     path = RunDir(output).config
-    return FORMER | yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return without_idle(kind, FORMER | yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def check(config: TrimConfig) -> None:
@@ -108,7 +108,7 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
     A setting that did not exist then has its default.
     """
     needed = {name: getattr(config, name) for name, field in type(config).model_fields.items() if field.is_required()}
-    stored = make(type(config), needed | stored_settings(output)).model_dump(mode="json")
+    stored = make(type(config), needed | stored_settings(output, type(config))).model_dump(mode="json")
     for name, value in config.model_dump(mode="json").items():
         if name not in free and stored[name] != value:
             option = "--" + name.replace("_", "-")

@@ -64,7 +64,7 @@ class Race:
     """A scan that stops candidates which cannot win."""
 
     confidence: float
-    """Probability of the winner that a scan of all items has."""
+    """Nominal probability of the winner that a scan of all items has."""
     tolerance: float = 0.0
     """Accuracy points within which candidates are tied."""
     by_norm: bool = True

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trimllm.config import STRATEGIES, unknown_strategy
 from trimllm.errors import InputError
 
 Array = NDArray[np.float64]
@@ -153,9 +154,6 @@ SCORES: dict[str, Score] = {
     "symmetric": Score((), lambda e: symmetric(e.position, e.depth), "from the middle (Sajjad et al.)"),
 }
 
-STRATEGIES = ("scan+norm", *SCORES)
-"""What `--strategy` takes; scan+norm is the paper's: the scan decides, the norm breaks ties."""
-
 
 def needs(strategy: str) -> frozenset[str]:
     """Names of the `Evidence` fields that a strategy reads.
@@ -170,11 +168,7 @@ def parts(strategy: str) -> tuple[str, ...]:
     """The scores of a strategy: the one that decides, and the one that breaks ties if there is one."""
     names = tuple(strategy.split("+"))
     if strategy not in STRATEGIES:
-        import difflib
-
-        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(STRATEGIES)}"
-        raise InputError(f"unknown strategy {strategy!r}: {hint}")
+        raise InputError(unknown_strategy(strategy))
     return names
 
 

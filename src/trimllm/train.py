@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from trimllm import backends, losses, memory, optimizer_state, packing, prefix
-from trimllm.config import TrainSettings
+from trimllm.config import TrainSettings, TrimConfig
 from trimllm.distill import Teacher
 from trimllm.errors import InputError, TrimError
 from trimllm.optimizer_state import Moments
@@ -27,6 +27,20 @@ from trimllm.prefix import Prefix
 
 WARMUP_SHARE = 0.06
 """Share of a stage's steps over which the learning rate rises."""
+
+ROUNDED_AWAY = 256
+"""In bfloat16 (8 significant bits) a step is lost on weights more than about so many times as large."""
+
+
+def rounding_note(settings: TrimConfig) -> str | None:
+    """A line for the user where weights train in bfloat16: which of them a step at the peak rate does not move."""
+    if settings.dtype != "bfloat16":
+        return None
+    return (
+        f"--dtype bfloat16: steps of --lr {settings.lr:g} are rounded away in weights above about "
+        f"{ROUNDED_AWAY * settings.lr:.2g}: leave it out (float32 weights with --mixed-precision bf16) where memory "
+        "allows, or give a larger --lr"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from trimllm import decoder, export, inputs, models, progressive, room, rundir, sparse, train, training_rows
 from trimllm.baselines import METHODS, Cell
-from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig
+from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluate import Scorer
@@ -70,10 +70,10 @@ class Job:
     # ---- settings
 
     def trim_settings(self, **changes: Any) -> TrimConfig:
-        """A run of `trimllm trim` with the comparison's settings and `changes`."""
+        """A run of `trimllm trim` with the comparison's settings and `changes`, less those that mean nothing to it."""
         shared = {name: getattr(self.command, name) for name in sorted(SHARED)}
         fixed = {"output": str(self.folder / "run"), "resume": True, "report_depths": False}
-        return TrimConfig(**{**shared, **fixed, **changes})
+        return TrimConfig(**without_idle(TrimConfig, {**shared, **fixed, **changes}))
 
     @cached_property
     def depth(self) -> int:
@@ -116,7 +116,7 @@ class Job:
         settings = self.command if path is None else self.command.model_copy(update={"model": str(path)})
         if training:
             weights = room.weights(models.path_of(settings.model), models.DTYPES.get(settings.dtype, torch.float32))
-            if note := room.full_training_note(weights, self.accelerator.device):
+            if note := room.full_training_note(weights, self.accelerator.device, "a device with more memory"):
                 self.console.say(note)
         return models.load(settings, training=training)
 

@@ -20,6 +20,7 @@ from trimllm.config.commands import (
 from trimllm.config.shared import (
     ANALYSIS_ITEMS,
     CONFIDENCE,
+    STRATEGIES,
     Fraction,
     LoadSettings,
     ModelName,
@@ -30,6 +31,8 @@ from trimllm.config.shared import (
     Settings,
     TaskSettings,
     TrainSettings,
+    unknown_strategy,
+    without_idle,
 )
 from trimllm.config.trim import TrimConfig
 
@@ -40,6 +43,7 @@ __all__ = [
     "ANALYSIS_ITEMS",
     "CONFIDENCE",
     "FORMER",
+    "STRATEGIES",
     "BenchConfig",
     "CompareConfig",
     "DemoConfig",
@@ -60,4 +64,6 @@ __all__ = [
     "TasksConfig",
     "TrainSettings",
     "TrimConfig",
+    "unknown_strategy",
+    "without_idle",
 ]

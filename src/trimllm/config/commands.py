@@ -14,8 +14,11 @@ from trimllm.config.shared import (
     ScoreSettings,
     Settings,
     TaskSettings,
-    TrainSettings,
+    TrainedModel,
 )
+
+NEW_TOKENS = 128
+"""Of a generated answer."""
 
 
 class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):
@@ -101,8 +104,16 @@ class EvalConfig(TaskSettings, ModelSettings):
     """Most tokens per batch (default: 4096; less where memory ends)."""
     generate: bool = False
     """Generation tasks: also generate, and report exact match, ROUGE-L and repetition."""
-    max_new_tokens: Positive = 128
-    """Longest generated answer."""
+    max_new_tokens: Positive = NEW_TOKENS
+    """With --generate: longest generated answer."""
+
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if not self.generate and self.max_new_tokens != NEW_TOKENS:
+            found["max_new_tokens"] = (
+                f"--max-new-tokens {self.max_new_tokens} is for --generate: leave it out, or add --generate"
+            )
+        return found
 
 
 class BenchConfig(LoadSettings):
@@ -144,7 +155,7 @@ class BenchConfig(LoadSettings):
         return self
 
 
-class CompareConfig(TrainSettings, TaskSettings, ModelSettings):
+class CompareConfig(TrainedModel, TaskSettings, ModelSettings):
     """Compare ways to make a model smaller or faster, on your model and data: one table, compare.json, compare.png.
 
     Example:
@@ -185,8 +196,6 @@ class CompareConfig(TrainSettings, TaskSettings, ModelSettings):
     def _methods_train_everything(self) -> CompareConfig:
         if self.cache_frozen_prefix != "off":
             raise ValueError("--cache-frozen-prefix is for frozen blocks, and most methods train all: leave it out")
-        if self.mixed_precision == "bf16" and self.dtype in ("bfloat16", "float16"):
-            raise ValueError(f"--mixed-precision bf16 is for float32 weights: leave out --dtype {self.dtype}")
         return self
 
     @model_validator(mode="after")

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trimllm.config.shared import ModelSettings, Positive, ScoreSettings, TaskSettings, TrainSettings
+from trimllm.config.shared import ModelSettings, Positive, ScoreSettings, TaskSettings, TrainedModel
 
 SIZES = ("keep", "depth", "max_params", "max_memory", "target_speedup")
 FLOORS = ("min_accuracy", "max_drop")
 
 
-class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
+class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     """Trim a model: fine-tune on a task, drop the least important layer, go on until the target.
 
     Example:
@@ -78,6 +78,28 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the trimmed checkpoint; auto: as the base was saved."""
 
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if not self.one_shot:
+            return found
+        if self.drops_per_stage != 1:
+            found["drops_per_stage"] = (
+                f"--drops-per-stage {self.drops_per_stage} is for several stages, and --one-shot drops everything at "
+                "once: leave one of them out"
+            )
+        if self.sparse_update == "dynamic":
+            found["sparse_update"] = (
+                "--sparse-update dynamic is for several scans, and --one-shot makes one: leave one of them out"
+            )
+        depth = next((f"--{name} {value}" for name in SIZES[:2] if (value := getattr(self, name)) is not None), None)
+        for name in SIZES[2:]:
+            if depth and (value := getattr(self, name)) is not None:
+                found[name] = (
+                    f"--{name.replace('_', '-')} {value} cannot end --one-shot, which drops everything at once, to "
+                    f"{depth}: leave it out"
+                )
+        return found
+
     @model_validator(mode="before")
     @classmethod
     def _half_of_the_blocks_without_a_target(cls, values: Any) -> Any:
@@ -89,12 +111,6 @@ class TrimConfig(TrainSettings, ScoreSettings, TaskSettings, ModelSettings):
     def _a_floor_needs_trained_depths(cls, values: Any) -> Any:
         floor = isinstance(values, dict) and any(values.get(name) is not None for name in FLOORS)
         return {"schedule": "epoch", **values} if floor else values
-
-    @model_validator(mode="after")
-    def _mixed_precision_is_of_float32(self) -> TrimConfig:
-        if self.mixed_precision == "bf16" and self.dtype in ("bfloat16", "float16"):
-            raise ValueError(f"--mixed-precision bf16 is for float32 weights: leave out --dtype {self.dtype}")
-        return self
 
     @model_validator(mode="after")
     def _prefixes_are_frozen(self) -> TrimConfig:
