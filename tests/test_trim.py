@@ -312,7 +312,8 @@ def test_several_drops_per_stage_each_have_their_own_scan(base, task, tmp_path):
 @pytest.mark.parametrize("mode", ["static", "filled", "dynamic", "off"])
 def test_sparse_update_trains_the_chosen_blocks_and_no_other(base, task, tmp_path, mode):
     output = tmp_path / "run"
-    h.run(base, task, output, depth=3, sparse_update=mode, keep_checkpoints=True, train_ratio=0.2, text_ratio=0)
+    share = {} if mode == "off" else {"train_ratio": 0.2}
+    h.run(base, task, output, depth=3, sparse_update=mode, keep_checkpoints=True, text_ratio=0, **share)
     drops = h.journal(output, "drop")
     before = AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "depth-5")
     after = AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "depth-4")

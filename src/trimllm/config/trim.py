@@ -87,9 +87,10 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
                 f"--drops-per-stage {self.drops_per_stage} is for several stages, and --one-shot drops everything at "
                 "once: leave one of them out"
             )
-        if self.sparse_update == "dynamic":
+        if self.sparse_update in ("dynamic", "filled"):
             found["sparse_update"] = (
-                "--sparse-update dynamic is for several scans, and --one-shot makes one: leave one of them out"
+                f"--sparse-update {self.sparse_update} is for several scans, and --one-shot makes one: leave one of "
+                "them out"
             )
         depth = next((f"--{name} {value}" for name in SIZES[:2] if (value := getattr(self, name)) is not None), None)
         for name in SIZES[2:]:
