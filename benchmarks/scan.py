@@ -31,9 +31,9 @@ from trimllm.models import DEMO
 from trimllm.tasks.items import Item
 from trimllm.trial import trial
 
-KINDS = {"short": (12, 4, 4), "long": (100, 4, 12), "many": (60, 10, 4)}
+KINDS = {"short": (12, 4, 4), "long": (100, 4, 12), "many": (60, 10, 4), "longer": (360, 4, 12)}
 """Tokens of the prompt, choices, tokens of a choice (each about)."""
-ITEMS = {"short": 24, "long": 4, "many": 8}
+ITEMS = {"short": 24, "long": 4, "many": 8, "longer": 2}
 """Questions of each kind: the exhaustive way takes a minute or two for them on one core."""
 BATCHES = (16, 32, 64, 128)
 
@@ -187,8 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[24])
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--items", type=int, default=None, help="of each kind (default: 24 short, 4 long, 8 many)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--items", type=int, default=None, help="of each kind (default: 2 to 24)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["short", "long", "many"])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--growth", action="store_true", help="only how our cost grows with blocks and items")
