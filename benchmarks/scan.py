@@ -31,9 +31,9 @@ from trimllm.models import DEMO
 from trimllm.tasks.items import Item
 from trimllm.trial import trial
 
-KINDS = {"short": (12, 4, 4), "long": (100, 4, 12), "many": (60, 10, 4), "longer": (360, 4, 12)}
+KINDS = {"short": (12, 4, 4), "long": (100, 4, 12), "many": (60, 10, 4), "longer": (360, 4, 12), "twenty": (60, 20, 4)}
 """Tokens of the prompt, choices, tokens of a choice (each about)."""
-ITEMS = {"short": 24, "long": 4, "many": 8, "longer": 2}
+ITEMS = {"short": 24, "long": 4, "many": 8, "longer": 2, "twenty": 4}
 """Questions of each kind: the exhaustive way takes a minute or two for them on one core."""
 BATCHES = (16, 32, 64, 128)
 
