@@ -275,7 +275,9 @@ def main() -> int:
     records = [
         one
         for one in merged(path, raw)
-        if one["part"] in options.parts and one["seed"] in options.seeds and one["arm"] in options.arms
+        if one["part"] in options.parts
+        and one["seed"] in options.seeds
+        and one["arm"] in (*options.arms, options.against)
     ]
     summary = means(records)
     print("points of accuracy over full fine-tuning, mean +- standard error over parts and seeds (their number)")

@@ -272,6 +272,17 @@ def test_pair_repacks_an_attention_with_a_later_mlp(base, task, tmp_path, monkey
             assert torch.equal(tensor, original[block[half]][name]), name
 
 
+def test_of_pairs_the_halves_that_are_left_count_as_staying(base, task, tmp_path, monkeypatch):
+    lowest = scores.Score((), lambda evidence: (evidence.position != 1.5).astype(float), "")
+    monkeypatch.setitem(scores.SCORES, "last", lowest)
+    monkeypatch.setattr(deciding.Decider, "_order", lambda *_: [2, 3, 1, 0, 4])
+    h.run(base, task, tmp_path / "run", unit="pair", strategy="last", depth=3, train_ratio=0.2, **NO_TRAINING)
+    first, second = h.journal(tmp_path / "run", "drop")
+    assert (first["units"], second["units"]) == (["MLP 1 + attention 2"], ["MLP 2 + attention 3"])
+    assert first["trains"] == [3], "the attention of 2 went"
+    assert second["trains"] == [3], "its MLP is left"
+
+
 def test_one_shot_drops_all_by_one_scan_and_trains_as_long_as_the_stages(base, task, tmp_path):
     h.run(base, task, tmp_path / "one", depth=2, one_shot=True, strategy="last")
     h.run(base, task, tmp_path / "step", depth=2, strategy="last")

@@ -40,7 +40,7 @@ class Decision:
     choices: list[Choice]
     """The units to drop: one, or several at once (--one-shot, --schedule recover)."""
     order: list[int]
-    """Original indices of the blocks that are left, those most likely to stay first (sparse update)."""
+    """Original indices of the blocks that may be left, those most likely to stay first (sparse update)."""
     result: ScanResult
     evidence: Evidence
     joint: list[Joint]
@@ -252,7 +252,7 @@ class Decider:
         return self._harmless(result, Joint((index,), trial_.value, trial_.loss))
 
     def _order(self, layout: Layout, result: ScanResult, evidence: Evidence, choices: list[Choice]) -> list[int]:
-        """Original indices of the blocks that are left, those most likely to stay first, ties by the norm."""
+        """Original indices of the blocks whose attention may be left, those most likely to stay first, ties by norm."""
         going = {choice.unit for choice in choices}
         blocks = {i: unit for i, unit in enumerate(result.candidates) if unit.kind == "block"}
         gone = {place for unit in going if unit.kind == "block" for place in unit.blocks}

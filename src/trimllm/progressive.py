@@ -31,7 +31,6 @@ from trimllm import (
     recovery,
     room,
     rundir,
-    select,
     sparse,
     surgery,
     targets,
@@ -327,14 +326,15 @@ class Run:
         parts = self.dir.scans / f"{name}.jsonl"
         decision = self.decider.decide(state.model, state.layout, parts, self.share, self.console)
         choices = decision.choices
-        going = set().union(*(select.touches(choice.unit, state.layout) for choice in choices))
-        staying = {source for block in state.layout for source in block if source is not None} - going
-        count = sparse.count(self.config.train_ratio, self.base_depth)
-        state.chosen = sparse.choose(self.config.sparse_update, decision.order, count, state.chosen, staying)
         cut = remove_all(whole(len(state.layout)), [choice.unit for choice in choices])
+        after = compose(state.layout, cut)
+        staying = {source for block in after for source in block if source is not None}
+        order = [source for source in decision.order if source in {block.attention for block in after}]
+        count = sparse.count(self.config.train_ratio, self.base_depth)
+        state.chosen = sparse.choose(self.config.sparse_update, order, count, state.chosen, staying)
         surgery.apply_layout(state.model, cut)
         state.moments = optimizer_state.present(state.moments, state.model)
-        before, state.layout = state.layout, compose(state.layout, cut)
+        before, state.layout = state.layout, after
         state.reached = targets.reached(self.config, self.base_depth, self.recorder.size(state.model))
         if state.reached is None and not self.decider.droppable(state.model, state.layout):
             state.reached = "every layer that remains is protected or cannot be removed"
