@@ -158,9 +158,7 @@ def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:
     """Settings from the YAML file, and for `--resume` those of the run."""
     values: dict[str, Any] = {}
     if name in RESUMABLE and "--resume" in arguments and (output := _value(arguments, "--output")):
-        stored = os.path.join(output, "config.yaml")
-        if os.path.exists(stored):
-            values |= settings.without_idle(COMMANDS[name], settings.FORMER | plain_settings.read_yaml(stored))
+        values |= plain_settings.stored(os.path.join(output, "config.yaml"), COMMANDS[name])
     if name in ("trim", "scan", "drop", "eval", "compare") and (path := _value(arguments, "--config")):
         values |= plain_settings.read_yaml(path)
     return values

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trimllm.config import Settings
+from trimllm.config import FORMER, Settings, without_idle
 from trimllm.errors import InputError
 
 S = TypeVar("S", bound=Settings)
@@ -34,6 +34,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `name: value` lines")
     return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def stored(path: str | Path, kind: type[Settings]) -> dict[str, Any]:
+    """The settings that a run or a comparison wrote to `path`, as they are to be read today; empty if there are none.
+
+    Raises:
+        InputError: see `read_yaml`.
+    """
+    return without_idle(kind, FORMER | read_yaml(path)) if os.path.exists(path) else {}
 
 
 def make(kind: type[S], values: dict[str, Any]) -> S:

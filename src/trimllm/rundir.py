@@ -12,15 +12,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trimllm import folders, optimizer_state
-from trimllm.config import FORMER, Settings, TrimConfig, without_idle
+from trimllm.config import Settings, TrimConfig
 from trimllm.errors import InputError
 from trimllm.journal import read_lines, write_atomic
 from trimllm.layout import Block, Layout
 from trimllm.models import path_of
-from trimllm.plain_settings import make, to_yaml
+from trimllm.plain_settings import make, stored, to_yaml
 
 FREE_OF_CHOICE = (
     *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
@@ -63,8 +61,7 @@ class RunDir:
 
 def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> dict[str, Any]:
     """The settings of the run (or the comparison) in `output`, for `--resume`; empty if there is none yet."""
-    path = RunDir(output).config
-    return without_idle(kind, FORMER | yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    return stored(RunDir(output).config, kind)
 
 
 def check(config: TrimConfig) -> None:
@@ -108,12 +105,12 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
     A setting that did not exist then has its default.
     """
     needed = {name: getattr(config, name) for name, field in type(config).model_fields.items() if field.is_required()}
-    stored = make(type(config), needed | stored_settings(output, type(config))).model_dump(mode="json")
+    before = make(type(config), needed | stored_settings(output, type(config))).model_dump(mode="json")
     for name, value in config.model_dump(mode="json").items():
-        if name not in free and stored[name] != value:
+        if name not in free and before[name] != value:
             option = "--" + name.replace("_", "-")
             raise InputError(
-                f"{option} {value}: the run in {output} has {stored[name]}: give that or leave it out, "
+                f"{option} {value}: the run in {output} has {before[name]}: give that or leave it out, "
                 "or start another run"
             )
 
