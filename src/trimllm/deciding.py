@@ -40,7 +40,7 @@ class Decision:
     choices: list[Choice]
     """The units to drop: one, or several at once (--one-shot, --schedule recover)."""
     order: list[int]
-    """Original indices of the blocks that may be left, those most likely to stay first (sparse update)."""
+    """Original indices of the blocks that were scanned, those most likely to stay first (sparse update)."""
     result: ScanResult
     evidence: Evidence
     joint: list[Joint]
@@ -110,7 +110,7 @@ class Decider:
         tried: list[Joint] = []
         if self.config.schedule == "recover":
             choices, tried = self._together(model, layout, result, evidence, choices[0], parts, share)
-        order = self._order(layout, result, evidence, choices)
+        order = self._order(layout, result, evidence)
         return Decision(choices, order, result, evidence, tried, time.perf_counter() - started)
 
     def _race(self, model: Any, layout: Layout) -> Race | None:
@@ -177,15 +177,15 @@ class Decider:
             InputError: if there is none.
         """
         at = {result.candidates[i].index: i for i in allowed}
-        runs = {i: [at.get(begin + k * self.length) for k in range(count)] for begin, i in at.items()}
-        whole_runs = {i: [j for j in run if j is not None] for i, run in runs.items() if None not in run}
-        if not whole_runs:
+        steps = [k * self.length for k in range(count)]
+        runs = {i: [at[begin + k] for k in steps] for begin, i in at.items() if all(begin + k in at for k in steps)}
+        if not runs:
             raise InputError(
                 f"--strategy angular: no {count * self.length} adjacent layers may all go: protect fewer, or ask for a "
                 "smaller drop"
             )
-        first = select.choose(result.candidates, evidence, self.config.strategy, allowed=whole_runs)
-        return [replace(first, unit=result.candidates[i], index=i) for i in whole_runs[first.index]]
+        first = select.choose(result.candidates, evidence, self.config.strategy, allowed=runs)
+        return [replace(first, unit=result.candidates[i], index=i) for i in runs[first.index]]
 
     def _together(
         self,
@@ -251,18 +251,16 @@ class Decider:
         trial_ = result.trials[index]
         return self._harmless(result, Joint((index,), trial_.value, trial_.loss))
 
-    def _order(self, layout: Layout, result: ScanResult, evidence: Evidence, choices: list[Choice]) -> list[int]:
-        """Original indices of the blocks whose attention may be left, those most likely to stay first, ties by norm."""
-        going = {choice.unit for choice in choices}
+    def _order(self, layout: Layout, result: ScanResult, evidence: Evidence) -> list[int]:
+        """Original indices of the present blocks' attentions, those most likely to stay first, ties by the norm."""
         blocks = {i: unit for i, unit in enumerate(result.candidates) if unit.kind == "block"}
-        gone = {place for unit in going if unit.kind == "block" for place in unit.blocks}
         decider = scores.importance(scores.parts(self.config.strategy)[0], evidence)
         breaker = scores.s_norm(evidence.norm) if evidence.norm is not None else np.zeros(len(result.candidates))
         # A block in several runs goes with the least important of them.
         rank = {
             place: min((decider[i], breaker[i]) for i, unit in blocks.items() if place in unit.blocks)
             for place in range(len(layout))
-            if place not in gone and any(place in unit.blocks for unit in blocks.values())
+            if any(place in unit.blocks for unit in blocks.values())
         }
         order = sorted(rank, key=lambda place: (-rank[place][0], -rank[place][1], place))
         return [source for place in order if (source := layout[place].attention) is not None]

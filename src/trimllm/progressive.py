@@ -329,7 +329,8 @@ class Run:
         cut = remove_all(whole(len(state.layout)), [choice.unit for choice in choices])
         after = compose(state.layout, cut)
         staying = {source for block in after for source in block if source is not None}
-        order = [source for source in decision.order if source in {block.attention for block in after}]
+        left = {block.attention for block in after}
+        order = [source for source in decision.order if source in left]
         count = sparse.count(self.config.train_ratio, self.base_depth)
         state.chosen = sparse.choose(self.config.sparse_update, order, count, state.chosen, staying)
         surgery.apply_layout(state.model, cut)

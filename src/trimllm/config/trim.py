@@ -122,7 +122,10 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     @model_validator(mode="after")
     def _one_depth_target(self) -> TrimConfig:
         if self.keep is not None and self.depth is not None:
-            raise ValueError("give --keep or --depth, not both")
+            raise ValueError(
+                f"give --keep or --depth, not both: --keep {self.keep}, --depth {self.depth} (a run that goes on keeps "
+                "the one it began with)"
+            )
         return self
 
     @model_validator(mode="after")
