@@ -294,16 +294,16 @@ def test_one_shot_drops_all_by_one_scan_and_trains_as_long_as_the_stages(base, t
     assert one[1]["train"]["steps"] == pytest.approx(sum(s["train"]["steps"] for s in step[1:]), abs=3)
 
 
-@pytest.mark.parametrize("protect", [(), (1,)])
-def test_one_shot_by_angular_distance_drops_the_run_that_is_nearest(base, task, tmp_path, protect):
-    output = tmp_path / "run"
-    h.run(base, task, output, depth=3, one_shot=True, strategy="angular", protect=protect, **NO_TRAINING)
+@pytest.mark.parametrize(("length", "protect"), [(2, ()), (2, (1,)), (3, (1,))])
+def test_one_shot_by_angular_distance_drops_the_run_that_is_nearest(base, task, tmp_path, length, protect):
+    output, depth = tmp_path / "run", h.DEPTH - length
+    h.run(base, task, output, depth=depth, one_shot=True, strategy="angular", protect=protect, **NO_TRAINING)
     (drop,) = h.journal(output, "drop")
     rows = json.loads((output / "scans" / "scan-000.json").read_text())["units"]
-    assert [row["importance"] is None for row in rows] == [False] * 4 + [True]  # runs of two, from five blocks
-    starts = [i for i in range(4) if not {i, i + 1} & set(protect)]
+    assert [row["importance"] is None for row in rows] == [False] * (depth + 1) + [True] * (length - 1)
+    starts = [i for i in range(depth + 1) if not set(range(i, i + length)) & set(protect)]
     nearest = min(starts, key=lambda i: rows[i]["importance"])
-    assert drop["units"] == [f"block {nearest}", f"block {nearest + 1}"]
+    assert drop["units"] == [f"block {i}" for i in range(nearest, nearest + length)]
 
 
 def test_angular_distance_needs_a_run_that_may_go(base, task, tmp_path):
