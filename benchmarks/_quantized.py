@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimllm import decoder
+from trimllm.blocks import decoder
 
 GROUP = 128
 """Weights with a scale of their own, in 4 bits: what GPTQ's and AWQ's published models have."""

@@ -23,11 +23,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from trimllm import sparse, tasks, train, training_rows
+from trimllm import tasks
+from trimllm.blocks.layout import whole
+from trimllm.checkpoints.models import path_of
 from trimllm.config import TrainSettings
-from trimllm.layout import whole
-from trimllm.models import path_of
-from trimllm.packing import Example
+from trimllm.training import sparse, train, training_rows
+from trimllm.training.packing import Example
 
 VOCABULARY, CONTEXT, RATIO, LR = 8192, 1024, 0.25, 1e-4
 SPECIAL = ["<pad>", "<s>", "</s>"]

@@ -22,9 +22,9 @@ import torch
 from _sides import alternate, finish, ratios, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimllm import losses, packing
 from trimllm.console import table
-from trimllm.packing import Example, Packed
+from trimllm.training import losses, packing
+from trimllm.training.packing import Example, Packed
 
 SIDES = ("eager", "sdpa")
 PARTS = 4

@@ -5,9 +5,9 @@
 
 Every finished run's saved model, and the fully fine-tuned one that it started from, answers the questions of the
 other domains of its world; models of a generation part write answers (exact match, ROUGE-L, repeated 4-grams). How
-freely a trimmed model writes on (repetition, silence: see `trimllm.fluency`) is read from its run. What was measured is
-kept beside each model and not measured again: delete the study's runs to make them anew. The last line is one JSON
-object, and beyond.json in the folder holds every figure.
+freely a trimmed model writes on (repetition, silence: `trimllm.evaluation.fluency`) is read from its run. What was
+measured is kept beside each model and not measured again: delete the study's runs to make them anew. The last line is
+one JSON object, and beyond.json in the folder holds every figure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from study import ARMS, PARTS, Settings, folder
 from trimllm import config
 from trimllm.commands import run_eval
 from trimllm.console import table
-from trimllm.rundir import RunDir
+from trimllm.run.rundir import RunDir
 
 WORLDS = (("medicine", "law", "finance"), ("medquad", "cuad", "banking77"))
 

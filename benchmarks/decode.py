@@ -17,7 +17,9 @@ from typing import Any
 
 from _sides import SHAPES, cut_shape, finish, ratios, run
 
-from trimllm import bench_report, benching, decoder, loading, models, surgery
+from trimllm.bench import benching, tables
+from trimllm.blocks import decoder, surgery
+from trimllm.checkpoints import loading, models
 from trimllm.config import BenchConfig
 from trimllm.console import Console
 
@@ -47,8 +49,8 @@ def main() -> int:
         for name, both in named.items():
             command = BenchConfig(models=both, repeats=options.repeats, threads=options.threads)
             with Console().progress(name) as show:
-                found = bench_report.record(command, *benching.measure(command, show))
-            print(bench_report.report(found), "\n", flush=True)
+                found = tables.record(command, *benching.measure(command, show))
+            print(tables.report(found), "\n", flush=True)
             base, cut = found["rows"]
             pairs[name] = {
                 "ours": cut["decode_rounds"],

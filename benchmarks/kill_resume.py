@@ -23,8 +23,8 @@ from typing import Any
 
 from _sides import run
 
+from trimllm.checkpoints.models import DEMO
 from trimllm.console import table
-from trimllm.models import DEMO
 
 SETTINGS = (
     "--task demo_law --text demo_law --calibration-size 60 --max-train 60 --max-test 40 --lr 1e-3 --batch-size 1024 "

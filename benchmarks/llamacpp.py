@@ -33,12 +33,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import trimllm
 from trimllm import handover
+from trimllm.checkpoints.loading import quiet
+from trimllm.checkpoints.models import DEMO
 from trimllm.config import ExportConfig
 from trimllm.console import table
-from trimllm.demo import world
 from trimllm.handover.gguf_families import FAMILIES
-from trimllm.loading import quiet
-from trimllm.models import DEMO
+from trimllm.tasks import world
 
 sys.path.insert(0, str(ROOT / "tests"))
 import gguf_cases
@@ -79,7 +79,7 @@ def texts() -> list[str]:
     lines = [
         line for name in ("README.md", "Makefile", "pyproject.toml") for line in (ROOT / name).read_text().splitlines()
     ]
-    lines += (ROOT / "src/trimllm/surgery.py").read_text().split("\n\n")
+    lines += (ROOT / "src/trimllm/blocks/surgery.py").read_text().split("\n\n")
     lines += [text for domain in ("medicine", "law", "finance") for text in world.biographies(domain, 1)[:20]]
     rng = random.Random(0)
     atoms = [

@@ -30,9 +30,11 @@ from typing import Any
 import _stages as stages
 from _sides import finish, ratios, run
 
-from trimllm import scan, surgery, tasks
+from trimllm import tasks
+from trimllm.blocks import surgery
 from trimllm.console import table
-from trimllm.evaluate import Scorer
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import scan
 
 BATCH_ROWS = 8
 PAIRS = (("ours", "recipe"), ("ours", "full"), ("frozen", "recipe"), ("frozen", "full"), ("scan", "copies"))

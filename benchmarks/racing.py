@@ -20,9 +20,12 @@ import numpy as np
 import torch
 from _sides import finish, run
 
-from trimllm import evaluate, loading, racing, scan, tasks
-from trimllm.evaluate import Scorer
-from trimllm.models import DEMO
+from trimllm import tasks
+from trimllm.checkpoints import loading
+from trimllm.checkpoints.models import DEMO
+from trimllm.evaluation import evaluate
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import racing, scan
 
 
 def record(folder: Path, data: Any, keep: Path) -> Any:

@@ -23,13 +23,15 @@ import torch
 from _sides import RESULTS, alternate, finish, machine, ratios, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimllm import decoder, encoding, evaluate, scan
-from trimllm.evaluate import Scorer
-from trimllm.layout import remove, units, whole
-from trimllm.loading import load_tokenizer
-from trimllm.models import DEMO
+from trimllm.blocks import decoder
+from trimllm.blocks.layout import remove, units, whole
+from trimllm.blocks.trial import trial
+from trimllm.checkpoints.loading import load_tokenizer
+from trimllm.checkpoints.models import DEMO
+from trimllm.evaluation import encoding, evaluate
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import scan
 from trimllm.tasks.items import Item
-from trimllm.trial import trial
 
 KINDS = {"short": (12, 4, 4), "long": (100, 4, 12), "many": (60, 10, 4), "longer": (360, 4, 12), "twenty": (60, 20, 4)}
 """Tokens of the prompt, choices, tokens of a choice (each about)."""

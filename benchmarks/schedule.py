@@ -24,8 +24,8 @@ from _sides import finish, run
 from trimllm.config import DemoConfig
 from trimllm.console import Console, table
 from trimllm.demo.demo import settings
-from trimllm.demo.world import DOMAINS
-from trimllm.progressive import trim
+from trimllm.run.progressive import trim
+from trimllm.tasks.world import DOMAINS
 
 SIDES: dict[str, dict[str, Any]] = {
     "published": {"schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 4.0},

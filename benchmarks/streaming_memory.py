@@ -24,16 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from trimllm import shards
+from trimllm.checkpoints import shards
+from trimllm.checkpoints.shards import Planned
 from trimllm.console import table
-from trimllm.shards import Planned
 
 LAYERS, VOCABULARY, HEADS, KV_HEADS = 80, 32000, 16, 2
 DROPPED = list(range(20, 60))
 
 CHILD = """
 import json, resource, sys, time
-from trimllm.streaming import drop_on_disk
+from trimllm.checkpoints.streaming import drop_on_disk
 source, target, layers, shard = sys.argv[1:]
 start = time.perf_counter()
 result = drop_on_disk(source, json.loads(layers), target, max_shard_size=shard)

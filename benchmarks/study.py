@@ -30,13 +30,16 @@ from typing import Any
 
 from _sides import machine, run
 
-from trimllm import config, models, plain_settings, rundir
+from trimllm import config
+from trimllm.checkpoints import models
+from trimllm.config import plain_settings
 from trimllm.console import Console, table
 from trimllm.demo.demo import RECIPE
-from trimllm.journal import write_json
-from trimllm.progressive import trim
-from trimllm.rundir import RunDir
-from trimllm.targets import LATE_SHARE, wanted_depth
+from trimllm.run import rundir
+from trimllm.run.journal import write_json
+from trimllm.run.progressive import trim
+from trimllm.run.rundir import RunDir
+from trimllm.run.targets import LATE_SHARE, wanted_depth
 
 Settings = dict[str, Any]
 SPREAD = {"keep": None, "schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 0}

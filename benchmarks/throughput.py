@@ -32,7 +32,7 @@ from _sides import SHAPES, alternate, cut_shape, finish, ratios, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import trimllm
-from trimllm import bench_report, benching, shapes
+from trimllm.bench import benching, shapes, tables
 from trimllm.config import BenchConfig
 from trimllm.console import Console, table
 from trimllm.errors import InputError, TrimError, one_line
@@ -163,7 +163,7 @@ def measure(
     config = BenchConfig(models=tuple(f"config:{file}" for file in files), **command)
     manner = benching.Manner([WAYS[row.way].change for row in rows], once=True, limit=limit)
     with Console().progress("throughput") as show:
-        found = bench_report.record(config, *benching.measure(config, show, manner))
+        found = tables.record(config, *benching.measure(config, show, manner))
     made = []
     for row, known, seen in zip(rows, found["models"], found["rows"], strict=True):
         made.append(

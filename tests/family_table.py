@@ -20,10 +20,10 @@ import transformers
 from test_surgery_families import NAMES, logits, original, skip_blocks
 from tiny import absent, build
 
+from trimllm.blocks.layout import Unit, remove, whole
+from trimllm.blocks.surgery import apply_layout, drop_layers
+from trimllm.checkpoints.export import save_trimmed
 from trimllm.errors import InputError, TrimError
-from trimllm.export import save_trimmed
-from trimllm.layout import Unit, remove, whole
-from trimllm.surgery import apply_layout, drop_layers
 
 DROPS = {"first": (0,), "last": (5,), "middle": (2,), "scattered": (0, 3)}
 LIMIT = 1e-5

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
-from trimllm import bench, cli, fluency
+from trimllm import cli
+from trimllm.bench import timing
+from trimllm.checkpoints.loading import load_tokenizer
+from trimllm.checkpoints.models import DEMO
 from trimllm.console import Console
-from trimllm.demo import world
-from trimllm.loading import load_tokenizer
-from trimllm.models import DEMO
-from trimllm.progressive import trim
+from trimllm.evaluation import fluency
+from trimllm.run.progressive import trim
+from trimllm.tasks import world
 
 DEPTH = 5
 
@@ -116,7 +118,7 @@ def fast(monkeypatch: Any) -> None:
     def speeds(models: dict[str, Any], *, repeats: int = 5, **_: Any) -> dict[str, list[float]]:
         return {name: [1000.0 / model.config.num_hidden_layers] * repeats for name, model in models.items()}
 
-    monkeypatch.setattr(bench, "decode_speed", speeds)
+    monkeypatch.setattr(timing, "decode_speed", speeds)
     monkeypatch.setattr(fluency, "TOKENS", 8)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     gc.freeze()  # a stage ends with a full collection: spare it the imported modules

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from trimllm import decoder, surgery
-from trimllm.encoding import encode_pair
-from trimllm.layout import Unit, remove, whole
+from trimllm.blocks import decoder, surgery
+from trimllm.blocks.layout import Unit, remove, whole
+from trimllm.evaluation.encoding import encode_pair
 from trimllm.parallel import Share
 from trimllm.tasks.items import Item
 

@@ -14,14 +14,16 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import build
 
-from trimllm import adapters, cli, loading, models
+from trimllm import cli
+from trimllm.blocks import adapters
+from trimllm.blocks.layout import whole
+from trimllm.blocks.surgery import apply_layout, drop_layers
+from trimllm.blocks.trial import trial
+from trimllm.checkpoints import loading, models
+from trimllm.checkpoints.export import save_trimmed
+from trimllm.checkpoints.loading import load_model, load_tokenizer
 from trimllm.config import DropConfig, EvalConfig
 from trimllm.errors import InputError
-from trimllm.export import save_trimmed
-from trimllm.layout import whole
-from trimllm.loading import load_model, load_tokenizer
-from trimllm.surgery import apply_layout, drop_layers
-from trimllm.trial import trial
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(3))
 KINDS: dict[str, dict[str, Any]] = {

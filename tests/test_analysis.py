@@ -13,24 +13,15 @@ import reference
 import tiny
 import torch
 
-from trimllm import (
-    activations,
-    analysis,
-    analysis_report,
-    cli,
-    config,
-    decoder,
-    evaluate,
-    families,
-    probes,
-    ranks,
-    scan,
-    tracing,
-)
-from trimllm.encoding import Encoded
+from trimllm import cli, config
+from trimllm.analysis import lens, probes, ranks, summary, tracing
+from trimllm.blocks import decoder, families
+from trimllm.blocks.layout import Unit, units, whole
 from trimllm.errors import InputError
-from trimllm.evaluate import Scorer
-from trimllm.layout import Unit, units, whole
+from trimllm.evaluation import evaluate
+from trimllm.evaluation.encoding import Encoded
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import activations, scan
 from trimllm.tasks.items import Item
 
 DEPTH = 3
@@ -55,8 +46,8 @@ def llama():
 def prepared(model, tokenizer, items=ITEMS, budget=24):
     """(questions, batches, spans); several rows a batch, and several batches."""
     scorer = Scorer(model, tokenizer, items, token_budget=budget, branches=False)
-    asked = analysis.questions(scorer)
-    return asked, analysis.batches(model, scorer, asked), tracing.spans(asked)
+    asked = lens.questions(scorer)
+    return asked, lens.batches(model, scorer, asked), tracing.spans(asked)
 
 
 def ids_of(one: Encoded) -> torch.Tensor:
@@ -83,7 +74,7 @@ def keep_output(where, module, args, output):
 def test_lens_behind_the_last_block_is_what_the_model_itself_says(family, tokenizer):
     model = tiny.build(family, DEPTH)
     asked, made, _ = prepared(model, tokenizer)
-    found = analysis.logit_lens(model, made, units("block", whole(DEPTH)))
+    found = lens.logit_lens(model, made, units("block", whole(DEPTH)))
     for column, one in enumerate(asked):
         logits = model(input_ids=torch.tensor([one.prompt])).logits[0, -1]
         assert found["lens_probability"][-1, column] == pytest.approx(
@@ -98,7 +89,7 @@ def test_lens_behind_the_last_block_is_what_the_model_itself_says(family, tokeni
 @torch.no_grad()
 def test_lens_amid_the_model_is_norm_and_head_of_the_stream(llama, tokenizer):
     asked, made, _ = prepared(llama, tokenizer)
-    found = analysis.logit_lens(llama, made, halves_of(llama))
+    found = lens.logit_lens(llama, made, halves_of(llama))
     for column, one in enumerate(asked):
         stream: list[torch.Tensor] = []
         with ExitStack() as hooks:
@@ -128,7 +119,7 @@ WRITES = {"gemma2": "post_feedforward_layernorm"}
 def test_promotion_is_norm_and_head_of_what_the_mlp_module_gives(family, tokenizer):
     model = tiny.build(family, DEPTH)
     asked, made, _ = prepared(model, tokenizer)
-    found = analysis.promotion(model, made, units("block", whole(DEPTH)))["promotion"]
+    found = lens.promotion(model, made, units("block", whole(DEPTH)))["promotion"]
     for column, one in enumerate(asked):
         given: list[torch.Tensor] = []
         with ExitStack() as hooks:
@@ -145,8 +136,8 @@ def test_promotion_is_norm_and_head_of_what_the_mlp_module_gives(family, tokeniz
 @torch.no_grad()
 def test_promotion_of_attention_units_is_of_the_attention(llama, tokenizer):
     asked, made, _ = prepared(llama, tokenizer)
-    found = analysis.promotion(llama, made, halves_of(llama))["promotion"]
-    by_block = analysis.promotion(llama, made, units("block", whole(DEPTH)))["promotion"]
+    found = lens.promotion(llama, made, halves_of(llama))["promotion"]
+    by_block = lens.promotion(llama, made, units("block", whole(DEPTH)))["promotion"]
     assert found[1::2] == pytest.approx(by_block, rel=1e-4, abs=1e-5)
     given: list[torch.Tensor] = []
     handle = llama.model.layers[1].self_attn.register_forward_hook(partial(keep_output, given))
@@ -159,11 +150,11 @@ def test_promotion_of_attention_units_is_of_the_attention(llama, tokenizer):
 def test_states_are_read_in_chunks_as_they_are_at_once(llama, tokenizer, monkeypatch):
     _, made, _ = prepared(llama, tokenizer)
     every = halves_of(llama)
-    at_once = [analysis.logit_lens(llama, made, every), analysis.promotion(llama, made, every)]
-    monkeypatch.setattr(analysis, "CHUNK", 1)
-    monkeypatch.setattr(analysis, "LEAST_STATES", 5)
+    at_once = [lens.logit_lens(llama, made, every), lens.promotion(llama, made, every)]
+    monkeypatch.setattr(lens, "CHUNK", 1)
+    monkeypatch.setattr(lens, "LEAST_STATES", 5)
     for one, other in zip(
-        at_once, [analysis.logit_lens(llama, made, every), analysis.promotion(llama, made, every)], strict=True
+        at_once, [lens.logit_lens(llama, made, every), lens.promotion(llama, made, every)], strict=True
     ):
         for name, values in one.items():
             assert other[name] == pytest.approx(values, rel=1e-4, abs=1e-4)
@@ -311,14 +302,14 @@ def test_family_is_measured_or_refused(family, tokenizer):
     _, made, own = prepared(model, tokenizer, SINGLE[:2], 60)
     kind = "sublayer" if families.bypassable(decoder.text_config(model)) else "block"
     every = halves_of(model, kind)
-    lens = analysis.logit_lens(model, made, every)["lens_probability"][-1]
+    looked = lens.logit_lens(model, made, every)["lens_probability"][-1]
     expected = [row[0] for row in reference.logliks(model, tokenizer, SINGLE[:2])]
-    assert lens == pytest.approx(100 * np.exp(expected), rel=1e-2)
+    assert looked == pytest.approx(100 * np.exp(expected), rel=1e-2)
     if family in NO_PROMOTION:
         with pytest.raises(InputError, match=r"^promotion: .*(opt|bloom|gemma|nemotron|dbrx|mamba|olmo)"):
-            analysis.promotion(model, made, every)
+            lens.promotion(model, made, every)
     else:
-        assert np.isfinite(analysis.promotion(model, made, every)["promotion"]).all()
+        assert np.isfinite(lens.promotion(model, made, every)["promotion"]).all()
     if family in NO_TRACING:
         with pytest.raises(InputError, match="causal tracing: the blocks of gemma"):
             tracing.trace(model, made, own, every, samples=1)
@@ -332,7 +323,7 @@ def test_family_is_measured_or_refused(family, tokenizer):
 
 def everything_restored(model, batch, own, every):
     """Probability (percent) of the answers under noise when all units write at the last token what they do without."""
-    at, _ = analysis.last_tokens(batch)
+    at, _ = lens.last_tokens(batch)
     modules = [
         (unit.index, name)
         for unit in every
@@ -358,7 +349,7 @@ def test_a_tail_or_a_half_that_is_not_as_thought_is_refused(tokenizer, monkeypat
         "keeping_stream",
         lambda *a, **n: (kept(*a, **n)[0], {k: 2 + v for k, v in kept(*a, **n)[1].items()}),
     )
-    for measure, name in ((analysis.logit_lens, "logit lens"), (analysis.promotion, "promotion")):
+    for measure, name in ((lens.logit_lens, "logit lens"), (lens.promotion, "promotion")):
         with pytest.raises(InputError, match=f"{name}: the tail of llama does not give its logits"):
             measure(model, made, halves_of(model))
 
@@ -391,11 +382,11 @@ def test_p_is_the_share_of_orders_that_agree_as_much():
 
 def test_a_scan_agrees_with_itself_as_far_as_its_halves_order_the_units_alike():
     same = np.repeat([[0.0], [1], [0.5]], 8, axis=1)
-    assert analysis_report.halves(same, 0) == pytest.approx(1)
+    assert summary.halves(same, 0) == pytest.approx(1)
     noise = np.random.default_rng(0).integers(0, 2, (30, 100)).astype(float)
-    assert abs(analysis_report.halves(noise, 0)) < 0.2
+    assert abs(summary.halves(noise, 0)) < 0.2
     for nothing in (np.ones((4, 10)), np.ones((4, 0)), np.ones((4, 1))):
-        assert np.isnan(analysis_report.halves(nothing, 0))
+        assert np.isnan(summary.halves(nothing, 0))
 
 
 # ---- the command
@@ -419,7 +410,7 @@ def test_scan_with_analysis_writes_measures_and_their_rank_correlations(base, tm
     made = json.loads((output / "analysis.json").read_text())
     scanned = json.loads((output / "scan.json").read_text())
     assert (output / "analysis.png").read_bytes().startswith(b"\x89PNG")
-    names = list(analysis_report.MEASURES)
+    names = list(summary.MEASURES)
     assert [row["measure"] for row in made["correlations"]] == list(made["measures"]) == names
     assert (made["questions"], made["traced"], made["notes"]) == (12, 2, [])
     assert [row["unit"] for row in made["units"]] == [row["unit"] for row in scanned["units"]]
@@ -447,14 +438,14 @@ def measured(model, tokenizer, unit):
     scorer = Scorer(model, tokenizer, ITEMS, branches=False)
     command = config.ScanConfig(model="m", task="t", output="o", unit=unit, analysis=True)
     result = scan.scan(model, scorer, "acc", unit)
-    return result, analysis_report.measure(command, model, scorer, analysis.questions(scorer), result)
+    return result, summary.measure(command, model, scorer, lens.questions(scorer), result)
 
 
 def test_sublayers_are_measured_one_by_one_with_the_spread_over_questions(llama, tokenizer):
     result, found = measured(llama, tokenizer, "sublayer")
-    assert list(found["measures"]) == [name for name in analysis_report.MEASURES if name != "tracing_state"]
+    assert list(found["measures"]) == [name for name in summary.MEASURES if name != "tracing_state"]
     rows = [{"unit": str(unit), "value": 50.0, "loss": float(n)} for n, unit in enumerate(result.candidates)]
-    made = analysis_report.record(found, {"model": "m", "task": "t", "metric": "acc", "intact": {}, "units": rows}, 0)
+    made = summary.record(found, {"model": "m", "task": "t", "metric": "acc", "intact": {}, "units": rows}, 0)
     for name, values in found["measures"].items():
         assert [row[name] for row in made["units"]] == pytest.approx(values.mean(axis=1) if values.ndim > 1 else values)
     spread = found["measures"]["promotion"][2].std(ddof=1) / np.sqrt(len(ITEMS))
@@ -462,18 +453,18 @@ def test_sublayers_are_measured_one_by_one_with_the_spread_over_questions(llama,
     by_name = {row["measure"]: row for row in made["correlations"]}
     assert by_name["depth"]["loss"]["rho"] == pytest.approx(1)
     assert np.isnan(by_name["depth"]["value"]["rho"])
-    assert "mlp 2" in analysis_report.report(made)
+    assert "mlp 2" in summary.report(made)
 
 
 def test_only_answered_questions_are_traced(base, tokenizer, llama):
     scorer = Scorer(llama, tokenizer, ITEMS, branches=False)
-    asked, result = analysis.questions(scorer), scorer.evaluate(llama, "acc")
+    asked, result = lens.questions(scorer), scorer.evaluate(llama, "acc")
     right = [number for number, hit in enumerate(result.correct) if hit]
-    assert [one.item for one in analysis.answered(llama, scorer, asked, result, 9)] == right
+    assert [one.item for one in lens.answered(llama, scorer, asked, result, 9)] == right
     assert len(right) < len(ITEMS)
     greedy = [Item("rows:1", "the cat", (" qz",)), Item("rows:2", "the cat", (best(llama, tokenizer, "the cat"),))]
     scorer = Scorer(llama, tokenizer, greedy)
-    known = analysis.answered(llama, scorer, analysis.questions(scorer), scorer.evaluate(llama, "likelihood"), 9)
+    known = lens.answered(llama, scorer, lens.questions(scorer), scorer.evaluate(llama, "likelihood"), 9)
     assert [one.item for one in known] == [1]
 
 

@@ -15,14 +15,17 @@ import torch
 from accelerate import Accelerator
 from transformers import AttentionInterface
 
-from trimllm import backends, benching, cli, models, packing, shapes, train, training_rows
-from trimllm import losses as losses_of
+from trimllm import cli
+from trimllm.bench import benching, shapes
+from trimllm.blocks.layout import whole, without
+from trimllm.blocks.legality import refusal
+from trimllm.checkpoints import backends, models
+from trimllm.checkpoints.loading import load_model
 from trimllm.config import BenchConfig, EvalConfig, TrainSettings
 from trimllm.errors import InputError
-from trimllm.layout import whole, without
-from trimllm.legality import refusal
-from trimllm.loading import load_model
-from trimllm.packing import Example
+from trimllm.training import losses as losses_of
+from trimllm.training import packing, train, training_rows
+from trimllm.training.packing import Example
 
 CPU = torch.device("cpu")
 SMALL = {"depth": 2, "calibration_size": 4, "max_train": 8, "max_test": 4}
@@ -136,7 +139,7 @@ def test_it_reaches_every_model_of_a_run(
         used.update(model.config._attn_implementation for model in models.values())
         return {each: [1.0] for each in models}
 
-    monkeypatch.setattr("trimllm.bench.decode_speed", speeds)
+    monkeypatch.setattr("trimllm.bench.timing.decode_speed", speeds)
     model, _ = h.run(base, task, tmp_path / "run", attention=name, **SMALL)
     assert used == {expected}
     assert model.config._attn_implementation == expected

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 
 from trimllm import cli, drop_layers, load_model, save_trimmed
+from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.errors import InputError
-from trimllm.streaming import drop_on_disk
 
 WAYS = pytest.mark.parametrize("way", [[], ["--streaming"]], ids=["in memory", "streaming"])
 INDEX = "model.safetensors.index.json"
@@ -249,7 +249,11 @@ def test_output_that_cannot_be_used_is_refused_before_the_model_is_loaded(
     def load(*_: Any, **__: Any) -> None:
         pytest.fail("a model was loaded")
 
-    for name in ("trimllm.models.load", "trimllm.progressive.load", "trimllm.streaming.shards.read"):
+    for name in (
+        "trimllm.checkpoints.models.load",
+        "trimllm.run.progressive.load",
+        "trimllm.checkpoints.streaming.shards.read",
+    ):
         monkeypatch.setattr(name, load)
     before = hashes(places)
     name, *more = command.split()

@@ -13,12 +13,13 @@ from test_weights import naive_gradients
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from trimllm import decoder, packing
 from trimllm.baselines import METHODS, Cell, layer_drop, llm_pruner, streamline, width
 from trimllm.baselines.job import Job
+from trimllm.blocks import decoder
 from trimllm.config import CompareConfig
 from trimllm.errors import InputError
-from trimllm.evaluate import Scorer
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.training import packing
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ import torch
 from tiny import SHAPE, build
 from torch.testing._internal.two_tensor import TwoTensor
 
-from trimllm import bench, bench_report, benching, cli, config, reads, shapes
+from trimllm import cli, config
+from trimllm.bench import benching, reads, shapes, tables, timing
 from trimllm.errors import InputError, TrimError
 
 
@@ -35,7 +36,7 @@ def shape(folder, **changes):
 def test_an_untied_embedding_is_read_by_the_row_and_everything_else_whole(batch):
     model = build("llama")
     table = model.get_input_embeddings().weight
-    rows = bench.random_ids(model, batch, 20)[:, -1].unique().numel()
+    rows = timing.random_ids(model, batch, 20)[:, -1].unique().numel()
     found = reads.footprint(model, batch=batch, sequence=20)
     inverse_frequencies = 4 * model.config.head_dim // 2
     buffers = sum(4 * b.numel() for b in model.buffers())
@@ -140,7 +141,7 @@ SIZES = {"batch": 2, "prompt": 9, "new": 5}
 
 def test_static_cache_decodes_the_same_again_and_again():
     model = build("llama")
-    static, plain = bench.runner(model, cache="static", **SIZES), bench.runner(model, **SIZES)
+    static, plain = timing.runner(model, cache="static", **SIZES), timing.runner(model, **SIZES)
     assert static.static is not None
     assert plain.static is None
     for _ in range(2):
@@ -152,7 +153,7 @@ def test_static_cache_decodes_the_same_again_and_again():
 
 def test_compiled_steps_are_compiled_and_give_the_same_logits(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    made = bench.runner(build("llama", depth=1), cache="static", compiled=True, **SIZES)
+    made = timing.runner(build("llama", depth=1), cache="static", compiled=True, **SIZES)
     assert isinstance(made.step, torch._dynamo.eval_frame.OptimizedModule)
     assert len(made.run().steps) == 5
 
@@ -175,23 +176,23 @@ def test_what_a_model_cannot_do_is_a_line_and_not_ignored(monkeypatch, family, o
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(InputError, match=message):
-        bench.runner(build(family), **options, **SIZES)
+        timing.runner(build(family), **options, **SIZES)
 
 
 def test_a_way_of_decoding_with_other_logits_is_refused(monkeypatch):
     other = build("llama", seed=1)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: other)
     with pytest.raises(InputError, match=r"--compile: the model's logits differ by [\d.]+ from the plain ones"):
-        bench.runner(build("llama"), cache="static", compiled=True, **SIZES)
+        timing.runner(build("llama"), cache="static", compiled=True, **SIZES)
 
 
 def test_every_token_has_its_time():
-    done = bench.runner(build("llama"), **SIZES).run()
+    done = timing.runner(build("llama"), **SIZES).run()
     assert len(done.steps) == 5
     assert min(done.first, *done.steps) > 0
     assert done.decode == pytest.approx(2 * 5 / sum(done.steps))
     assert done.prefill == pytest.approx(2 * 9 / done.first)
-    assert len(bench.Runner(build("llama"), **SIZES).run(limit=0).steps) == 1
+    assert len(timing.Runner(build("llama"), **SIZES).run(limit=0).steps) == 1
 
 
 def test_models_are_measured_in_turn_and_the_warm_up_is_left_out(monkeypatch):
@@ -202,18 +203,18 @@ def test_models_are_measured_in_turn_and_the_warm_up_is_left_out(monkeypatch):
         order.append(model.config.model_type)
         return float(len(order))
 
-    monkeypatch.setattr(bench, "decode_once", once)
-    speeds = bench.decode_speed(models, repeats=2, new=3)
+    monkeypatch.setattr(timing, "decode_once", once)
+    speeds = timing.decode_speed(models, repeats=2, new=3)
     assert order == ["llama", "gpt2"] * 3
     assert speeds == {"a": [3, 5], "b": [4, 6]}
-    assert bench.ratio(speeds, "b", "a") == (pytest.approx((4 / 3 + 6 / 5) / 2), 6 / 5, 4 / 3)
+    assert timing.ratio(speeds, "b", "a") == (pytest.approx((4 / 3 + 6 / 5) / 2), 6 / 5, 4 / 3)
 
 
 # ---- the report
 
 
 def made_up(steps, first=0.5, weights=900):
-    one = bench.Pass(2, 10, first, tuple(steps))
+    one = timing.Pass(2, 10, first, tuple(steps))
     seen = reads.Footprint(weights, 100, 64, 8)
     return {"passes": [one, replace(one, steps=tuple(2 * s for s in steps))], "peak_bytes": 5 * 10**8, "reads": seen}
 
@@ -224,7 +225,7 @@ def test_ratios_are_round_by_round_and_the_ideal_is_that_of_the_bytes():
     known = [one | {"disk_bytes": None, "loaded_bytes": 10**6} for one in known]
     fast = made_up([0.1, 0.1], weights=400)
     fast["passes"][1] = replace(fast["passes"][1], steps=(0.1, 0.1))
-    found = bench_report.record(command, known, {2: [made_up([0.2, 0.2]), fast]})
+    found = tables.record(command, known, {2: [made_up([0.2, 0.2]), fast]})
     first, other = found["rows"]
     assert first["ratio"] == {"median": 1, "min": 1, "max": 1, "ideal": 1}
     assert other["ratio"] == {"median": pytest.approx(3), "min": pytest.approx(2), "max": pytest.approx(4), "ideal": 2}
@@ -232,7 +233,7 @@ def test_ratios_are_round_by_round_and_the_ideal_is_that_of_the_bytes():
     assert first["prefill_tokens_per_second"] == pytest.approx(2 * 10 / 0.5)
     assert first["token_ms"] == {"p50": pytest.approx(200), "p90": pytest.approx(400), "p99": pytest.approx(400)}
     assert other["read_bytes_per_second"] == pytest.approx(500 * 20 / 2), "a step reads for the whole batch"
-    text = bench_report.report(found)
+    text = tables.report(found)
     assert "3.00x (2.00-4.00)  2.00x" in text
     assert "200 / 400 / 400" in text
 

@@ -13,8 +13,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from trimllm import cli, commands, config, journal, legality, models, plain_settings, rundir, scan
+from trimllm import cli, commands, config
+from trimllm.blocks import legality
+from trimllm.checkpoints import models
+from trimllm.config import plain_settings
 from trimllm.errors import InputError, TrimError
+from trimllm.importance import scan
+from trimllm.run import journal, rundir
 
 
 @pytest.fixture(autouse=True)

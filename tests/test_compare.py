@@ -20,11 +20,13 @@ from typing import Any
 import pytest
 from helpers_run import fast, save_base, save_task, with_own_code
 
-from trimllm import cli, compare, inputs, models, plain_settings, room
+from trimllm import cli, compare
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job
-from trimllm.config import CompareConfig, EvalConfig
+from trimllm.checkpoints import models, room
+from trimllm.config import CompareConfig, EvalConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
+from trimllm.evaluation import inputs
 
 DEPTH = 4
 KEEPS = (0.75, 0.5)

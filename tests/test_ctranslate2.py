@@ -22,7 +22,7 @@ from ctranslate2.converters import transformers as converters
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import trimllm
-from trimllm.layout import Unit, remove, whole
+from trimllm.blocks.layout import Unit, remove, whole
 
 DEPTH, NEW = 6, 8
 IDS = torch.randint(3, tiny.VOCAB, (3, 12), generator=torch.Generator().manual_seed(3))

@@ -1,28 +1,32 @@
-"""The rooms of docs/design.md: all modules stand in its table, and each imports only what stands before it."""
+"""The rooms of docs/design.md: all modules stand in its tables, and each imports only what stands before it."""
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import resolve_name
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "trimllm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def table() -> list[str]:
-    """Rooms in the order of reading: `name.py`, `folder/`, or `folder/name.py`."""
+def tables() -> dict[str, list[str]]:
+    """Names in the order of reading, by table: `room` is that of all rooms, the others are of one folder's files."""
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    cells = re.findall(r"^\| (`.+?) \|", text, re.MULTILINE)
-    return [room for cell in cells for room in re.findall(r"`(.+?)`", cell)]
+    found = {}
+    for head, rows in re.findall(r"^\| (.+?) \|.*\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE):
+        cells = re.findall(r"^\| (.+?) \|", rows, re.MULTILINE)
+        found[head.strip("`")] = [name for cell in cells for name in re.findall(r"`(.+?)`", cell)]
+    return found
 
 
-def room_of(file: Path, rooms: list[str]) -> str:
-    """The file's own room, or else that of its folder."""
-    inside = file.relative_to(PACKAGE)
-    own = inside.as_posix()
-    return own if own in rooms or len(inside.parts) == 1 else f"{inside.parts[0]}/"
+def room_of(file: Path) -> str:
+    """The folder of the package that a file lies in, or the file itself."""
+    first, *more = file.relative_to(PACKAGE).parts
+    return f"{first}/" if more else first
 
 
 def file_of(module: str) -> Path | None:
@@ -50,38 +54,67 @@ def imports(code: str, package: str) -> Iterator[tuple[int, Path]]:
         yield from ((node.lineno, file) for file in map(file_of, names) if file)
 
 
+def imported(file: Path) -> list[tuple[int, Path]]:
+    """(line, file) of what a file of the package imports from it."""
+    package = ".".join([PACKAGE.name, *file.parent.relative_to(PACKAGE).parts])
+    return sorted(set(imports(file.read_text(encoding="utf-8"), package)))
+
+
+def backwards(files: list[Path], order: list[str], name: Callable[[Path], str]) -> list[str]:
+    """Imports of what stands below the importing file in `order`, by the `name` that files have there."""
+    place = {each: number for number, each in enumerate(order)}
+    wrong = []
+    for file in files:
+        for line, other in imported(file):
+            if name(other) in place and place[name(other)] > place[name(file)]:
+                wrong.append(
+                    f"{file.relative_to(PACKAGE)}:{line} imports {name(other)}, which stands below {name(file)}"
+                )
+    return wrong
+
+
 def test_imports_are_found_in_every_form():
     code = """
-import trimllm.scan as s, torch
-from trimllm.demo import world
+import trimllm.importance.scan as s, torch
+from trimllm.tasks import world
 from trimllm.errors import InputError
 def late():
-    from .. import layout
+    from ..blocks import layout
     from trimllm import InputError
     from . import items
 """
     found = [(line, file.relative_to(PACKAGE).as_posix()) for line, file in imports(code, "trimllm.tasks")]
     assert sorted(found) == [
-        *[(2, "scan.py"), (3, "demo/world.py"), (4, "errors.py")],
-        *[(6, "layout.py"), (7, "__init__.py"), (8, "tasks/items.py")],
+        *[(2, "importance/scan.py"), (3, "tasks/world.py"), (4, "errors.py")],
+        *[(6, "blocks/layout.py"), (7, "__init__.py"), (8, "tasks/items.py")],
     ]
 
 
 def test_every_module_has_one_room_and_every_room_a_module():
-    rooms = table()
+    rooms = tables()["room"]
     assert len(rooms) == len(set(rooms))
-    assert {room_of(file, rooms) for file in FILES} == set(rooms)
+    assert {room_of(file) for file in FILES} == set(rooms)
 
 
 def test_a_room_imports_only_rooms_before_it():
-    rooms = table()
-    place = {room: number for number, room in enumerate(rooms)}
-    wrong = []
-    for file in FILES:
-        room = room_of(file, rooms)
-        package = ".".join([PACKAGE.name, *file.parent.relative_to(PACKAGE).parts])
-        for line, other in sorted(set(imports(file.read_text(encoding="utf-8"), package))):
-            target = room_of(other, rooms)
-            if {room, target} <= place.keys() and place[target] > place[room]:
-                wrong.append(f"{file.relative_to(PACKAGE)}:{line} imports {target}, which stands below {room}")
+    wrong = backwards(FILES, tables()["room"], room_of)
+    assert not wrong, "\n".join(wrong)
+
+
+FOLDERS = [name for name in tables() if name != "room"]
+
+
+def test_the_rooms_stand_in_one_order():
+    rooms = tables()["room"]
+    assert [name for name in rooms if name in FOLDERS] == FOLDERS
+    assert len(FOLDERS) >= 8
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_file_imports_only_files_before_it_in_its_room(folder):
+    order = tables()[folder]
+    files = [file for file in FILES if room_of(file) == folder and file.name != "__init__.py"]
+    assert sorted(order) == sorted(file.name for file in files)
+    inside = {file: file.name for file in files}
+    wrong = backwards(files, order, lambda file: inside.get(file, ""))
     assert not wrong, "\n".join(wrong)

@@ -13,11 +13,14 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from trimllm import cli, distill, losses, packing, progressive, room, sparse, train
+from trimllm import cli
+from trimllm.blocks.layout import whole
+from trimllm.checkpoints import room
 from trimllm.config import TrainSettings
-from trimllm.distill import Teacher
-from trimllm.layout import whole
-from trimllm.packing import ALONE, Example, find_way, pack
+from trimllm.run import progressive
+from trimllm.training import distill, losses, packing, sparse, train
+from trimllm.training.distill import Teacher
+from trimllm.training.packing import ALONE, Example, find_way, pack
 
 ROWS = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + 2 * (n % 5))), 1 + n % 2) for n in range(8)]
 SETTINGS = TrainSettings(lr=1e-2, batch_size=40)

@@ -24,7 +24,8 @@ for words in json.loads(sys.argv[1]):
 
 FAILING = """
 import sys
-from trimllm import cli, train
+from trimllm import cli
+from trimllm.training import train
 from trimllm.errors import TrimError
 
 def fail(*_, **__):

@@ -10,10 +10,10 @@ import torch
 from conftest import make_tokenizer
 from tiny import build
 
-from trimllm.encoding import Batches, Encoded, attention_window, context_length, encode, encode_pair, rows
 from trimllm.errors import InputError
+from trimllm.evaluation.encoding import Batches, Encoded, attention_window, context_length, encode, encode_pair, rows
 from trimllm.tasks.items import Item
-from trimllm.training_rows import task_examples
+from trimllm.training.training_rows import task_examples
 
 
 def ids(tokenizer, text):

@@ -12,11 +12,11 @@ import reference
 import tiny
 import torch
 
-from trimllm import encoding, evaluate
-from trimllm.encoding import encode_pair
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluate import Scorer, Scores, judge, score_items
-from trimllm.generation import generate
+from trimllm.evaluation import encoding, evaluate
+from trimllm.evaluation.encoding import encode_pair
+from trimllm.evaluation.evaluate import Scorer, Scores, judge, score_items
+from trimllm.evaluation.generation import generate
 from trimllm.tasks.items import Item
 
 WIDE = {"sliding_window": 48}

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import build
 
-from trimllm import verification
+from trimllm.blocks.layout import Block
+from trimllm.blocks.surgery import drop_layers
+from trimllm.checkpoints import verification
+from trimllm.checkpoints.export import save_trimmed
+from trimllm.checkpoints.loading import fingerprint, load_model, load_tokenizer
+from trimllm.checkpoints.models import path_of
+from trimllm.checkpoints.verification import verify
 from trimllm.errors import InputError, TrimError
-from trimllm.export import save_trimmed
-from trimllm.layout import Block
-from trimllm.loading import fingerprint, load_model, load_tokenizer
-from trimllm.models import path_of
-from trimllm.surgery import drop_layers
-from trimllm.verification import verify
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(3))
 

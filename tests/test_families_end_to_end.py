@@ -6,9 +6,9 @@ import torch
 from tiny import CONFIGS, randomize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trimllm import bench
-from trimllm.loading import load_tokenizer
-from trimllm.models import DEMO
+from trimllm.bench import timing
+from trimllm.checkpoints.loading import load_tokenizer
+from trimllm.checkpoints.models import DEMO
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt", "gpt_neox", "mixtral")
 IDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
@@ -65,4 +65,4 @@ def assert_stock(folder, returned, depth, dtype):
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "recurrent_gemma"])
 def test_decode_speed_is_measured_whatever_the_model_calls_its_cache(family, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint(family, tmp_path / "base"))
-    assert bench.decode_once(model, new=3) > 0
+    assert timing.decode_once(model, new=3) > 0

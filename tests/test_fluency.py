@@ -3,7 +3,8 @@
 import helpers_run as h
 import pytest
 
-from trimllm import fluency, generation, progressive
+from trimllm.evaluation import fluency, generation
+from trimllm.run import progressive
 from trimllm.tasks.items import Item
 
 GOOD = {"repetition": 5.0, "silence": 0.0}
@@ -68,7 +69,7 @@ def test_a_run_records_it_for_base_and_result_and_says_when_it_collapsed(tmp_pat
 
 
 def test_it_generates_with_the_real_thing(tmp_path):
-    from trimllm import loading
+    from trimllm.checkpoints import loading
 
     folder = h.save_base(tmp_path)
     model, tokenizer = loading.load_model(folder), loading.load_tokenizer(folder)

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from trimllm import folders
+from trimllm.checkpoints import folders
+from trimllm.checkpoints.folders import appearing, check_target, check_writable, disk_errors
 from trimllm.errors import InputError, TrimError
-from trimllm.folders import appearing, check_target, check_writable, disk_errors
 
 
 def fill(target: Path, text: str, error: BaseException | None = None, **options: Any) -> None:

@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import trimllm
 from trimllm import commands, handover
+from trimllm.blocks.layout import Unit, remove, whole
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.handover import gguf_families, gguf_tensors, gguf_tokenizer
-from trimllm.layout import Unit, remove, whole
 
 IDS = torch.tensor([[1, *range(20, 60)]])
 READ = (

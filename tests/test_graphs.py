@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.exporters import ExportedModel, OnnxExporter
 
 import trimllm
-from trimllm import commands, models
+from trimllm import commands
+from trimllm.blocks.layout import Unit, remove, whole
+from trimllm.checkpoints import models
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.handover import graphs
-from trimllm.layout import Unit, remove, whole
 
 NEW = 8
 TOLERANCE = 1e-4

@@ -16,8 +16,9 @@ from huggingface_hub import HfApi, constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
 import trimllm
-from trimllm import cli, hub
+from trimllm import cli
 from trimllm.errors import InputError, TrimError
+from trimllm.handover import hub
 
 OURS = {
     *("README.md", "config.json", "generation_config.json", "model.safetensors", "plan.json"),

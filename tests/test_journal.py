@@ -7,10 +7,10 @@ import os
 import pytest
 import yaml
 
-from trimllm import journal, rundir
+from trimllm.blocks.layout import Block, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.layout import Block, whole_layers
+from trimllm.run import journal, rundir
 
 
 def test_events_come_back_in_order_with_their_values(tmp_path):

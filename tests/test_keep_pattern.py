@@ -10,11 +10,12 @@ import torch
 from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig
 
 import trimllm
-from trimllm import families, weights
+from trimllm.blocks import families
+from trimllm.blocks.layout import Unit, describe, remove, units, whole
+from trimllm.blocks.trial import trial
 from trimllm.errors import InputError
-from trimllm.layout import Unit, describe, remove, units, whole
-from trimllm.select import touches
-from trimllm.trial import trial
+from trimllm.importance import weights
+from trimllm.importance.select import touches
 
 IDS = torch.arange(3, 15)[None]
 ALTERNATE = ["sliding_attention", "full_attention"] * 3

@@ -21,7 +21,7 @@ from test_tasks_builtin import ROWS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trimllm import evaluate
+from trimllm.evaluation import evaluate
 from trimllm.tasks.catalog import find_builtin
 from trimllm.tasks.render import Renderer
 from trimllm.tasks.rows import Row

@@ -7,11 +7,12 @@ import pytest
 import tiny
 import torch
 
-from trimllm import memory, scan
+from trimllm import memory
 from trimllm.config import EvalConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluate import Scorer
-from trimllm.inputs import scorer as scorer_of
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.evaluation.inputs import scorer as scorer_of
+from trimllm.importance import scan
 
 
 class Small:

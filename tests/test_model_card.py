@@ -11,9 +11,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
-from trimllm import cli, model_card, models
+from trimllm import cli
+from trimllm.blocks.layout import whole
+from trimllm.checkpoints import models
 from trimllm.config import TrimConfig
-from trimllm.layout import whole
+from trimllm.run import model_card
 from trimllm.tasks import TaskData
 
 SUMMARY = {"value": 81.25, "stderr": 1.5, "n": 500, "metric": "acc"}

@@ -13,12 +13,16 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from trimllm import cli, loading, optimizer_state, progressive, sparse, surgery, train
+from trimllm import cli
+from trimllm.blocks import surgery
+from trimllm.blocks.layout import Block, whole
+from trimllm.checkpoints import loading
 from trimllm.config import TrainSettings
 from trimllm.errors import InputError
-from trimllm.layout import Block, whole
-from trimllm.packing import Example
-from trimllm.rundir import RunDir
+from trimllm.run import progressive
+from trimllm.run.rundir import RunDir
+from trimllm.training import optimizer_state, sparse, train
+from trimllm.training.packing import Example
 
 ROWS = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + 2 * (n % 5))), 1 + n % 2) for n in range(8)]
 PLANS = [[ROWS[:4], ROWS[4:], ROWS[2:6]], [ROWS[1:5], ROWS[:2], ROWS, ROWS[3:]]]

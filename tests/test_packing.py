@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from trimllm import losses, packing
-from trimllm.packing import ALONE, Example, Way, arrange, deal, find_way, pack
+from trimllm.training import losses, packing
+from trimllm.training.packing import ALONE, Example, Way, arrange, deal, find_way, pack
 
 RNG = random.Random(0)
 ROWS = [

@@ -9,12 +9,13 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from trimllm import decoder, prefix, sparse, train, training_rows
+from trimllm.blocks import decoder
+from trimllm.blocks.layout import whole
 from trimllm.config import TrainSettings, TrimConfig
+from trimllm.config.plain_settings import make
 from trimllm.errors import InputError
-from trimllm.layout import whole
-from trimllm.packing import Example
-from trimllm.plain_settings import make
+from trimllm.training import prefix, sparse, train, training_rows
+from trimllm.training.packing import Example
 
 TASK = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + n % 9)), 1 + n % 2) for n in range(12)]
 

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from trimllm import cli, export
+from trimllm import cli
 from trimllm.baselines import cell
+from trimllm.blocks.surgery import drop_layers
+from trimllm.checkpoints import export
+from trimllm.checkpoints.loading import load_model
 from trimllm.config import ExportConfig
+from trimllm.config.plain_settings import make
 from trimllm.errors import InputError, TrimError
 from trimllm.handover import quantized
-from trimllm.loading import load_model
-from trimllm.plain_settings import make
-from trimllm.surgery import drop_layers
 
 IDS = torch.randint(3, 512, (2, 20), generator=torch.Generator().manual_seed(3))
 

@@ -10,14 +10,16 @@ import pytest
 from helpers_run import DEPTH
 
 import trimllm
-from trimllm import cli, commands, evaluate, racing, scan, tasks
+from trimllm import cli, commands, tasks
+from trimllm.blocks.layout import units, whole
+from trimllm.checkpoints.models import DEMO
 from trimllm.errors import InputError
-from trimllm.evaluate import Scorer
-from trimllm.layout import units, whole
-from trimllm.models import DEMO
-from trimllm.racing import Rule
-from trimllm.scores import Evidence
-from trimllm.select import choose
+from trimllm.evaluation import evaluate
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import racing, scan
+from trimllm.importance.racing import Rule
+from trimllm.importance.scores import Evidence
+from trimllm.importance.select import choose
 
 EVERY = np.ones(6, dtype=bool)
 

@@ -11,8 +11,12 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from trimllm import card, cli, deciding, journal, progressive, recording, scan, train, verification
+from trimllm import cli
+from trimllm.checkpoints import verification
 from trimllm.errors import InputError, TrimError
+from trimllm.importance import scan
+from trimllm.run import card, deciding, journal, progressive, recording
+from trimllm.training import train
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,11 @@ import psutil
 import pytest
 import torch
 
-from trimllm import benching, cli, room
+from trimllm import cli
+from trimllm.bench import benching
+from trimllm.checkpoints import room
+from trimllm.checkpoints.loading import load_model
 from trimllm.config import BenchConfig
-from trimllm.loading import load_model
 
 CPU = torch.device("cpu")
 
@@ -149,9 +151,9 @@ def test_weights_larger_than_memory_are_refused(
 def test_a_run_whose_full_fine_tuning_cannot_fit_is_told_before_it_loads(
     share: float, changes: dict[str, Any], noted: bool, base: Path, task: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from trimllm import progressive
     from trimllm.config import TrimConfig
     from trimllm.console import Console
+    from trimllm.run import progressive
 
     needed = weights(base, torch.float32)
     monkeypatch.setattr(room, "free", lambda _: int(share * needed))

@@ -13,12 +13,14 @@ import reference
 import tiny
 import torch
 
-from trimllm import decoder, evaluate, families, scan
-from trimllm.encoding import rows
+from trimllm.blocks import decoder, families
+from trimllm.blocks.layout import Unit, units, whole
 from trimllm.errors import InputError
-from trimllm.evaluate import Scorer
-from trimllm.layout import Unit, units, whole
-from trimllm.scan import Part, positions, table
+from trimllm.evaluation import evaluate
+from trimllm.evaluation.encoding import rows
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import scan
+from trimllm.importance.scan import Part, positions, table
 
 DEPTH = 4
 CASES = [

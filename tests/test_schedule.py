@@ -9,17 +9,20 @@ import helpers_run as h
 import pytest
 from transformers import AutoModelForCausalLM
 
-from trimllm import card, deciding, joint, journal, progressive, recovery, rundir, surgery, train
+from trimllm.blocks import surgery
+from trimllm.blocks.layout import Unit, halves, remove, remove_all, units, whole
+from trimllm.checkpoints.loading import load_tokenizer
+from trimllm.checkpoints.models import DEMO
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
-from trimllm.evaluate import Evaluation, Scorer
-from trimllm.inputs import scorer, task_data
-from trimllm.joint import Joint
-from trimllm.layout import Unit, halves, remove, remove_all, units, whole
-from trimllm.loading import load_tokenizer
-from trimllm.models import DEMO
-from trimllm.recovery import Recovery
-from trimllm.targets import least_depth, stage_epochs
+from trimllm.evaluation.evaluate import Evaluation, Scorer
+from trimllm.evaluation.inputs import scorer, task_data
+from trimllm.importance import joint
+from trimllm.importance.joint import Joint
+from trimllm.run import card, deciding, journal, progressive, recovery, rundir
+from trimllm.run.recovery import Recovery
+from trimllm.run.targets import least_depth, stage_epochs
+from trimllm.training import train
 
 EASY = {"schedule": "recover", "joint_tolerance": 100.0, "tie_tolerance": 100.0}
 """Anything may go together."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trimllm import scores
 from trimllm.config import STRATEGIES
 from trimllm.errors import InputError
-from trimllm.scores import SCORES, Evidence, importance, needs, parts, s_norm, s_scan
+from trimllm.importance import scores
+from trimllm.importance.scores import SCORES, Evidence, importance, needs, parts, s_norm, s_scan
 
 PLACES = np.arange(8.0)
 

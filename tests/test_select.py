@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trimllm.blocks.layout import Block, Unit, units, whole
 from trimllm.errors import InputError
-from trimllm.layout import Block, Unit, units, whole
-from trimllm.scores import Evidence
-from trimllm.select import choose, droppable, most_important, protected, tolerance_points, touches
+from trimllm.importance.scores import Evidence
+from trimllm.importance.select import choose, droppable, most_important, protected, tolerance_points, touches
 
 BLOCKS = units("block", whole(5))
 

@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from trimllm import decoder, surgery
-from trimllm.layout import Block, whole
-from trimllm.sparse import choose, count, freeze
+from trimllm.blocks import decoder, surgery
+from trimllm.blocks.layout import Block, whole
+from trimllm.training.sparse import choose, count, freeze
 
 ATTENTION = ("input_layernorm", "self_attn")
 

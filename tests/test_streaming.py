@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save, save_file
 from tiny import CONFIGS, TOWERS, build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trimllm import shards, streaming
+from trimllm.blocks.layout import whole, without
+from trimllm.blocks.surgery import drop_layers
+from trimllm.checkpoints import shards, streaming
+from trimllm.checkpoints.export import save_trimmed
+from trimllm.checkpoints.renumbering import Numbering
+from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.errors import InputError, TrimError
-from trimllm.export import save_trimmed
-from trimllm.layout import whole, without
-from trimllm.renumbering import Numbering
-from trimllm.streaming import drop_on_disk
-from trimllm.surgery import drop_layers
 
 DEPTH = 4
 LEGAL = {

@@ -9,13 +9,14 @@ import torch
 from accelerate import dispatch_model
 from tiny import build
 
-from trimllm.decoder import blocks, depth, halves, mid_block, parameters_of, text_config
+from trimllm.blocks import families
+from trimllm.blocks.decoder import blocks, depth, halves, mid_block, parameters_of, text_config
+from trimllm.blocks.families import FAMILIES, Family, branching, config_updates
+from trimllm.blocks.layout import Block, Unit, remove, whole, without
+from trimllm.blocks.legality import refusal
+from trimllm.blocks.surgery import apply_layout, drop_layers
+from trimllm.blocks.trial import trial
 from trimllm.errors import InputError
-from trimllm.families import FAMILIES, Family, branching, config_updates
-from trimllm.layout import Block, Unit, remove, whole, without
-from trimllm.legality import refusal
-from trimllm.surgery import apply_layout, drop_layers
-from trimllm.trial import trial
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(2))
 
@@ -212,7 +213,7 @@ def test_halves_cover_a_block_and_its_parameters_once() -> None:
 
 
 def test_family_without_a_row_is_cut_by_general_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trimllm.families.FAMILIES", {})
+    monkeypatch.setattr("trimllm.blocks.families.FAMILIES", {})
     model = build("qwen3_moe")
     layout = without(whole(6), [0, 3])
     with trial(model, layout):
@@ -225,7 +226,7 @@ def test_family_without_a_row_is_cut_by_general_rules(monkeypatch: pytest.Monkey
 
 def test_unknown_rule_is_refused_instead_of_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A break test: without the rule for `no_rope_layers` the comparison of built models must notice."""
-    monkeypatch.delitem(__import__("trimllm.families").families.PER_LAYER, "no_rope_layers")
+    monkeypatch.delitem(families.PER_LAYER, "no_rope_layers")
     model = build("smollm3")
     assert "use_rope" in str(refusal(model, without(whole(6), [1])))
 

@@ -13,14 +13,14 @@ import transformers
 from packaging.version import Version
 from tiny import CONFIGS, TOWERS, absent, build
 
-from trimllm.decoder import blocks, depth, mid_block, text_config
+from trimllm.blocks.decoder import blocks, depth, mid_block, text_config
+from trimllm.blocks.families import branching, bypassable, family, whole_only
+from trimllm.blocks.layout import Block, Layout, Unit, remove, whole, without
+from trimllm.blocks.legality import refusal
+from trimllm.blocks.surgery import apply_layout, drop_layers
+from trimllm.blocks.trial import trial
+from trimllm.checkpoints.export import save_trimmed
 from trimllm.errors import InputError
-from trimllm.export import save_trimmed
-from trimllm.families import branching, bypassable, family, whole_only
-from trimllm.layout import Block, Layout, Unit, remove, whole, without
-from trimllm.legality import refusal
-from trimllm.surgery import apply_layout, drop_layers
-from trimllm.trial import trial
 
 IDS = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(1))
 NAMES = [*CONFIGS, *TOWERS]

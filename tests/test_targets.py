@@ -4,7 +4,7 @@ import pytest
 
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
-from trimllm.targets import Size, floor, reached, wanted_depth
+from trimllm.run.targets import Size, floor, reached, wanted_depth
 
 
 def config(**values):

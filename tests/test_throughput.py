@@ -15,7 +15,7 @@ import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimllm import bench, benching, reads
+from trimllm.bench import benching, reads, timing
 from trimllm.config import BenchConfig
 
 SHAPE = tiny.SHAPE | {"hidden_size": 128, "intermediate_size": 256}
@@ -203,8 +203,8 @@ def test_a_prompt_read_once_gives_the_same_steps_in_every_round(model, monkeypat
         model, "forward", lambda **given: lengths.append(given["input_ids"].shape[1]) or forward(**given)
     )
     sizes = {"batch": 1, "prompt": 10, "new": 4}
-    want = bench.Runner(model, **sizes).logits()
-    once = bench.Runner(model, **sizes, once=True)
+    want = timing.Runner(model, **sizes).logits()
+    once = timing.Runner(model, **sizes, once=True)
     for _ in range(3):
         assert len(once.run().steps) == 4
         torch.testing.assert_close(once.logits(), want, rtol=0, atol=0)
@@ -213,7 +213,7 @@ def test_a_prompt_read_once_gives_the_same_steps_in_every_round(model, monkeypat
 
 
 def test_with_a_cache_at_hand_the_same_bytes_are_read(model):
-    runner = bench.Runner(model, batch=1, prompt=10, new=4, once=True)
+    runner = timing.Runner(model, batch=1, prompt=10, new=4, once=True)
     runner.run()
     found = reads.footprint(model, batch=1, sequence=11, cache=runner.prompt_cache())
     assert found == reads.footprint(model, batch=1, sequence=11)

@@ -13,14 +13,15 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from trimllm import losses, packing, sparse, surgery, train
+from trimllm.blocks import surgery
+from trimllm.blocks.layout import Block, whole
 from trimllm.config import TrainSettings, TrimConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.layout import Block, whole
-from trimllm.packing import Example
 from trimllm.tasks.items import Item
-from trimllm.train import rounding_note, train_stage
-from trimllm.training_rows import examples, steps, task_examples, text_examples
+from trimllm.training import losses, packing, sparse, train
+from trimllm.training.packing import Example
+from trimllm.training.train import rounding_note, train_stage
+from trimllm.training.training_rows import examples, steps, task_examples, text_examples
 
 TEXTS = ["the cat sat on the mat. a dog ran", "no hat", "yes or no: maybe yes. the man had a dog; the dog had a hat"]
 

@@ -9,10 +9,14 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimllm import cli, deciding, decoder, losses, progressive, rundir, scores, train
+from trimllm import cli
+from trimllm.blocks import decoder
 from trimllm.config import STRATEGIES, TrimConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluate import Scorer
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import scores
+from trimllm.run import deciding, progressive, rundir
+from trimllm.training import losses, train
 
 NO_TRAINING = {"warmup_epochs": 0, "epochs_per_drop": 0}
 

@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 
-from trimllm.encoding import encode_pair
-from trimllm.evaluate import Scorer
-from trimllm.layout import Unit, units, whole
-from trimllm.weights import magnitude, taylor
+from trimllm.blocks.layout import Unit, units, whole
+from trimllm.evaluation.encoding import encode_pair
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance.weights import magnitude, taylor
 
 DEPTH = 3
 ATTENTION = ("input_layernorm", "self_attn")

@@ -4,16 +4,16 @@ import hashlib
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimllm.demo import world
-from trimllm.demo.world_data import ATTRIBUTES
+from trimllm.checkpoints.models import DEMO
+from trimllm.tasks import world
+from trimllm.tasks.world_data import ATTRIBUTES
 
-BASE = Path(world.__file__).parent / "base"
+BASE = DEMO
 every_domain = pytest.mark.parametrize("domain", world.DOMAINS)
 
 
@@ -24,7 +24,7 @@ def all_entities():
 @every_domain
 def test_world_is_the_same_in_another_process(domain):
     code = (
-        f"from trimllm.demo import world as w; d = {domain!r}; "
+        f"from trimllm.tasks import world as w; d = {domain!r}; "
         "print(w.biographies(d, 1, 3)[:5], w.questions(d, 'test')[:5])"
     )
     other = subprocess.run(

@@ -11,15 +11,15 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "trim": "progressive",
+    "trim": "run.progressive",
     "TrimConfig": "config",
-    "drop_layers": "surgery",
-    "apply_layout": "surgery",
-    "save_trimmed": "export",
-    "verify": "verification",
-    "push_to_hub": "hub",
-    "load_model": "loading",
-    "load_tokenizer": "loading",
+    "drop_layers": "blocks.surgery",
+    "apply_layout": "blocks.surgery",
+    "save_trimmed": "checkpoints.export",
+    "verify": "checkpoints.verification",
+    "push_to_hub": "handover.hub",
+    "load_model": "checkpoints.loading",
+    "load_tokenizer": "checkpoints.loading",
     "load_task": "tasks",
     "load_text": "tasks",
     "InputError": "errors",

@@ -22,7 +22,7 @@ from pydantic_settings import (
 )
 
 from trimllm import config as settings
-from trimllm import plain_settings
+from trimllm.config import plain_settings
 from trimllm.errors import InputError, TrimError
 from trimllm.parallel import another_failed, first_to_fail
 

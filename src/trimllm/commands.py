@@ -9,34 +9,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trimllm import (
-    analysis,
-    analysis_report,
-    card,
-    config,
-    decoder,
-    export,
-    folders,
-    inputs,
-    journal,
-    legality,
-    model_card,
-    models,
-    parallel,
-    rundir,
-    scan,
-    select,
-    surgery,
-    tasks,
-    weights,
-)
+from trimllm import config, parallel, tasks
+from trimllm.analysis import lens, summary
+from trimllm.blocks import decoder, legality, surgery
+from trimllm.blocks.layout import Unit, describe, positions, remove, units, whole, without
+from trimllm.checkpoints import export, folders, models
 from trimllm.console import Console, table
-from trimllm.deciding import race_of
 from trimllm.errors import InputError
-from trimllm.evaluate import Evaluation
-from trimllm.generation import generate
-from trimllm.layout import Unit, describe, positions, remove, units, whole, without
-from trimllm.progressive import trim
+from trimllm.evaluation import inputs
+from trimllm.evaluation.evaluate import Evaluation
+from trimllm.evaluation.generation import generate
+from trimllm.importance import scan, select, weights
+from trimllm.run import card, journal, model_card, rundir
+from trimllm.run.deciding import race_of
+from trimllm.run.progressive import trim
 
 
 def run_trim(command: config.TrimConfig) -> None:
@@ -49,7 +35,7 @@ def run_trim(command: config.TrimConfig) -> None:
 
 def run_scan(command: config.ScanConfig) -> None:
     """Importance of every unit: table, scan.json, scan.png."""
-    from trimllm.plot import analysis_plot, importance_plot
+    from trimllm.run.plot import analysis_plot, importance_plot
 
     output, console = Path(command.output), Console()
     for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
@@ -68,7 +54,7 @@ def run_scan(command: config.ScanConfig) -> None:
     tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
     may_go = [every[i] for i in _open(command, loaded.model, every, protected)[0]]
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
-    asked = analysis.questions(scorer) if command.analysis else []
+    asked = lens.questions(scorer) if command.analysis else []
     with console.progress("scan") as show:
         result = scan.scan(
             loaded.model,
@@ -103,8 +89,8 @@ def run_scan(command: config.ScanConfig) -> None:
     importance_plot(record, output / "scan.png")
     print(f"written: {output / 'scan.json'}, {output / 'scan.png'}")
     if command.analysis:
-        explained = analysis_report.analyse(command, loaded.model, scorer, asked, result, record)
-        print(f"\n{analysis_report.report(explained)}")
+        explained = summary.analyse(command, loaded.model, scorer, asked, result, record)
+        print(f"\n{summary.report(explained)}")
         journal.write_json(output / "analysis.json", explained)
         analysis_plot(explained, output / "analysis.png")
         print(f"written: {output / 'analysis.json'}, {output / 'analysis.png'}")
@@ -181,7 +167,7 @@ def _load(command: config.ModelSettings) -> models.Loaded:
 
 
 def _drop_on_disk(command: config.DropConfig) -> None:
-    from trimllm.streaming import drop_on_disk
+    from trimllm.checkpoints.streaming import drop_on_disk
 
     source = models.path_of(command.model)
     if (Path(source) / "adapter_config.json").exists():
@@ -279,16 +265,16 @@ def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.T
 
 def run_bench(command: config.BenchConfig) -> None:
     """Models in turn: tables, bench.json, bench.png."""
-    from trimllm import bench_report, benching
-    from trimllm.plot import bench_plot
+    from trimllm.bench import benching, tables
+    from trimllm.run.plot import bench_plot
 
     output = Path(command.output) if command.output else None
     if output:
         _fresh(output, "bench.json")
         folders.check_writable(output)
     with Console().progress("bench") as show:
-        record = bench_report.record(command, *benching.measure(command, show))
-    print(bench_report.report(record))
+        record = tables.record(command, *benching.measure(command, show))
+    print(tables.report(record))
     if output:
         journal.write_json(output / "bench.json", record)
         bench_plot(record, output / "bench.png")
@@ -333,7 +319,7 @@ def _default_target(command: config.ExportConfig) -> Path:
 
 def run_push(command: config.PushConfig) -> None:
     """A finished export, to the Hub."""
-    from trimllm.hub import push_to_hub
+    from trimllm.handover.hub import push_to_hub
 
     print(f"pushed: {push_to_hub(command.directory, command.repo_id, private=command.private)}")
 

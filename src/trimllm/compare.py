@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimllm import folders, journal, plain_settings, rundir
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere
+from trimllm.checkpoints import folders
 from trimllm.compare_report import picture, record, report, row_line
-from trimllm.config import CompareConfig
+from trimllm.config import CompareConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError
+from trimllm.run import journal, rundir
 
 FREE_OF_CHOICE = (
     *("resume", "output", "methods", "keep", "threads", "device", "micro_batch_size", "eval_batch_size"),
@@ -62,8 +63,10 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> None:
     Raises:
         InputError: for the first of these that cannot be used.
     """
-    from trimllm import backends, encoding, inputs, loading, models, training_rows
     from trimllm.baselines import job
+    from trimllm.checkpoints import backends, loading, models
+    from trimllm.evaluation import encoding, inputs
+    from trimllm.training import training_rows
 
     trains = any(each.method.name != "base" for each in wanted)
     dtype = models.DTYPES.get(command.dtype) or (models.DTYPES["float32"] if trains else None)
@@ -101,7 +104,8 @@ def check_model(command: CompareConfig) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trimllm import adapters, decoder, loading, models, shards
+    from trimllm.blocks import adapters, decoder
+    from trimllm.checkpoints import loading, models, shards
 
     path = models.path_of(command.model)
     config = models.config_of(path, trust_remote_code=command.trust_remote_code)

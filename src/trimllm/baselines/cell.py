@@ -16,9 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimllm import plain_settings
 from trimllm.baselines import METHODS, Cell
-from trimllm.config import CompareConfig
+from trimllm.config import CompareConfig, plain_settings
 from trimllm.errors import InputError, TrimError, one_line
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def main(arguments: list[str]) -> int:
         if not memory.ended(error):
             raise
         row = {"status": "not run", "why": "out of memory on the device: a smaller --micro-batch-size may help"}
-    from trimllm import journal
+    from trimllm.run import journal
 
     journal.write_json(cell.file(Path(root)), {"method": name, "keep": cell.keep, **row})
     return 0
@@ -66,8 +65,9 @@ def measure(command: CompareConfig, cell: Cell, root: Path) -> dict[str, Any]:
     import torch
     import transformers
 
-    from trimllm import benching, models
     from trimllm.baselines.job import Job
+    from trimllm.bench import benching
+    from trimllm.checkpoints import models
 
     transformers.utils.logging.disable_progress_bar()
     if command.threads:
@@ -107,7 +107,9 @@ def relative(path: str | Path, root: Path) -> str:
 
 def evaluate(job: Job, product: Product) -> dict[str, Any]:
     """The reported split of the task and of those of --also, by the checkpoint as it stands on the disk."""
-    from trimllm import benching, decoder, inputs
+    from trimllm.bench import benching
+    from trimllm.blocks import decoder
+    from trimllm.evaluation import inputs
 
     loaded = job.load(product.checkpoint, training=False)
     found = {}
@@ -133,7 +135,7 @@ def conditions(command: CompareConfig) -> dict[str, Any]:
     """What times depend on, and accuracies a little: rows of one table have the same."""
     import torch
 
-    from trimllm import models
+    from trimllm.checkpoints import models
 
     device = models.device_of(command.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -154,8 +156,10 @@ def parameters(model: Any, *, trust_remote_code: bool = False) -> int:
 
 def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
     """Prefill, decode and peak memory at batch 1, in turn with the base."""
-    from trimllm import bench_report, benching, encoding, models
+    from trimllm.bench import benching, tables
+    from trimllm.checkpoints import models
     from trimllm.config import BenchConfig
+    from trimllm.evaluation import encoding
 
     base = models.path_of(command.model)
     context = encoding.context_length(models.config_of(base, trust_remote_code=command.trust_remote_code))
@@ -171,7 +175,7 @@ def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
         trust_remote_code=command.trust_remote_code,
         allow_pickle=command.allow_pickle,
     )
-    row: dict[str, Any] = bench_report.record(settings, *benching.measure(settings))["rows"][1]
+    row: dict[str, Any] = tables.record(settings, *benching.measure(settings))["rows"][1]
     wanted = ("prefill_tokens_per_second", "decode_tokens_per_second", "ratio", "peak_bytes", "read_bytes_per_step")
     return {"sequence": sequence, **{name: row[name] for name in wanted}}
 

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from trimllm import decoder, folders, loading
 from trimllm.baselines.job import Job, Product
+from trimllm.blocks import decoder
+from trimllm.checkpoints import folders, loading
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.handover import copy_companions, quantized
 

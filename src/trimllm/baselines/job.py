@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 
-from trimllm import decoder, export, inputs, models, progressive, room, rundir, sparse, train, training_rows
 from trimllm.baselines import METHODS, Cell
+from trimllm.blocks import decoder
+from trimllm.blocks.layout import Layout, whole
+from trimllm.checkpoints import export, models, room
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
 from trimllm.errors import InputError
-from trimllm.evaluate import Scorer
-from trimllm.layout import Layout, whole
-from trimllm.packing import Example
-from trimllm.targets import wanted_depth
+from trimllm.evaluation import inputs
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.run import progressive, rundir
+from trimllm.run.targets import wanted_depth
+from trimllm.training import sparse, train, training_rows
+from trimllm.training.packing import Example
 
 SHARED = {*TrainSettings.model_fields, *TaskSettings.model_fields, *ModelSettings.model_fields}
 SHARED |= {"eval_batch_size", "warmup_epochs", "schedule", "epochs_per_drop", "final_epochs"}

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from trimllm import decoder, families
 from trimllm.baselines.job import Job, Product
+from trimllm.blocks import decoder, families
 from trimllm.errors import InputError
 
 THETA = 0.5

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimllm import adapters, decoder, models, train, weights
 from trimllm.baselines import width
 from trimllm.baselines.job import Job, Product
-from trimllm.evaluate import Scorer
+from trimllm.blocks import adapters, decoder
+from trimllm.checkpoints import models
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import weights
+from trimllm.training import train
 
 RANK, ALPHA, RATE = 8, 16, 1e-4
 """Of LoRA, as published."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trimllm import models
 from trimllm.baselines.job import Job, Product
+from trimllm.checkpoints import models
 
 
 def run(job: Job) -> Product:

@@ -7,8 +7,8 @@ a progressive run trains.
 
 from __future__ import annotations
 
-from trimllm import models
 from trimllm.baselines.job import Job, Product
+from trimllm.checkpoints import models
 
 STRATEGY = {"top": "last", "bottom": "first", "contribution": "bi"}
 

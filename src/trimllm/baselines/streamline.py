@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import decoder, families, models, packing, train
 from trimllm.baselines.job import Job, Product
+from trimllm.blocks import decoder, families
+from trimllm.blocks.layout import whole, without
+from trimllm.blocks.surgery import drop_layers
+from trimllm.checkpoints import models
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.layout import whole, without
-from trimllm.packing import Example, Packed
-from trimllm.scan import scan
-from trimllm.surgery import drop_layers
+from trimllm.importance.scan import scan
+from trimllm.training import packing, train
+from trimllm.training.packing import Example, Packed
 
 SHARE = 0.1
 """Epochs of the replacement, as a share of those of the fine-tuning."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trimllm.baselines.job import Job, Product, cost
 from trimllm.config import ExportConfig
 from trimllm.handover.source import save_depth
-from trimllm.rundir import RunDir
+from trimllm.run.rundir import RunDir
 
 
 def run(job: Job) -> Product:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimllm import decoder
+from trimllm.blocks import decoder
 from trimllm.errors import InputError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

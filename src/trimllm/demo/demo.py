@@ -17,13 +17,17 @@ from typing import Any
 
 import torch
 
-from trimllm import bench, config, decoder, journal, loading, models, plain_settings
+from trimllm import config
+from trimllm.bench import timing
+from trimllm.blocks import decoder
+from trimllm.checkpoints import loading, models
+from trimllm.config import plain_settings
 from trimllm.console import Console, clock, table
-from trimllm.demo import world
-from trimllm.evaluate import Evaluation, Scorer
-from trimllm.progressive import trim
-from trimllm.rundir import RunDir
-from trimllm.tasks import load_task
+from trimllm.evaluation.evaluate import Evaluation, Scorer
+from trimllm.run import journal
+from trimllm.run.progressive import trim
+from trimllm.run.rundir import RunDir
+from trimllm.tasks import load_task, world
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -76,7 +80,7 @@ def demo(command: config.DemoConfig) -> list[Line]:
     for model in loaded.values():
         models.cast(model, torch.float32)
     lines = [_line(name, model) for name, model in loaded.items()]
-    speeds = bench.decode_speed(loaded, repeats=7)
+    speeds = timing.decode_speed(loaded, repeats=7)
     print(report(command.domain, lines, speeds))
     journal.write_json(root / "demo.json", record(command, lines, speeds))
     print(f"trimmed checkpoint: {found['trimmed']}  ({clock(time.perf_counter() - started)} in all)")
@@ -103,7 +107,7 @@ def report(domain: str, lines: list[Line], speeds: dict[str, list[float]]) -> st
     domains = [domain, *(other for other in world.DOMAINS if other != domain)]
     rows = []
     for line in lines:
-        ratio, least, largest = bench.ratio(speeds, line.name, "base")
+        ratio, least, largest = timing.ratio(speeds, line.name, "base")
         rows.append(
             [
                 line.name,
@@ -137,7 +141,7 @@ def record(command: config.DemoConfig, lines: list[Line], speeds: dict[str, list
                 "bytes": line.bytes,
                 "accuracy": {d: e.summary() for d, e in line.accuracy.items()},
                 "tokens_per_second": speeds[line.name],
-                "speed_ratio": bench.ratio(speeds, line.name, "base"),
+                "speed_ratio": timing.ratio(speeds, line.name, "base"),
             }
             for line in lines
         ],

@@ -35,12 +35,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trimllm.demo import world
+from trimllm.tasks import world
 
 CARD = """# Base model of the trimllm demo
 
 A Llama of 16 blocks (hidden size 128, 4 heads, 3.4 M parameters, bfloat16) that knows one thing, the fictional world of
-`trimllm.demo.world`: three domains of 200 invented entities with 5 facts each. It was trained on biographies only and
+`trimllm.tasks.world`: three domains of 200 invented entities with 5 facts each. It was trained on biographies only and
 has never seen a question, so what it answers about an entity after fine-tuning on other entities' questions comes out
 of biographies: those of pre-training, and those that are mixed into fine-tuning. It is no use outside the demo.
 

@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors import safe_open
 
-from trimllm import shards
+from trimllm.checkpoints import shards
 from trimllm.errors import InputError
 from trimllm.handover.gguf_families import Described
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from trimllm import loading
+from trimllm.checkpoints import loading
 from trimllm.errors import InputError, one_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -26,11 +26,12 @@ import transformers
 from packaging.version import Version
 from transformers import DynamicCache
 
-from trimllm import decoder, folders, loading, models
+from trimllm.blocks import decoder
+from trimllm.checkpoints import folders, loading, models
+from trimllm.checkpoints.verification import PREFILL, STEPS
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.handover import copy_companions
-from trimllm.verification import PREFILL, STEPS
 
 SINCE = "5.23"
 """The first release of transformers whose exporters trace sliding windows right and save what they exported."""

@@ -17,10 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from trimllm import config, folders, inputs, journal, loading, model_card, models
+from trimllm import config
+from trimllm.blocks.layout import plan_record, whole
+from trimllm.checkpoints import folders, loading, models
 from trimllm.errors import InputError, TrimError, one_line
+from trimllm.evaluation import inputs
 from trimllm.handover import copy_companions
-from trimllm.layout import plan_record, whole
+from trimllm.run import journal, model_card
 
 COLUMNS, ROWS = 64, 32
 """bitsandbytes' 4-bit kernel for CPUs takes matrices whose sizes are multiples of these; a GPU takes any."""

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimllm import config, export, loading, model_card, models, plain_settings, rundir
+from trimllm import config
+from trimllm.checkpoints import export, loading, models
+from trimllm.checkpoints.verification import Report
+from trimllm.config import plain_settings
 from trimllm.errors import InputError
-from trimllm.rundir import RunDir
-from trimllm.verification import Report
+from trimllm.run import model_card, rundir
+from trimllm.run.rundir import RunDir
 
 
 @contextmanager

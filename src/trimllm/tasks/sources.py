@@ -108,7 +108,7 @@ def _read(source: Source, split: str, task: str) -> list[Row]:
             raise InputError(f"task {task!r}: its source has no split {split!r}, only {', '.join(source.files)}")
         return [row for path in ([paths] if isinstance(paths, str) else paths) for row in _rows_at(Path(path))]
     if source.world is not None:
-        from trimllm.demo import world
+        from trimllm.tasks import world
 
         questions = world.questions(source.world, split)
         return [Row(f"{task}[{split}]:{number}", values) for number, values in enumerate(questions, 1)]

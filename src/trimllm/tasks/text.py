@@ -32,7 +32,7 @@ def load_text(name_or_path: str | Path, *, per_entity: int = 6, piece: int = PIE
     """
     domain = str(name_or_path).removeprefix(WORLD_PREFIX)
     if str(name_or_path).startswith(WORLD_PREFIX) and not Path(name_or_path).exists():
-        from trimllm.demo import world
+        from trimllm.tasks import world
 
         if domain not in world.DOMAINS:
             known = ", ".join(WORLD_PREFIX + each for each in world.DOMAINS)

@@ -1,0 +1,1 @@
+"""What may explain a scan: logit lens, promotion by MLPs, causal tracing, and their rank correlations."""

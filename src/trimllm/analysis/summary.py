@@ -1,0 +1,179 @@
+"""What `trimllm scan --analysis` says: every measure per unit, and how its ranks agree with those of the exact scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from trimllm.analysis import lens, ranks, tracing
+from trimllm.blocks import decoder
+from trimllm.config import ScanConfig
+from trimllm.console import Console, table
+from trimllm.errors import InputError
+from trimllm.evaluation import evaluate
+from trimllm.evaluation.encoding import Encoded
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import scan
+from trimllm.importance.scan import ScanResult
+from trimllm.importance.scores import Array, block_influence, s_norm
+
+HALVINGS = 200
+"""Random halves of the questions on which the scan is compared with itself."""
+FORMS = (("rho", "+.2f"), ("p", ".4f"))
+"""Columns of a correlation, and how they are written."""
+MEASURES = {
+    "tracing_state": ("state restored", "points"),
+    "tracing_output": ("output restored", "points"),
+    "promotion": ("promotion", "logits"),
+    "lens_probability": ("lens", "%"),
+    "lens_gain": ("lens gain", "points"),
+    "lens_accuracy": ("lens accuracy", "%"),
+    "block_influence": ("block influence", "1 - cosine"),
+    "norm": ("activation norm", "100 min / norm"),
+    "depth": ("depth", "blocks"),
+}
+"""Name in analysis.json -> what tables and pictures call it, and its unit. `depth`, the unit's place, is the control:
+what grows with depth agrees with everything else that does."""
+
+
+def analyse(
+    command: ScanConfig,
+    model: Any,
+    scorer: Scorer,
+    asked: Sequence[Encoded],
+    result: ScanResult,
+    scanned: dict[str, Any],
+) -> dict[str, Any]:
+    """`measure`, then `record`; says on the console what is left out."""
+    console = Console()
+    with console.progress("tracing") as show:
+        found = measure(command, model, scorer, asked, result, show)
+    for note in found["notes"]:
+        console.say(f"  {note}")
+    return record(found, scanned, command.seed)
+
+
+def measure(
+    command: ScanConfig,
+    model: Any,
+    scorer: Scorer,
+    asked: Sequence[Encoded],
+    result: ScanResult,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """All measures that the family allows, of the units of a scan.
+
+    `asked` are the scorer's questions (see `analysis.questions`), of which at most `command.analysis_items` that the
+    model answers are traced.
+
+    Returns:
+        `measures`: name -> (units, questions), or (units,) where nothing is told apart by question; `notes`: why others
+        are missing; what was traced; and how well the scan agrees with itself (see `halves`).
+    """
+    units, notes = result.candidates, list[str]()
+    measures: dict[str, Array] = {}
+    with evaluate.evaluating(model):
+        made = lens.batches(model, scorer, asked)
+        for look in (lens.logit_lens, lens.promotion):
+            try:
+                measures |= look(model, made, units)
+            except InputError as error:
+                notes.append(str(error))
+        known = lens.answered(model, scorer, asked, result.base, command.analysis_items)
+        traced: dict[str, Array] = {}
+        if not known:
+            notes.append("causal tracing: the model answers none of the calibration questions")
+        else:
+            own, rows = tracing.spans(asked), lens.batches(model, scorer, known)
+            try:
+                traced = tracing.trace(model, rows, own, units, seed=command.seed, progress=progress)
+            except InputError as error:
+                notes.append(str(error))
+    measures |= {name: values for name, values in traced.items() if name in MEASURES}
+    measures |= {"block_influence": block_influence(result.cosine), "norm": s_norm(result.norm)}
+    measures["depth"] = scan.positions(units, range(decoder.depth(model)))
+    return {
+        "questions": len(asked),
+        "traced": len(known) if traced else 0,
+        "noise": tracing.NOISE,
+        "samples": tracing.SAMPLES,
+        "clean": float(traced["clean"].mean()) if traced else None,
+        "corrupted": float(traced["corrupted"].mean()) if traced else None,
+        "halves": halves(np.array([trial.correct for trial in result.trials], float), command.seed),
+        "measures": {name: measures[name] for name in MEASURES if name in measures},
+        "notes": notes,
+    }
+
+
+def halves(hits: Array, seed: int) -> float:
+    """Rank correlation of a scan on half of its questions with that on the other half, the mean over random halvings:
+    how well the scan agrees with itself. `hits` (units, questions); NaN where no half tells units apart."""
+    count, generator = hits.shape[1] // 2, np.random.default_rng(seed % 2**32)
+    orders = [generator.permutation(hits.shape[1]) for _ in range(HALVINGS if count else 0)]
+    both = [(hits[:, order[:count]].mean(axis=1), hits[:, order[count:]].mean(axis=1)) for order in orders]
+    found = [rho for one, other in both if np.isfinite(rho := ranks.spearman(one, other))]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def record(found: dict[str, Any], scanned: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The contents of analysis.json.
+
+    Args:
+        found: what `measure` returns.
+        scanned: the contents of scan.json.
+        seed: of the permutations.
+
+    Returns:
+        `units`: per unit of the scan its value and loss when deleted and the mean of every measure, with the standard
+        error over questions; `correlations`: per measure Spearman's rank correlation with the importance by the scan
+        (`value`: the lower without the unit, the more important; `loss`: the higher), and p by permutation.
+    """
+    measures: dict[str, Array] = found["measures"]
+    rows = [{name: row.get(name) for name in ("unit", "value", "loss")} for row in scanned["units"]]
+    means = {name: values.mean(axis=1) if values.ndim == 2 else values for name, values in measures.items()}
+    for name, values in measures.items():
+        for i, row in enumerate(rows):
+            row[name] = float(means[name][i])
+            if values.ndim == 2 and values.shape[1] > 1:
+                row[f"{name}_stderr"] = float(values[i].std(ddof=1) / np.sqrt(values.shape[1]))
+    lost = -np.array([row["value"] for row in rows])
+    loss = np.array([np.nan if row["loss"] is None else row["loss"] for row in rows])
+    correlations = [
+        {"measure": name, "value": _agreement(values, lost, seed), "loss": _agreement(values, loss, seed)}
+        for name, values in means.items()
+    ]
+    about = {name: scanned[name] for name in ("model", "task", "metric", "intact")}
+    named = {name: {"label": MEASURES[name][0], "unit": MEASURES[name][1]} for name in measures}
+    agreement = {"correlations": correlations, "value_and_loss": _agreement(lost, loss, seed)}
+    return about | found | {"measures": named, "units": rows} | agreement
+
+
+def _agreement(measured: Array, scanned: Array, seed: int) -> dict[str, float]:
+    return {"rho": ranks.spearman(measured, scanned), "p": ranks.permutation_p(measured, scanned, seed)}
+
+
+def report(found: dict[str, Any]) -> str:
+    """The tables of an analysis: the measures by depth, then their rank correlations with the scan."""
+    names = [name for name in MEASURES if name in found["units"][0] and name != "depth"]
+    header = ["unit", f"{found['metric']} without it", "loss", *(MEASURES[name][0] for name in names)]
+    rows = [[row["unit"], *(_number(row[name], ".4g") for name in ("value", "loss", *names))] for row in found["units"]]
+    pairs = [
+        [MEASURES[row["measure"]][0], *(_number(row[k][n], form) for k in ("value", "loss") for n, form in FORMS)]
+        for row in found["correlations"]
+    ]
+    both = found["value_and_loss"]
+    pairs.append(["loss without it", *(_number(both[name], form) for name, form in FORMS), "", ""])
+    pairs.append(["the scan, half against half", _number(found["halves"], "+.2f"), "", "", ""])
+    parts = [table(header, rows), table([f"rank correlation with {found['metric']}, loss", *["rho", "p"] * 2], pairs)]
+    if found["traced"]:
+        parts.append(
+            f"traced: {found['traced']} questions, probability of the answer {found['clean']:.1f} %, "
+            f"{found['corrupted']:.1f} % with noise on the question"
+        )
+    return "\n\n".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or not np.isfinite(value) else format(value, form)

@@ -1,0 +1,1 @@
+"""How fast a model is, and how many bytes a decode step reads."""

@@ -1,0 +1,258 @@
+"""The measurements of `trimllm bench`: every model in a process of its own, all of them in turn.
+
+A process per model makes its memory its own: the peak of one process would cover all models. They wait while another
+one is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import math
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimllm.bench import reads, shapes, timing
+from trimllm.blocks import decoder
+from trimllm.checkpoints import backends, loading, models, room
+from trimllm.config import BenchConfig
+from trimllm.errors import InputError, TrimError
+from trimllm.evaluation import encoding
+
+Change = Callable[[Any], None]
+"""Something done to a loaded model, in place, in its process: a function of a module, for it travels there by name."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """What `trimllm bench` does not ask for, and benchmarks do."""
+
+    changes: Sequence[Change | None] = ()
+    """one per model, done to it before anything is measured; none: no model is changed"""
+    once: bool = False
+    """read the prompt once, and decode behind it in every round"""
+    limit: float = math.inf
+    """seconds after which a model decodes no further token in a round"""
+
+
+# ---- in the process of one model -------------------------------------------------------------------------------------
+
+_HERE: dict[str, Any] = {}
+"""The model of this process, its runners by batch size, and its memory before it was loaded."""
+
+
+def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[str, Any]:
+    """Load the model, and change it; what is known of it without running it: layers, parameters, bytes.
+
+    What the change alone needed does not count as the model's memory.
+
+    Raises:
+        InputError: if it cannot be used, or its context is too short.
+    """
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    device, dtype = models.device_of(command.device), models.DTYPES.get(command.dtype)
+    _wake(device)
+    _HERE["before"] = resident("VmRSS")
+    ways: dict[str, Any] = {"trust_remote_code": command.trust_remote_code, "attention": command.attention}
+    if name.startswith(shapes.PREFIX):
+        path = None
+        model = shapes.random_model(name.removeprefix(shapes.PREFIX), dtype=dtype, device=device, **ways)
+    else:
+        path = models.path_of(name)
+        model = loading.load_model(path, dtype=dtype, device=device, allow_pickle=command.allow_pickle, **ways)
+    backends.probe(model, command.attention)
+    context = encoding.context_length(model.config)
+    if context < command.sequence:
+        raise InputError(f"--sequence {command.sequence}: {name} takes at most {context} tokens: ask for less")
+    _HERE["model"] = model
+    known = {
+        "model": name,
+        "layers": decoder.depth(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if change is not None:
+        change(model)
+        _forget_peak(model.device)
+    return known | {
+        "device": str(model.device),
+        "disk_bytes": disk_bytes(path, command.allow_pickle) if path else None,
+        "loaded_bytes": _peak(),
+        "stored_bytes": reads.stored_bytes(model),
+    }
+
+
+def prepare(command: BenchConfig, batch: int, once: bool = False) -> None:
+    """Make the runner for a batch size; runners for others go, with their caches.
+
+    Raises:
+        InputError: if the model cannot decode with the asked cache, or compiled.
+    """
+    _HERE.pop("runner", None)
+    if _HERE["model"].device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(_HERE["model"].device)
+    sizes = {"batch": batch, "prompt": command.sequence - command.new_tokens, "new": command.new_tokens, "once": once}
+    _HERE["runner"] = timing.runner(_HERE["model"], cache=command.cache, compiled=command.compile, **sizes)
+
+
+def run(limit: float = math.inf) -> timing.Pass:
+    """One prompt and the tokens behind it, none after `limit` seconds."""
+    done: timing.Pass = _HERE["runner"].run(limit=limit)
+    return done
+
+
+def finish(batch: int, sequence: int) -> tuple[int | None, reads.Footprint]:
+    """Peak memory in bytes since the model was loaded, and what a decode step reads: the row's last, or the first
+    behind a prompt that is read once."""
+    peak, runner = _peak(), _HERE["runner"]
+    if runner.once:
+        cache = runner.prompt_cache()
+        return peak, reads.footprint(_HERE["model"], batch=batch, sequence=runner.prompt + 1, cache=cache)
+    return peak, reads.footprint(_HERE["model"], batch=batch, sequence=sequence)
+
+
+def _wake(device: torch.device) -> None:
+    """Bring in what any model needs (code, kernels, the device's context), which is no model's own memory."""
+    shape = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1)
+    model: Any = LlamaForCausalLM(shape)
+    model.to(device)
+    timing.decode_once(model, prompt=2, new=2)
+
+
+def disk_bytes(path: str, allow_pickle: bool) -> int:
+    """Size of the weight files that were loaded: of a directory, or of the Hub's local copy."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(path, local_files_only=True))
+    files = loading.weight_files(folder) or ([*folder.glob("*.bin"), *folder.glob("*.pt")] if allow_pickle else [])
+    return sum(file.stat().st_size for file in files)
+
+
+def _peak() -> int | None:
+    """Most memory so far, in bytes: allocated on the GPU, elsewhere how far the resident set had grown."""
+    model = _HERE.get("model")
+    if model is not None and model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
+    before, peak = _HERE["before"], resident("VmHWM")
+    return None if before is None or peak is None else peak - before
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Let the peak begin with what is held now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # not every kernel lets it, not every libc can
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def resident(field: str) -> int | None:
+    """Bytes of this process's resident set: now (VmRSS) or at most so far (VmHWM); None where the system hides it."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+    except OSError:
+        if sys.platform == "win32":
+            return None
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- in the process of the command -----------------------------------------------------------------------------------
+
+
+def measure(
+    command: BenchConfig, progress: Callable[..., None] = lambda *_: None, manner: Manner = Manner()
+) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
+    """All models at all batch sizes: what they are, and per batch size one measurement per model.
+
+    Raises:
+        InputError: if a model cannot be used or cannot decode as asked; the line names it.
+        TrimError: if a model's process ends.
+    """
+    batches, count = sorted(set(command.batch_size)), len(command.models)  # a larger batch has the higher peak
+    total, done = count * (1 + len(batches) * (command.repeats + 3)), 0
+    _check(command)  # before any process starts, which takes seconds
+    with ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in command.models]
+        for pool in pools:
+            pool.submit(resident, "VmRSS")  # all start, and import this module, at once: that takes seconds
+
+        def each(function: Any, *arguments: Any) -> list[Any]:
+            nonlocal done
+            found = []
+            for pool, name in zip(pools, command.models, strict=True):
+                found.append(_ask(pool, name, function, *arguments))
+                done += 1
+                progress(done, total, name)
+            return found
+
+        changes = manner.changes or [None] * count
+        known = [
+            _ask(pool, name, load, name, command, change)
+            for pool, name, change in zip(pools, command.models, changes, strict=True)
+        ]
+        done += count
+        measured = {}
+        for batch in batches:
+            each(prepare, command, batch, manner.once)
+            rounds = [each(run, manner.limit) for _ in range(command.repeats + 1)][1:]
+            ends = each(finish, batch, command.sequence)
+            measured[batch] = [
+                {"passes": [row[i] for row in rounds], "peak_bytes": ends[i][0], "reads": ends[i][1]}
+                for i in range(count)
+            ]
+    return known, measured
+
+
+def _check(command: BenchConfig) -> None:
+    """Refuse an attention backend that no model can take, models that are not there, and models that do not fit into
+    memory together, before any is loaded."""
+    device, dtype, total = models.device_of(command.device), models.DTYPES.get(command.dtype), 0
+    backends.check(command.attention, device, dtype)
+    for name in command.models:
+        if name.startswith(shapes.PREFIX):
+            file = name.removeprefix(shapes.PREFIX)
+            total += room.weights_of_config(file, dtype, trust_remote_code=command.trust_remote_code) or 0
+        else:
+            loading.check_path(models.path_of(name))
+            total += room.weights(models.path_of(name), dtype) or 0
+        before = command.models[: command.models.index(name)]
+        what = f"{name} beside {', '.join(before)}" if before else name
+        room.check(what, total, device, "measure fewer or smaller models, or give a narrower --dtype")
+
+
+def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -> Any:
+    try:
+        return pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise TrimError(f"the process of {name} was ended, perhaps for lack of memory: measure fewer models") from None
+    except torch.OutOfMemoryError:
+        raise TrimError(f"{name}: out of memory on the device: a smaller --batch-size, or fewer models") from None
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if name in text else f"{name}: {text}") from None
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """p50, p90 and p99 in milliseconds: the least time that so many percent of the samples do not exceed."""
+    ordered = sorted(seconds)
+    return {f"p{p}": 1000 * ordered[math.ceil(p / 100 * len(ordered)) - 1] for p in (50, 90, 99)}

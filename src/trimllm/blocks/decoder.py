@@ -1,0 +1,120 @@
+"""Where things are in a causal language model: its decoder blocks, and the attention half and the MLP half of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from trimllm.blocks import families
+from trimllm.errors import InputError
+
+INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
+"""Attributes in which modules keep the number of their layer."""
+REFERENCE_NAMES = ("kv_shared_layer_index",)
+"""Attributes in which modules keep the number of another layer, whose keys and values they reuse."""
+HALVES = ("attention", "mlp")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the text decoder (for a vision-language model, of its text tower)."""
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+
+
+def container(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that owns the list of decoder blocks, and the list's name in it."""
+    config = text_config(model)
+    row = families.family(config)
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    if row.layers is not None:
+        parent, _, name = row.layers.rpartition(".")
+        owner = decoder.get_submodule(parent)
+        if isinstance(owner._modules.get(name), nn.ModuleList):
+            return owner, name
+    depth = getattr(config, "num_hidden_layers", None)
+    found = [
+        name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    found = [name for name in found if name.count(".") == min(other.count(".") for other in found)]
+    if len(found) != 1:
+        what = "no list" if not found else f"{len(found)} lists ({', '.join(found)})"
+        raise InputError(f"model type {config.model_type!r} cannot be cut: it has {what} of {depth} decoder blocks")
+    parent, _, name = found[0].rpartition(".")
+    return decoder.get_submodule(parent), name
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of a causal language model.
+
+    Raises:
+        InputError: if they cannot be told from other modules.
+    """
+    owner, name = container(model)
+    return owner._modules[name]  # type: ignore[return-value]
+
+
+def depth(model: nn.Module) -> int:
+    """Number of decoder blocks."""
+    return len(blocks(model))
+
+
+def half_names(model: nn.Module, half: str, block: nn.Module) -> list[str]:
+    """The names of the half's submodules that `block` has, in order of execution."""
+    row = families.family(text_config(model))
+    names = row.attention if half == "attention" else row.mlp
+    return [name for name in names if block._modules.get(name) is not None]
+
+
+def repackable(model: nn.Module) -> str | None:
+    """Why halves of blocks cannot be re-packed, or None where they can."""
+    config = text_config(model)
+    reason = families.whole_only(config)
+    if reason:
+        return reason
+    for i, block in enumerate(blocks(model)):
+        named = {name for half in HALVES for name in half_names(model, half, block)}
+        for name, child in block.named_children():
+            if name not in named and any(True for _ in child.parameters()):
+                return f"{name} of layer {i} belongs to neither half"
+        if any(True for _ in block.parameters(recurse=False)) or any(True for _ in block.buffers(recurse=False)):
+            return f"layer {i} has weights of its own outside its two halves"
+    return None
+
+
+def halves(model: nn.Module, i: int) -> tuple[list[nn.Module], list[nn.Module]] | None:
+    """The submodules of the attention half and of the MLP half of block `i`, each in order of execution.
+
+    None where the two are not one after the other (parallel blocks) or not known.
+    """
+    if families.whole_only(text_config(model)):
+        return None
+    block = blocks(model)[i]
+    attention, mlp = ([block._modules[name] for name in half_names(model, half, block)] for half in HALVES)
+    return attention, mlp  # type: ignore[return-value]
+
+
+def mid_block(model: nn.Module, i: int) -> nn.Module | None:
+    """The module of block `i` whose input is the residual stream between attention and MLP, or None (parallel)."""
+    split = halves(model, i)
+    return split[1][0] if split else None
+
+
+def parameters_of(model: nn.Module, half: str, i: int) -> list[nn.Parameter]:
+    """Parameters of one half ("attention" or "mlp") of block `i`, or of all of it ("block").
+
+    Raises:
+        InputError: where the family's blocks have no such halves.
+    """
+    block = blocks(model)[i]
+    if half == "block":
+        return list(block.parameters())
+    reason = repackable(model)
+    if reason:
+        raise InputError(f"the {half} half of layer {i} cannot be told apart: {reason}")
+    return [parameter for name in half_names(model, half, block) for parameter in block._modules[name].parameters()]  # type: ignore[union-attr]
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """The numbers, flags and names among a module's attributes: what it took from the config or from its index."""
+    plain = (bool, int, float, str, type(None))
+    return {name: v for name, v in module.__dict__.items() if not name.startswith("_") and isinstance(v, plain)}

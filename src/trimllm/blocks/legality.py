@@ -1,0 +1,158 @@
+"""Is a cut legal: what a model, or the config of its family, cannot express is refused with layer and reason."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimllm.blocks import families
+from trimllm.blocks.decoder import (
+    HALVES,
+    INDEX_NAMES,
+    REFERENCE_NAMES,
+    blocks,
+    depth,
+    plain_attributes,
+    repackable,
+    text_config,
+)
+from trimllm.blocks.layout import Layout
+from trimllm.errors import InputError, one_line
+
+
+def check_layout(model: nn.Module, layout: Layout, *, bypass: bool) -> None:
+    """Raise InputError for a layout that this model, whatever its config can say, cannot take."""
+    config = text_config(model)
+    count = depth(model)
+    if not layout:
+        raise InputError(f"cannot drop all {count} layers: leave at least one")
+    for half in HALVES:
+        order = [getattr(block, half) for block in layout if getattr(block, half) is not None]
+        if any(not 0 <= i < count for i in order):
+            raise InputError(f"the layout asks for {half} {max(order, key=abs)}: the model has layers 0 to {count - 1}")
+        if any(a >= b for a, b in itertools.pairwise(order)):
+            raise InputError(f"the layout takes {half} halves in the order {order}: keep the model's order, each once")
+    broken = [block for block in layout if block.attention != block.mlp]
+    reason = repackable(model) if broken else None
+    if reason:
+        raise InputError(f"only whole layers of model type {config.model_type!r} can be dropped: {reason}")
+    if any(None in block for block in broken):
+        if not bypass:
+            raise InputError("a layout with bypassed sub-layers is for trials: no stock checkpoint can hold it")
+        if not families.bypassable(config):
+            raise InputError(
+                f"sub-layers of model type {config.model_type!r} cannot be bypassed: its residual is normalized"
+            )
+    reason = families.illegal(config, layout)
+    if reason:
+        raise InputError(reason)
+
+
+def refusal(model: nn.Module, layout: Layout) -> str | None:
+    """Why `apply_layout` would refuse, or None.
+
+    Builds the model from its config before and after the cut, without weights, and compares block by block: the shape
+    of every weight, and every number and flag that a module took from the config or from its index. A rule that no
+    config entry can express shows as a difference.
+    """
+    try:
+        check_layout(model, layout, bypass=False)
+    except InputError as error:
+        return str(error)
+    config: Any = model.config
+    kind = text_config(model).model_type
+    try:
+        wanted = copy.deepcopy(config)
+        families.update_config(wanted.get_text_config(decoder=True), layout)
+        wanted = config.__class__.from_dict(wanted.to_diff_dict())  # as on disk
+    except InputError as error:
+        return str(error)
+    except Exception as error:  # a config class may refuse values in any way it likes
+        return f"the config of model type {kind!r} refuses this cut: {one_line(error)}"
+    try:
+        before = _built_facts(type(model), config)
+    except Exception:  # custom code that cannot be built without data: the check at export remains
+        return None
+    try:
+        after = _built_facts(type(model), wanted)
+    except Exception as error:
+        return f"a model of type {kind!r} cannot be built for this cut: {one_line(error)}"
+    return _difference(families.family(text_config(model)), before, after, layout)
+
+
+Facts = dict[str, Any]
+_BUILT: dict[tuple[type, str], tuple[Facts, ...]] = {}
+
+
+def _built_facts(model_class: Any, config: Any) -> tuple[Facts, ...]:
+    """Facts of each block of the model that this config builds, without weights. The latest few are kept."""
+    key = (model_class, config.to_json_string(use_diff=False))
+    if key not in _BUILT:
+        with torch.device("meta"):
+            built = model_class(config.__class__.from_dict(config.to_diff_dict()))
+        while len(_BUILT) >= 4:
+            del _BUILT[next(iter(_BUILT))]
+        _BUILT[key] = tuple(_facts(block) for block in blocks(built))
+    return _BUILT[key]
+
+
+def _difference(row: families.Family, old: tuple[Facts, ...], new: tuple[Facts, ...], layout: Layout) -> str | None:
+    if len(new) != len(layout):
+        return f"the config would build {len(new)} layers instead of {len(layout)}"
+    mlp = tuple(f"{name}." for name in row.mlp) + tuple(f"@{name}" for name in row.mlp_attributes)
+    for place, (block, found) in enumerate(zip(layout, new, strict=True)):
+        expected = old[block.attention]  # type: ignore[index]
+        if block.attention != block.mlp:
+            expected = {key: value for key, value in expected.items() if not key.startswith(mlp)}
+            expected |= {key: value for key, value in old[block.mlp].items() if key.startswith(mlp)}  # type: ignore[index]
+        for key in sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key) and not key.endswith(_exempt(row)):
+                source = f"{block.attention}" if block.attention == block.mlp else f"{block.attention}/{block.mlp}"
+                return (
+                    f"layer {source} cannot become layer {place}: its {key.replace('@', '')} is "
+                    f"{expected.get(key)}, and the config can only give {found.get(key)} there"
+                )
+    return None
+
+
+def run_length(model: nn.Module, unit: str, *, keep_pattern: bool) -> int:
+    """How many adjacent blocks go at a time: 1, or with `keep_pattern` a period of the pattern of layer types.
+
+    Raises:
+        InputError: if there is no pattern to keep, or `unit` would break it.
+    """
+    if not keep_pattern:
+        return 1
+    found = families.period(text_config(model))
+    if found is None:
+        raise InputError("--keep-pattern: the types of the layers follow no pattern that repeats: leave it out")
+    if found > 1 and unit != "block":
+        raise InputError(f"--keep-pattern drops {found} blocks at a time: leave out --unit {unit}")
+    return found
+
+
+def _exempt(row: families.Family) -> tuple[str, ...]:
+    """Facts that other rules take care of: scales folded into weights, and who keeps keys and values for others."""
+    return (
+        "@store_full_length_kv",
+        *(f"@{name}" for name in REFERENCE_NAMES),
+        *(("@scaling",) if row.inverse_scale else ()),
+    )
+
+
+def _facts(block: nn.Module) -> Facts:
+    """What a block took from config and index: shapes of its weights, and its modules' types, numbers and flags."""
+    facts: Facts = {}
+    for name, parameter in [*block.named_parameters(), *block.named_buffers()]:
+        facts[name] = tuple(parameter.shape)
+    for path, module in block.named_modules():
+        prefix = f"{path}." if path else ""
+        facts[f"{prefix}@type"] = type(module).__name__
+        for name, value in plain_attributes(module).items():
+            if name not in (*INDEX_NAMES, "training"):
+                facts[f"{prefix}@{name}"] = value
+    return facts

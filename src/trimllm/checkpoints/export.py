@@ -1,0 +1,97 @@
+"""Models out: write a trimmed model as a stock checkpoint that appears whole, proved, or not at all.
+
+from trimllm import save_trimmed
+report = save_trimmed(model, "out/llama-12")
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trimllm.blocks import adapters
+from trimllm.blocks.decoder import depth
+from trimllm.blocks.layout import Layout, plan_record, whole
+from trimllm.checkpoints import folders, verification
+from trimllm.checkpoints.loading import quiet
+from trimllm.checkpoints.verification import Report, weight_bytes
+from trimllm.errors import InputError, TrimError
+
+
+def save_trimmed(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    layout: Layout | None = None,
+    base: str | dict[str, Any] | None = None,
+    card: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> Report | None:
+    """Write a stock checkpoint: safetensors, config, generation config, tokenizer, and `plan.json`.
+
+    All is written to a temporary folder beside `directory`, loaded again and compared there, then renamed into place.
+    An earlier export stays until the new one is there.
+
+    Args:
+        model: the trimmed model.
+        directory: must not exist, be empty, or (with `overwrite`) hold an earlier export.
+        tokenizer: tokenizer or processor to save beside the model.
+        layout: which original halves the blocks hold, for `plan.json`; by default the model counts as its own original.
+        base: name (or name and fingerprint) of the model that was trimmed, for `plan.json`.
+        card: text of the model card (`README.md`).
+        verify: load the checkpoint again and compare logits.
+        overwrite: replace an earlier export.
+
+    Returns:
+        What the comparison measured, or None without `verify`.
+
+    Raises:
+        InputError: if `directory` is in use, cannot be written, or holds (or lies in) the model's own folder; or if the
+            model is quantized or has an adapter that is not merged.
+        TrimError: if the disk is full, or the checkpoint differs from the model in memory.
+    """
+    folders.check_target(directory, source=getattr(model, "name_or_path", None), overwrite=overwrite)
+    adapters.check_merged(model)
+    if getattr(model, "is_quantized", False):
+        raise InputError(
+            "a quantized model cannot be saved after a cut: cut the unquantized one and quantize the result, or cut "
+            "the files with trimllm drop --streaming"
+        )
+    layout = whole(depth(model)) if layout is None else layout
+    if len(layout) != depth(model):
+        raise TrimError(f"the layout describes {len(layout)} blocks and the model has {depth(model)}")
+    with folders.appearing(directory, needed=weight_bytes(model), overwrite=overwrite) as folder:
+        _write(model, folder, tokenizer, layout, base, card)
+        return verification.verify(folder, model) if verify else None
+
+
+def _write(model: nn.Module, folder: Path, tokenizer: Any, layout: Layout, base: Any, card: str | None) -> None:
+    original = getattr(model, "generation_config", None)
+    try:
+        if original is not None:
+            model.generation_config = _portable(original)
+        with quiet():
+            model.save_pretrained(folder)  # type: ignore[operator]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+    finally:
+        if original is not None:
+            model.generation_config = original
+    (folder / "plan.json").write_text(json.dumps(plan_record(layout, base), indent=2) + "\n", encoding="utf-8")
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _portable(generation_config: Any) -> Any:
+    """The generation config less what refers to layers of the untrimmed model."""
+    portable = copy.deepcopy(generation_config)
+    portable.dola_layers = None
+    portable.assistant_early_exit = None
+    portable.cache_implementation = None
+    return portable

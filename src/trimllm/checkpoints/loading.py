@@ -1,0 +1,246 @@
+"""Models in: load a stock checkpoint and its tokenizer, or say in one line why it cannot be used.
+
+from trimllm import load_model
+model = load_model("meta-llama/Llama-3.2-1B")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from trimllm.blocks import adapters
+from trimllm.checkpoints import backends, shards
+from trimllm.errors import InputError, one_line
+
+TOKENIZER_FILES = ("*tokenizer*", "vocab*", "*.model", "*.codes", "*.tiktoken", "tekken*")
+"""Some releases of transformers make up an empty tokenizer where a folder has none of these."""
+
+_NO_SAFETENSORS = ("no file named model.safetensors found in directory", "thus cannot be loaded with `safetensors`")
+"""What transformers says of a folder and of a Hub repository without such weights."""
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+def load_model(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    quantization: Any = None,
+    attention: str = backends.AUTO,
+) -> nn.Module:
+    """Load a causal language model, in evaluation mode. An adapter of PEFT is loaded as its base, and merged.
+
+    Args:
+        path_or_id: a folder with a checkpoint or an adapter, or a name on the Hugging Face hub.
+        dtype: of the weights; the checkpoint's own by default.
+        device: where to put it; CPU by default.
+        trust_remote_code: run the model code that the checkpoint brings.
+        allow_pickle: also accept weights that are not safetensors. Unpickling can run code: trust the source.
+        quantization: quantize the weights on the way, as this config of transformers says.
+        attention: what computes attention (`backends.names`); by default what transformers chooses.
+
+    Raises:
+        InputError: if there is no such model, it is not a causal language model, weights are missing, or it cannot
+            compute with this `attention`.
+    """
+    name = os.path.expanduser(path_or_id)
+    backends.check(attention, torch.device(device or "cpu"), dtype if isinstance(dtype, torch.dtype) else None)
+    if (base := adapters.base_of(name)) is not None:
+        model: Any = load_model(
+            base,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            attention=attention,
+        )
+        return adapters.merge(model, name, allow_pickle=allow_pickle).eval()
+    check_path(name)
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    try:
+        with quiet():
+            load: Any = AutoModelForCausalLM.from_pretrained
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            quantized = quantization is not None or getattr(config, "quantization_config", None) is not None
+            if quantized:  # bitsandbytes says of every product of matrices that it rounds
+                getLogger("bitsandbytes").setLevel(ERROR)
+            model, info = load(
+                name,
+                dtype=dtype or "auto",
+                **({"quantization_config": quantization} if quantization is not None else {}),
+                device_map={"": device or "cpu"} if quantized else None,  # by default bitsandbytes takes a GPU
+                trust_remote_code=trust_remote_code,
+                attn_implementation=backends.chosen(attention),
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        refused = backends.refusal(attention, name, error)
+        raise InputError(refused or explain(name, error, allow_pickle=allow_pickle)) from error
+    lost = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    if lost:
+        raise InputError(
+            f"cannot use model {name!r}: its checkpoint lacks {len(lost)} weights that its config asks for, "
+            f"such as {sorted(lost)[0]}"
+        )
+    if model.config.is_encoder_decoder:
+        raise InputError(f"cannot use model {name!r}: it is an encoder-decoder, not a causal language model")
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that belongs to a checkpoint.
+
+    Raises:
+        InputError: if there is none.
+    """
+    name = os.path.expanduser(path_or_id)
+    if (base := adapters.base_of(name)) is not None and not (Path(name) / "tokenizer_config.json").exists():
+        name = base
+    if base is None or name == base:
+        check_path(name)
+    folder = Path(name)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise InputError(f"cannot load a tokenizer from {name!r}: the folder has none; save one beside the model")
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(f"cannot load a tokenizer from {name!r}: {one_line(error)}") from error
+
+
+def check_path(name: str, *, local: bool = False) -> None:
+    """Fail on a path that does not exist before the hub is asked for a model of that name (never, if `local`)."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"cannot load {name!r}: the folder has no config.json; give the folder of a checkpoint")
+    elif path.exists():
+        raise InputError(f"cannot load {name!r}: it is a file; give the folder of a checkpoint")
+    elif local or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"cannot load {name!r}: there is no such folder")
+
+
+def check_folder(folder: Path) -> None:
+    """Check what transformers would report in many lines, or not at all: the config, and the sizes of weight files.
+
+    Without a model type transformers goes by the folder's name; weights that a file lacks it makes up at random.
+
+    Raises:
+        InputError: if it is not the folder of a checkpoint, or a weight file is missing or torn.
+    """
+    check_path(str(folder), local=True)
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: it is not JSON ({one_line(error)}): download it again") from error
+    if not isinstance(config, dict) or not (config.get("model_type") or config.get("auto_map")):
+        raise InputError(f"cannot use {path}: it names no model_type: give the folder of a transformers checkpoint")
+    if shards.present(folder):
+        shards.read(folder)
+
+
+def no_safetensors(name: str) -> str:
+    """What to do about a folder, or a repository on the hub, without safetensors weights."""
+    folder = Path(name)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _PICKLES):
+        return f"cannot load model {name!r}: the folder has no {shards.SINGLE}; give the folder of a checkpoint"
+    return (
+        f"cannot load model {name!r}: it has no safetensors weights, only pickled ones, which can run code: convert it "
+        "to safetensors, or, if you trust its source, give --allow-pickle (in Python: allow_pickle=True), which "
+        "--streaming does not take"
+    )
+
+
+def explain(name: str, error: Exception, *, allow_pickle: bool = False) -> str:
+    """What an error of transformers about the model means, in one line, with the remedy."""
+    text, whole = one_line(error), str(error)
+    if "Unrecognized configuration class" in text:
+        return f"cannot use model {name!r}: it is not a causal language model"
+    if "trust_remote_code" in whole:
+        return (
+            f"cannot load model {name!r}: it brings its own code; if you trust it, give --trust-remote-code "
+            "(in Python: trust_remote_code=True)"
+        )
+    if not allow_pickle and any(each in whole for each in _NO_SAFETENSORS):
+        return no_safetensors(name)
+    if found := re.search(r"model type `?'?([^`' ]+)'?`? but Transformers does not recognize", whole):
+        return (
+            f"cannot use model {name!r}: its config.json names the model type {found[1]!r}, which transformers "
+            f"{transformers.__version__} does not know: use a newer transformers"
+        )
+    if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
+        return f"cannot load model {name!r}: it is not in the local cache and the hub cannot be reached"
+    if "is not a local folder" in text or "Repository Not Found" in text:
+        return f"cannot load model {name!r}: there is no such folder, and no such public model on the hub"
+    return f"cannot load model {name!r}: {text}"
+
+
+def fingerprint(source: nn.Module | str | Path) -> str:
+    """SHA-256 of the weights, by name: of a folder's safetensors files, or of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    if isinstance(source, nn.Module):
+        for name, tensor in sorted(source.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+    files = weight_files(Path(source))
+    if not files:
+        raise InputError(f"cannot take the fingerprint of {str(source)!r}: it has no safetensors files")
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint_of_adapter(name: str, base: str, merged: nn.Module) -> str:
+    """SHA-256 of an adapter's files and its base's; of the merged weights where one of them is on the hub.
+
+    Merging rounds, perhaps otherwise with another number of threads; the files are what they are.
+    """
+    if not weight_files(Path(name)) or not weight_files(Path(base)):
+        return fingerprint(merged)
+    return hashlib.sha256(f"{fingerprint(base)} {fingerprint(name)}".encode()).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no reports: whatever matters is raised."""
+    logging = transformers.utils.logging
+    hub = huggingface_hub.utils.logging
+    level, hub_level, bars = logging.get_verbosity(), hub.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        hub.set_verbosity(hub_level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,168 @@
+"""A model by the name the user gave: weights, tokenizer, and what it was before anything was done to it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimllm.blocks import adapters
+from trimllm.checkpoints import backends, loading, room
+from trimllm.config import ModelSettings, TrimConfig
+from trimllm.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO = Path(__file__).parents[1] / "demo" / "base"
+"""The embedded model, which `--model demo` names."""
+TOO_LARGE = "free memory, or give a narrower --dtype (trimllm drop --streaming cuts a model without loading it)"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, its tokenizer, the dtype it was saved in, and the SHA-256 of its weights."""
+
+    model: Any
+    tokenizer: Any
+    saved: torch.dtype
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+    """What the user should know."""
+
+
+def path_of(name: str) -> str:
+    """Where the model is: `demo` is the embedded one, others a directory (`~` is the home) or a Hub id."""
+    return str(DEMO) if name == "demo" and not Path(name).exists() else os.path.expanduser(name)
+
+
+def device_of(name: str) -> torch.device:
+    """The device for commands that do not train; auto takes the first accelerator.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: there is no such device here: use cpu or auto") from None
+    return device
+
+
+def accelerator(settings: TrimConfig) -> Any:
+    """The accelerate object of this process: device, mixed precision, number of processes."""
+    from accelerate import Accelerator
+
+    wanted = torch.device("cpu") if settings.device == "auto" and not torch.cuda.is_available() else None
+    if settings.device != "auto":
+        wanted = device_of(settings.device)
+        if wanted.type == "cuda" and wanted.index is not None:
+            torch.cuda.set_device(wanted)
+    on_cpu = wanted is not None and wanted.type == "cpu"
+    mixed = "no" if on_cpu or settings.dtype != "auto" or not torch.cuda.is_available() else "bf16"
+    if settings.mixed_precision != "auto":
+        mixed = settings.mixed_precision
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed)
+
+
+def load(settings: ModelSettings, *, training: bool = False, device: torch.device | None = None) -> Loaded:
+    """Load model and tokenizer. Where `dtype` is auto, weights to be trained are float32, others as saved.
+
+    Raises:
+        InputError: if it cannot be used; see `loading.load_model`.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    path = path_of(settings.model)
+    base = adapters.base_of(path)
+    device = device or device_of(settings.device)
+    dtype = DTYPES.get(settings.dtype) or (torch.float32 if training else None)
+    backends.check(settings.attention, device, dtype, training=training)
+    needed = room.weights(path, dtype)
+    for place in (torch.device("cpu"), device):  # on its way to a GPU a model lies in memory
+        room.check(f"--model {settings.model}", needed, place, TOO_LARGE)
+    model: Any = loading.load_model(
+        path,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+        attention=settings.attention,
+    )
+    if training and getattr(model, "is_quantized", False):
+        raise InputError(
+            f"--model {settings.model}: quantized weights cannot be trained: trim the unquantized model, then quantize "
+            "the result with trimllm export --to int8 or int4"
+        )
+    tokenizer = loading.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"the tokenizer of {settings.model} has {len(tokenizer)} tokens, its model only {vocabulary}")
+    backends.probe(model, settings.attention, training=training)
+    _check_causal(model, settings.model)
+    if base is not None:
+        mark = loading.fingerprint_of_adapter(path, base, model)
+    else:
+        mark = loading.fingerprint(path if any(Path(path).glob("*.safetensors")) else model)
+    notes = (f"{settings.model} is an adapter: merged into its base {base}",) if base is not None else ()
+    return Loaded(model, tokenizer, saved_dtype(path, settings) or model.dtype, mark, notes)
+
+
+def origin(name: str) -> str | dict[str, str]:
+    """What plans and cards name as the base: the model as the user named it, or an adapter with its own base."""
+    base = adapters.base_of(path_of(name))
+    return name if base is None else {"name": base, "adapter": name}
+
+
+@torch.no_grad()
+def _check_causal(model: Any, name: str) -> None:
+    """Refuse an encoder with a language-model head: transformers loads BERT and its like as causal models, too."""
+    ids = torch.tensor([[3, 5, 7, 9], [3, 5, 7, 11]], device=model.device) % model.get_input_embeddings().num_embeddings
+    one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if getattr(model, "is_quantized", False):
+        tolerance = 0.25  # LLM.int8 chooses the columns that it does not round by all tokens
+    if (one - other).abs().max() > one.std() * tolerance:
+        raise InputError(f"cannot use model {name!r}: its tokens see later ones; it is not a causal language model")
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """Turn the weights into `dtype` in place, as loading in that dtype would.
+
+    `model.to(dtype)` would also round the rotary frequencies and other buffers that no checkpoint holds.
+    """
+    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
+    return model
+
+
+def config_of(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint; of an adapter, its base's.
+
+    Raises:
+        InputError: if there is none, or transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    name = adapters.base_of(path) or path
+    loading.check_path(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(loading.explain(name, error)) from error
+
+
+def saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:
+    """The dtype that the checkpoint's config names; of an adapter, its base's."""
+    config = config_of(path, trust_remote_code=settings.trust_remote_code)
+    return config.dtype or config.get_text_config(decoder=True).dtype

@@ -1,0 +1,102 @@
+"""Does a model fit into memory: estimated from headers and configs, before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import psutil
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trimllm.blocks import adapters
+from trimllm.checkpoints import shards
+from trimllm.checkpoints.loading import quiet
+from trimllm.errors import InputError
+
+GB = 1e9
+FLOATS = ("F16", "BF16", "F32", "F64")
+STATES = 4
+"""Of every parameter that trains: itself, its gradient, and the two moments of AdamW."""
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that can still be allocated there, swap included; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type not in ("cpu", "mps"):
+        return None
+    machine = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min(machine, _container() or machine)
+
+
+def _container() -> int | None:
+    """What the limit of this process's control group (version 2) leaves; cached file contents are given up for it."""
+    try:
+        limit, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(1, int(limit) - int(used) + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no such system, or no limit: "max"
+        return None
+
+
+def weights(path: str, dtype: torch.dtype | None) -> int | None:
+    """Bytes of a checkpoint's weights, loaded in `dtype` (None: as saved), by the headers of its files.
+
+    Of an adapter in a folder its base counts. None where there are no safetensors files on this disk.
+    """
+    if Path(path).is_dir():
+        path = adapters.base_of(path) or path
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path, local_files_only=True))
+        except Exception:  # not a name of the Hub, or not downloaded yet: loading says so
+            return None
+    if not shards.present(folder):
+        return None
+    try:
+        tensors, _ = shards.read(folder)
+    except InputError:  # loading says so, after what else may be wrong with the folder
+        return None
+    quantized = any(tensor.dtype not in FLOATS for tensor in tensors)
+    if dtype is None or quantized:
+        return sum(tensor.size for tensor in tensors)
+    return sum(math.prod(tensor.shape) * dtype.itemsize for tensor in tensors)
+
+
+def weights_of_config(file: str, dtype: torch.dtype | None, *, trust_remote_code: bool = False) -> int | None:
+    """Bytes of the model that a config.json describes; None where no model can be built from it."""
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(Path(file).expanduser(), trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # loading says what is wrong with it
+        return None
+    size = (dtype or config.dtype or torch.float32).itemsize
+    return sum(parameter.numel() for parameter in model.parameters()) * size
+
+
+def check(what: str, needed: int | None, device: torch.device, remedy: str) -> None:
+    """Raises InputError if `needed` bytes of weights exceed what is free on the device."""
+    have = free(device)
+    if needed is not None and have is not None and needed > have:
+        sizes = f"the weights alone take {needed / GB:.1f} GB, and {have / GB:.1f} GB are free on {device}"
+        raise InputError(f"{what}: {sizes}: {remedy}")
+
+
+def full_training_note(needed: int | None, device: torch.device, remedy: str) -> str | None:
+    """A line for the user if full fine-tuning of weights of so many bytes cannot fit; activations come on top.
+
+    `remedy` lowers weights and states in full precision; only behind it a narrower dtype is named, which rounds steps.
+    """
+    have = free(device)
+    if needed is None or have is None or not needed <= have < STATES * needed:  # what cannot be loaded is an error
+        return None
+    return (
+        f"full fine-tuning takes {STATES * needed / GB:.1f} GB for weights, gradients and optimizer, and "
+        f"{have / GB:.1f} GB are free on {device}: if memory runs out, try {remedy}; --dtype bfloat16 halves it, and "
+        "rounds small steps away (--gradient-checkpointing is about activations, which come on top)"
+    )

@@ -1,0 +1,1 @@
+"""How good a model is on items: accuracy, likelihood, generation."""

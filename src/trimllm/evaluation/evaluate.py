@@ -1,0 +1,333 @@
+"""How good a model is on a task: log-likelihood of continuations, accuracy, acc_norm, perplexity.
+
+Scoring agrees with lm-evaluation-harness: the choice with the highest summed log-likelihood wins (`acc`), or the
+highest per character (`acc_norm`). Only the log-probabilities of target tokens are computed at the head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimllm.blocks import decoder, families
+from trimllm.errors import InputError, TrimError
+from trimllm.evaluation import encoding
+from trimllm.evaluation.encoding import Batch, Batches, Encoded
+from trimllm.parallel import ALONE, Share
+from trimllm.tasks.items import Item
+
+TOKEN_BUDGET = 4096
+"""Tokens of one evaluation batch, padding included."""
+
+UNFIT = (TrimError, LookupError, TypeError, ValueError, RuntimeError)
+"""What a forward pass raises in a model that cannot take a short cut that is tried on it."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model gives to the continuations of some items: per item, one number per continuation."""
+
+    loglik: tuple[tuple[float, ...], ...]
+    """Summed log-likelihood in nats."""
+    tokens: tuple[tuple[int, ...], ...]
+    """Length in tokens."""
+    greedy: tuple[tuple[bool, ...], ...]
+    """Whether greedy decoding would have produced the continuation."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result on one set. `value` is what the task's metric says, in percent, with its standard error in points."""
+
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    loss: float
+    """Mean negative log-likelihood per token of the right continuation, in nats; its exponential is the perplexity."""
+    acc: float | None = None
+    acc_norm: float | None = None
+    greedy: float | None = None
+    """generation: percent of targets that greedy decoding reproduces."""
+    correct: tuple[bool, ...] = ()
+    """Per item, for paired comparisons; empty for generation and text."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def __str__(self) -> str:
+        shown = f"{self.value:.1f} +- {self.stderr:.1f} (n={self.n})"
+        return shown if self.correct else f"{shown}, perplexity {self.perplexity:.3f}"
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into result files: everything but the per-item outcomes."""
+        kept = {key: value for key, value in vars(self).items() if key != "correct" and value is not None}
+        return kept | {"perplexity": self.perplexity}
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Within, the model is in evaluation mode; afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def head_only_at(model: Any, where: torch.Tensor) -> Iterator[list[bool]]:
+    """Within, the output head sees only hidden states at the flat positions `where`: logits are (1, k, vocabulary)."""
+    used: list[bool] = []
+
+    def select(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        used.append(True)
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, where).unsqueeze(0), *args[1:])
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(select) if head is not None else None
+    try:
+        yield used
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def target_logprobs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability (k,) of every target token of the batch in float32, and whether it is the most likely one (k,).
+
+    Gradients flow unless the caller turns them off.
+    """
+    with head_only_at(model, batch.where) as used:
+        logits = model(**batch.inputs, use_cache=False).logits
+    logits = logits.flatten(0, 1)
+    if not used:
+        logits = logits.index_select(0, batch.where)
+    logits = logits.float()
+    chosen = logits.gather(1, batch.targets[:, None])[:, 0]
+    return chosen - logits.logsumexp(1), logits.argmax(1) == batch.targets
+
+
+Pieces = dict[tuple[int, int], tuple[float, int, bool]]
+"""(item, choice) -> summed log-likelihood, tokens, greedy: the outcome of one batch."""
+
+
+@torch.no_grad()
+def batch_pieces(model: Any, batch: Batch) -> Pieces:
+    """Scores of one batch. The model's device decides where it is computed.
+
+    Raises:
+        TrimError: if the model gives a log-probability that is not a number.
+    """
+    logprobs, greedy = target_logprobs(model, batch)
+    count = len(batch.owners)
+    logprobs, greedy, segment = logprobs.cpu(), greedy.cpu(), batch.segment.cpu()  # not every device adds in float64
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, segment, logprobs.double())
+    misses = torch.zeros(count, dtype=torch.long).index_add_(0, segment, (~greedy).long())
+    lengths = torch.bincount(segment, minlength=count)
+    if len(bad := (~torch.isfinite(total)).nonzero()):
+        raise TrimError(
+            f"the model's log-likelihoods are not finite numbers, for {len(bad)} of {count} continuations in a batch "
+            f"(the first: item {batch.owners[int(bad[0])][0] + 1} of its set): try --dtype float32; if that does not "
+            "help, the weights are damaged"
+        )
+    columns = zip(total.tolist(), lengths.tolist(), (misses == 0).tolist(), strict=True)
+    return dict(zip(batch.owners, columns, strict=True))
+
+
+def add_up(pieces: Iterable[Pieces]) -> Pieces:
+    """Outcomes of batches as if they had been one: windows of the same document are added up."""
+    total: Pieces = {}
+    for outcome in pieces:
+        for owner, (loglik, tokens, greedy) in outcome.items():
+            before = total.get(owner, (0.0, 0, True))
+            total[owner] = (before[0] + loglik, before[1] + tokens, before[2] and greedy)
+    return total
+
+
+def gather(pieces: Iterable[Pieces], encoded: Sequence[Encoded]) -> Scores:
+    """Put the outcomes of batches together, windows of one document added up; items in ascending order."""
+    summed: dict[int, list[list[Any]]] = {}
+    for one in encoded:
+        summed.setdefault(one.item, [[0.0, 0, True] for _ in one.continuations])
+    for outcome in pieces:
+        for (item, choice), (loglik, tokens, greedy) in outcome.items():
+            cell = summed[item][choice]
+            cell[0] += loglik
+            cell[1] += tokens
+            cell[2] = cell[2] and greedy
+    table = [summed[item] for item in sorted(summed)]
+    columns = [tuple(tuple(cell[i] for cell in row) for row in table) for i in range(3)]
+    return Scores(*columns)
+
+
+class Scorer:
+    """Items made ready for one model: encoded, in batches on its device. Branches share prompts where that is exact.
+
+    Whether it is exact is known for the family and checked on the first rows of the data; where it is not, one row per
+    continuation is computed and `note` says so.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        items: Sequence[Item],
+        *,
+        token_budget: int = TOKEN_BUDGET,
+        max_length: int | None = None,
+        truncate: bool = False,
+        branches: bool | None = None,
+    ) -> None:
+        if not items:
+            raise InputError(
+                "there is nothing to evaluate: `items` has no rows: give those of a set, such as load_task(...).test"
+            )
+        self.items = list(items)
+        self.note: str | None = None
+        limit = encoding.context_length(model.config, max_length)
+        self.encoded = encoding.encode(tokenizer, self.items, limit, truncate=truncate)
+        self.token_budget = token_budget
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.branches = self._decide(model) if branches is None else branches
+        self.batches = self._batches(model, self.encoded, self.branches)
+
+    def _batches(self, model: Any, encoded: Sequence[Encoded], branches: bool) -> Batches:
+        made = encoding.rows(encoded, branches=branches)
+        return Batches(made, self.token_budget, pad_id=self.pad_id, dtype=model.dtype, device=model.device)
+
+    def batches_of(self, model: Any, items: Sequence[int]) -> Batches:
+        """Batches of some of the items."""
+        wanted = set(items)
+        return self._batches(model, [one for one in self.encoded if one.item in wanted], self.branches)
+
+    def _decide(self, model: Any) -> bool:
+        many = [one for one in self.encoded if sum(len(ids) > 1 for ids in one.continuations) > 1]
+        if not many:
+            return True
+        by_length = sorted(many, key=_reach)
+        window = encoding.attention_window(model.config)
+        if window and _reach(by_length[-1]) > window:
+            self.note = f"choices are scored one by one: rows are longer than the attention window of {window} tokens"
+            return False
+        largest = max(many, key=lambda one: sum(map(len, one.continuations)))
+        sample = [*many[:2], *by_length[-2:], largest]
+        if not families.branching(decoder.text_config(model)) or not self._branching_agrees(model, sample):
+            self.note = f"choices are scored one by one: shared prompts are not exact for {model.config.model_type}"
+            return False
+        return True
+
+    def _branching_agrees(self, model: Any, sample: list[Encoded]) -> bool:
+        """Whether shared prompts and single rows give the same scores, up to the rounding of the dtype."""
+        tolerance = 2e-4 if model.dtype == torch.float32 else 0.3
+        try:
+            with evaluating(model):
+                shared, single = (
+                    gather([batch_pieces(model, batch) for batch in self._batches(model, sample, way)], sample)
+                    for way in (True, False)
+                )
+        except UNFIT:
+            return False
+        pairs = zip(np.concatenate(shared.loglik), np.concatenate(single.loglik), strict=True)
+        return all(abs(a - b) <= tolerance * max(1.0, abs(b) / 20) for a, b in pairs)
+
+    def score(self, model: Any, share: Share = ALONE) -> Scores:
+        """Scores of all items; the model must be the one it was made for, or a trimmed one of it."""
+        with evaluating(model):
+            numbers = range(share.rank, len(self.batches), share.world)
+            work = partial(batch_pieces, model)
+            mine = [pieces for number in numbers for pieces in self.batches.compute(number, work)]
+            return gather(share.gather(mine), self.encoded)
+
+    def evaluate(self, model: Any, metric: str, share: Share = ALONE) -> Evaluation:
+        """Score and judge all items."""
+        return judge(self.items, self.score(model, share), metric)
+
+
+def _reach(one: Encoded) -> int:
+    """Positions that scoring an item's longest continuation takes."""
+    return len(one.prompt) + max(map(len, one.continuations)) - 1
+
+
+def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
+    """From scores to the metric: `acc` and `acc_norm` of choices, `likelihood` of generation and text, all in percent.
+
+    `likelihood` is 100 * exp(-loss), the geometric mean probability of a target token: like accuracy it lies in 0-100
+    and grows with quality. Its standard error is the delta method's, over items.
+
+    Raises:
+        InputError: if the metric does not fit the items.
+    """
+    answers = np.array([item.answer for item in items])
+    right = np.array([row[a] for row, a in zip(scores.loglik, answers, strict=True)])
+    tokens = np.array([row[a] for row, a in zip(scores.tokens, answers, strict=True)])
+    loss = float(-right.sum() / tokens.sum())
+    n = len(items)
+    if metric == "likelihood":
+        spread = float(np.sqrt(np.square(right + loss * tokens).sum()) / tokens.sum())
+        value = 100 * math.exp(-loss)
+        exact = 100 * float(np.mean([row[a] for row, a in zip(scores.greedy, answers, strict=True)]))
+        return Evaluation(metric, value, value * spread, n, loss, greedy=exact)
+    if metric not in ("acc", "acc_norm"):
+        raise InputError(f"unknown metric {metric!r}: use acc, acc_norm or likelihood")
+    if any(len(item.continuations) < 2 for item in items):
+        raise InputError(f"metric {metric} needs choices, and this task has none: use likelihood")
+    hits = {name: outcomes(items, scores, name)[0] for name in ("acc", "acc_norm")}
+    error = 100 * _standard_error(hits[metric], [item.group for item in items])
+    percent = {name: 100 * float(hit.mean()) for name, hit in hits.items()}
+    return Evaluation(metric, percent[metric], error, n, loss, **percent, correct=tuple(map(bool, hits[metric])))
+
+
+def outcomes(items: Sequence[Item], scores: Scores, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Per item (items,): whether the right choice scores highest, and by how much (less than 0: another one does).
+
+    `metric` "acc" scores by log-likelihood, "acc_norm" by log-likelihood per character.
+    """
+    hits, margins = [], []
+    for item, row in zip(items, scores.loglik, strict=True):
+        values = np.array(row)
+        if metric == "acc_norm":
+            values = values / np.maximum(item.lengths or [len(text.strip()) for text in item.continuations], 1)
+        hits.append(int(np.argmax(values)) == item.answer)
+        margins.append(values[item.answer] - np.delete(values, item.answer).max())
+    return np.array(hits), np.array(margins)
+
+
+def estimate(share: float, seen: int, metric: str) -> Evaluation:
+    """An evaluation that was broken off after `seen` items: the share of hits that is expected over all."""
+    error = 100 * math.sqrt(share * (1 - share) / max(seen - 1, 1))
+    return Evaluation(metric, 100 * float(share), error, seen, math.nan)
+
+
+def _standard_error(hits: np.ndarray, groups: Sequence[str | None]) -> float:
+    """Binomial standard error of the share of hits; questions of one group (an entity, an article) are not independent,
+    so where there are groups theirs is taken if it is larger (the cluster-robust variance of a mean)."""
+    share, n = hits.mean(), len(hits)
+    binomial = math.sqrt(share * (1 - share) / max(n - 1, 1))
+    sums: dict[str | None, float] = {}
+    for hit, group in zip(hits, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + float(hit - share)
+    if None in sums or len(sums) < 2:
+        return binomial
+    clustered = math.sqrt(sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / n
+    return max(binomial, clustered)
+
+
+def score_items(model: Any, tokenizer: Any, items: Sequence[Item], **settings: Any) -> list[list[float]]:
+    """Summed log-likelihood in nats of every continuation of every item; `settings` are those of `Scorer`."""
+    return [list(row) for row in Scorer(model, tokenizer, items, **settings).score(model).loglik]
+
+
+def evaluate(model: Any, tokenizer: Any, items: Sequence[Item], metric: str, **settings: Any) -> Evaluation:
+    """Score items and judge them by `metric`; `settings` are those of `Scorer`."""
+    return Scorer(model, tokenizer, items, **settings).evaluate(model, metric)

@@ -1,0 +1,54 @@
+"""A guard on what choices do not show: whether the model still writes on, or says nothing, or the same again and again.
+
+Greedy decoding goes on with the first halves of some calibration prompts, by the base and by the trimmed model; a small
+base repeats itself too, so only a change counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from trimllm.evaluation import encoding
+from trimllm.evaluation.generation import generate
+from trimllm.tasks.items import Item
+from trimllm.tasks.metrics import repetition
+
+PROMPTS, TOKENS, WORDS = 16, 48, 32
+"""Prompts that are gone on with, tokens each, and words at most of a prompt."""
+WORSE = {"repetition": 20.0, "silence": 50.0}
+"""Percentage points above the base from which the model counts as collapsed."""
+
+Fluency = dict[str, float]
+
+
+def measure(model: Any, tokenizer: Any, items: Sequence[Item]) -> Fluency:
+    """Percent of word 4-grams that occurred before in the same text, and of prompts behind which nothing came."""
+    beginnings = [replace(item, prompt=_beginning(item)) for item in items[:PROMPTS]]
+    tokens = max(1, min(TOKENS, encoding.context_length(model.config) // 2))
+    texts = [text.split() for text in generate(model, tokenizer, beginnings, max_new_tokens=tokens)]
+    return {
+        "repetition": 100 * sum(repetition(words) for words in texts) / len(texts),
+        "silence": 100 * sum(not words for words in texts) / len(texts),
+    }
+
+
+def warning(base: Fluency | None, now: Fluency | None) -> str | None:
+    """One line if the model collapsed since the base, else None."""
+    if base is None or now is None:
+        return None
+    worse = [name for name, limit in WORSE.items() if now[name] - base[name] > limit]
+    if not worse:
+        return None
+    said = {"repetition": "repeats itself", "silence": "says nothing"}
+    what = " and ".join(f"{said[name]} ({now[name]:.0f} %, the base {base[name]:.0f} %)" for name in worse)
+    return (
+        f"the trimmed model {what} where it writes freely, whatever its accuracy says: for open-ended use keep more "
+        "layers, or mix in domain text with --text"
+    )
+
+
+def _beginning(item: Item) -> str:
+    words = (item.prompt or item.target).split()
+    return " ".join(words[: max(1, min(WORDS, len(words) // 2))])

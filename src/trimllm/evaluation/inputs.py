@@ -1,0 +1,63 @@
+"""Settings turned into what a command works on: the task's items, and scorers that hold them ready for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from trimllm import tasks
+from trimllm.config import TaskSettings
+from trimllm.errors import InputError
+from trimllm.evaluation.evaluate import TOKEN_BUDGET, Scorer
+from trimllm.tasks import Item, TaskData
+
+
+class Evaluating(Protocol):
+    """The settings that a scorer reads."""
+
+    @property
+    def eval_batch_size(self) -> int | None: ...
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def truncate(self) -> bool: ...
+
+
+def task_data(settings: TaskSettings, tokenizer: Any) -> TaskData:
+    """The task that the settings name, loaded and split.
+
+    Raises:
+        InputError: see `tasks.load_task`.
+    """
+    return tasks.load_task(
+        settings.task,
+        tokenizer=tokenizer,
+        calibration_size=settings.calibration_size,
+        resolution=settings.resolution,
+        max_train=settings.max_train,
+        max_test=settings.max_test,
+        files=settings.task_files,
+        metric=settings.metric,
+        seed=settings.seed,
+    )
+
+
+def scorer(settings: Evaluating, model: Any, tokenizer: Any, items: Sequence[Item]) -> Scorer:
+    """Items encoded and in batches for `model`.
+
+    Raises:
+        InputError: if prompts do not fit (see `encoding.encode`), or a row exceeds the tokens of a batch.
+    """
+    budget = settings.eval_batch_size
+    made = Scorer(
+        model,
+        tokenizer,
+        items,
+        token_budget=budget or TOKEN_BUDGET,
+        max_length=settings.max_length,
+        truncate=settings.truncate,
+    )
+    longest = made.batches.longest().real.shape[1]
+    if budget is not None and longest > budget:
+        raise InputError(f"--eval-batch-size {budget}: the longest row has {longest} tokens: give at least so many")
+    return made

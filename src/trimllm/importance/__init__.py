@@ -1,0 +1,1 @@
+"""Which unit matters least: trial deletion, the field's other scores, and the choice between them."""

@@ -1,0 +1,74 @@
+"""The residual stream of the intact model, and what activations alone say of every candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from trimllm.blocks import decoder
+from trimllm.blocks.layout import Unit
+from trimllm.evaluation import evaluate
+from trimllm.evaluation.encoding import Batch
+from trimllm.evaluation.evaluate import Pieces
+
+
+def keeping_stream(model: Any, batch: Batch, *, mids: bool) -> tuple[Pieces, dict[float, torch.Tensor]]:
+    """Scores of the intact model, and the residual stream: key i before block i, i + 0.5 amid it, n at the end."""
+    stream: dict[float, torch.Tensor] = {}
+
+    def keep(key: float) -> Callable[..., None]:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stream[key] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def keep_output(_module: Any, _args: Any, output: Any) -> None:
+        stream[depth] = output[0] if isinstance(output, tuple) else output
+
+    depth = decoder.depth(model)
+    with ExitStack() as hooks:
+        for i, block in enumerate(decoder.blocks(model)):
+            hooks.callback(block.register_forward_pre_hook(keep(i), with_kwargs=True).remove)
+            middle = decoder.mid_block(model, i) if mids else None
+            if middle is not None:
+                hooks.callback(middle.register_forward_pre_hook(keep(i + 0.5), with_kwargs=True).remove)
+        hooks.callback(decoder.blocks(model)[-1].register_forward_hook(keep_output).remove)
+        return evaluate.batch_pieces(model, batch), stream
+
+
+def ends(unit: Unit) -> tuple[float, float]:
+    """Where the unit begins and ends in the residual stream (see `keeping_stream`)."""
+    begin = {"block": 0.0, "attention": 0.0, "mlp": 0.5, "pair": 0.5}[unit.kind]
+    length = {"block": float(unit.length), "pair": 1.0, "attention": 0.5, "mlp": 0.5}[unit.kind]
+    return unit.index + begin, unit.index + begin + length
+
+
+def sums(
+    stream: dict[float, torch.Tensor], batch: Batch, candidates: Sequence[Unit], run: int
+) -> dict[str, list[float]]:
+    """Sums over unpadded tokens: norm of the stream behind each unit, cosine over the unit, cosine over a run."""
+    depth = max(stream)
+
+    def tokens(key: float) -> torch.Tensor | None:
+        hidden = stream.get(key)
+        if hidden is None:
+            return None
+        hidden = hidden[0] if hidden.dim() == 4 else hidden  # AltUp carries several streams, the first is the main one
+        return hidden.reshape(-1, hidden.shape[-1])[batch.real.flatten()].float()
+
+    def cosine(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+        if a is None or b is None:
+            return float("nan")
+        return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).sum())
+
+    found: dict[str, list[float]] = {"norm": [], "cosine": [], "run_cosine": []}
+    for unit in candidates:
+        begin, end = ends(unit)
+        before, behind = tokens(begin), tokens(end)
+        found["norm"].append(float("nan") if behind is None else float(behind.norm(dim=-1).sum()))
+        found["cosine"].append(cosine(before, behind))
+        found["run_cosine"].append(cosine(before, tokens(begin + run)) if begin + run <= depth else float("nan"))
+    return found

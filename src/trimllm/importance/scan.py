@@ -1,0 +1,337 @@
+"""Exact trial deletion: how good the model would be without each candidate, one candidate at a time.
+
+A candidate changes nothing below the block it begins in. So each batch goes once through the whole model, the residual
+stream before every block is kept, and every candidate computes only what lies behind its own place. The choices of a
+question share its prompt (see `encoding`). Source of the method: TrimLLM (arXiv 2412.11242), calibration scanning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimllm.blocks import decoder, families
+from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
+from trimllm.blocks.trial import trial
+from trimllm.errors import InputError
+from trimllm.evaluation import evaluate
+from trimllm.evaluation.encoding import Batch, Batches
+from trimllm.evaluation.evaluate import Evaluation, Pieces, Scorer
+from trimllm.importance import activations, racing
+from trimllm.importance.scores import Array, Evidence, importance, s_norm
+from trimllm.importance.scores import parts as parts_of
+from trimllm.parallel import ALONE, Share
+
+
+@dataclass
+class Part:
+    """What one batch contributed: plain numbers, so that a journal can keep it and a resumed scan need not redo it."""
+
+    base: Pieces
+    trials: list[Pieces]
+    """Per candidate, {} for one that is not in the race any more; empty if only activations were measured."""
+    tokens: int
+    sums: dict[str, list[float]]
+    """Sums over unpadded tokens, one number per candidate: `norm`, `cosine`, `run_cosine`."""
+
+    def dump(self) -> dict[str, Any]:
+        def flat(pieces: Pieces) -> list[list[Any]]:
+            return [[*owner, *values] for owner, values in pieces.items()]
+
+        return {
+            "base": flat(self.base),
+            "trials": [flat(t) for t in self.trials],
+            "tokens": self.tokens,
+            "sums": self.sums,
+        }
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any]) -> Part:
+        def pieces(rows: Sequence[Sequence[Any]]) -> Pieces:
+            return {(row[0], row[1]): (row[2], row[3], row[4]) for row in rows}
+
+        return cls(
+            pieces(record["base"]), [pieces(t) for t in record["trials"]], record["tokens"], dict(record["sums"])
+        )
+
+
+@dataclass(frozen=True)
+class Race:
+    """A scan that stops candidates which cannot win."""
+
+    confidence: float
+    """Nominal probability of the winner that a scan of all items has."""
+    tolerance: float = 0.0
+    """Accuracy points within which candidates are tied."""
+    by_norm: bool = True
+    """Of tied candidates the one with the largest norm wins; else the deepest."""
+    allowed: frozenset[Unit] | None = None
+    """Units that may go (default: all); the others run in the first round only."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """Per candidate, in order of depth: its evaluation when deleted (none if only activations were asked for)."""
+
+    candidates: list[Unit]
+    base: Evaluation
+    """The intact model on the same items."""
+    trials: list[Evaluation]
+    norm: Array
+    cosine: Array
+    run_cosine: Array
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+    running: tuple[int, ...] | None = None
+    """After a race: the candidates that it did not stop, which saw all items. The others' values are foreseen."""
+    computed: float = 1.0
+    """Share of the trials (candidates times items) that were computed."""
+
+    def eligible(self, allowed: Collection[int], strategy: str) -> set[int]:
+        """Those of the `allowed` candidates that may go first: no race stopped them; for angular, their run fits."""
+        found = set(allowed) if self.running is None else set(allowed) & set(self.running)
+        return {i for i in found if parts_of(strategy)[0] != "angular" or np.isfinite(self.run_cosine[i])}
+
+    def evidence(self, position: Array, depth: int, seed: int = 0, **extra: Array) -> Evidence:
+        """What the scores need; `position` (n,) are the candidates' places in the original model of `depth` blocks."""
+        tried = bool(self.trials)
+        return Evidence(
+            depth=depth,
+            position=position,
+            accuracy=np.array([trial.value for trial in self.trials]) if tried else None,
+            loss=np.array([trial.loss for trial in self.trials]) if tried else None,
+            norm=self.norm,
+            cosine=self.cosine,
+            run_cosine=self.run_cosine,
+            seed=seed,
+            **extra,
+        )
+
+
+def scan(
+    model: Any,
+    scorer: Scorer,
+    metric: str,
+    unit: str = "block",
+    *,
+    length: int = 1,
+    trials: bool = True,
+    run: int = 1,
+    race: Race | None = None,
+    finished: Mapping[int, Part] | None = None,
+    on_part: Callable[[int, Part], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    share: Share = ALONE,
+) -> ScanResult:
+    """Measure every candidate of kind `unit` (runs of `length` blocks) on the scorer's items.
+
+    `trials=False` measures activations only. `run` is the number of blocks of the runs that `angular` compares.
+    With `race`, candidates that cannot win are stopped on the way (multiple choice only; see `racing`).
+    `finished` holds parts of an earlier, interrupted scan; `on_part` receives each new one, on every process of
+    `share`. Units without which the family's layers could not stand are no candidates; the notes name them.
+    """
+    started = time.perf_counter()
+    candidates, notes = _candidates(model, units(unit, whole(decoder.depth(model)), length))
+    parts: dict[int, Part] = dict(finished or {})
+    notes += [scorer.note] if scorer.note else []
+    if race is not None and (metric not in ("acc", "acc_norm") or len(scorer.items) < 2 * racing.SMALLEST):
+        notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
+        race = None
+    with evaluate.evaluating(model):
+        resume = trials and _resumes_exactly(model, scorer.batches.longest())
+        if trials and not resume:
+            kind = model.config.model_type
+            notes.append(f"every candidate computes the whole model: {kind} cannot be resumed midway")
+
+        def work(batches: Batches, first: int, tried: Sequence[int]) -> list[Part]:
+            """The parts of `batches`, numbered from `first` on, with trials of these candidates."""
+            numbers = range(first, first + len(batches))
+            todo = [number for number in numbers if number not in parts or not _covers(parts[number], tried)]
+            for begin in range(0, len(todo), share.world):
+                mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
+                part_of = partial(_part, model, candidates=candidates, tried=tried, run=run, resume=resume)
+                made = [(n, _together(batches.compute(n - first, part_of))) for n in mine]
+                for number, part in share.gather(made):
+                    parts[number] = part
+                    if on_part:
+                        on_part(number, part)
+                if progress:
+                    progress(len(parts), max(len(parts), numbers.stop))
+            return [parts[number] for number in numbers]
+
+        everyone = range(len(candidates)) if trials and race is None else ()
+        intact = work(scorer.batches, 0, everyone)
+        result = _collect(intact, scorer, metric, candidates, bool(everyone))
+        if trials and race is not None:
+            result = _race(model, race, result, intact, scorer, work)
+    return replace(result, seconds=time.perf_counter() - started, notes=(*notes, *result.notes))
+
+
+def _covers(part: Part, tried: Sequence[int]) -> bool:
+    """Whether an earlier, interrupted scan tried these candidates in this part."""
+    return not tried or (bool(part.trials) and all(part.trials[i] for i in tried))
+
+
+def _race(
+    model: Any,
+    race: Race,
+    intact: ScanResult,
+    parts: Sequence[Part],
+    scorer: Scorer,
+    work: Callable[[Batches, int, Sequence[int]], list[Part]],
+) -> ScanResult:
+    """Trials in rounds of items, hardest first; candidates without a chance to win stop (see `racing`)."""
+    count, metric = len(scorer.items), intact.base.metric
+    hits, margins = evaluate.outcomes(
+        scorer.items, evaluate.gather([part.base for part in parts], scorer.encoded), metric
+    )
+    position = positions(intact.candidates, range(decoder.depth(model)))
+    breaker = intact.norm if race.by_norm else np.zeros(len(intact.candidates))
+    allowed = np.array([race.allowed is None or unit in race.allowed for unit in intact.candidates])
+    rule = racing.Rule(race.tolerance * count / 100, breaker, position, allowed)
+    first, raced = len(parts), list[Part]()
+
+    def compute(running: list[int], items: list[int]) -> Array:
+        nonlocal first
+        batches = scorer.batches_of(model, items)
+        new = work(batches, first, running)
+        raced.extend(new)
+        first += len(batches)
+        places, wanted = sorted(items), set(items)
+        encoded = [one for one in scorer.encoded if one.item in wanted]
+        order = np.argsort(np.argsort(items))
+        rows = []
+        for i in running:
+            scores = evaluate.gather([part.trials[i] for part in new], encoded)
+            rows.append(evaluate.outcomes([scorer.items[k] for k in places], scores, metric)[0][order])
+        return np.stack(rows)
+
+    end = racing.race(compute, hits, margins, rule, race.confidence, race.seed)
+
+    def trial_of(i: int) -> Evaluation:
+        if i in end.running:
+            return evaluate.judge(
+                scorer.items, evaluate.gather([part.trials[i] for part in raced], scorer.encoded), metric
+            )
+        return evaluate.estimate(end.expected[i] / count, end.seen[i], metric)
+
+    trials = [trial_of(i) for i in range(len(end.seen))]
+    share = end.computed / (count * len(trials))
+    note = f"race: {len(end.running)} of {len(trials)} candidates to the end, {share:.0%} of the trials computed"
+    return replace(intact, trials=trials, running=end.running, computed=share, notes=(note,))
+
+
+def _candidates(model: Any, every: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
+    """Those of `every` unit that may go, and notes on those that may not.
+
+    Raises:
+        InputError: if none may go; says why.
+    """
+    intact = whole(decoder.depth(model))
+    refused = {u: families.illegal(decoder.text_config(model), remove(intact, u)) for u in every}
+    candidates = [u for u, reason in refused.items() if reason is None]
+    if not candidates:
+        raise InputError(next(reason for reason in refused.values() if reason))
+    return candidates, [f"{u} must stay: {reason}" for u, reason in refused.items() if reason]
+
+
+def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: list[Unit], trials: bool) -> ScanResult:
+    def judged(pieces: list[Pieces]) -> Evaluation:
+        return evaluate.judge(scorer.items, evaluate.gather(pieces, scorer.encoded), metric)
+
+    tokens = sum(part.tokens for part in ordered)
+    means = {
+        name: np.sum([part.sums[name] for part in ordered], axis=0) / tokens
+        for name in ("norm", "cosine", "run_cosine")
+    }
+    tried = [judged([part.trials[i] for part in ordered]) for i in range(len(candidates))] if trials else []
+    return ScanResult(candidates, judged([part.base for part in ordered]), tried, **means, seconds=0.0)
+
+
+@torch.no_grad()
+def _part(model: Any, batch: Batch, candidates: list[Unit], *, tried: Sequence[int], run: int, resume: bool) -> Part:
+    base, stream = activations.keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in candidates))
+    part = Part(base, [], int(batch.real.sum()), activations.sums(stream, batch, candidates, run))
+    if tried:
+        part.trials = [
+            _trial(model, batch, unit, stream, resume) if i in tried else {} for i, unit in enumerate(candidates)
+        ]
+    return part
+
+
+def _together(parts: Sequence[Part]) -> Part:
+    """The part of a batch that was computed in pieces."""
+    if len(parts) == 1:
+        return parts[0]
+    trials = [evaluate.add_up(part.trials[i] for part in parts) for i in range(len(parts[0].trials))]
+    sums = {name: np.sum([part.sums[name] for part in parts], axis=0).tolist() for name in parts[0].sums}
+    return Part(evaluate.add_up(part.base for part in parts), trials, sum(part.tokens for part in parts), sums)
+
+
+def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tensor], resume: bool) -> Pieces:
+    before = whole(decoder.depth(model))
+    after = remove(before, unit)
+    start = shared_prefix(before, after) if resume else 0
+    with trial(model, after, resume_from=start) as injection:
+        if start:
+            injection.hidden = stream[start]
+        return evaluate.batch_pieces(model, batch)
+
+
+@torch.no_grad()
+def _resumes_exactly(model: Any, batch: Batch) -> bool:
+    """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked."""
+    depth = decoder.depth(model)
+    if not families.family(decoder.text_config(model)).resumable or depth < 2:
+        return False
+    base, stream = activations.keeping_stream(model, batch, mids=False)
+    try:
+        with trial(model, whole(depth), resume_from=depth // 2) as injection:
+            injection.hidden = stream[depth // 2]
+            again = evaluate.batch_pieces(model, batch)
+    except evaluate.UNFIT:
+        return False
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    return all(abs(base[owner][0] - again[owner][0]) <= tolerance * max(1.0, abs(base[owner][0])) for owner in base)
+
+
+def positions(candidates: Sequence[Unit], original: Sequence[int]) -> Array:
+    """(n,) place of each candidate in the original model, in blocks; `original` has each present block's index."""
+    shift = {"pair": 0.5, "mlp": 0.25}
+    middle = [np.mean([original[i] for i in unit.blocks[: unit.length]]) for unit in candidates]
+    return np.array([place + shift.get(unit.kind, 0.0) for place, unit in zip(middle, candidates, strict=True)])
+
+
+def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence[str]) -> dict[str, Any]:
+    """What a scan found, for scan.json: the intact model, and one row per candidate in order of depth."""
+    decider = importance(parts_of(strategy)[0], evidence)
+    norms = s_norm(evidence.norm) if evidence.norm is not None else None
+    rows = []
+    for i, name in enumerate(names):
+        row: dict[str, Any] = {"unit": name, "importance": float(decider[i]) if np.isfinite(decider[i]) else None}
+        if result.trials:
+            trial = result.trials[i]
+            row |= {
+                "value": trial.value,
+                "stderr": trial.stderr,
+                "loss": trial.loss if np.isfinite(trial.loss) else None,
+            }
+            if result.running is not None and i not in result.running:
+                row |= {"stopped": True, "n": trial.n}
+        if norms is not None:
+            row |= {"norm": float(result.norm[i]), "s_norm": float(norms[i])}
+        rows.append(row | {"cosine": float(result.cosine[i])})
+    return {
+        "strategy": strategy,
+        "intact": result.base.summary(),
+        "units": rows,
+        "seconds": result.seconds,
+        "notes": list(result.notes),
+    }

@@ -1,0 +1,104 @@
+"""Which unit goes next: pure decisions on importance, no models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimllm.blocks.layout import Layout, Unit
+from trimllm.errors import InputError
+from trimllm.importance import scores
+from trimllm.importance.scores import Array, Evidence
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The unit to drop, where it stands among the candidates, and why."""
+
+    unit: Unit
+    index: int
+    importance: float
+    tied: tuple[int, ...]
+    """Candidates that the deciding score could not tell apart (the chosen one included)."""
+    why: str
+
+
+def tolerance_points(metric: str, n: int, asked: float | None) -> float:
+    """Accuracy points within which candidates are tied: as asked, else one question of `n`; nothing for likelihoods."""
+    if asked is not None:
+        return asked
+    return 100.0 / n if metric in ("acc", "acc_norm") else 0.0
+
+
+def choose(
+    candidates: Sequence[Unit],
+    evidence: Evidence,
+    strategy: str = "scan+norm",
+    *,
+    tolerance: float = 0.0,
+    allowed: Collection[int] | None = None,
+) -> Choice:
+    """The least important candidate; with scan+norm, of those within `tolerance` accuracy points the largest norm goes.
+
+    `allowed` are indices into `candidates` (default: all). Further ties go to the deeper unit.
+
+    Raises:
+        InputError: if no candidate is allowed.
+    """
+    open_ = sorted(range(len(candidates)) if allowed is None else set(allowed))
+    if not open_:
+        raise InputError("every remaining layer is protected: protect fewer, or ask for a smaller drop")
+    decider, *breakers = scores.parts(strategy)
+    values = scores.importance(decider, evidence)
+    tied = _tied(values, evidence, open_, tolerance if breakers else 0.0)
+    ranks = scores.importance(breakers[0], evidence) if breakers else np.zeros(len(candidates))
+    index = min(tied, key=lambda i: (ranks[i], -evidence.position[i]))
+    others = len(tied) - 1
+    rule = "by the scan, largest norm" if breakers else "in importance, deepest"
+    why = f"tied with {others} {rule}" if others else "least important"
+    return Choice(candidates[index], index, float(values[index]), tuple(tied), why)
+
+
+def _tied(values: Array, evidence: Evidence, open_: Sequence[int], tolerance: float) -> list[int]:
+    if tolerance > 0 and evidence.accuracy is not None:
+        best = max(evidence.accuracy[i] for i in open_)
+        return [i for i in open_ if evidence.accuracy[i] >= best - tolerance - 1e-9]
+    least = min(values[i] for i in open_)
+    return [i for i in open_ if values[i] == least]
+
+
+def protected(protect: Sequence[int], depth: int) -> frozenset[int]:
+    """Original indices that must stay; negative ones count from the end.
+
+    Raises:
+        InputError: if one does not exist.
+    """
+    for index in protect:
+        if not -depth <= index < depth:
+            raise InputError(f"--protect {index}: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
+    return frozenset(index % depth for index in protect)
+
+
+def droppable(candidates: Sequence[Unit], layout: Layout, kept: Collection[int]) -> list[int]:
+    """Indices of the candidates that touch no protected original block; `layout` maps places to original indices."""
+    return [number for number, unit in enumerate(candidates) if not (touches(unit, layout) & set(kept))]
+
+
+def touches(unit: Unit, layout: Layout) -> set[int]:
+    """Original blocks whose attention or MLP the unit contains."""
+    i = unit.index
+    if unit.kind == "block":
+        held = [half for place in unit.blocks for half in layout[place]]
+    elif unit.kind == "pair":
+        held = [layout[i].mlp, layout[i + 1].attention]
+    else:
+        held = [getattr(layout[i], unit.kind)]
+    return {source for source in held if source is not None}
+
+
+def most_important(values: Array, count: int) -> list[int]:
+    """Places of the `count` largest values, ascending; ties go to the shallower block."""
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    return sorted(order[:count])

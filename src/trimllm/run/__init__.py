@@ -1,0 +1,1 @@
+"""The main job: fine-tune, scan, drop, train on, until the target; and what a run remembers and says."""

@@ -1,0 +1,144 @@
+"""What is said of a run: its lines on the way, its table, and result.json."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from trimllm.bench import timing
+from trimllm.blocks.layout import Layout, describe, whole_layers
+from trimllm.config import TrimConfig
+from trimllm.console import clock, table
+from trimllm.evaluation.evaluate import Evaluation
+from trimllm.importance.joint import Joint, accepted
+from trimllm.importance.scan import ScanResult
+from trimllm.importance.select import Choice
+from trimllm.run import rundir
+from trimllm.run.targets import Size
+from trimllm.tasks import TaskData
+
+LIBRARIES = ("trimllm", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
+
+
+STEPS = {"base": "base", "stage": "fine-tuned", "saved": "as saved"}
+"""What a row without a drop is."""
+
+
+def what(row: dict[str, Any]) -> str:
+    """What a row without a drop is; a warm-up of no steps trained nothing."""
+    trained = (row.get("train") or {}).get("steps", 1)
+    return STEPS[row["event"]] if trained else "not trained"
+
+
+def percent(record: dict[str, Any] | None) -> str:
+    """`87.2 +- 1.5` of a journaled evaluation."""
+    return f"{record['value']:.1f} +- {record['stderr']:.1f}" if record else "-"
+
+
+def depth_table(history: list[dict[str, Any]]) -> str:
+    """One line per depth: what went, accuracies, size, speed."""
+    rows = []
+    for row in history:
+        dropped = ", ".join(unit for drop in row.get("dropped", []) for unit in drop["units"])
+        rows.append(
+            [
+                row["depth"],
+                dropped or what(row),
+                percent(row["calibration"]),
+                percent(row["test"]),
+                f"{row['parameters'] / 1e6:.2f}",
+                f"{row['bytes'] / 1e6:.2f}",
+                f"{row['tokens_per_second']:.0f}",
+            ]
+        )
+    return table(["depth", "dropped", "calibration", "test", "M params", "MB", "tokens/s"], rows)
+
+
+def result(
+    config: TrimConfig,
+    data: TaskData,
+    stage: dict[str, Any],
+    history: list[dict[str, Any]],
+    drops: list[dict[str, Any]],
+    base: dict[str, str],
+    saved: dict[str, Any],
+    verified: Any,
+    speeds: dict[str, list[float]] | None,
+) -> dict[str, Any]:
+    """The contents of result.json."""
+    speedup = (
+        dict(zip(("median", "min", "max"), timing.ratio(speeds, "trimmed", "base"), strict=True)) if speeds else None
+    )
+    return {
+        "base": base,
+        "task": data.name,
+        "metric": data.metric,
+        "test": saved["test"],
+        "calibration": saved["calibration"],
+        "depth": stage["depth"],
+        "base_depth": history[0]["depth"],
+        "blocks": stage["layout"],
+        "layers": whole_layers(rundir.load_layout(stage["layout"])),
+        "parameters": stage["parameters"],
+        "bytes": stage["bytes"],
+        "decode_speedup": speedup,
+        "verified": vars(verified),
+        "rows": {
+            "train": len(data.train),
+            "calibration": len(data.calibration),
+            "test": len(data.test),
+            "left_out": list(data.left_out),
+        },
+        "notes": list(data.notes),
+        "history": history,
+        "drops": drops,
+        "tokens": tokens(history),
+        "settings": config.model_dump(mode="json"),
+        "seconds": {
+            "training": sum(row["train"]["seconds"] for row in history if "train" in row),
+            "scans": sum(drop["seconds"] for drop in drops),
+        },
+        "machine": {"system": platform.platform(), "python": platform.python_version()},
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def tokens(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Training tokens per stage, in total, and in units of the first stage, which is one full fine-tune."""
+    stages = [row["train"]["tokens"] for row in history if row["event"] == "stage"]
+    return {"stages": stages, "total": sum(stages), "full_fine_tunes": sum(stages) / stages[0] if stages[0] else None}
+
+
+def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: list[Joint]) -> str:
+    """What goes and why, for the user; `tried` are the sets that were tried as a whole."""
+    found = accepted(choices, tried)
+    names = ", ".join(describe(choice.unit, layout) for choice in choices)
+    if found is not None:
+        return (
+            f"drop {names}: {len(choices)} at once (joint {found.value:.1f}, intact {result.base.value:.1f}; loss "
+            f"{found.loss:.3f}, intact {result.base.loss:.3f}; {len(tried)} sets tried; "
+            f"scan {clock(result.seconds)})"
+        )
+    if len(choices) > 1:
+        return f"drop {names} at once (intact {result.base.value:.1f}; scan {clock(result.seconds)})"
+    score = f", {result.trials[choices[0].index].value:.1f} without it" if result.trials else ""
+    return f"drop {names} ({choices[0].why}{score}; intact {result.base.value:.1f}; scan {clock(result.seconds)})"
+
+
+def depth_row(
+    event: str, size: Size, calibration: Evaluation, test: Evaluation | None, speed: float, more: dict[str, Any]
+) -> str:
+    """The line that a user sees for a depth."""
+    dropped = ", ".join(unit for drop in more.get("dropped", []) for unit in drop["units"])
+    what = f"- {dropped}" if dropped else STEPS[event]
+    report = more.get("train") or {}
+    trained = f"  loss {report['loss']:.3f} in {clock(report['seconds'])}" if report.get("loss") is not None else ""
+    if (watch := report.get("recovery")) and watch["losses"]:
+        end = "is back at" if watch["recovered"] else "is not back in the budget:"
+        trained += f"  calibration loss {end} {watch['losses'][-1]:.3f} (asked {watch['limit']:.3f})"
+    tested = f"  test {test}" if test else ""
+    return (
+        f"depth {size.depth:3d}  {what:24s}  calibration {calibration}{tested}  "
+        f"{size.parameters / 1e6:.2f} M parameters  {speed:.0f} tokens/s{trained}"
+    )

@@ -1,0 +1,291 @@
+"""What goes next: from the scan of the present model to the units that are dropped and the blocks that train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimllm.blocks import decoder, legality
+from trimllm.blocks.layout import Layout, Unit, describe, halves, remove, remove_all, units, whole
+from trimllm.blocks.trial import trial
+from trimllm.config import ScoreSettings, TrimConfig
+from trimllm.console import Console
+from trimllm.errors import InputError
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import joint, scan, scores, select, weights
+from trimllm.importance.joint import Joint
+from trimllm.importance.scan import Race, ScanResult
+from trimllm.importance.scores import Evidence
+from trimllm.importance.select import Choice
+from trimllm.parallel import Share
+from trimllm.run import journal, recording, targets
+
+
+def race_of(config: ScoreSettings, tolerance: float, allowed: Collection[Unit], seed: int) -> Race | None:
+    """The race that `--scan racing` asks for, among the units that may go."""
+    if config.scan == "exact":
+        return None
+    by_norm = "norm" in scores.parts(config.strategy)
+    return Race(config.confidence, tolerance if by_norm else 0.0, by_norm, frozenset(allowed), seed)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a scan led to."""
+
+    choices: list[Choice]
+    """The units to drop: one, or several at once (--one-shot, --schedule recover)."""
+    order: list[int]
+    """Original indices of the blocks that were scanned, those most likely to stay first (sparse update)."""
+    result: ScanResult
+    evidence: Evidence
+    joint: list[Joint]
+    """Sets that were tried as a whole (--schedule recover)."""
+    seconds: float
+    """All of it took: the scan, scores from weights and gradients, sets that were tried."""
+
+
+class Decider:
+    """Decides on a run's calibration set, by its settings."""
+
+    def __init__(
+        self, config: TrimConfig, model: Any, calibration: Scorer, metric: str, save_dtype: torch.dtype
+    ) -> None:
+        self.config, self.calibration, self.metric, self.save_dtype = config, calibration, metric, save_dtype
+        self.base_depth = decoder.depth(model)
+        self.wanted = targets.wanted_depth(config, self.base_depth)
+        self.protected = select.protected(config.protect, self.base_depth)
+        self.length = legality.run_length(model, config.unit, keep_pattern=config.keep_pattern)
+        self.tolerance = select.tolerance_points(metric, len(calibration.items), config.tie_tolerance)
+
+    def check(self, model: Any) -> None:
+        """Refuse what cannot succeed, before anything is computed.
+
+        Raises:
+            InputError: if the protected layers leave too little, or nothing can be removed from this model exactly.
+        """
+        if self.wanted is not None and len(self.protected) > self.wanted:
+            raise InputError(
+                f"--protect keeps {len(self.protected)} layers, and the run is to end with {self.wanted}: "
+                "protect fewer, or ask for a smaller drop"
+            )
+        if self.wanted is not None and (self.base_depth - self.wanted) % self.length:
+            below = self.base_depth - (self.base_depth - self.wanted) // self.length * self.length
+            raise InputError(
+                f"--keep-pattern drops {self.length} of {self.base_depth} layers at a time, and the run is to end with "
+                f"{self.wanted}: ask for --depth {below if below < self.base_depth else self.base_depth - self.length}"
+            )
+        candidates = units(self.config.unit, whole(self.base_depth), self.length)
+        refusals = [legality.refusal(model, remove(whole(self.base_depth), unit)) for unit in candidates]
+        if all(refusals):
+            raise InputError(f"this model cannot be trimmed by {self.config.unit}s: {refusals[0]}")
+        shifted = [r for r, unit in zip(refusals, candidates, strict=True) if unit.kind == "pair"]
+        if shifted and all(shifted):
+            raise InputError(f"--unit pair: {shifted[0]}")
+        if not self.droppable(model, whole(self.base_depth)):
+            raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
+
+    def droppable(self, model: Any, layout: Layout, candidates: list[Any] | None = None) -> set[int]:
+        """Which candidates may go: those that are not protected, and without which a stock model is left."""
+        intact = whole(len(layout))
+        if len(intact) - self.length < self.config.min_depth:
+            return set()
+        candidates = units(self.config.unit, intact, self.length) if candidates is None else candidates
+        free = select.droppable(candidates, layout, self.protected)
+        return {i for i in free if legality.refusal(model, remove(intact, candidates[i])) is None}
+
+    def decide(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> Decision:
+        """Scan the present model (`layout`: its original halves) and choose.
+
+        Finished batches are kept in the file `parts`; those that stand there already are not computed again.
+        """
+        started = time.perf_counter()
+        result = self._scan(model, layout, parts, share, console)
+        evidence = share.from_first(lambda: self._evidence(model, layout, result))
+        choices = self._choose(model, layout, result, evidence)
+        tried: list[Joint] = []
+        if self.config.schedule == "recover":
+            choices, tried = self._together(model, layout, result, evidence, choices[0], parts, share)
+        order = self._order(layout, result, evidence)
+        return Decision(choices, order, result, evidence, tried, time.perf_counter() - started)
+
+    def _race(self, model: Any, layout: Layout) -> Race | None:
+        every = units(self.config.unit, whole(len(layout)), self.length)
+        allowed = [every[i] for i in self.droppable(model, layout, every)]
+        return race_of(self.config, self.tolerance, allowed, self.config.seed + len(layout))
+
+    def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
+        budget, depth = self.config.eval_batch_size, decoder.depth(model)
+        records = share.from_first(lambda: journal.read_lines(parts))
+        same = [record for record in records if record.get("budget") == budget and "batch" in record]
+        finished = {record["batch"]: scan.Part.load(record) for record in same}
+
+        def keep(batch: int, part: scan.Part) -> None:
+            if share.first:
+                journal.append_line(parts, {"batch": batch, "budget": budget, **part.dump()})
+
+        needed = scores.needs(self.config.strategy)
+        with console.progress(f"scan of {depth} layers") as show:
+            return scan.scan(
+                model,
+                self.calibration,
+                self.metric,
+                self.config.unit,
+                length=self.length,
+                trials=bool(needed & {"accuracy", "loss"}),
+                run=max(1, depth - self.wanted) if self.wanted else 1,
+                race=self._race(model, layout),
+                finished=finished,
+                on_part=keep,
+                progress=show,
+                share=share,
+            )
+
+    def _evidence(self, model: Any, layout: Layout, result: ScanResult) -> Evidence:
+        extra = weights.evidence(self.config.strategy, model, self.calibration, result.candidates)
+        original = [block.attention if block.attention is not None else 0 for block in layout]
+        position = scan.positions(result.candidates, original)
+        return result.evidence(position, self.base_depth, self.config.seed + len(layout), **extra)
+
+    def _choose(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[Choice]:
+        """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
+        droppable = self.droppable(model, layout, result.candidates)
+        allowed = result.eligible(droppable, self.config.strategy)
+        all_at_once = self.config.one_shot and self.wanted is not None
+        count = (len(layout) - (self.wanted or 0)) // self.length if all_at_once else 1
+        if all_at_once and "angular" in scores.parts(self.config.strategy):
+            return self._run(result, evidence, droppable, count)
+        choices: list[Choice] = []
+        for _ in range(count):
+            gone = {place for choice in choices for place in choice.unit.blocks}
+            open_ = {i for i in allowed if gone.isdisjoint(result.candidates[i].blocks)}
+            choices.append(
+                select.choose(
+                    result.candidates, evidence, self.config.strategy, tolerance=self.tolerance, allowed=open_
+                )
+            )
+        return choices
+
+    def _run(self, result: ScanResult, evidence: Evidence, allowed: set[int], count: int) -> list[Choice]:
+        """So many adjacent units: the run with the least angular distance of those that may go as a whole.
+
+        Raises:
+            InputError: if there is none.
+        """
+        at = {result.candidates[i].index: i for i in allowed}
+        steps = [k * self.length for k in range(count)]
+        runs = {i: [at[begin + k] for k in steps] for begin, i in at.items() if all(begin + k in at for k in steps)}
+        if not runs:
+            raise InputError(
+                f"--strategy angular: no {count * self.length} adjacent layers may all go: protect fewer, or ask for a "
+                "smaller drop"
+            )
+        first = select.choose(result.candidates, evidence, self.config.strategy, allowed=runs)
+        return [replace(first, unit=result.candidates[i], index=i) for i in runs[first.index]]
+
+    def _together(
+        self,
+        model: Any,
+        layout: Layout,
+        result: ScanResult,
+        evidence: Evidence,
+        first: Choice,
+        parts: Path,
+        share: Share,
+    ) -> tuple[list[Choice], list[Joint]]:
+        """`first` and what can go with it; every set that is tried is kept in the file `parts`, as the scan's batches.
+
+        What is not harmless alone is not tried, and after `max_joint` failures nothing more is. No set goes beyond a
+        target: as soon as the trial of one is small enough, nothing is added to it.
+        """
+        config, candidates, intact = self.config, result.candidates, whole(len(layout))
+        least = targets.least_depth(config, self.base_depth)
+        alone = {i for i in self.droppable(model, layout, candidates) if self._harmless_alone(result, i)}
+        records = share.from_first(lambda: journal.read_lines(parts))
+        known = [Joint.load(record["joint"]) for record in records if "joint" in record]
+        choices = {first.index: first}
+
+        def without(chosen: tuple[int, ...]) -> Layout:
+            return remove_all(intact, [candidates[i] for i in chosen])
+
+        def following(chosen: tuple[int, ...], refused: frozenset[int]) -> int | None:
+            with trial(model, without(chosen)):
+                if targets.reached(config, self.base_depth, recording.size(model, self.save_dtype)):
+                    return None
+            gone = set().union(*(halves(candidates[i]) for i in chosen))
+            free = {i for i in alone - refused if gone.isdisjoint(halves(candidates[i]))}
+            if not free or len(refused) == config.max_joint or len(layout) - (len(chosen) + 1) * self.length < least:
+                return None
+            choice = select.choose(candidates, evidence, config.strategy, tolerance=self.tolerance, allowed=free)
+            choices[choice.index] = choice
+            return choice.index
+
+        def attempt(chosen: tuple[int, ...]) -> Joint | None:
+            for found in known:
+                if found.units == chosen:
+                    return found
+            if legality.refusal(model, without(chosen)) is not None:
+                return None
+            with trial(model, without(chosen)):
+                value = self.calibration.evaluate(model, self.metric, share)
+            found = Joint(chosen, value.value, value.loss)
+            if share.first:
+                journal.append_line(parts, {"joint": found.record()})
+            return found
+
+        chosen, tried = joint.grow(
+            first.index, following, attempt, lambda found: self._harmless(result, found), config.max_joint
+        )
+        return [choices[i] for i in chosen], tried
+
+    def _harmless(self, result: ScanResult, found: Joint) -> bool:
+        return joint.harmless(found, result.base, self.config.joint_tolerance, self.tolerance)
+
+    def _harmless_alone(self, result: ScanResult, index: int) -> bool:
+        if not result.trials:
+            return True
+        trial_ = result.trials[index]
+        return self._harmless(result, Joint((index,), trial_.value, trial_.loss))
+
+    def _order(self, layout: Layout, result: ScanResult, evidence: Evidence) -> list[int]:
+        """Original indices of the present blocks' attentions, those most likely to stay first, ties by the norm."""
+        blocks = {i: unit for i, unit in enumerate(result.candidates) if unit.kind == "block"}
+        decider = scores.importance(scores.parts(self.config.strategy)[0], evidence)
+        breaker = scores.s_norm(evidence.norm) if evidence.norm is not None else np.zeros(len(result.candidates))
+        # A block in several runs goes with the least important of them.
+        rank = {
+            place: min((decider[i], breaker[i]) for i, unit in blocks.items() if place in unit.blocks)
+            for place in range(len(layout))
+            if any(place in unit.blocks for unit in blocks.values())
+        }
+        order = sorted(rank, key=lambda place: (-rank[place][0], -rank[place][1], place))
+        return [source for place in order if (source := layout[place].attention) is not None]
+
+    def record(self, decision: Decision, layout: Layout) -> dict[str, Any]:
+        """What the journal keeps of a decision; `layout` is the one that was scanned."""
+        choices, trials = decision.choices, decision.result.trials
+        found = joint.accepted(choices, decision.joint)
+        return {
+            "units": [describe(choice.unit, layout) for choice in choices],
+            "accuracy": [trials[choice.index].value if trials else None for choice in choices],
+            "importance": [choice.importance for choice in choices],
+            "joint": None if found is None else found.record() | {"tried": len(decision.joint)},
+            "why": choices[0].why,
+            "seconds": decision.seconds,
+        }
+
+    def table(self, decision: Decision, layout: Layout) -> dict[str, Any]:
+        """The scan as JSON, with what was dropped; `layout` is the one that was scanned."""
+        result = decision.result
+        names = [describe(unit, layout) for unit in result.candidates]
+        table = scan.table(result, decision.evidence, self.config.strategy, names)
+        dropped = [choice.index for choice in decision.choices]
+        together = [found.record() for found in decision.joint]
+        more = {"joint": together} if self.config.schedule == "recover" else {}
+        return {**table, "dropped": dropped, "tied": list(decision.choices[0].tied), **more}

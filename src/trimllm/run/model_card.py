@@ -1,0 +1,297 @@
+"""The model card (`README.md`) of what is written: where it comes from, what was cut, how good it is, how to load it.
+
+The metadata block is that of `huggingface_hub.ModelCardData`, so that the Hub shows base, licence and accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+
+from trimllm.blocks.layout import Layout, whole_layers
+from trimllm.checkpoints import models
+from trimllm.checkpoints.loading import quiet
+from trimllm.config import TrimConfig
+from trimllm.run.card import depth_table
+from trimllm.run.targets import LATE_SHARE
+from trimllm.tasks import TaskData
+from trimllm.tasks.catalog import find_builtin
+
+Origin = str | dict[str, str]
+"""A base by the name the user gave, or with keys `name` and, where one was merged, `adapter`."""
+
+METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "likelihood": "likelihood"}
+"""The Hub's names of our metrics."""
+LICENCES = (
+    ("Apache License", "apache-2.0"),
+    ("MIT License", "mit"),
+    ("GNU AFFERO GENERAL PUBLIC LICENSE", "agpl-3.0"),
+    ("GNU LESSER GENERAL PUBLIC LICENSE", "lgpl-3.0"),
+    ("GNU GENERAL PUBLIC LICENSE", "gpl-3.0"),
+)
+"""First words of licence files -> their ids on the Hub."""
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The Hub's id of a licence, what metadata goes with it, and a sentence for the reader."""
+
+    id: str
+    more: dict[str, str]
+    sentence: str
+
+
+def trimmed(
+    config: TrimConfig, data: TaskData, layout: Layout, history: list[dict[str, Any]], base: dict[str, str]
+) -> str:
+    """The card of a run's result. `history` has a row per depth, the base first and the saved model last."""
+    last = history[-1]
+    results = [evaluation(data.name, data.metric, last["test"], config.task)] if last["test"] else []
+    tests = f", {data.metric} {last['test']['value']:.1f} +- {last['test']['stderr']:.1f} (n={last['test']['n']})"
+    return f"""{_front(base, results, name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
+# {_short(base)}, trimmed to {len(layout)} of {history[0]["depth"]} layers
+
+A stock {data.name} specialist{tests if last["test"] else ""}: it was fine-tuned on `{data.name}` while layers were
+dropped (TrimLLM, arXiv 2412.11242; strategy {config.strategy}, unit {config.unit}, sparse update {config.sparse_update}
+with r = {config.train_ratio}). Knowledge outside that domain is reduced.
+
+{_origin(base)}
+
+## What was kept
+
+It has {_kept(layout)}.
+
+{_scores(history, len(layout), data.metric)}
+
+## Accuracy on the way
+
+```
+{depth_table(history)}
+```
+
+The last row is this checkpoint, loaded again after it was saved; the others were measured on the way, in
+training precision. `test` is the reported split ({data.metric}, with its standard error), which no decision was taken
+on; `calibration` ({len(data.calibration)} rows held out of train) decided what was dropped.
+
+{_how_to_load()}"""
+
+
+def cut(base: Origin, layout: Layout, depth: int) -> str:
+    """The card of a checkpoint that lost layers of `depth`, and nothing else."""
+    return f"""{_front(base, [], name=f"{_short(base)}-{len(layout)}-layers")}
+# {_short(base)}, cut to {len(layout)} of {depth} layers
+
+Layers were removed and nothing was trained since: expect worse answers than the base's until it is fine-tuned.
+
+{_origin(base)}
+
+It has {_kept(layout)}.
+
+{_how_to_load()}"""
+
+
+def depth_of_run(config: TrimConfig, base: Origin, layout: Layout, history: list[dict[str, Any]]) -> str:
+    """The card of a depth that a run kept; `history` are the journaled stages, down to that depth."""
+    row = history[-1]
+    at = f" `{config.task}`: {row['calibration']['metric']} {row['calibration']['value']:.1f} +- "
+    at += f"{row['calibration']['stderr']:.1f} on the {row['calibration']['n']} rows that decisions were taken on"
+    if row["test"]:
+        at += f", {row['test']['value']:.1f} +- {row['test']['stderr']:.1f} on the {row['test']['n']} reported ones"
+    return f"""{_front(base, [], name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
+# {_short(base)}, trimmed to {len(layout)} layers
+
+One of the depths that a run (TrimLLM, arXiv 2412.11242) passed.{at} (measured in training precision).{_late(config)}
+
+{_origin(base)}
+
+It has {_kept(layout)}.
+
+{_scores(history, len(layout), row["calibration"]["metric"])}
+
+{_how_to_load()}"""
+
+
+def _late(config: TrimConfig) -> str:
+    """What the reader must know of depths on the way, where the last one has most of the training."""
+    if config.schedule != "late":
+        return ""
+    return f"""
+Behind a drop, depths on the way train for {1 - LATE_SHARE:.0%} of `--epochs-per-drop`, and the one at which the run
+ends for all that is left (`--schedule late`): more training should help any other."""
+
+
+def quantized(
+    folder: Path, base: str, to: str, share: float, sizes: tuple[int, int], results: list[EvalResult], measured: str
+) -> str:
+    """The card of a quantized checkpoint: that of the checkpoint in `folder`, and what became of it.
+
+    Results in the metadata are those of the quantized model only; the text of the old card says what it measured.
+    """
+    kind = "8-bit (LLM.int8())" if to == "int8" else "4-bit (NF4)"
+    note = f"""
+## Quantized
+
+The linear layers hold {kind} weights, by bitsandbytes (`pip install bitsandbytes`): {share:.0%} of all weights;
+embeddings, head and norms are in 16 bits. The weights take {sizes[1] / 1e6:.2f} MB instead of {sizes[0] / 1e6:.2f}.
+
+{f"Measured on the quantized model: {measured}." if measured else "The quantized model's accuracy was not measured."}
+What is said above was measured before.
+"""
+    path = folder / "README.md"
+    if path.exists():
+        card = _card(path)
+        data, text = card.data, card.text
+    else:
+        data, text = _data(base, None, []), f"# {Path(base).name}\n\n{_how_to_load()}"
+    data.eval_results = results or None
+    if results:
+        data.model_name = data.model_name or Path(base).name
+    data.tags = [*dict.fromkeys([*(data.tags or []), "bitsandbytes", to])]
+    return f"---\n{data.to_yaml()}\n---\n{text.strip()}\n{note}"
+
+
+def evaluation(task: str, metric: str, summary: dict[str, Any], source: str) -> EvalResult:
+    """A measured accuracy as the Hub's metadata wants it. `source` is what `--task` names."""
+    spec = find_builtin(source)
+    hub = spec.source if spec is not None and spec.source is not None else None
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=(hub.hub if hub is not None and hub.hub else task),
+        dataset_name=task,
+        dataset_config=hub.config if hub is not None else None,
+        dataset_split="test",
+        metric_type=METRICS[metric],
+        metric_name=metric,
+        metric_value=round(summary["value"], 3),
+        metric_args={"standard_error": round(summary["stderr"], 3), "rows": summary["n"]},
+    )
+
+
+def _card(path: Path) -> Any:
+    """A card that may have no metadata; the Hub's library would say so on the console."""
+    with quiet():
+        return ModelCard.load(path, ignore_metadata_errors=True)
+
+
+def licence(base: str) -> Licence:
+    """The licence of a base, from its card, its config or its licence file; `other` where none of them says it."""
+    if (path := _file(base, "README.md")) is not None:
+        data = _card(path).data
+        if data.license:
+            more = {k: v for k in ("license_name", "license_link") if (v := data.get(k))}
+            named = more.get("license_name", data.license)
+            return Licence(str(data.license), more, f"Licence: {named}, as the card of the base says.")
+    if (path := _file(base, "config.json")) is not None:
+        named = json.loads(path.read_text(encoding="utf-8")).get("license")
+        if isinstance(named, str) and named:
+            return Licence(named, {}, f"Licence: {named}, as the config of the base says.")
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        if (path := _file(base, name)) is not None:
+            start = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
+            for words, known in LICENCES:
+                if words.lower() in start:
+                    return Licence(known, {}, f"Licence: {known}, as the file {name} of the base says.")
+            more = {"license_name": "as-the-base", "license_link": name}
+            return Licence("other", more, f"Licence: that of the base, in its file {name}; read it before you publish.")
+    return Licence(
+        "other",
+        {"license_name": "unknown"},
+        "Licence: unknown, since the base names none where it was read; the terms of the base hold here, too.",
+    )
+
+
+def _file(base: str, name: str) -> Path | None:
+    """A file of the base: in its folder, in the cache of the Hub, or on the Hub if it can be reached."""
+    folder = Path(models.path_of(base))
+    if folder.is_dir():
+        return folder / name if (folder / name).exists() else None
+    try:
+        return Path(hf_hub_download(base, name))
+    except Exception:  # not there, no access, no network, not an id: in each case nothing is known from it
+        return None
+
+
+def _short(base: Origin) -> str:
+    return Path(base if isinstance(base, str) else base["name"]).name
+
+
+def _named(base: Origin) -> dict[str, str]:
+    return {"name": base} if isinstance(base, str) else base
+
+
+def _on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _data(base: Origin, task: str | None, results: list[EvalResult], name: str | None = None) -> ModelCardData:
+    named = _named(base)
+    terms = licence(named["name"])
+    spec = find_builtin(task) if task else None
+    hub = spec.source.hub if spec is not None and spec.source is not None else None
+    more: dict[str, Any] = dict(terms.more)
+    return ModelCardData(
+        base_model=named["name"] if _on_hub(named["name"]) else None,
+        license=terms.id,
+        **more,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["trimllm", "layer-pruning"],
+        datasets=[hub] if hub else None,
+        metrics=["accuracy"] if any(result.metric_type == "accuracy" for result in results) else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _front(base: Origin, results: list[EvalResult], *, name: str, task: str | None = None) -> str:
+    return f"---\n{_data(base, task, results, name).to_yaml()}\n---"
+
+
+def _origin(base: Origin) -> str:
+    named = _named(base)
+    adapter = f", with the adapter `{named['adapter']}` merged" if "adapter" in named else ""
+    lines = [f"Base: `{named['name']}`{adapter}"]
+    if "sha256" in named:
+        lines.append(f"Base weights: SHA-256 {named['sha256']}")
+    return "  \n".join([*lines, licence(named["name"]).sentence])
+
+
+def _kept(layout: Layout) -> str:
+    kept = whole_layers(layout)
+    return (f"layers {kept}" if kept else "re-packed pairs, listed in plan.json,") + " of the base, counted from 0"
+
+
+def _scores(history: list[dict[str, Any]], depth: int, metric: str) -> str:
+    """What went down to `depth`, in order, with the score it went by; drops that a floor took back lie deeper."""
+    drops = [drop for row in history if row["depth"] >= depth for drop in row.get("dropped", [])]
+    if not drops:
+        return "Nothing was dropped on the way there."
+    lines = [
+        f"What went, in this order; `{metric} without it` is that of the trial deletion, on the calibration rows:",
+        "",
+        f"| dropped | {metric} without it | importance | why |",
+        "|---|---|---|---|",
+    ]
+    for drop in drops:
+        for unit, value, score in zip(drop["units"], drop["accuracy"], drop["importance"], strict=True):
+            shown = "not tried" if value is None else f"{value:.1f}"
+            lines.append(f"| {unit} | {shown} | {'-' if score is None else f'{score:.4g}'} | {drop['why']} |")
+    return "\n".join(lines)
+
+
+def _how_to_load() -> str:
+    return """## How to load it
+
+A stock checkpoint: no special code is needed.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY_OR_REPOSITORY")
+tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY_OR_REPOSITORY")
+```
+"""

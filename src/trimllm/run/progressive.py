@@ -1,0 +1,384 @@
+"""The main job: fine-tune, scan, drop the least important unit, train on, until the target; then save and verify.
+
+    import trimllm
+    model, history = trimllm.trim(model="demo", task="demo_law", text="demo_law", lr=3e-4, output="runs/law")
+
+Every stage of training and every drop is journaled when it is done. A run that was killed goes on from the last one:
+weights are those of the last checkpoint, the order of training rows comes from the seed and the stage's number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from trimllm.blocks import decoder, surgery
+from trimllm.blocks.layout import Layout, compose, plan_record, remove_all, whole
+from trimllm.checkpoints import export, folders, loading, models, room
+from trimllm.checkpoints.models import DTYPES, Loaded, load
+from trimllm.config import TrimConfig
+from trimllm.config.plain_settings import make
+from trimllm.console import Console
+from trimllm.errors import InputError, TrimError
+from trimllm.evaluation import fluency, inputs
+from trimllm.parallel import Share
+from trimllm.run import card, journal, recording, recovery, rundir, targets
+from trimllm.run.deciding import Decider
+from trimllm.run.journal import Journal
+from trimllm.run.recording import Recorder
+from trimllm.run.rundir import RunDir
+from trimllm.tasks import TaskData
+from trimllm.training import optimizer_state, sparse, train, training_rows
+from trimllm.training.distill import Teacher
+from trimllm.training.optimizer_state import Moments
+
+History = list[dict[str, Any]]
+
+
+def trim(config: TrimConfig | None = None, *, console: Console | None = None, **settings: Any) -> tuple[Any, History]:
+    """Trim a model; see `TrimConfig` for the settings (given as one object or by name).
+
+    Returns:
+        The trimmed model as it was saved in `output/model`, and one row per depth, the base first.
+
+    Raises:
+        InputError: if the settings, the model or the data cannot be used.
+        TrimError: if training or saving fails; the journal is kept, and the run can be resumed.
+    """
+    if config is not None and settings:
+        raise InputError(f"trim(config, {next(iter(settings))}=...): give a config or settings by name, not both")
+    if config is None and settings.get("resume") and "output" in settings:
+        settings = rundir.stored_settings(settings["output"]) | settings
+    return Run(config or make(TrimConfig, settings), console or Console()).go()
+
+
+@dataclass
+class State:
+    """Where a run stands: what the model in memory is. All of it can be read back from the journal and a checkpoint."""
+
+    model: Any
+    layout: Layout
+    """Original halves of the model's blocks."""
+    stages: int = 0
+    """Stages of training that are finished."""
+    pending: list[dict[str, Any]] = field(default_factory=list)
+    """Drops since the last stage."""
+    chosen: list[int] | None = None
+    """Original blocks that train (sparse update); None: all."""
+    reached: str | None = None
+    moments: Moments = field(default_factory=dict)
+    """What AdamW knows at the end of the last stage (--optimizer-state carried)."""
+
+
+class Run:
+    """One run in one directory. `go` does everything that the journal does not say is done."""
+
+    def __init__(self, config: TrimConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.dir = RunDir(config.output)
+        self.accelerator = models.accelerator(config)
+        self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
+        self.main = self.accelerator.is_main_process
+        self.carried = config.optimizer_state == "carried"
+        self.fitted: int | None = None  # tokens of a micro-batch that memory had room for in the last stage
+        transformers.utils.logging.disable_progress_bar()
+        if not self.main:
+            console.quiet = True
+
+    # ---- preparation
+
+    def go(self) -> tuple[Any, History]:
+        if self.main:
+            rundir.check(self.config)
+        self._check_room()
+        loaded = load(self.config, training=True, device=self.accelerator.device)
+        data = self._prepare(loaded)
+        self.journal = Journal(
+            self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.main
+        )
+        if (done := self.journal.last("done")) is not None:
+            self.console.say(f"{self.dir.root} is finished: {done['table']}")
+            return self._load(self.dir.model), self.history()
+        self.recorder = self._recorder()
+        self._start(loaded, data)
+        state = self._restore(loaded)
+        self._loop(state)
+        return self._finish(state, loaded, data)
+
+    def _check_room(self) -> None:
+        config, device = self.config, self.accelerator.device
+        weights = room.weights(models.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
+        if config.distill:
+            what = f"--distill {config.distill:g} needs the model twice"
+            room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
+        full = config.warmup_epochs or config.sparse_update == "off"
+        stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
+        if full and (note := room.full_training_note(weights, device, stages)):
+            self.console.say(note)
+        if note := train.rounding_note(config):
+            self.console.say(note)
+
+    def _prepare(self, loaded: Loaded) -> TaskData:
+        """Everything that can be wrong with model and data is found here, before anything is computed or written."""
+        config, model, tokenizer = self.config, loaded.model, loaded.tokenizer
+        self.tokenizer = tokenizer
+        self.save_dtype = DTYPES.get(config.save_dtype, loaded.saved)
+        depth = decoder.depth(model)
+        self.base_depth = depth
+        self.origin = models.origin(config.model)
+        targets.wanted_depth(config, depth)
+        size = recording.size(model, self.save_dtype)
+        if (already := targets.reached(config, depth, size)) is not None:
+            raise InputError(f"nothing to drop: the model already meets the target, {already}")
+        data = inputs.task_data(config, tokenizer)
+        self.metric = data.metric
+        self.calibration = inputs.scorer(config, model, tokenizer, data.calibration)
+        self.test = inputs.scorer(config, model, tokenizer, data.test)
+        self.task_rows, self.text_rows = training_rows.examples(
+            config, tokenizer, model.config, data.train, config.batch_size
+        )
+        self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
+        self.decider.check(model)
+        self.pad_id = self.calibration.pad_id
+        copies = 3 + (config.distill > 0) + 4 * self.carried  # the state is twice the weights, and there may be two
+        rundir.check_space(config.output, sum(p.numel() * p.element_size() for p in model.parameters()), copies)
+        return data
+
+    def _start(self, loaded: Loaded, data: TaskData) -> None:
+        config, say = self.config, self.console.say
+        first = self.journal.last("start")
+        if first is None:
+            dtype = str(self.save_dtype).removeprefix("torch.")
+            first = self.journal.add("start", base=loaded.fingerprint, depth=self.base_depth, save_dtype=dtype)
+        elif first["base"] != loaded.fingerprint:
+            raise InputError(f"--model {config.model}: its weights changed since the run in {config.output} began")
+        parameters = recording.size(loaded.model, self.save_dtype).parameters
+        say(f"{config.model}: {self.base_depth} layers, {parameters:,} parameters")
+        for note in loaded.notes:
+            say(f"  {note}")
+        say(
+            f"{data.name}: {len(data.train):,} training rows, {len(data.calibration):,} for calibration, "
+            f"{len(data.test):,} reported; metric {data.metric}"
+        )
+        for note in (*data.notes, *filter(None, {self.calibration.note, self.test.note})):
+            say(f"  {note}")
+        if self.text_rows:
+            say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
+        if "+" in config.strategy and self.decider.tolerance:
+            say(f"candidates within {self.decider.tolerance:.2f} points are tied: the largest activation norm goes")
+        if not self.journal.of("base"):
+            free = fluency.measure(loaded.model, self.tokenizer, self.calibration.items)
+            self.recorder.record("base", loaded.model, whole(self.base_depth), fluency=free)
+
+    def _restore(self, loaded: Loaded) -> State:
+        """The state that the journal describes, weights included."""
+        stage = self.journal.last("stage")
+        state = State(loaded.model, whole(self.base_depth))
+        if stage is not None:
+            self.console.say(f"going on after stage {stage['stage']}, at depth {len(stage['layout'])}")
+            layout = rundir.load_layout(stage["layout"])
+            folder = self.dir.checkpoint(len(layout))
+            state = State(self._load(folder), layout, stage["stage"] + 1)
+            state.moments = optimizer_state.load(state.model, folder) if self.carried else {}
+        for drop in self.journal.of("drop"):
+            state.chosen = drop["trains"]
+            if drop["stage"] == state.stages:
+                surgery.apply_layout(state.model, rundir.load_layout(drop["cut"]))
+                state.layout = rundir.load_layout(drop["layout"])
+                state.pending.append(drop)
+                state.reached = drop["reached"]
+        if stage is not None and not state.pending and (last := self.journal.last("drop")) is not None:
+            state.reached = last["reached"]
+        state.moments = optimizer_state.present(state.moments, state.model)
+        self._clean()
+        return state
+
+    def _load(self, folder: Path) -> Any:
+        """A checkpoint that this run wrote."""
+        return loading.load_model(
+            folder,
+            device=self.accelerator.device,
+            trust_remote_code=self.config.trust_remote_code,
+            attention=self.config.attention,
+        )
+
+    def _recorder(self) -> Recorder:
+        device = self.accelerator.device
+        scorers = (self.calibration, self.test, self.metric)
+        return Recorder(self.config, self.console, self.share, self.journal, device, self.save_dtype, *scorers)
+
+    # ---- the loop
+
+    def _loop(self, state: State) -> None:
+        config = self.config
+        if not state.stages:
+            self._stage(state, config.warmup_epochs, "warm-up")
+        while self._above_floor():
+            enough = len(state.pending) >= config.drops_per_stage or state.reached or config.one_shot
+            if state.pending and enough:
+                units = sum(len(drop["units"]) for drop in state.pending)
+                epochs = targets.stage_epochs(config, units, state.stages, last=state.reached is not None)
+                self._stage(state, epochs, f"depth {len(state.layout)}")
+            elif state.reached:
+                self.console.say(f"end of the drops: {state.reached}")
+                return
+            else:
+                self._drop(state)
+        self.console.say(
+            "end of the drops: the last one fell below the accuracy floor; the depth before it is the result"
+        )
+
+    def _above_floor(self) -> bool:
+        """Whether the last stage's calibration accuracy is acceptable; if not, the depth before it is the result."""
+        values = [stage["calibration"]["value"] for stage in self.journal.of("stage")]
+        limit = targets.floor(self.config, values)
+        if values[-1] >= limit:
+            return True
+        if len(values) == 1:
+            raise TrimError(
+                f"the fine-tuned model itself reaches only {values[0]:.1f} on the calibration set, below the floor of "
+                f"{limit:.1f}: go on with --resume and a lower --min-accuracy, or train longer in a new run"
+            )
+        return False
+
+    def _stage(self, state: State, epochs: float, name: str) -> None:
+        """Train, save, evaluate; on disk when it returns."""
+        config = self.config
+        warm = state.stages == 0
+        chosen = None if warm or config.sparse_update == "off" else state.chosen
+        parameters = sparse.freeze(state.model, state.layout, chosen, embeddings=warm or config.train_embeddings)
+        seed = config.seed * 1000 + state.stages
+        plan = training_rows.steps(self.task_rows, self.text_rows, config, epochs, seed)
+        watch = None
+        if config.schedule == "recover" and not warm and state.reached is None:
+            limit = recovery.limit(self.journal.of("stage"), config.recover_tolerance)
+            watch = recovery.follow(state.model, self.calibration, self.metric, self.share, plan, epochs, limit)
+        with self.console.progress(name) as show:
+            report = train.train_stage(
+                state.model,
+                parameters,
+                plan,
+                config,
+                self.accelerator,
+                seed=seed,
+                pad_id=self.pad_id,
+                folder=self.dir.root,
+                say=self.console.say,
+                on_step=lambda step, steps, loss, speed: show(step, steps, f"loss {loss:.3f}  {speed:.0f} tokens/s"),
+                cycle=watch.cycle if watch else None,
+                until=watch,
+                fitted=self.fitted,
+                attention=config.attention,
+                teacher=self._teacher() if config.distill and plan and not warm else None,
+                moments=state.moments if self.carried else None,
+            )
+        self.fitted = report.micro_batch_size or self.fitted
+        self._checkpoint(state)
+        done = asdict(report) | ({"recovery": watch.record()} if watch else {})
+        self.recorder.record("stage", state.model, state.layout, stage=state.stages, train=done, dropped=state.pending)
+        state.stages += 1
+        state.pending = []
+        self._clean()
+
+    def _teacher(self) -> Teacher:
+        """The model at the end of the warm-up; not kept between stages, in which scans may need the memory."""
+        return Teacher(self._load(self.dir.checkpoint(self.base_depth)), self.config.distill)
+
+    def _checkpoint(self, state: State) -> None:
+        if self.main:
+            with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
+                state.model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+                if self.carried:
+                    optimizer_state.save(state.moments, state.model, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _clean(self) -> None:
+        """Delete checkpoints that neither the user, nor a floor, nor a teacher, nor a resumed run needs."""
+        if self.main:
+            stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
+            teacher = [self.base_depth] if self.config.distill else []
+            self.dir.clean(stages, teacher, every=self.config.keep_checkpoints)
+
+    def _drop(self, state: State) -> None:
+        """Scan, choose, cut. The scan's finished batches survive a kill."""
+        name = f"scan-{len(self.journal.of('drop')):03d}"
+        parts = self.dir.scans / f"{name}.jsonl"
+        decision = self.decider.decide(state.model, state.layout, parts, self.share, self.console)
+        choices = decision.choices
+        cut = remove_all(whole(len(state.layout)), [choice.unit for choice in choices])
+        after = compose(state.layout, cut)
+        staying = {source for block in after for source in block if source is not None}
+        left = {block.attention for block in after}
+        order = [source for source in decision.order if source in left]
+        count = sparse.count(self.config.train_ratio, self.base_depth)
+        state.chosen = sparse.choose(self.config.sparse_update, order, count, state.chosen, staying)
+        surgery.apply_layout(state.model, cut)
+        state.moments = optimizer_state.present(state.moments, state.model)
+        before, state.layout = state.layout, after
+        state.reached = targets.reached(self.config, self.base_depth, self.recorder.size(state.model))
+        if state.reached is None and not self.decider.droppable(state.model, state.layout):
+            state.reached = "every layer that remains is protected or cannot be removed"
+        if self.main:
+            journal.write_json(self.dir.scans / f"{name}.json", self.decider.table(decision, before))
+        state.pending.append(
+            self.journal.add(
+                "drop",
+                stage=state.stages,
+                **self.decider.record(decision, before),
+                cut=rundir.dump_layout(cut),
+                layout=rundir.dump_layout(state.layout),
+                trains=state.chosen,
+                reached=state.reached,
+            )
+        )
+        if self.main:
+            parts.unlink(missing_ok=True)
+        self.console.say(f"  {card.drop_line(choices, before, decision.result, decision.joint)}")
+
+    def history(self) -> History:
+        """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
+        return [*self.journal.of("base"), *self.journal.of("stage"), *self.journal.of("saved")[-1:]]
+
+    # ---- the product
+
+    def _finish(self, state: State, loaded: Loaded, data: TaskData) -> tuple[Any, History]:
+        stages = self.journal.of("stage")
+        good = stages[-1] if self._above_floor() else stages[-2]
+        depth, layout = len(good["layout"]), rundir.load_layout(good["layout"])
+        model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(depth))
+        models.cast(model, self.save_dtype)
+        report: Any = None
+        named = {"name": self.origin} if isinstance(self.origin, str) else self.origin
+        base = named | {"sha256": loaded.fingerprint}
+        if self.main:
+            report = export.save_trimmed(
+                model,
+                self.dir.model,
+                tokenizer=loaded.tokenizer,
+                layout=layout,
+                base=self.origin,
+                overwrite=True,
+            )
+            journal.write_json(self.dir.plan, plan_record(layout, self.origin) | {"sha256": loaded.fingerprint})
+        self.accelerator.wait_for_everyone()
+        saved = self._load(self.dir.model)
+        if self.journal.events[-1]["event"] != "saved":  # an older one may be of a depth before a floor was lowered
+            free = fluency.measure(saved, self.tokenizer, self.calibration.items)
+            self.recorder.record("saved", saved, layout, fluency=free)
+        row = self.journal.events[-1]
+        if self.main:
+            self.recorder.write_result(data, good, self.history(), base, row, report, saved)
+        first = self.journal.last("base") or {}
+        if collapsed := fluency.warning(first.get("fluency"), row.get("fluency")):
+            self.console.say(f"warning: {collapsed}")
+        self.console.say(
+            f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {self.metric} {card.percent(row['test'])}, "
+            "reloaded and compared"
+        )
+        self.journal.add("done", table=f"{depth} layers, {self.metric} {card.percent(row['test'])}")
+        return saved, self.history()

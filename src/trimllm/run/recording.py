@@ -1,0 +1,113 @@
+"""What is known of a depth: its accuracies, its size and its speed, measured once and journaled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimllm.bench import timing
+from trimllm.blocks import decoder
+from trimllm.blocks.layout import Layout, plan_record
+from trimllm.checkpoints import loading, models
+from trimllm.config import TrimConfig
+from trimllm.console import Console
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.parallel import Share
+from trimllm.run import card, journal, model_card, rundir
+from trimllm.run.journal import Journal
+from trimllm.run.rundir import RunDir
+from trimllm.run.targets import Size
+from trimllm.tasks import TaskData
+
+
+@dataclass
+class Recorder:
+    """Measures the models of one run; every process must call what it offers."""
+
+    config: TrimConfig
+    console: Console
+    share: Share
+    journal: Journal
+    device: torch.device
+    save_dtype: torch.dtype
+    calibration: Scorer
+    test: Scorer
+    metric: str
+
+    def record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
+        """Evaluate a depth and journal it, with a row for the user."""
+        folder = RunDir(self.config.output)
+        calibration = self.calibration.evaluate(model, self.metric, self.share)
+        report = self.config.report_depths or event != "stage"
+        test = self.test.evaluate(model, self.metric, self.share) if report else None
+        now = size(model, self.save_dtype)
+        speed = timing.decode_speed({"now": model}, repeats=3)["now"] if self.share.first else [0.0]
+        if self.share.first and event != "saved":  # before the journal's line: what that says is done is not redone
+            plan = plan_record(layout, models.origin(self.config.model))
+            journal.write_json(folder.plans / f"depth-{now.depth}.json", plan)
+        self.journal.add(
+            event,
+            depth=now.depth,
+            layout=rundir.dump_layout(layout),
+            calibration=calibration.summary(),
+            test=test.summary() if test else None,
+            parameters=now.parameters,
+            bytes=now.bytes,
+            tokens_per_second=float(np.median(speed)),
+            **more,
+        )
+        self.console.say(card.depth_row(event, now, calibration, test, float(np.median(speed)), more))
+
+    def write_result(
+        self,
+        data: TaskData,
+        stage: dict[str, Any],
+        history: list[dict[str, Any]],
+        base: dict[str, str],
+        row: dict[str, Any],
+        verified: Any,
+        saved: Any,
+    ) -> None:
+        """The model card of the depth that `stage` ended with, and result.json; `row` is that of the saved model."""
+        folder, drops = RunDir(self.config.output), self.journal.of("drop")
+        text = model_card.trimmed(self.config, data, rundir.load_layout(stage["layout"]), history, base)
+        journal.write_atomic(folder.model / "README.md", text)
+        speeds = self.final_speeds(saved)
+        result = card.result(self.config, data, stage, history, drops, base, row, verified, speeds)
+        journal.write_json(folder.result, result)
+
+    def size(self, model: Any) -> Size:
+        """The size of a model, with its decode speed against the base if a target asks for it."""
+        speedup = None
+        if self.config.target_speedup is not None:
+            speedup = self.share.from_first(lambda: timing.ratio(self.against_base(model, "now"), "now", "base")[0])
+        return size(model, self.save_dtype, speedup)
+
+    def against_base(self, model: Any, name: str) -> dict[str, list[float]]:
+        """Decode speeds of the base and of `model`, measured in turn; the base is loaded for it, in that dtype."""
+        base = loading.load_model(
+            models.path_of(self.config.model),
+            dtype=model.dtype,
+            device=self.device,
+            trust_remote_code=self.config.trust_remote_code,
+            allow_pickle=self.config.allow_pickle,
+            attention=self.config.attention,
+        )
+        return timing.decode_speed({"base": base, name: model}, repeats=5)
+
+    def final_speeds(self, saved: Any) -> dict[str, list[float]] | None:
+        """Speeds of base and result, or None if the device cannot hold both: the result is saved all the same."""
+        try:
+            return self.against_base(saved, "trimmed")
+        except torch.OutOfMemoryError:
+            self.console.say("the decode speed was not compared: base and result together exceed the device's memory")
+            return None
+
+
+def size(model: Any, dtype: torch.dtype, speedup: float | None = None) -> Size:
+    """Depth, parameters, and bytes as they will be saved in `dtype`."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Size(decoder.depth(model), count, count * dtype.itemsize, speedup)

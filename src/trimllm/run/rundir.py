@@ -1,0 +1,138 @@
+"""The directory of a run: what lies where, who may write there, and how a run is found again.
+
+config.yaml      the resolved settings            plan.json, plans/     which original layers each depth holds
+journal.jsonl    what happened, in order          scans/                one table per scan
+checkpoints/     weights at the end of stages     model/, result.json   the product
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimllm.blocks.layout import Block, Layout
+from trimllm.checkpoints import folders
+from trimllm.checkpoints.models import path_of
+from trimllm.config import Settings, TrimConfig
+from trimllm.config.plain_settings import make, stored, to_yaml
+from trimllm.errors import InputError
+from trimllm.run.journal import read_lines, write_atomic
+from trimllm.training import optimizer_state
+
+FREE_OF_CHOICE = (
+    *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
+    *("gradient_checkpointing", "lr", "max_grad_norm", "min_accuracy", "max_drop", "model"),
+)
+"""Settings that may differ when a run is resumed: where it computes, the remedies for what can end it, and where the
+base lies (that its weights are the same is checked by their SHA-256)."""
+
+
+class RunDir:
+    """Paths of one run."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.journal = self.root / "journal.jsonl"
+        self.checkpoints = self.root / "checkpoints"
+        self.scans = self.root / "scans"
+        self.plans = self.root / "plans"
+        self.plan = self.root / "plan.json"
+        self.result = self.root / "result.json"
+        self.model = self.root / "model"
+
+    def checkpoint(self, depth: int) -> Path:
+        return self.checkpoints / f"depth-{depth}"
+
+    def kept_depths(self) -> list[int]:
+        """Depths whose weights are there, deepest first."""
+        return sorted((int(path.name.split("-")[1]) for path in self.checkpoints.glob("depth-*")), reverse=True)
+
+    def clean(self, stages: Sequence[int], more: Collection[int] = (), *, every: bool = False) -> None:
+        """Delete the weights of all depths but those of the last two `stages` and of `more`, unless `every` one is
+        kept; and what the optimizer knew at all but the last."""
+        for depth in self.kept_depths():
+            if not every and depth not in (*stages[-2:], *more):
+                shutil.rmtree(self.checkpoint(depth))
+            elif depth not in stages[-1:]:
+                optimizer_state.delete(self.checkpoint(depth))
+
+
+def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> dict[str, Any]:
+    """The settings of the run (or the comparison) in `output`, for `--resume`; empty if there is none yet."""
+    return stored(RunDir(output).config, kind)
+
+
+def check(config: TrimConfig) -> None:
+    """Whether the directory is free for this run; nothing is written.
+
+    Raises:
+        InputError: if it holds another run, one with other settings, or foreign files; cannot be written; or is, holds
+            or lies in the model's directory.
+    """
+    run = RunDir(config.output)
+    folders.check_apart(run.root, path_of(config.model))
+    if run.root.exists() and not run.root.is_dir():
+        raise InputError(f"--output {run.root}: this is a file: name a directory")
+    if not run.config.exists():
+        foreign = [path for path in run.root.glob("*") if not path.name.startswith(f".{run.config.name}")]
+        if foreign:
+            raise InputError(f"--output {run.root}: the directory already holds {foreign[0].name}: choose another one")
+    elif not config.resume:
+        raise InputError(
+            f"--output {run.root}: the directory already holds a run: add --resume to go on with it, "
+            "or choose another one"
+        )
+    else:
+        same_settings(config, config.output, FREE_OF_CHOICE)
+    folders.check_writable(run.root)
+
+
+def claim(config: TrimConfig) -> list[dict[str, Any]]:
+    """Make the directory this run's own, and return the events of its journal so far. Raises as `check` does."""
+    check(config)
+    run = RunDir(config.output)
+    write_atomic(run.config, to_yaml(config.model_copy(update={"resume": False})))
+    for left_by_a_kill in (*run.root.glob(".model.*"), *run.checkpoints.glob(".depth-*")):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    return read_lines(run.journal)
+
+
+def same_settings(config: Settings, output: str | Path, free: Collection[str]) -> None:
+    """Raises InputError if a setting that is not `free` differs from what `output` was begun with.
+
+    A setting that did not exist then has its default.
+    """
+    needed = {name: getattr(config, name) for name, field in type(config).model_fields.items() if field.is_required()}
+    before = make(type(config), needed | stored_settings(output, type(config))).model_dump(mode="json")
+    for name, value in config.model_dump(mode="json").items():
+        if name not in free and before[name] != value:
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} {value}: the run in {output} has {before[name]}: give that or leave it out, "
+                "or start another run"
+            )
+
+
+def check_space(output: str | Path, weights: int, copies: int = 3) -> None:
+    """Raises InputError if the disk cannot hold so many times the `weights` (in bytes): two checkpoints and the result,
+    and what a run keeps besides."""
+    parent = Path(output).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free, needed = shutil.disk_usage(parent).free, copies * weights
+    if free < needed:
+        raise InputError(
+            f"--output {output}: {free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed: free some space"
+        )
+
+
+def dump_layout(layout: Layout) -> list[dict[str, int | None]]:
+    """For journals and plans: which original attention and MLP each block holds."""
+    return [block._asdict() for block in layout]
+
+
+def load_layout(record: list[dict[str, int | None]]) -> Layout:
+    return tuple(Block(block["attention"], block["mlp"]) for block in record)

@@ -1,0 +1,364 @@
+"""One stage of training: cross-entropy on the target tokens of a list of steps, AdamW, a schedule of its own.
+
+A stage is a fixed list of optimizer steps made from a seed, so that a stage that is started again gives the same
+weights. Each stage begins with its own warm-up and decay and, unless it is given what AdamW knew before, with a fresh
+optimizer: this never holds parameters of removed blocks, and the weights alone are the state that a run must keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimllm import memory
+from trimllm.checkpoints import backends
+from trimllm.config import TrainSettings, TrimConfig
+from trimllm.errors import InputError, TrimError
+from trimllm.training import losses, optimizer_state, packing, prefix
+from trimllm.training.distill import Teacher
+from trimllm.training.optimizer_state import Moments
+from trimllm.training.packing import Example, Way
+from trimllm.training.prefix import Prefix
+
+WARMUP_SHARE = 0.06
+"""Share of a stage's steps over which the learning rate rises."""
+
+ROUNDED_AWAY = 256
+"""In bfloat16 (8 significant bits) a step is lost on weights more than about so many times as large."""
+
+
+def rounding_note(settings: TrimConfig) -> str | None:
+    """A line for the user where weights train in bfloat16: which of them a step at the peak rate does not move."""
+    if settings.dtype != "bfloat16":
+        return None
+    return (
+        f"--dtype bfloat16: steps of --lr {settings.lr:g} are rounded away in weights above about "
+        f"{ROUNDED_AWAY * settings.lr:.2g}: leave it out (float32 weights with --mixed-precision bf16) where memory "
+        "allows, or give a larger --lr"
+    )
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did. `loss` is the mean over its last tenth, in nats per target token (with a teacher, of both)."""
+
+    steps: int
+    tokens: int
+    """Ids of the rows, without padding, over all processes."""
+    loss: float | None
+    seconds: float
+    padding: float = 0.0
+    """Share of the positions computed by this process that were padding."""
+    cached: float = 0.0
+    """Share of its tokens that were read back behind the frozen blocks (--cache-frozen-prefix)."""
+    micro_batch_size: int = 0
+    """Tokens per forward and backward at the end: less than asked for where memory ran out."""
+
+
+@dataclass
+class _Ways:
+    """How a stage computes its micro-batches; decided at its start, but for the size, which halves if memory ends."""
+
+    packing: Way
+    places: int
+    prefix: Prefix | None
+    size: int
+    """Tokens of a micro-batch, padding counted."""
+    eager: int = 0
+    """Rows of up to so many tokens are computed with eager attention, while memory lasts."""
+    teacher: Teacher | None = None
+    tokens: int = 0
+    cells: int = 0
+
+
+def train_stage(
+    model: Any,
+    parameters: Sequence[torch.nn.Parameter],
+    plan: Sequence[Sequence[Example]],
+    settings: TrainSettings,
+    accelerator: Any,
+    *,
+    seed: int = 0,
+    pad_id: int = 0,
+    folder: str | Path | None = None,
+    on_step: Callable[[int, int, float, float], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    cycle: int | None = None,
+    until: Callable[[], bool] | None = None,
+    fitted: int | None = None,
+    attention: str = backends.AUTO,
+    teacher: Teacher | None = None,
+    moments: Moments | None = None,
+) -> StageReport:
+    """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
+
+    `on_step(step, steps, loss, tokens per second)` is called after every optimizer step, `say` with a line that the
+    user should see; `folder` is where `cache_frozen_prefix="disk"` puts its file. The learning rate rises and decays
+    once, or anew every `cycle` steps; where it is down, the stage ends if `until()` is true. `fitted`: tokens that a
+    micro-batch had at the end of the stage before, where memory may have run out; with `attention`
+    auto the short rows of a stage may be computed by another backend than the model's (see `backends.EAGER_LENGTH`).
+    `teacher`: a model of the same family and vocabulary, to learn from beside the targets. `moments`: what AdamW
+    goes on from; afterwards, what it knows of the parameters that trained.
+
+    Raises:
+        TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
+        InputError: if the processes share the weights between them (FSDP, DeepSpeed).
+        torch.OutOfMemoryError: if not even one row fits.
+    """
+    started = time.perf_counter()
+    if not plan or not parameters:
+        return StageReport(0, 0, None, 0.0)
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise InputError(f"processes of type {kind} share the weights: launch plain ones, with a whole model each")
+    say = say or (lambda line: None)
+    torch.manual_seed(seed)
+    models = [model, teacher.model] if teacher else [model]
+    ways = _ways(models, plan, settings, accelerator, pad_id, folder, say)
+    ways.eager = _eager_length(models, plan, ways.packing, accelerator, attention, pad_id)
+    ways.teacher = teacher
+    ways.size = min(ways.size, fitted or ways.size)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    fused = accelerator.device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    if moments is not None:
+        optimizer_state.restore(optimizer, moments)
+    history, tokens = [], 0
+    try:
+        for number, rows in enumerate(plan):
+            place, length = _in_cycle(number, len(plan), cycle)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * schedule(place, length)
+            with _autocast(models, accelerator):
+                loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
+            if not math.isfinite(loss):
+                raise TrimError(
+                    f"the loss became {loss} at step {number + 1} of {len(plan)}: lower --lr and start again with "
+                    "--resume; the weights from before this stage are kept"
+                )
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            history.append(loss)
+            tokens += sum(len(row.ids) for row in rows)
+            if on_step:
+                on_step(number + 1, len(plan), loss, tokens / (time.perf_counter() - started))
+            if until and place + 1 == length and until():
+                break
+    finally:
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        for parameter in parameters:
+            parameter.grad = None
+        model.eval()
+    if moments is not None:
+        moments.update(optimizer.state)
+    tail = history[-max(1, len(history) // 10) :]
+    return StageReport(
+        steps=len(history),
+        tokens=tokens,
+        loss=sum(tail) / len(tail),
+        seconds=time.perf_counter() - started,
+        padding=1 - ways.tokens / max(1, ways.cells),
+        cached=ways.prefix.read / max(1, ways.tokens) if ways.prefix else 0.0,
+        micro_batch_size=ways.size,
+    )
+
+
+def _ways(
+    models: Sequence[Any],
+    plan: Sequence[Sequence[Example]],
+    settings: TrainSettings,
+    accelerator: Any,
+    pad_id: int,
+    folder: str | Path | None,
+    say: Callable[[str], None],
+) -> _Ways:
+    """`models`: the one that trains, and its teacher if it has one; what one of them cannot do is done for none."""
+    model, first = models[0], [row for rows in plan[:4] for row in rows]
+    way, reason = _packing(models, plan, pad_id)
+    if reason:
+        say(f"  rows are batched by length, not packed: {reason}")
+    sample = [row for row in first if row.targets][:1]
+    places = 1
+    if sample:
+        packed = packing.pack(sample, packing.ALONE, pad_id, accelerator.device)
+        places = max(losses.places_at_once(each, packed) for each in models)
+    cache = None
+    if settings.cache_frozen_prefix != "off" and not all(p.requires_grad for p in model.parameters()):
+        on_disk = settings.cache_frozen_prefix == "disk"
+        mine = [row for rows in plan for row in rows[accelerator.process_index :: accelerator.num_processes]]
+        if (why := prefix.refusal(model) or (prefix.no_room(model, mine, folder) if on_disk else None)) is None:
+            cache = Prefix(model, mine, folder=Path(folder or ".") if on_disk else None)
+        else:
+            say(f"  the frozen blocks are computed again in every epoch: {why}")
+    return _Ways(way, places, cache, settings.micro_batch_size or settings.batch_size)
+
+
+def _packing(models: Sequence[Any], plan: Sequence[Sequence[Example]], pad_id: int) -> tuple[Way, str | None]:
+    """See `packing.find_way`; how all of the models do it, or why not."""
+    rows = [row for step in plan for row in step]
+    found, reasons = zip(*(packing.find_way(model, rows, pad_id) for model in models), strict=True)
+    if len(set(found)) > 1:
+        return packing.ALONE, next(filter(None, reasons), "the model and its teacher do it in different ways")
+    return found[0], reasons[0]
+
+
+def _eager_length(
+    models: Sequence[Any], plan: Sequence[Sequence[Example]], way: Way, accelerator: Any, attention: str, pad_id: int
+) -> int:
+    """See `backends.eager_length`; 0 where rows would have to be packed in another way for it."""
+    length = min(backends.eager_length(model, attention, accelerator) for model in models)
+    if length:
+        with contextlib.ExitStack() as within:
+            for model in models:
+                within.enter_context(backends.eager(model))
+            if _packing(models, plan, pad_id)[0] != way:
+                return 0
+    return length
+
+
+@contextlib.contextmanager
+def _autocast(models: Sequence[Any], accelerator: Any) -> Iterator[None]:
+    """Within, forward passes compute in the accelerator's mixed precision; the backward pass follows them."""
+    with contextlib.ExitStack() as undo:
+        for model in models if accelerator.mixed_precision != "no" else ():
+            undo.enter_context(_casting(model, accelerator))
+        yield
+
+
+@contextlib.contextmanager
+def _casting(model: Any, accelerator: Any) -> Iterator[None]:
+    plain, before = model.forward, vars(model).get("forward")
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        with accelerator.autocast():
+            return plain(*arguments, **named)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def _in_cycle(step: int, total: int, cycle: int | None) -> tuple[int, int]:
+    """Where a step lies in its cycle, and how long that is: about `cycle` steps, all cycles alike but for one step."""
+    count = max(1, round(total / cycle)) if cycle else 1
+    number = ((step + 1) * count - 1) // total
+    begin, end = number * total // count, (number + 1) * total // count
+    return step - begin, end - begin
+
+
+def schedule(step: int, total: int) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    warm = max(1, round(WARMUP_SHARE * total))
+    return min((step + 1) / warm, (total - step) / max(1, total - warm + 1))
+
+
+def _step(
+    model: Any,
+    parameters: Sequence[torch.nn.Parameter],
+    rows: Sequence[Example],
+    ways: _Ways,
+    accelerator: Any,
+    pad_id: int,
+    say: Callable[[str], None],
+) -> float:
+    """Gradients of one optimizer step, in micro-batches; returns the mean loss per target token over all processes.
+
+    Each process takes its share of the rows. No process waits for another before all its gradients are there: where
+    memory runs out in one, all begin the step again with micro-batches of half the size.
+    """
+    world = accelerator.num_processes
+    scale = 1 / sum(row.targets for row in rows)
+    while True:
+        shares = [_micro_batches(rows[rank::world], ways.size) for rank in range(world)]
+        loss = _passes(model, shares[accelerator.process_index], scale, ways, accelerator, pad_id)
+        failed = torch.tensor(float(loss is None), device=accelerator.device)
+        if not accelerator.reduce(failed, reduction="sum") and loss is not None:
+            break
+        less, ways.eager = ways.eager > 0, 0
+        ways.size = ways.size if less else _half(shares, ways.size)
+        for parameter in parameters:
+            parameter.grad = None
+        memory.free()
+        if less:
+            say("  out of memory: short rows are computed with SDPA, too, from here on")
+            continue
+        say(f"  out of memory: micro-batches of at most {ways.size} tokens from here on")
+    _add_up(parameters, accelerator)
+    return float(accelerator.reduce(loss, reduction="sum"))
+
+
+def _passes(
+    model: Any, parts: Sequence[Sequence[Example]], scale: float, ways: _Ways, accelerator: Any, pad_id: int
+) -> torch.Tensor | None:
+    """Forward and backward over one process's micro-batches; None if memory runs out."""
+    total = torch.zeros((), device=accelerator.device)
+    tokens = cells = 0
+    read = ways.prefix.read if ways.prefix else 0
+    try:
+        for part in parts:
+            packed = packing.pack(part, ways.packing, pad_id, accelerator.device)
+            short = packed.inputs["input_ids"].shape[1] <= ways.eager
+            loss_of: losses.Loss = losses.cross_entropy
+            if ways.teacher:
+                with backends.eager(ways.teacher.model, short):
+                    loss_of = ways.teacher.lesson(packed, ways.places)
+            resumed = ways.prefix.resumed(packed) if ways.prefix else contextlib.nullcontext()
+            with resumed, backends.eager(model, short):
+                total += losses.backward(model, packed, scale, ways.places, loss_of)
+            tokens, cells = tokens + packed.tokens, cells + packed.cells
+    except RuntimeError as error:
+        if not memory.ended(error):
+            raise
+        if ways.prefix:
+            ways.prefix.read = read  # the step is done again
+        return None
+    ways.tokens, ways.cells = ways.tokens + tokens, ways.cells + cells
+    return total
+
+
+def _half(shares: Sequence[Sequence[Sequence[Example]]], size: int) -> int:
+    """A size that cuts the largest micro-batch of all processes in two.
+
+    Raises:
+        torch.OutOfMemoryError: if they are single rows already.
+    """
+    largest = max((part for parts in shares for part in parts), key=lambda part: len(part) * _longest(part))
+    if all(len(part) == 1 for parts in shares for part in parts):
+        raise torch.OutOfMemoryError(f"one row of {_longest(largest)} tokens does not fit")
+    return min(size, len(largest) * _longest(largest)) // 2
+
+
+def _longest(rows: Sequence[Example]) -> int:
+    return max(len(row.ids) for row in rows)
+
+
+def _add_up(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
+    """Every parameter's gradient becomes the sum over the processes; it stays None where all of them have none."""
+    if accelerator.num_processes == 1:
+        return
+    there = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
+    there = accelerator.reduce(there, reduction="sum")
+    for parameter, count in zip(parameters, there.tolist(), strict=True):
+        if count:
+            mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(mine, reduction="sum")
+
+
+def _micro_batches(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    count = max(1, size // max((len(row.ids) for row in rows), default=1))
+    return [rows[begin : begin + count] for begin in range(0, len(rows), count)]
