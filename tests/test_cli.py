@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import helpers_run as h
 import pytest
@@ -69,6 +70,16 @@ def test_help_lists_every_command_with_what_it_does(capsys):
     for name in cli.COMMANDS:
         assert re.search(rf"^    {name} +\w+", out, re.MULTILINE)
     assert call(capsys)[1] == out
+
+
+def test_version_is_that_of_the_package(capsys):
+    code, out, _ = call(capsys, "--version")
+    assert (code, out) == (0, f"trimllm {metadata.version('trimllm')}\n")
+
+
+def test_unknown_first_option_is_one_line(capsys):
+    code, _, err = call(capsys, "--verbose")
+    assert (code, err) == (2, "trimllm: unrecognized arguments: --verbose: see trimllm --help\n")
 
 
 def test_help_and_import_do_not_load_torch():

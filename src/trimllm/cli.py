@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from importlib.metadata import version
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -95,7 +96,7 @@ def _about(kind: type[BaseModel]) -> Any:
 class _Root(BaseSettings):
     """Drop layers of a causal language model while fine-tuning it: half the depth, as a stock checkpoint.
 
-    Start with `trimllm demo`; every command explains itself with --help.
+    Start with `trimllm demo`; every command explains itself with --help; --version says which release this is.
     """
 
     model_config = SettingsConfigDict(
@@ -134,6 +135,9 @@ def parse(arguments: list[str]) -> settings.Settings:
     if not arguments:
         arguments = ["--help"]
     name = arguments[0]
+    if name == "--version":
+        print(f"trimllm {version('trimllm')}")
+        raise SystemExit
     if not name.startswith("-") and name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{_near(name, COMMANDS)}: trimllm --help lists them")
     beneath = _beneath(name, arguments)
@@ -195,7 +199,7 @@ def _unknown_option(name: str, message: str) -> str:
         return f"unknown option {given}{_near(given, options)}: see trimllm {name} --help"
     if found := re.match(r"Parsing error encountered for \w+\.(\w+)", message):
         return f"--{found[1].replace('_', '-')} cannot be read: see trimllm {name} --help for how to write it"
-    return f"{message}: see trimllm {name if name in COMMANDS else ''} --help"
+    return f"{message}: see trimllm{f' {name}' if name in COMMANDS else ''} --help"
 
 
 def run(command: settings.Settings) -> None:
