@@ -13,7 +13,7 @@ from test_weights import naive_gradients
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from trimllm.baselines import METHODS, Cell, layer_drop, llm_pruner, streamline, width
+from trimllm.baselines import METHODS, Cell, layer_drop, llm_pruner, one_shot, streamline, trimmed, width
 from trimllm.baselines.job import Job
 from trimllm.blocks import decoder
 from trimllm.config import CompareConfig
@@ -360,6 +360,19 @@ def test_what_heads_cannot_give_channels_do():
 def test_families_with_other_layers_are_refused(family):
     with pytest.raises(InputError, match="model type"):
         width.wanted(tiny.build(family, 4), 0.5)
+
+
+def test_rows_of_trimllm_choose_by_the_strategy_that_is_asked_for_and_peers_by_their_own(job_of, monkeypatch):
+    asked = {}
+
+    def trim(job, start, folder=None, **changes):
+        asked[job.cell.method.name] = job.trim_settings(**{"keep": 0.5, **changes}).strategy
+
+    monkeypatch.setattr(Job, "trim", trim)
+    for module, names in ((trimmed, ("trim", "trim-pair")), (one_shot, ("one-shot", "shortgpt", "taylor"))):
+        for name in names:
+            module.run(job_of(name, strategy="loss"))
+    assert asked == {"trim": "loss", "trim-pair": "loss", "one-shot": "loss", "shortgpt": "bi", "taylor": "taylor"}
 
 
 def test_settings_of_the_comparison_that_mean_nothing_to_a_method_do_not_stop_it(job_of):

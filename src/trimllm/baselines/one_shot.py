@@ -10,11 +10,16 @@ from __future__ import annotations
 
 from trimllm.baselines.job import Job, Product
 
-STRATEGY = {"one-shot": "scan+norm", "shortgpt": "bi"}
+STRATEGY = {"shortgpt": "bi"}
 
 
 def run(job: Job) -> Product:
     name = job.cell.method.name
-    sparse = job.command.sparse_update if name == "one-shot" else "off"
-    strategy = STRATEGY.get(name, name)
-    return job.trim(job.full, one_shot=True, strategy=strategy, warmup_epochs=0, sparse_update=sparse)
+    ours = name == "one-shot"
+    return job.trim(
+        job.full,
+        one_shot=True,
+        strategy=job.command.strategy if ours else STRATEGY.get(name, name),
+        warmup_epochs=0,
+        sparse_update=job.command.sparse_update if ours else "off",
+    )

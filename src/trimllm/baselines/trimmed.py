@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trimllm.baselines.job import Job, Product, cost
 from trimllm.config import ExportConfig
 from trimllm.handover.source import save_depth
@@ -11,11 +13,12 @@ from trimllm.run.rundir import RunDir
 def run(job: Job) -> Product:
     """From the fully fine-tuned model. Where no training waits for the last drop, one run gives every depth."""
     unit = "pair" if job.cell.method.name == "trim-pair" else "block"
+    own: dict[str, Any] = {"unit": unit, "strategy": job.command.strategy, "warmup_epochs": 0}
     if not job.every_depth_at_once:
-        return job.trim(job.full, unit=unit, warmup_epochs=0)
+        return job.trim(job.full, **own)
     keep = min(job.command.keep)
     shared = job.root / "runs" / f"{job.cell.method.name}-{keep:g}"
-    least = job.trim(job.full, shared, unit=unit, warmup_epochs=0, keep=keep, keep_checkpoints=True)
+    least = job.trim(job.full, shared, keep=keep, keep_checkpoints=True, **own)
     if job.cell.keep == keep:
         return least
     depth = job.depth - job.drops

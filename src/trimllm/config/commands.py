@@ -13,6 +13,7 @@ from trimllm.config.shared import (
     Positive,
     ScoreSettings,
     Settings,
+    StrategySettings,
     TaskSettings,
     TrainedModel,
 )
@@ -155,7 +156,7 @@ class BenchConfig(LoadSettings):
         return self
 
 
-class CompareConfig(TrainedModel, TaskSettings, ModelSettings):
+class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings):
     """Compare ways to make a model smaller or faster, on your model and data: one table, compare.json, compare.png.
 
     Example:
@@ -173,6 +174,9 @@ class CompareConfig(TrainedModel, TaskSettings, ModelSettings):
     """Shares of the blocks to keep: 0.5,0.25 gives two rows for every method that removes blocks."""
     also: tuple[str, ...] = ()
     """More tasks to evaluate every model on, without training for them: what specialization costs."""
+    strategy: str = "scan+norm"
+    """Score by which the rows of TrimLLM (trim, trim-pair, one-shot) choose, as in `trimllm trim`; loss is the quicker
+    the more choices the questions have."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of the full fine-tuning that most methods start from."""
     schedule: Literal["late", "epoch"] = "late"

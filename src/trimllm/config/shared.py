@@ -113,12 +113,21 @@ def unknown_strategy(name: str) -> str:
     return f"unknown strategy {name!r}: {hint}"
 
 
-class ScoreSettings(Settings):
-    unit: Literal["block", "pair"] = "block"
-    """What is dropped at a time: a block, or also an MLP with the next attention (what is left re-packs to blocks)."""
+class StrategySettings(Settings):
     strategy: str = "scan+norm"
     """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular,
     loss, perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
+
+    @model_validator(mode="after")
+    def _strategy_is_known(self) -> StrategySettings:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(unknown_strategy(self.strategy))
+        return self
+
+
+class ScoreSettings(StrategySettings):
+    unit: Literal["block", "pair"] = "block"
+    """What is dropped at a time: a block, or also an MLP with the next attention (what is left re-packs to blocks)."""
     scan: Literal["exact", "racing"] = "exact"
     """exact: every candidate on all calibration rows; racing: candidates that cannot win any more stop early, with
     foreseen accuracies, by which the blocks to train are ranked."""
@@ -134,12 +143,6 @@ class ScoreSettings(Settings):
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
     eval_batch_size: Positive | None = None
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
-
-    @model_validator(mode="after")
-    def _strategy_is_known(self) -> ScoreSettings:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(unknown_strategy(self.strategy))
-        return self
 
     @model_validator(mode="after")
     def _races_are_for_accuracy(self) -> ScoreSettings:
