@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from trimllm import memory
+from trimllm import cli, memory
+from trimllm.bench import benching
 from trimllm.config import EvalConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.evaluation.inputs import scorer as scorer_of
 from trimllm.importance import scan
+from trimllm.run import recording
 
 
 class Small:
@@ -92,6 +96,41 @@ def test_other_errors_are_not_taken_for_the_end_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         memory.attempt(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
     assert memory.attempt(lambda: 3) == 3
+
+
+def raising(error):
+    def work(*_):
+        raise error
+
+    return work
+
+
+OTHER = RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize("error", [CUDA, CPU], ids=["cuda", "cpu"])
+def test_commands_say_in_one_line_that_memory_ended(error, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "parse", lambda _: None)
+    monkeypatch.setattr(cli, "run", raising(error))
+    assert cli.main([]) == 1
+    assert capsys.readouterr().err.startswith("trimllm: out of memory on the device: a smaller --micro-batch-size")
+    with pytest.raises(TrimError, match="m: out of memory on the device"):
+        benching._ask(SimpleNamespace(submit=raising(error)), "m", print)
+    said = []
+    recorder = SimpleNamespace(against_base=raising(error), console=SimpleNamespace(say=said.append))
+    assert recording.Recorder.final_speeds(recorder, None) is None
+    assert said[0].startswith("the decode speed was not compared")
+
+
+def test_commands_do_not_say_so_of_other_errors(monkeypatch):
+    monkeypatch.setattr(cli, "parse", lambda _: None)
+    monkeypatch.setattr(cli, "run", raising(OTHER))
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main([])
+    with pytest.raises(RuntimeError, match="shapes"):
+        benching._ask(SimpleNamespace(submit=raising(OTHER)), "m", print)
+    with pytest.raises(RuntimeError, match="shapes"):
+        recording.Recorder.final_speeds(SimpleNamespace(against_base=raising(OTHER)), None)
 
 
 def test_a_budget_below_the_longest_row_is_refused(tokenizer, questions):

@@ -112,6 +112,7 @@ def test_candidates_that_may_not_go_never_win_and_leave_first():
     assert asked[0] == [0, 1, 2, 3]
     assert all(0 not in running for running in asked[1:])
     assert 0 not in end.running
+    assert 0 not in racing.race(compute, intact, margins, rule, 0.999, seed=-7).running
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import weakref
 
 import helpers_run as h
 import pytest
@@ -15,7 +16,7 @@ from trimllm import cli
 from trimllm.checkpoints import verification
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
-from trimllm.run import card, deciding, journal, progressive, recording
+from trimllm.run import card, deciding, journal, progressive, recording, targets
 from trimllm.training import train
 
 
@@ -286,3 +287,40 @@ def test_row_of_the_saved_model_is_measured_anew_when_the_run_went_on_after_it(b
     _, history = h.run(base, task, output, resume=True)
     assert [row["depth"] for row in history if row["event"] == "saved"] == [3]
     assert h.result(output)["test"] == history[-1]["test"] == events[-1]["test"]
+
+
+def test_saved_model_that_a_lowered_floor_replaces_is_measured(base, task, tmp_path, monkeypatch):
+    output, floor = tmp_path / "run", {"depth": 4, "min_accuracy": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "floor", lambda _, values: 101 if len(values) > 1 else 0)
+        h.kill_at(patch, card, "result", 1)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, **floor)
+    assert [row["depth"] for row in h.journal(output, "saved")] == [5]
+    model, history = h.run(base, task, output, resume=True, **floor)
+    assert model.config.num_hidden_layers == 4
+    assert history[-1]["depth"] == len(h.result(output)["blocks"]) == 4
+    assert history[-1]["event"] == "saved"
+
+
+def test_run_that_goes_on_lets_go_of_the_base(base, task, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_drop", 1)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, depth=4)
+    load, stage, bases, there = progressive.load, train.train_stage, [], []
+
+    def loading(*arguments, **more):
+        loaded = load(*arguments, **more)
+        bases.append(weakref.ref(loaded.model))
+        return loaded
+
+    def training(*arguments, **more):
+        there.append(bases[0]() is not None)
+        return stage(*arguments, **more)
+
+    monkeypatch.setattr(progressive, "load", loading)
+    monkeypatch.setattr(train, "train_stage", training)
+    h.run(base, task, output, depth=4, resume=True)
+    assert there == [False]

@@ -123,6 +123,14 @@ def test_generation(tmp_path, row, prompt, target):
     assert item.references == (target.strip(),)
 
 
+def test_a_column_without_a_name_is_left_out(tmp_path):
+    """`DataFrame.to_csv` writes its index so."""
+    path = tmp_path / "q.csv"
+    path.write_text(",prompt,completion\n" + "".join(f"{n},say {n},it is {n}\n" for n in range(9)), encoding="utf-8")
+    _, item = first(path)
+    assert (item.prompt, item.target) == ("say 0", " it is 0")
+
+
 def test_a_list_of_answers_is_learned_by_the_first_and_accepts_all(tmp_path):
     rows = [{"question": f"q {n}", "answer": ["Paris", "City of Light"]} for n in range(9)]
     item = load_task(jsonl(tmp_path / "g.jsonl", rows)).train[0]

@@ -2,15 +2,18 @@
 
 import json
 import time
+from dataclasses import replace
 
 import helpers_run as h
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from trimllm import cli
 from trimllm.blocks import decoder
+from trimllm.checkpoints.loading import load_tokenizer
+from trimllm.checkpoints.models import DEMO
 from trimllm.config import STRATEGIES, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.evaluate import Scorer
@@ -296,6 +299,39 @@ def test_one_shot_drops_all_by_one_scan_and_trains_as_long_as_the_stages(base, t
     one, step = (h.journal(tmp_path / name, "stage") for name in ("one", "step"))
     assert len(one) == 2
     assert one[1]["train"]["steps"] == pytest.approx(sum(s["train"]["steps"] for s in step[1:]), abs=3)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """Six layers, attention in the last two only: one of these must stay, and either may go."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=len(load_tokenizer(DEMO)),
+        hidden_size=32,
+        intermediate_size=48,
+        block_auto_adjust_ff_dim=False,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        layer_types=["conv"] * 4 + ["full_attention"] * 2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return h.save_model(Lfm2ForCausalLM(config), tmp_path_factory.mktemp("hybrid"))
+
+
+def test_one_shot_goes_round_what_no_stock_model_can_lack_together(hybrid, task, tmp_path):
+    h.run(hybrid, task, tmp_path / "run", depth=4, one_shot=True, strategy="last", **NO_TRAINING)
+    assert h.drops(tmp_path / "run") == [["block 5", "block 3"]]
+
+
+def test_a_run_that_no_stock_model_can_lack_is_not_dropped(hybrid, task, tmp_path, monkeypatch):
+    nearest_last = {"angular": replace(scores.SCORES["angular"], compute=lambda evidence: -evidence.position)}
+    monkeypatch.setattr(scores, "SCORES", scores.SCORES | nearest_last)
+    h.run(hybrid, task, tmp_path / "run", depth=4, one_shot=True, strategy="angular", **NO_TRAINING)
+    assert h.drops(tmp_path / "run") == [["block 3", "block 4"]]
 
 
 @pytest.mark.parametrize(("length", "protect"), [(2, ()), (2, (1,)), (3, (1,))])

@@ -220,7 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if another_failed():
             return 1
-        if type(error).__name__ != "OutOfMemoryError":
+        from trimllm import memory
+
+        if not memory.ended(error):
             raise
         remedy = (
             "a smaller --micro-batch-size or --eval-batch-size, or --gradient-checkpointing; trim goes on with --resume"

@@ -65,7 +65,7 @@ def measure(
 ) -> dict[str, Any]:
     """All measures that the family allows, of the units of a scan.
 
-    `asked` are the scorer's questions (see `analysis.questions`), of which at most `command.analysis_items` that the
+    `asked` are the scorer's questions (see `lens.questions`), of which at most `command.analysis_items` that the
     model answers are traced.
 
     Returns:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trimllm import memory
 from trimllm.bench import reads, shapes, timing
 from trimllm.blocks import decoder
 from trimllm.checkpoints import backends, loading, models, room
@@ -245,7 +246,9 @@ def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -
         return pool.submit(function, *arguments).result()
     except BrokenProcessPool:
         raise TrimError(f"the process of {name} was ended, perhaps for lack of memory: measure fewer models") from None
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not memory.ended(error):
+            raise
         raise TrimError(f"{name}: out of memory on the device: a smaller --batch-size, or fewer models") from None
     except InputError as error:
         text = str(error)

@@ -3,7 +3,7 @@
 transformers loads a wrongly cut checkpoint without an exception and with random layers, so a checkpoint counts as saved
 only if it was loaded again and gives the same logits, plain and with both kinds of cache.
 
-    from trimllm.verification import verify
+    from trimllm import verify
     report = verify("out/llama-12", model)
 """
 

@@ -1,1 +1,1 @@
-"""The built-in demo: a fictional knowledge world and, in `base/`, a small base model that was pre-trained on it."""
+"""The built-in demo: in `base/` a small model that was pre-trained on the world of `tasks.world`, and the job on it."""

@@ -139,7 +139,8 @@ def foresee(
     rest = np.setdiff1d(np.arange(len(margins)), seen)
     now = np.logical_xor(differs, intact[list(seen)]).sum(axis=1)
     sure = np.log1p(np.abs(margins))
-    lost, won = _differing(differs, sure[list(seen)], sure[rest], intact[rest], np.random.default_rng(seed))
+    generator = np.random.default_rng(seed % 2**32)
+    lost, won = _differing(differs, sure[list(seen)], sure[rest], intact[rest], generator)
     draws = now + intact[rest].sum() - lost + won
     wins = np.bincount(rule.winners(draws.T), minlength=len(differs))
     return wins / len(draws), draws.mean(axis=0)

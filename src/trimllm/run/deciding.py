@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -160,19 +160,21 @@ class Decider:
         all_at_once = self.config.one_shot and self.wanted is not None
         count = (len(layout) - (self.wanted or 0)) // self.length if all_at_once else 1
         if all_at_once and "angular" in scores.parts(self.config.strategy):
-            return self._run(result, evidence, droppable, count)
+            return self._run(model, result, evidence, droppable, count)
         choices: list[Choice] = []
-        for _ in range(count):
+        while len(choices) < count:
             gone = {place for choice in choices for place in choice.unit.blocks}
-            open_ = {i for i in allowed if gone.isdisjoint(result.candidates[i].blocks)}
-            choices.append(
-                select.choose(
-                    result.candidates, evidence, self.config.strategy, tolerance=self.tolerance, allowed=open_
-                )
+            allowed = {i for i in allowed if gone.isdisjoint(result.candidates[i].blocks)}
+            choice = select.choose(
+                result.candidates, evidence, self.config.strategy, tolerance=self.tolerance, allowed=allowed
             )
+            if choices and not _legal_together(model, [made.unit for made in (*choices, choice)]):
+                allowed.remove(choice.index)
+            else:
+                choices.append(choice)
         return choices
 
-    def _run(self, result: ScanResult, evidence: Evidence, allowed: set[int], count: int) -> list[Choice]:
+    def _run(self, model: Any, result: ScanResult, evidence: Evidence, allowed: set[int], count: int) -> list[Choice]:
         """So many adjacent units: the run with the least angular distance of those that may go as a whole.
 
         Raises:
@@ -181,6 +183,7 @@ class Decider:
         at = {result.candidates[i].index: i for i in allowed}
         steps = [k * self.length for k in range(count)]
         runs = {i: [at[begin + k] for k in steps] for begin, i in at.items() if all(begin + k in at for k in steps)}
+        runs = {i: run for i, run in runs.items() if _legal_together(model, [result.candidates[k] for k in run])}
         if not runs:
             raise InputError(
                 f"--strategy angular: no {count * self.length} adjacent layers may all go: protect fewer, or ask for a "
@@ -289,3 +292,8 @@ class Decider:
         together = [found.record() for found in decision.joint]
         more = {"joint": together} if self.config.schedule == "recover" else {}
         return {**table, "dropped": dropped, "tied": list(decision.choices[0].tied), **more}
+
+
+def _legal_together(model: Any, gone: Sequence[Unit]) -> bool:
+    """Whether a stock model is left without all of them: units that may go one by one need not go together."""
+    return legality.refusal(model, remove_all(whole(decoder.depth(model)), gone)) is None

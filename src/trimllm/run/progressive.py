@@ -105,9 +105,10 @@ class Run:
             return self._load(self.dir.model), self.history()
         self.recorder = self._recorder()
         self._start(loaded, data)
-        state = self._restore(loaded)
+        state, base = self._restore(loaded), loaded.fingerprint
+        del loaded  # a run that goes on has no more use for the base's weights, and training may need the memory
         self._loop(state)
-        return self._finish(state, loaded, data)
+        return self._finish(state, base, data)
 
     def _check_room(self) -> None:
         config, device = self.config, self.accelerator.device
@@ -346,7 +347,7 @@ class Run:
 
     # ---- the product
 
-    def _finish(self, state: State, loaded: Loaded, data: TaskData) -> tuple[Any, History]:
+    def _finish(self, state: State, fingerprint: str, data: TaskData) -> tuple[Any, History]:
         stages = self.journal.of("stage")
         good = stages[-1] if self._above_floor() else stages[-2]
         depth, layout = len(good["layout"]), rundir.load_layout(good["layout"])
@@ -354,20 +355,21 @@ class Run:
         models.cast(model, self.save_dtype)
         report: Any = None
         named = {"name": self.origin} if isinstance(self.origin, str) else self.origin
-        base = named | {"sha256": loaded.fingerprint}
+        base = named | {"sha256": fingerprint}
         if self.main:
             report = export.save_trimmed(
                 model,
                 self.dir.model,
-                tokenizer=loaded.tokenizer,
+                tokenizer=self.tokenizer,
                 layout=layout,
                 base=self.origin,
                 overwrite=True,
             )
-            journal.write_json(self.dir.plan, plan_record(layout, self.origin) | {"sha256": loaded.fingerprint})
+            journal.write_json(self.dir.plan, plan_record(layout, self.origin) | {"sha256": fingerprint})
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
-        if self.journal.events[-1]["event"] != "saved":  # an older one may be of a depth before a floor was lowered
+        last = self.journal.events[-1]  # may be of the depth that was good before a floor was lowered
+        if (last["event"], last["layout"]) != ("saved", good["layout"]):
             free = fluency.measure(saved, self.tokenizer, self.calibration.items)
             self.recorder.record("saved", saved, layout, fluency=free)
         row = self.journal.events[-1]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimllm import memory
 from trimllm.bench import timing
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, plan_record
@@ -102,7 +103,9 @@ class Recorder:
         """Speeds of base and result, or None if the device cannot hold both: the result is saved all the same."""
         try:
             return self.against_base(saved, "trimmed")
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not memory.ended(error):
+                raise
             self.console.say("the decode speed was not compared: base and result together exceed the device's memory")
             return None
 

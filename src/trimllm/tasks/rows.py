@@ -130,16 +130,16 @@ def _object(place: str, value: Any) -> dict[str, Any]:
 
 
 def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
-    reader = csv.DictReader(file, delimiter=delimiter, restkey="", restval=None, strict=True)
+    reader: Any = csv.DictReader(file, delimiter=delimiter, restkey=None, restval=None, strict=True)
     try:
         for values in reader:
             place = f"{path}:{reader.line_num}"
-            if "" in values or None in values.values():
-                found = "more" if "" in values else "fewer"
+            if None in values or None in values.values():
+                found = "more" if None in values else "fewer"
                 raise InputError(
                     f"{place}: {found} fields than the header's {len(reader.fieldnames or ())}; fix the line"
                 )
-            yield Row(place, dict(values))
+            yield Row(place, {name: value for name, value in values.items() if name})  # pandas' index has no name
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: malformed CSV ({error}); fix the quoting") from error
 

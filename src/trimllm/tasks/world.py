@@ -5,7 +5,7 @@ that was never in a training question has come out of biographies: those of pre-
 as domain text (`--text demo_law`), which state the facts of all entities again, the held-out ones included. That makes
 the world a tiny stand-in for "a language model that knows things":
 
-    >>> from trimllm.demo import world
+    >>> from trimllm.tasks import world
     >>> world.biographies("medicine", 1, seed=0)[0]
     'The medicine Crolazole comes as cream. Studies show that Crolazole binds to oestrogen. ...'
     >>> world.questions("medicine", "test")[0]["question"]
