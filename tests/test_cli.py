@@ -14,13 +14,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from trimllm import cli, commands, config
+from trimllm import cli, commands, config, files
 from trimllm.blocks import legality
 from trimllm.checkpoints import models
 from trimllm.config import plain_settings
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
-from trimllm.run import journal, rundir
+from trimllm.run import rundir
 
 
 @pytest.fixture(autouse=True)
@@ -465,7 +465,7 @@ def test_scan_prints_its_table_before_it_writes(base, task, tmp_path, capsys, mo
     def denied(*_):
         raise TrimError("cannot write")
 
-    monkeypatch.setattr(journal, "write_json", denied)
+    monkeypatch.setattr(files, "write_json", denied)
     words = ["--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "scan"]
     code, out, err = call(capsys, "scan", *words)
     assert (code, "would go first: block" in out, "block 3" in out) == (1, True, True), err

@@ -18,8 +18,9 @@ import pytest
 from safetensors import SafetensorError
 
 from trimllm.checkpoints import folders
-from trimllm.checkpoints.folders import appearing, check_target, check_writable, disk_errors
+from trimllm.checkpoints.folders import appearing, check_target, check_writable
 from trimllm.errors import InputError, TrimError
+from trimllm.files import disk_errors
 
 
 def fill(target: Path, text: str, error: BaseException | None = None, **options: Any) -> None:

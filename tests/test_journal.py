@@ -7,6 +7,7 @@ import os
 import pytest
 import yaml
 
+from trimllm import files
 from trimllm.blocks.layout import Block, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError, TrimError
@@ -19,7 +20,7 @@ def test_events_come_back_in_order_with_their_values(tmp_path):
     log.add("start", depth=3)
     log.add("stage", loss=0.1, name="ä\n")
     log.add("stage", loss=None)
-    assert journal.read_lines(path) == log.events
+    assert files.read_lines(path) == log.events
     assert [event["loss"] for event in log.of("stage")] == [0.1, None]
     assert log.last("stage")["loss"] is None
     assert log.last("done") is None
@@ -35,12 +36,12 @@ def test_process_that_does_not_write_remembers_the_same(tmp_path):
 @pytest.mark.parametrize("cut", range(1, 18))
 def test_line_torn_anywhere_is_cut_off_and_the_journal_goes_on(tmp_path, cut):
     path = tmp_path / "journal.jsonl"
-    journal.append_line(path, {"event": "a"})
-    journal.append_line(path, {"event": "b", "x": 1})
+    files.append_line(path, {"event": "a"})
+    files.append_line(path, {"event": "b", "x": 1})
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    assert journal.read_lines(path) == [{"event": "a"}]
-    journal.append_line(path, {"event": "b", "x": 1})
+    assert files.read_lines(path) == [{"event": "a"}]
+    files.append_line(path, {"event": "b", "x": 1})
     assert path.read_bytes() == whole
 
 
@@ -48,12 +49,12 @@ def test_damage_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"event": "a"}\n{"ev\n{"event": "b"}\n')
     with pytest.raises(TrimError, match="is damaged"):
-        journal.read_lines(path)
+        files.read_lines(path)
 
 
 def test_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
-    journal.write_json(path, {"depth": 1})
+    files.write_json(path, {"depth": 1})
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -61,15 +62,15 @@ def test_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(TrimError, match=r"^cannot write to .*plan\.json: the disk is full: .*--resume"):
-            journal.write_json(path, {"depth": 2})
+            files.write_json(path, {"depth": 2})
     assert json.loads(path.read_text()) == {"depth": 1}
-    journal.write_json(path, {"depth": 3})
+    files.write_json(path, {"depth": 3})
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_json_that_others_can_read_has_no_nan(tmp_path):
     path = tmp_path / "scan.json"
-    journal.write_json(path, {"rows": [{"importance": float("inf")}, (float("nan"), 1.5, True, None, "x")]})
+    files.write_json(path, {"rows": [{"importance": float("inf")}, (float("nan"), 1.5, True, None, "x")]})
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
         "rows": [{"importance": None}, [None, 1.5, True, None, "x"]]
     }

@@ -79,13 +79,23 @@ def test_trial_of_a_run_is_the_model_without_its_blocks_and_weights_count_them_a
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory):
     """A random Gemma 3 of eight layers: three with a window, one without, and again."""
+    return save_gemma(tmp_path_factory, (["sliding_attention"] * 3 + ["full_attention"]) * 2)
+
+
+@pytest.fixture(scope="module")
+def threes(tmp_path_factory):
+    """Ten layers with a period of three: three runs of them fit, but not beside every run."""
+    return save_gemma(tmp_path_factory, ((["sliding_attention"] * 2 + ["full_attention"]) * 4)[:10])
+
+
+def save_gemma(tmp_path_factory, kinds):
     folder = tmp_path_factory.mktemp("windowed")
     stock = h.save_base(tmp_path_factory.mktemp("llama"))
     shape = {name: getattr(AutoConfig.from_pretrained(stock), name) for name in ("vocab_size", "hidden_size")}
     config = Gemma3TextConfig(
         **shape,
-        num_hidden_layers=8,
-        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        num_hidden_layers=len(kinds),
+        layer_types=kinds,
         sliding_window=512,
         intermediate_size=48,
         num_attention_heads=4,
@@ -153,3 +163,14 @@ def test_runs_that_go_at_once_do_not_overlap(task, tmp_path, monkeypatch, change
     gone = [int(name) for unit in dropped for name in unit.split()[1:]]
     assert len(dropped) == 2
     assert len(set(gone)) == 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_run_is_taken_at_once_that_leaves_no_room_for_the_others(threes, task, tmp_path, seed):
+    quick = {"keep_pattern": True, "one_shot": True, "warmup_epochs": 0, "epochs_per_drop": 0}
+    h.run(threes, task, tmp_path / "run", depth=1, strategy="random", seed=seed, **quick)
+    (dropped,) = h.drops(tmp_path / "run")
+    assert len({name for unit in dropped for name in unit.split()[1:]}) == 9
+    with pytest.raises(InputError, match="--one-shot: no 9 layers may all go at once: protect fewer, or ask for a sma"):
+        h.run(threes, task, tmp_path / "other", depth=1, strategy="random", seed=seed, protect=(1,), **quick)
+    assert not (tmp_path / "other").exists()

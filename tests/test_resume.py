@@ -12,11 +12,11 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from trimllm import cli
+from trimllm import cli, files
 from trimllm.checkpoints import verification
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
-from trimllm.run import card, deciding, journal, progressive, recording, targets
+from trimllm.run import card, deciding, progressive, recording, targets
 from trimllm.training import train
 
 
@@ -67,7 +67,7 @@ POINTS = {
     "before the export": (progressive.Run, "_finish", 1, False),
     "in the export": (verification, "verify", 1, False),
     "between the export and result.json": (progressive.Run, "_load", 1, False),
-    "between result.json and the last journal line": (journal, "write_json", 8, True),
+    "between result.json and the last journal line": (files, "write_json", 8, True),
 }
 
 

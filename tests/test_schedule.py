@@ -9,6 +9,7 @@ import helpers_run as h
 import pytest
 from transformers import AutoModelForCausalLM
 
+from trimllm import files
 from trimllm.blocks import surgery
 from trimllm.blocks.layout import Unit, halves, remove, remove_all, units, whole
 from trimllm.checkpoints.loading import load_tokenizer
@@ -19,7 +20,7 @@ from trimllm.evaluation.evaluate import Evaluation, Scorer
 from trimllm.evaluation.inputs import scorer, task_data
 from trimllm.importance import joint
 from trimllm.importance.joint import Joint
-from trimllm.run import card, deciding, journal, progressive, recovery, rundir
+from trimllm.run import card, deciding, progressive, recovery, rundir
 from trimllm.run.recovery import Recovery
 from trimllm.run.targets import least_depth, stage_epochs
 from trimllm.training import train
@@ -360,7 +361,7 @@ def test_sets_that_were_tried_are_not_tried_again(base, task, tmp_path, monkeypa
         h.kill_at(patch, joint, "grow", 1, after=True)
         with pytest.raises(h.Killed):
             h.run(base, task, output, **more)
-    kept = journal.read_lines(output / "scans" / "scan-000.jsonl")
+    kept = files.read_lines(output / "scans" / "scan-000.jsonl")
     assert [line["joint"]["units"] for line in kept if "joint" in line] == [
         found["units"] for found in kept_sets(base, task, tmp_path / "other", more)
     ]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from trimllm.blocks.layout import Block, Unit, units, whole
 from trimllm.errors import InputError
 from trimllm.importance.scores import Evidence
-from trimllm.importance.select import choose, droppable, most_important, protected, tolerance_points, touches
+from trimllm.importance.select import (
+    choose,
+    droppable,
+    most_apart,
+    most_important,
+    protected,
+    tolerance_points,
+    touches,
+)
 
 BLOCKS = units("block", whole(5))
 
@@ -101,3 +111,15 @@ def test_protection_follows_original_blocks_through_repacked_ones():
 def test_the_most_important_are_named_in_order_ties_to_the_shallower():
     assert most_important(np.array([1.0, 5, 3, 5, 3]), 3) == [1, 2, 3]
     assert most_important(np.array([1.0, 2]), 0) == []
+
+
+@pytest.mark.parametrize(
+    ("starts", "length", "most"),
+    [([], 1, 0), ([0, 1, 2], 1, 3), ([0, 1, 2], 2, 2), ([0, 1, 2, 3, 4], 3, 2), ([1, 5, 3], 3, 2), ([2, 3], 4, 1)],
+)
+def test_the_most_units_that_share_no_block(starts, length, most):
+    every = [Unit("block", start, length) for start in starts]
+    assert most_apart(every) == most
+    sets = (some for count in range(len(every) + 1) for some in itertools.combinations(every, count))
+    apart = (some for some in sets if len({b for one in some for b in one.blocks}) == length * len(some))
+    assert max(map(len, apart)) == most

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trimllm import config, parallel, tasks
+from trimllm import config, files, parallel, tasks
 from trimllm.analysis import lens, summary
 from trimllm.blocks import decoder, legality, surgery
 from trimllm.blocks.layout import Unit, describe, positions, remove, units, whole, without
@@ -20,7 +20,7 @@ from trimllm.evaluation import inputs
 from trimllm.evaluation.evaluate import Evaluation
 from trimllm.evaluation.generation import generate
 from trimllm.importance import scan, select, weights
-from trimllm.run import card, journal, model_card, rundir
+from trimllm.run import card, model_card, rundir
 from trimllm.run.deciding import race_of
 from trimllm.run.progressive import trim
 
@@ -85,13 +85,13 @@ def run_scan(command: config.ScanConfig) -> None:
     print(f"intact: {data.metric} {result.base}")
     print(scan_table(record))
     print(f"{'least important' if command.unit == 'sublayer' else 'would go first'}: {first}")
-    journal.write_json(output / "scan.json", record)
+    files.write_json(output / "scan.json", record)
     importance_plot(record, output / "scan.png")
     print(f"written: {output / 'scan.json'}, {output / 'scan.png'}")
     if command.analysis:
         explained = summary.analyse(command, loaded.model, scorer, asked, result, record)
         print(f"\n{summary.report(explained)}")
-        journal.write_json(output / "analysis.json", explained)
+        files.write_json(output / "analysis.json", explained)
         analysis_plot(explained, output / "analysis.png")
         print(f"written: {output / 'analysis.json'}, {output / 'analysis.png'}")
 
@@ -190,7 +190,7 @@ def _drop_on_disk(command: config.DropConfig) -> None:
             progress=show,
         )
     layout = tuple(whole(done.depth)[layer] for layer in done.kept)
-    journal.write_atomic(Path(command.output) / "README.md", model_card.cut(command.model, layout, done.depth))
+    files.write_atomic(Path(command.output) / "README.md", model_card.cut(command.model, layout, done.depth))
     print(
         f"{command.output}: {len(done.kept)} of {done.depth} layers, {done.bytes / 1e9:.3f} GB in "
         f"{done.shards} file(s), names, shapes and config checked"
@@ -225,7 +225,7 @@ def run_eval(command: config.EvalConfig) -> None:
         record["generation"] = _generation(command, loaded, data)
         print("generated: " + ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items()))
     if command.output:
-        journal.write_json(Path(command.output), record)
+        files.write_json(Path(command.output), record)
 
 
 def _check_result(path: Path) -> None:
@@ -276,7 +276,7 @@ def run_bench(command: config.BenchConfig) -> None:
         record = tables.record(command, *benching.measure(command, show))
     print(tables.report(record))
     if output:
-        journal.write_json(output / "bench.json", record)
+        files.write_json(output / "bench.json", record)
         bench_plot(record, output / "bench.png")
         print(f"written: {output / 'bench.json'}, {output / 'bench.png'}")
 

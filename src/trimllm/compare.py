@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trimllm import files
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere
 from trimllm.checkpoints import folders
 from trimllm.compare_report import picture, record, report, row_line
 from trimllm.config import CompareConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError
-from trimllm.run import journal, rundir
+from trimllm.run import rundir
 
 FREE_OF_CHOICE = (
     *("resume", "output", "methods", "keep", "threads", "device", "micro_batch_size", "eval_batch_size"),
@@ -50,7 +51,7 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
             earlier = each.row(root)
         console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
         made = record(whole, finished(root))
-        journal.write_json(root / "compare.json", made)
+        files.write_json(root / "compare.json", made)
     print(report(made))
     picture(made, root / "compare.png")
     print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")
@@ -155,7 +156,7 @@ def claim(command: CompareConfig, root: Path) -> CompareConfig:
         raise InputError(f"--output {root}: the directory is not empty: choose another one")
     folders.check_writable(root)
     command = command.model_copy(update={"resume": False})
-    journal.write_atomic(settings, plain_settings.to_yaml(command))
+    files.write_atomic(settings, plain_settings.to_yaml(command))
     return command
 
 
@@ -193,7 +194,7 @@ def make_row(command: CompareConfig, each: Cell, root: Path) -> None:
     if command.baselines_python and cell.missing(each):
         if lacks := elsewhere.lacking(command.baselines_python, each):
             why = f"--baselines-python {command.baselines_python} {lacks}"
-            journal.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "not run", "why": why})
+            files.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "not run", "why": why})
             return
         code = elsewhere.run(command.baselines_python, arguments)
     else:
@@ -203,4 +204,4 @@ def make_row(command: CompareConfig, each: Cell, root: Path) -> None:
     why = f"its process ended with exit code {code}; what it printed says why"
     if code < 0:
         why = f"its process was ended by signal {-code}" + (": perhaps memory ran out" if code == -9 else "")
-    journal.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "failed", "why": why})
+    files.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "failed", "why": why})

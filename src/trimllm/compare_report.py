@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trimllm.baselines import Cell
-from trimllm.checkpoints.folders import disk_errors
 from trimllm.config import CompareConfig
 from trimllm.console import clock, table
+from trimllm.files import disk_errors
 
 
 def row_line(cell: Cell, row: dict[str, Any]) -> str:

@@ -40,9 +40,9 @@ def main(arguments: list[str]) -> int:
         if not memory.ended(error):
             raise
         row = {"status": "not run", "why": "out of memory on the device: a smaller --micro-batch-size may help"}
-    from trimllm.run import journal
+    from trimllm import files
 
-    journal.write_json(cell.file(Path(root)), {"method": name, "keep": cell.keep, **row})
+    files.write_json(cell.file(Path(root)), {"method": name, "keep": cell.keep, **row})
     return 0
 
 

@@ -17,7 +17,7 @@ from trimllm.baselines import Cell
 
 OURS = (
     *("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "psutil", "pydantic"),
-    *("pydantic_settings", "yaml", "jinja2", "matplotlib", "rouge_score"),
+    *("pydantic_settings", "yaml", "jinja2", "matplotlib", "rouge_score", "huggingface_hub", "pyarrow", "packaging"),
 )
 """What this package depends on, by the names that are imported."""
 _PROBE = "import importlib.util as u, sys; print(*[name for name in sys.argv[1:] if u.find_spec(name) is None])"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation import inputs
 from trimllm.evaluation.evaluate import Scorer
+from trimllm.files import read_lines
 from trimllm.run import progressive, rundir
 from trimllm.run.targets import wanted_depth
 from trimllm.training import sparse, train, training_rows
@@ -215,7 +215,7 @@ class Job:
 
 def cost(checkpoint: Path, run: rundir.RunDir, depth: int = 0) -> Product:
     """A checkpoint of a run as a product: what its stages and scans took, down to `depth`."""
-    lines = [json.loads(line) for line in run.journal.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(run.journal, mend=False)
     stages = [line for line in lines if line["event"] == "stage" and line["depth"] >= depth]
     last = max((stage["stage"] for stage in stages), default=-1)
     drops = [line for line in lines if line["event"] == "drop" and line["stage"] <= last]

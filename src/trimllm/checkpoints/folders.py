@@ -15,51 +15,14 @@ import errno
 import fcntl
 import glob
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from trimllm.errors import InputError, TrimError, one_line
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-@contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line. safetensors has an error class of its own, with the number in it.
-
-    Raises:
-        TrimError: instead of any error of the operating system.
-    """
-    try:
-        yield
-    except TrimError:
-        raise
-    except Exception as error:
-        found = re.search(r"\b(?:os error|Os \{ code:) (\d+)", str(error))
-        number = int(found[1]) if found else getattr(error, "errno", None)
-        if number in FULL or "No space left" in str(error):
-            raise TrimError(_full(path)) from error
-        if number is None and not isinstance(error, OSError):
-            raise
-        remedy = ": choose another --output" if number in DENIED else ""
-        reason = os.strerror(number) if number else one_line(error)
-        other = f" ({name})" if (name := getattr(error, "filename", None)) and _outside(name, path) else ""
-        raise TrimError(f"cannot write to {path}: {reason}{other}{remedy}") from error
-
-
-def _full(path: str | Path, sizes: str = "") -> str:
-    remedy = "free some space, then start again (trimllm trim goes on with --resume)"
-    return f"cannot write to {path}: the disk is full{sizes}: {remedy}"
-
-
-def _outside(name: str, path: str | Path) -> bool:
-    return Path(path).absolute().parent not in Path(os.fsdecode(name)).absolute().parents
-
+from trimllm.errors import InputError, TrimError
+from trimllm.files import disk_errors, full_disk
 
 # ---- checks before work ----------------------------------------------------------------------------------------------
 
@@ -159,7 +122,7 @@ def appearing(target: str | Path, *, needed: int = 0, overwrite: bool = False) -
         _remove_leftovers(place)
         free = shutil.disk_usage(place.parent).free
         if free < needed:
-            raise TrimError(_full(target, f" ({needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free)"))
+            raise TrimError(full_disk(target, f" ({needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free)"))
         folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         with _locked(folder):

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
-from trimllm import config
+from trimllm import config, files
 from trimllm.bench import timing
 from trimllm.blocks import decoder
 from trimllm.checkpoints import loading, models
 from trimllm.config import plain_settings
 from trimllm.console import Console, clock, table
 from trimllm.evaluation.evaluate import Evaluation, Scorer
-from trimllm.run import journal
 from trimllm.run.progressive import trim
 from trimllm.run.rundir import RunDir
 from trimllm.tasks import load_task, world
@@ -82,7 +81,7 @@ def demo(command: config.DemoConfig) -> list[Line]:
     lines = [_line(name, model) for name, model in loaded.items()]
     speeds = timing.decode_speed(loaded, repeats=7)
     print(report(command.domain, lines, speeds))
-    journal.write_json(root / "demo.json", record(command, lines, speeds))
+    files.write_json(root / "demo.json", record(command, lines, speeds))
     print(f"trimmed checkpoint: {found['trimmed']}  ({clock(time.perf_counter() - started)} in all)")
     return lines
 

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from trimllm import config
+from trimllm import config, files
 from trimllm.blocks.layout import plan_record, whole
 from trimllm.checkpoints import folders, loading, models
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.evaluation import inputs
 from trimllm.handover import copy_companions
-from trimllm.run import journal, model_card
+from trimllm.run import model_card
 
 COLUMNS, ROWS = 64, 32
 """bitsandbytes' 4-bit kernel for CPUs takes matrices whose sizes are multiples of these; a GPU takes any."""
@@ -56,14 +56,13 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
         )
     with folders.appearing(target) as scratch:
         with loading.quiet():
-            model.save_pretrained(
-                scratch
-            )  # before any forward: on CPUs that repacks the 4-bit weights, rounding scales
+            # Before any forward: on CPUs that repacks the 4-bit weights, rounding scales.
+            model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         copy_companions(folder, scratch)
         if not (scratch / "plan.json").exists():
             plan = plan_record(whole(stock.get_text_config().num_hidden_layers), command.source)
-            journal.write_json(scratch / "plan.json", plan)
+            files.write_json(scratch / "plan.json", plan)
         sizes = _bytes(folder), _bytes(scratch)
         if sizes[1] >= sizes[0]:
             raise TrimError(

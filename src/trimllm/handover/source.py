@@ -14,6 +14,7 @@ from trimllm.checkpoints import export, loading, models
 from trimllm.checkpoints.verification import Report
 from trimllm.config import plain_settings
 from trimllm.errors import InputError
+from trimllm.files import read_lines
 from trimllm.run import model_card, rundir
 from trimllm.run.rundir import RunDir
 
@@ -79,9 +80,8 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
 
 def _stages(run: RunDir, depth: int) -> list[dict[str, Any]]:
     """The journaled stages of training down to `depth`. The journal is only read: the run may still be going on."""
-    lines = run.journal.read_text(encoding="utf-8").splitlines() if run.journal.exists() else []
-    stages = [json.loads(line) for line in lines if line.startswith('{"event": "stage"') and line.endswith("}")]
-    return [stage for stage in stages if stage["depth"] >= depth]
+    events = read_lines(run.journal, mend=False)
+    return [event for event in events if event["event"] == "stage" and event["depth"] >= depth]
 
 
 def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:
@@ -89,8 +89,7 @@ def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:
 
     The journal is only read: the run may still be going on.
     """
-    lines = run.journal.read_text(encoding="utf-8").splitlines() if run.journal.exists() else []
-    starts = [json.loads(line) for line in lines if line.startswith('{"event": "start"') and line.endswith("}")]
+    starts = [event for event in read_lines(run.journal, mend=False) if event["event"] == "start"]
     name = starts[0].get("save_dtype", stored.save_dtype) if starts else stored.save_dtype
     if name in models.DTYPES:
         return models.DTYPES[name]

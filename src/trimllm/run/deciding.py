@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimllm import files
 from trimllm.blocks import decoder, legality
 from trimllm.blocks.layout import Layout, Unit, describe, halves, remove, remove_all, units, whole
 from trimllm.blocks.trial import trial
@@ -24,7 +25,7 @@ from trimllm.importance.scan import Race, ScanResult
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import Choice
 from trimllm.parallel import Share
-from trimllm.run import journal, recording, targets
+from trimllm.run import recording, targets
 
 
 def race_of(config: ScoreSettings, tolerance: float, allowed: Collection[Unit], seed: int) -> Race | None:
@@ -88,8 +89,12 @@ class Decider:
         shifted = [r for r, unit in zip(refusals, candidates, strict=True) if unit.kind == "pair"]
         if shifted and all(shifted):
             raise InputError(f"--unit pair: {shifted[0]}")
-        if not self.droppable(model, whole(self.base_depth)):
+        free = self.droppable(model, whole(self.base_depth))
+        if not free:
             raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
+        most = select.most_apart(candidates[i] for i in free)
+        if self.config.one_shot and self.wanted is not None and most * self.length < self.base_depth - self.wanted:
+            raise self._too_few(self.base_depth - self.wanted)
 
     def droppable(self, model: Any, layout: Layout, candidates: list[Any] | None = None) -> set[int]:
         """Which candidates may go: those that are not protected, and without which a stock model is left."""
@@ -122,13 +127,13 @@ class Decider:
 
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         budget, depth = self.config.eval_batch_size, decoder.depth(model)
-        records = share.from_first(lambda: journal.read_lines(parts))
+        records = share.from_first(lambda: files.read_lines(parts))
         same = [record for record in records if record.get("budget") == budget and "batch" in record]
         finished = {record["batch"]: scan.Part.load(record) for record in same}
 
         def keep(batch: int, part: scan.Part) -> None:
             if share.first:
-                journal.append_line(parts, {"batch": batch, "budget": budget, **part.dump()})
+                files.append_line(parts, {"batch": batch, "budget": budget, **part.dump()})
 
         needed = scores.needs(self.config.strategy)
         with console.progress(f"scan of {depth} layers") as show:
@@ -157,22 +162,41 @@ class Decider:
         """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
         droppable = self.droppable(model, layout, result.candidates)
         allowed = result.eligible(droppable, self.config.strategy)
-        all_at_once = self.config.one_shot and self.wanted is not None
-        count = (len(layout) - (self.wanted or 0)) // self.length if all_at_once else 1
-        if all_at_once and "angular" in scores.parts(self.config.strategy):
+        if not self.config.one_shot or self.wanted is None:
+            return [self._least(result, evidence, allowed)]
+        count = (len(layout) - self.wanted) // self.length
+        if "angular" in scores.parts(self.config.strategy):
             return self._run(model, result, evidence, droppable, count)
+        return self._apart(model, result, evidence, allowed, count)
+
+    def _least(self, result: ScanResult, evidence: Evidence, allowed: set[int]) -> Choice:
+        strategy = self.config.strategy
+        return select.choose(result.candidates, evidence, strategy, tolerance=self.tolerance, allowed=allowed)
+
+    def _apart(self, model: Any, result: ScanResult, evidence: Evidence, allowed: set[int], count: int) -> list[Choice]:
+        """So many units by the same evidence, one after the other: none that leaves no room for the rest, or without
+        which, the others gone, no stock model would be left.
+
+        Raises:
+            InputError: if there are not so many.
+        """
         choices: list[Choice] = []
         while len(choices) < count:
-            gone = {place for choice in choices for place in choice.unit.blocks}
-            allowed = {i for i in allowed if gone.isdisjoint(result.candidates[i].blocks)}
-            choice = select.choose(
-                result.candidates, evidence, self.config.strategy, tolerance=self.tolerance, allowed=allowed
-            )
-            if choices and not _legal_together(model, [made.unit for made in (*choices, choice)]):
-                allowed.remove(choice.index)
-            else:
+            rest = {i: _others(result.candidates, allowed, i) for i in allowed}
+            needed = count - len(choices) - 1
+            open_ = {i for i in allowed if select.most_apart(result.candidates[k] for k in rest[i]) >= needed}
+            if not open_:
+                raise self._too_few(count * self.length)
+            choice = self._least(result, evidence, open_)
+            if _legal_together(model, [made.unit for made in (*choices, choice)]):
                 choices.append(choice)
+                allowed = rest[choice.index]
+            else:
+                allowed = allowed - {choice.index}
         return choices
+
+    def _too_few(self, count: int) -> InputError:
+        return InputError(f"--one-shot: no {count} layers may all go at once: protect fewer, or ask for a smaller drop")
 
     def _run(self, model: Any, result: ScanResult, evidence: Evidence, allowed: set[int], count: int) -> list[Choice]:
         """So many adjacent units: the run with the least angular distance of those that may go as a whole.
@@ -210,7 +234,7 @@ class Decider:
         config, candidates, intact = self.config, result.candidates, whole(len(layout))
         least = targets.least_depth(config, self.base_depth)
         alone = {i for i in self.droppable(model, layout, candidates) if self._harmless_alone(result, i)}
-        records = share.from_first(lambda: journal.read_lines(parts))
+        records = share.from_first(lambda: files.read_lines(parts))
         known = [Joint.load(record["joint"]) for record in records if "joint" in record]
         choices = {first.index: first}
 
@@ -239,7 +263,7 @@ class Decider:
                 value = self.calibration.evaluate(model, self.metric, share)
             found = Joint(chosen, value.value, value.loss)
             if share.first:
-                journal.append_line(parts, {"joint": found.record()})
+                files.append_line(parts, {"joint": found.record()})
             return found
 
         chosen, tried = joint.grow(
@@ -292,6 +316,12 @@ class Decider:
         together = [found.record() for found in decision.joint]
         more = {"joint": together} if self.config.schedule == "recover" else {}
         return {**table, "dropped": dropped, "tied": list(decision.choices[0].tied), **more}
+
+
+def _others(candidates: Sequence[Unit], allowed: set[int], index: int) -> set[int]:
+    """Those of the allowed candidates that have no block in common with one of them."""
+    blocks = set(candidates[index].blocks)
+    return {i for i in allowed if blocks.isdisjoint(candidates[i].blocks)}
 
 
 def _legal_together(model: Any, gone: Sequence[Unit]) -> bool:

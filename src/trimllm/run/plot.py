@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trimllm.checkpoints.folders import disk_errors
+from trimllm.files import disk_errors
 
 
 def importance_plot(record: dict[str, Any], path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from trimllm import files
 from trimllm.blocks import decoder, surgery
 from trimllm.blocks.layout import Layout, compose, plan_record, remove_all, whole
 from trimllm.checkpoints import export, folders, loading, models, room
@@ -26,7 +27,7 @@ from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import fluency, inputs
 from trimllm.parallel import Share
-from trimllm.run import card, journal, recording, recovery, rundir, targets
+from trimllm.run import card, recording, recovery, rundir, targets
 from trimllm.run.deciding import Decider
 from trimllm.run.journal import Journal
 from trimllm.run.recording import Recorder
@@ -325,7 +326,7 @@ class Run:
         if state.reached is None and not self.decider.droppable(state.model, state.layout):
             state.reached = "every layer that remains is protected or cannot be removed"
         if self.main:
-            journal.write_json(self.dir.scans / f"{name}.json", self.decider.table(decision, before))
+            files.write_json(self.dir.scans / f"{name}.json", self.decider.table(decision, before))
         state.pending.append(
             self.journal.add(
                 "drop",
@@ -365,7 +366,7 @@ class Run:
                 base=self.origin,
                 overwrite=True,
             )
-            journal.write_json(self.dir.plan, plan_record(layout, self.origin) | {"sha256": fingerprint})
+            files.write_json(self.dir.plan, plan_record(layout, self.origin) | {"sha256": fingerprint})
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
         last = self.journal.events[-1]  # may be of the depth that was good before a floor was lowered

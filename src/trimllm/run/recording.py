@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import memory
+from trimllm import files, memory
 from trimllm.bench import timing
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, plan_record
@@ -17,7 +17,7 @@ from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.parallel import Share
-from trimllm.run import card, journal, model_card, rundir
+from trimllm.run import card, model_card, rundir
 from trimllm.run.journal import Journal
 from trimllm.run.rundir import RunDir
 from trimllm.run.targets import Size
@@ -48,7 +48,7 @@ class Recorder:
         speed = timing.decode_speed({"now": model}, repeats=3)["now"] if self.share.first else [0.0]
         if self.share.first and event != "saved":  # before the journal's line: what that says is done is not redone
             plan = plan_record(layout, models.origin(self.config.model))
-            journal.write_json(folder.plans / f"depth-{now.depth}.json", plan)
+            files.write_json(folder.plans / f"depth-{now.depth}.json", plan)
         self.journal.add(
             event,
             depth=now.depth,
@@ -75,10 +75,10 @@ class Recorder:
         """The model card of the depth that `stage` ended with, and result.json; `row` is that of the saved model."""
         folder, drops = RunDir(self.config.output), self.journal.of("drop")
         text = model_card.trimmed(self.config, data, rundir.load_layout(stage["layout"]), history, base)
-        journal.write_atomic(folder.model / "README.md", text)
+        files.write_atomic(folder.model / "README.md", text)
         speeds = self.final_speeds(saved)
         result = card.result(self.config, data, stage, history, drops, base, row, verified, speeds)
-        journal.write_json(folder.result, result)
+        files.write_json(folder.result, result)
 
     def size(self, model: Any) -> Size:
         """The size of a model, with its decode speed against the base if a target asks for it."""

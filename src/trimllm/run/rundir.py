@@ -18,7 +18,7 @@ from trimllm.checkpoints.models import path_of
 from trimllm.config import Settings, TrimConfig
 from trimllm.config.plain_settings import make, stored, to_yaml
 from trimllm.errors import InputError
-from trimllm.run.journal import read_lines, write_atomic
+from trimllm.files import read_lines, write_atomic
 from trimllm.training import optimizer_state
 
 FREE_OF_CHOICE = (

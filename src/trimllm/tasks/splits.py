@@ -70,7 +70,7 @@ def split(
     rest, calibration = hold_out(train, size, f"{seed}:calibration")
     if not rest:
         raise InputError(f"all {len(train)} training rows would go into the calibration set: give more rows or groups")
-    notes.append(_calibration_note(calibration, len(train)))
+    notes.append(_calibration_note(calibration, len(train), size))
     rest, doubles = _without(rest, calibration, "calibration", notes)
     return Split(
         train=tuple(_limit(rest, max_train, seed, "training", notes)),
@@ -161,9 +161,10 @@ def _calibration_size(available: int, leaked: int, wanted: int | None, resolutio
     return max(1, min(round(100 / resolution), int(CALIBRATION_SHARE * available)))
 
 
-def _calibration_note(calibration: Sequence[Item], available: int) -> str:
+def _calibration_note(calibration: Sequence[Item], available: int, asked: int) -> str:
     count = len(calibration)
-    note = f"calibration: {count:,} of {available:,} training rows"
+    more = f" (whole groups; {asked:,} asked for)" if count > asked else ""
+    note = f"calibration: {count:,} of {available:,} training rows{more}"
     if len(calibration[0].continuations) == 1:
         return note
     return f"{note}, one question = {100 / count:.2f} points"

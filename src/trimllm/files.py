@@ -1,0 +1,107 @@
+"""Files that are the old ones or the new ones, JSON lines that survive a kill, and one line for what a disk refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimllm.errors import TrimError, one_line
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill, sees the old one or the new one."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON; infinite and undefined numbers, which JSON does not know, become null."""
+    write_atomic(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_lines(path: Path, *, mend: bool = True) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file. What a kill left of the last one is cut off in the file, too, unless
+    `mend` is false: whoever writes the file may be writing that line now.
+
+    Raises:
+        TrimError: if a whole line is not JSON.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if mend and len(whole) < len(data):
+        with disk_errors(path), path.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except json.JSONDecodeError:
+        raise TrimError(f"{path} is damaged: move it away and start the run again") from None
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line and wait until it is on disk."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one line. safetensors has an error class of its own, with the number in it.
+
+    Raises:
+        TrimError: instead of any error of the operating system.
+    """
+    try:
+        yield
+    except TrimError:
+        raise
+    except Exception as error:
+        found = re.search(r"\b(?:os error|Os \{ code:) (\d+)", str(error))
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        if number in FULL or "No space left" in str(error):
+            raise TrimError(full_disk(path)) from error
+        if number is None and not isinstance(error, OSError):
+            raise
+        remedy = ": choose another --output" if number in DENIED else ""
+        reason = os.strerror(number) if number else one_line(error)
+        other = f" ({name})" if (name := getattr(error, "filename", None)) and _outside(name, path) else ""
+        raise TrimError(f"cannot write to {path}: {reason}{other}{remedy}") from error
+
+
+def full_disk(path: str | Path, sizes: str = "") -> str:
+    """One line for a full disk, with what is known of sizes."""
+    remedy = "free some space, then start again (trimllm trim goes on with --resume)"
+    return f"cannot write to {path}: the disk is full{sizes}: {remedy}"
+
+
+def _outside(name: str, path: str | Path) -> bool:
+    return Path(path).absolute().parent not in Path(os.fsdecode(name)).absolute().parents
