@@ -35,8 +35,8 @@ from trimllm.checkpoints import models
 from trimllm.config import plain_settings
 from trimllm.console import Console, table
 from trimllm.demo.demo import RECIPE
+from trimllm.files import write_json
 from trimllm.run import rundir
-from trimllm.run.journal import write_json
 from trimllm.run.progressive import trim
 from trimllm.run.rundir import RunDir
 from trimllm.run.targets import LATE_SHARE, wanted_depth
