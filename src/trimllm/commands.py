@@ -20,6 +20,7 @@ from trimllm.evaluation import inputs
 from trimllm.evaluation.evaluate import Evaluation
 from trimllm.evaluation.generation import generate
 from trimllm.importance import scan, select, weights
+from trimllm.importance.scores import Evidence
 from trimllm.run import card, model_card, rundir
 from trimllm.run.deciding import race_of
 from trimllm.run.progressive import trim
@@ -72,16 +73,15 @@ def run_scan(command: config.ScanConfig) -> None:
     evidence = result.evidence(scan.positions(result.candidates, range(depth)), depth, command.seed, **extra)
     names = [describe(unit, whole(depth)) for unit in result.candidates]
     record = scan.table(result, evidence, command.strategy, names)
-    free, reason = _open(command, loaded.model, result.candidates, protected)
-    allowed = result.eligible(free, command.strategy)
-    if free and not allowed:
-        reason = "no run fits behind a layer that may go: ask for a shorter --run"
-    record |= {"model": command.model, "task": data.name, "metric": data.metric, "first": None}
-    first = f"nothing: {reason}"
-    if allowed:
-        choice = select.choose(result.candidates, evidence, command.strategy, tolerance=tolerance, allowed=allowed)
-        record["first"] = first = names[choice.index]
-        first += "" if command.unit == "sublayer" and len(choice.tied) == 1 else f" ({choice.why})"
+    choice, reason = _first(command, loaded.model, result, evidence, protected, tolerance)
+    record |= {"model": command.model, "task": data.name, "metric": data.metric}
+    record["first"] = names[choice.index] if choice else None
+    if choice is None:
+        first = f"nothing: {reason}"
+    elif command.unit == "sublayer" and len(choice.tied) == 1:  # "least important" is what its line begins with
+        first = names[choice.index]
+    else:
+        first = f"{names[choice.index]} ({choice.why})"
     print(f"intact: {data.metric} {result.base}")
     print(scan_table(record))
     print(f"{'least important' if command.unit == 'sublayer' else 'would go first'}: {first}")
@@ -94,6 +94,24 @@ def run_scan(command: config.ScanConfig) -> None:
         files.write_json(output / "analysis.json", explained)
         analysis_plot(explained, output / "analysis.png")
         print(f"written: {output / 'analysis.json'}, {output / 'analysis.png'}")
+
+
+def _first(
+    command: config.ScanConfig,
+    model: Any,
+    result: scan.ScanResult,
+    evidence: Evidence,
+    protected: frozenset[int],
+    tolerance: float,
+) -> tuple[select.Choice | None, str]:
+    """What a run would drop first, or None and why nothing may go."""
+    free, reason = _open(command, model, result.candidates, protected)
+    allowed = result.eligible(free, command.strategy)
+    if free and not allowed:
+        reason = "no run fits behind a layer that may go: ask for a shorter --run"
+    if not allowed:
+        return None, reason
+    return select.choose(result.candidates, evidence, command.strategy, tolerance=tolerance, allowed=allowed), ""
 
 
 def _open(
