@@ -9,11 +9,11 @@ import pytest
 
 from trimllm.blocks.layout import Block, Unit, units, whole
 from trimllm.errors import InputError
+from trimllm.importance.at_once import most_apart
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import (
     choose,
     droppable,
-    most_apart,
     most_important,
     protected,
     tolerance_points,

@@ -175,8 +175,7 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
     also: tuple[str, ...] = ()
     """More tasks to evaluate every model on, without training for them: what specialization costs."""
     strategy: str = "scan+norm"
-    """Score by which the rows of TrimLLM (trim, trim-pair, one-shot) choose, as in `trimllm trim`; loss is the quicker
-    the more choices the questions have."""
+    """Score by which the rows of TrimLLM (trim, trim-pair, one-shot) choose, as in `trimllm trim`."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of the full fine-tuning that most methods start from."""
     schedule: Literal["late", "epoch"] = "late"

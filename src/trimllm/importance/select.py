@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,15 +84,6 @@ def protected(protect: Sequence[int], depth: int) -> frozenset[int]:
 def droppable(candidates: Sequence[Unit], layout: Layout, kept: Collection[int]) -> list[int]:
     """Indices of the candidates that touch no protected original block; `layout` maps places to original indices."""
     return [number for number, unit in enumerate(candidates) if not (touches(unit, layout) & set(kept))]
-
-
-def most_apart(units: Iterable[Unit]) -> int:
-    """The most of the units that share no block with one another."""
-    count, end = 0, -1
-    for unit in sorted(units, key=lambda one: one.blocks[-1]):
-        if unit.blocks[0] > end:
-            count, end = count + 1, unit.blocks[-1]
-    return count
 
 
 def touches(unit: Unit, layout: Layout) -> set[int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trimllm.config import ScoreSettings, TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.importance import joint, scan, scores, select, weights
+from trimllm.importance import at_once, joint, scan, scores, select, weights
 from trimllm.importance.joint import Joint
 from trimllm.importance.scan import Race, ScanResult
 from trimllm.importance.scores import Evidence
@@ -92,9 +92,8 @@ class Decider:
         free = self.droppable(model, whole(self.base_depth))
         if not free:
             raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
-        most = select.most_apart(candidates[i] for i in free)
-        if self.config.one_shot and self.wanted is not None and most * self.length < self.base_depth - self.wanted:
-            raise self._too_few(self.base_depth - self.wanted)
+        if self.config.one_shot and self.wanted is not None:
+            at_once.check([candidates[i] for i in free], (self.base_depth - self.wanted) // self.length)
 
     def droppable(self, model: Any, layout: Layout, candidates: list[Any] | None = None) -> set[int]:
         """Which candidates may go: those that are not protected, and without which a stock model is left."""
@@ -162,59 +161,13 @@ class Decider:
         """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
         droppable = self.droppable(model, layout, result.candidates)
         allowed = result.eligible(droppable, self.config.strategy)
+        found = (result.candidates, evidence, self.config.strategy)
         if not self.config.one_shot or self.wanted is None:
-            return [self._least(result, evidence, allowed)]
+            return [select.choose(*found, tolerance=self.tolerance, allowed=allowed)]
         count = (len(layout) - self.wanted) // self.length
         if "angular" in scores.parts(self.config.strategy):
-            return self._run(model, result, evidence, droppable, count)
-        return self._apart(model, result, evidence, allowed, count)
-
-    def _least(self, result: ScanResult, evidence: Evidence, allowed: set[int]) -> Choice:
-        strategy = self.config.strategy
-        return select.choose(result.candidates, evidence, strategy, tolerance=self.tolerance, allowed=allowed)
-
-    def _apart(self, model: Any, result: ScanResult, evidence: Evidence, allowed: set[int], count: int) -> list[Choice]:
-        """So many units by the same evidence, one after the other: none that leaves no room for the rest, or without
-        which, the others gone, no stock model would be left.
-
-        Raises:
-            InputError: if there are not so many.
-        """
-        choices: list[Choice] = []
-        while len(choices) < count:
-            rest = {i: _others(result.candidates, allowed, i) for i in allowed}
-            needed = count - len(choices) - 1
-            open_ = {i for i in allowed if select.most_apart(result.candidates[k] for k in rest[i]) >= needed}
-            if not open_:
-                raise self._too_few(count * self.length)
-            choice = self._least(result, evidence, open_)
-            if _legal_together(model, [made.unit for made in (*choices, choice)]):
-                choices.append(choice)
-                allowed = rest[choice.index]
-            else:
-                allowed = allowed - {choice.index}
-        return choices
-
-    def _too_few(self, count: int) -> InputError:
-        return InputError(f"--one-shot: no {count} layers may all go at once: protect fewer, or ask for a smaller drop")
-
-    def _run(self, model: Any, result: ScanResult, evidence: Evidence, allowed: set[int], count: int) -> list[Choice]:
-        """So many adjacent units: the run with the least angular distance of those that may go as a whole.
-
-        Raises:
-            InputError: if there is none.
-        """
-        at = {result.candidates[i].index: i for i in allowed}
-        steps = [k * self.length for k in range(count)]
-        runs = {i: [at[begin + k] for k in steps] for begin, i in at.items() if all(begin + k in at for k in steps)}
-        runs = {i: run for i, run in runs.items() if _legal_together(model, [result.candidates[k] for k in run])}
-        if not runs:
-            raise InputError(
-                f"--strategy angular: no {count * self.length} adjacent layers may all go: protect fewer, or ask for a "
-                "smaller drop"
-            )
-        first = select.choose(result.candidates, evidence, self.config.strategy, allowed=runs)
-        return [replace(first, unit=result.candidates[i], index=i) for i in runs[first.index]]
+            return at_once.nearest_run(model, *found, count, allowed=droppable)
+        return at_once.apart(model, *found, count, tolerance=self.tolerance, allowed=allowed)
 
     def _together(
         self,
@@ -316,14 +269,3 @@ class Decider:
         together = [found.record() for found in decision.joint]
         more = {"joint": together} if self.config.schedule == "recover" else {}
         return {**table, "dropped": dropped, "tied": list(decision.choices[0].tied), **more}
-
-
-def _others(candidates: Sequence[Unit], allowed: set[int], index: int) -> set[int]:
-    """Those of the allowed candidates that have no block in common with one of them."""
-    blocks = set(candidates[index].blocks)
-    return {i for i in allowed if blocks.isdisjoint(candidates[i].blocks)}
-
-
-def _legal_together(model: Any, gone: Sequence[Unit]) -> bool:
-    """Whether a stock model is left without all of them: units that may go one by one need not go together."""
-    return legality.refusal(model, remove_all(whole(decoder.depth(model)), gone)) is None

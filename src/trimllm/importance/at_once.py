@@ -1,0 +1,104 @@
+"""All units of --one-shot by the evidence of one scan: such as may go together, and leave room for one another."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from trimllm.blocks import decoder, legality
+from trimllm.blocks.layout import Unit, remove_all, whole
+from trimllm.errors import InputError
+from trimllm.importance import select
+from trimllm.importance.scores import Evidence
+from trimllm.importance.select import Choice
+
+
+def most_apart(units: Iterable[Unit]) -> int:
+    """The most of the units that share no block with one another."""
+    count, end = 0, -1
+    for unit in sorted(units, key=lambda one: one.blocks[-1]):
+        if unit.blocks[0] > end:
+            count, end = count + 1, unit.blocks[-1]
+    return count
+
+
+def check(units: Sequence[Unit], count: int) -> None:
+    """Raises InputError if not so many of the units, which may go one by one, can go side by side."""
+    if most_apart(units) < count:
+        raise _too_few(count * units[0].length)
+
+
+def apart(
+    model: Any,
+    candidates: Sequence[Unit],
+    evidence: Evidence,
+    strategy: str,
+    count: int,
+    *,
+    tolerance: float,
+    allowed: Collection[int],
+) -> list[Choice]:
+    """So many units one after the other: none that leaves no room for the rest, or without which, the others gone,
+    no stock model would be left. `allowed` are indices into `candidates`.
+
+    Raises:
+        InputError: if there are not so many.
+    """
+    choices: list[Choice] = []
+    while len(choices) < count:
+        rest = {i: _others(candidates, allowed, i) for i in allowed}
+        needed = count - len(choices) - 1
+        open_ = [i for i in allowed if most_apart(candidates[k] for k in rest[i]) >= needed]
+        if not open_:
+            raise _too_few(count * candidates[0].length)
+        choice = select.choose(candidates, evidence, strategy, tolerance=tolerance, allowed=open_)
+        if _legal(model, [made.unit for made in (*choices, choice)]):
+            choices.append(choice)
+            allowed = rest[choice.index]
+        else:
+            allowed = set(allowed) - {choice.index}
+    return choices
+
+
+def nearest_run(
+    model: Any,
+    candidates: Sequence[Unit],
+    evidence: Evidence,
+    strategy: str,
+    count: int,
+    *,
+    allowed: Collection[int],
+) -> list[Choice]:
+    """So many adjacent units: the least important run of those that may go as a whole.
+
+    Raises:
+        InputError: if there is none.
+    """
+    length = candidates[0].length
+    at = {candidates[i].index: i for i in allowed}
+    steps = [k * length for k in range(count)]
+    runs = {i: [at[begin + k] for k in steps] for begin, i in at.items() if all(begin + k in at for k in steps)}
+    runs = {i: run for i, run in runs.items() if _legal(model, [candidates[k] for k in run])}
+    if not runs:
+        raise InputError(
+            f"--strategy {strategy}: no {count * length} adjacent layers may all go: protect fewer, or ask for a "
+            "smaller drop"
+        )
+    first = select.choose(candidates, evidence, strategy, allowed=runs)
+    return [replace(first, unit=candidates[i], index=i) for i in runs[first.index]]
+
+
+def _others(candidates: Sequence[Unit], allowed: Collection[int], index: int) -> set[int]:
+    """Those of the allowed candidates that have no block in common with one of them."""
+    blocks = set(candidates[index].blocks)
+    return {i for i in allowed if blocks.isdisjoint(candidates[i].blocks)}
+
+
+def _legal(model: Any, gone: Sequence[Unit]) -> bool:
+    """Whether a stock model is left without all of them: units that may go one by one need not go together."""
+    return legality.refusal(model, remove_all(whole(decoder.depth(model)), gone)) is None
+
+
+def _too_few(layers: int) -> InputError:
+    return InputError(f"--one-shot: no {layers} layers may all go at once: protect fewer, or ask for a smaller drop")
