@@ -25,7 +25,8 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     resume: bool = False
     """Go on with the run in --output where it was interrupted."""
     keep: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Fraction of the blocks to keep (default when no other target is given: 0.5)."""
+    """Fraction of the blocks to keep, to the nearest block (a half: the even number). Default, when no other target is
+    given: 0.5."""
     depth: Positive | None = None
     """Number of blocks to keep."""
     max_params: Positive | None = None
