@@ -94,7 +94,7 @@ def in_process(monkeypatch: Any, picture: bool = False, apart: str = "") -> None
     monkeypatch.setattr(cell, "speed", lambda *_: DONE["speed"])
     fast(monkeypatch)
     if not picture:
-        monkeypatch.setattr(compare, "picture", lambda *_: None)
+        monkeypatch.setattr(compare, "compare_plot", lambda *_: None)
 
 
 def made_up(monkeypatch: Any, **made: Any) -> list[list[str]]:
@@ -113,7 +113,7 @@ def made_up(monkeypatch: Any, **made: Any) -> list[list[str]]:
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=child))
-    monkeypatch.setattr(compare, "picture", lambda *_: None)
+    monkeypatch.setattr(compare, "compare_plot", lambda *_: None)
     return ran
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from trimllm import files
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere
 from trimllm.checkpoints import folders
-from trimllm.compare_report import picture, record, report, row_line
+from trimllm.compare_report import compare_plot, record, report, row_line
 from trimllm.config import CompareConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError
@@ -53,7 +53,7 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
         made = record(whole, finished(root))
         files.write_json(root / "compare.json", made)
     print(report(made))
-    picture(made, root / "compare.png")
+    compare_plot(made, root / "compare.png")
     print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")
     return made
 

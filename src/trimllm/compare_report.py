@@ -9,7 +9,7 @@ from typing import Any
 from trimllm.baselines import Cell
 from trimllm.config import CompareConfig
 from trimllm.console import clock, table
-from trimllm.files import disk_errors
+from trimllm.run.plot import picture
 
 
 def row_line(cell: Cell, row: dict[str, Any]) -> str:
@@ -75,34 +75,26 @@ def _line(row: dict[str, Any], tasks: list[str]) -> list[Any]:
     ]
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
+def compare_plot(found: dict[str, Any], path: Path) -> None:
     """Accuracy on the task against decode speed, a point per row; nothing is drawn of no rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     done = [row for row in found["rows"] if row["status"] == "done"]
     if not done:
         return
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for number, row in enumerate(done):
-        own, ratio = next(iter(row["accuracy"].values())), row["speed"]["ratio"]["median"]
-        ours = row["method"].startswith("trim")
-        colour = "#c44e52" if ours else "#8c8c8c" if row["method"] in ("base", "full", "full-long") else "#4878a8"
-        axes.errorbar(ratio, own["value"], yerr=own["stderr"], fmt="o", color=colour, capsize=2, markersize=5)
-        axes.annotate(
-            row["title"],
-            (ratio, own["value"]),
-            xytext=(5, 4 if number % 2 else -9),
-            textcoords="offset points",
-            fontsize=7,
-            color=colour,
-        )
-    settings = found["settings"]
-    axes.set_xlabel("decode speed at batch 1, of the base's")
-    axes.set_ylabel("accuracy on the reported split (%)")
-    axes.set_title(f"{settings['model']} on {settings['task']}", fontsize=10)
-    with disk_errors(path):
-        figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with picture(path, figsize=(9, 6)) as (_, axes):
+        for number, row in enumerate(done):
+            own, ratio = next(iter(row["accuracy"].values())), row["speed"]["ratio"]["median"]
+            ours = row["method"].startswith("trim")
+            colour = "#c44e52" if ours else "#8c8c8c" if row["method"] in ("base", "full", "full-long") else "#4878a8"
+            axes.errorbar(ratio, own["value"], yerr=own["stderr"], fmt="o", color=colour, capsize=2, markersize=5)
+            axes.annotate(
+                row["title"],
+                (ratio, own["value"]),
+                xytext=(5, 4 if number % 2 else -9),
+                textcoords="offset points",
+                fontsize=7,
+                color=colour,
+            )
+        settings = found["settings"]
+        axes.set_xlabel("decode speed at batch 1, of the base's")
+        axes.set_ylabel("accuracy on the reported split (%)")
+        axes.set_title(f"{settings['model']} on {settings['task']}", fontsize=10)
