@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trimllm.demo.pretrain import lr_share, optimizers, read_state, save, train_step, write_state
+from trimllm.demo.steps import lr_share, optimizers, read_state, save, train_step, write_state
 from trimllm.errors import InputError
 from trimllm.tasks.text import load_text
 

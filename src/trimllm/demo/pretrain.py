@@ -13,13 +13,11 @@ so `--check` can be run while pre-training is under way.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trimllm.demo.steps import lr_share, optimizers, read_state, save, train_step, write_state
 from trimllm.tasks import world
 
 CARD = """# Base model of the trimllm demo
@@ -121,27 +120,6 @@ def epoch_rows(tokenizer: PreTrainedTokenizerBase, seed: int, epoch: int) -> tor
     return torch.tensor(ids[: rows * ROW]).view(rows, ROW)
 
 
-def optimizers(model: PreTrainedModel, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embedding and norms; with `muon_lr` 0 AdamW for everything."""
-    matrices: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (matrices if parameter.ndim == 2 and ".layers." in name and muon_lr else rest).append(parameter)
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    built: list[torch.optim.Optimizer] = [adamw]
-    if matrices:
-        built.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    for optimizer in built:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return built
-
-
-def lr_share(step: int, steps: int, warmup: int, decay: float) -> float:
-    """Share of the peak learning rate: warm-up, plateau, linear decay to 0 over the last `decay` of the steps."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
-
-
 @torch.no_grad()
 def value_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: int = 300) -> float:
     """What the base knows: mean loss (nats a token) of the values alone, in single statements without context."""
@@ -196,46 +174,6 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: l
     pairs = [(world.prompt(row), " " + choice) for row in rows for choice in row["choices"]]
     scores = torch.tensor(log_likelihoods(model, tokenizer, pairs)).view(len(rows), world.CHOICES)
     return (scores.argmax(dim=1) == torch.tensor([row["answer"] for row in rows])).float().mean().item()
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Weights in bfloat16, config, generation config and tokenizer; the model in training stays float32."""
-    copy.deepcopy(model).bfloat16().save_pretrained(output)
-    tokenizer.save_pretrained(output)
-
-
-def train_step(
-    forward: Any, optimizers: list[torch.optim.Optimizer], batch: torch.Tensor, share: float, *, bf16: bool = True
-) -> torch.Tensor:
-    """One step on token ids `(rows, seq)` at this share of the peak learning rates; the mean loss, in nats a token."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * share
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
-        logits = forward(input_ids=batch, use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(forward.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.detach()
-
-
-def write_state(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], **more: Any) -> None:
-    """What a run goes on from: weights, optimizers, and `more`, which are plain values."""
-    state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    torch.save(state | more, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-
-
-def read_state(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Put weights and optimizers back as `write_state` found them; the other values are returned."""
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location=model.device)
-    model.load_state_dict(state.pop("model"))
-    for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
-        optimizer.load_state_dict(saved)
-    return state
 
 
 def pretrain(args: argparse.Namespace) -> dict:
