@@ -350,6 +350,7 @@ def test_angular_distance_needs_a_run_that_may_go(base, task, tmp_path):
     settings = {"depth": 3, "one_shot": True, "strategy": "angular", "protect": (1, 3)}
     with pytest.raises(InputError, match=r"--strategy angular: no 2 adjacent layers may all go: protect fewer"):
         h.run(base, task, tmp_path / "run", **settings, **NO_TRAINING)
+    assert not (tmp_path / "run").exists()
 
 
 def test_several_drops_per_stage_each_have_their_own_scan(base, task, tmp_path):

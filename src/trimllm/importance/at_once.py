@@ -9,7 +9,7 @@ from typing import Any
 from trimllm.blocks import decoder, legality
 from trimllm.blocks.layout import Unit, remove_all, whole
 from trimllm.errors import InputError
-from trimllm.importance import select
+from trimllm.importance import scores, select
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import Choice
 
@@ -23,10 +23,18 @@ def most_apart(units: Iterable[Unit]) -> int:
     return count
 
 
-def check(units: Sequence[Unit], count: int) -> None:
-    """Raises InputError if not so many of the units, which may go one by one, can go side by side."""
-    if most_apart(units) < count:
-        raise _too_few(count * units[0].length)
+def check(model: Any, candidates: Sequence[Unit], strategy: str, count: int, allowed: Collection[int]) -> None:
+    """Refuse before the scan what no scan can change: so many units that may go together are not there.
+
+    `allowed` are indices into `candidates`, of units that may go one by one.
+
+    Raises:
+        InputError: in that case.
+    """
+    if "angular" in scores.parts(strategy):
+        runs(model, candidates, strategy, count, allowed)
+    elif most_apart(candidates[i] for i in allowed) < count:
+        raise _too_few(count * candidates[0].length)
 
 
 def apart(
@@ -61,6 +69,27 @@ def apart(
     return choices
 
 
+def runs(
+    model: Any, candidates: Sequence[Unit], strategy: str, count: int, allowed: Collection[int]
+) -> dict[int, list[int]]:
+    """The runs of so many adjacent units that may go as a whole: their first unit -> all of them, as in `allowed`.
+
+    Raises:
+        InputError: if there is none.
+    """
+    length = candidates[0].length
+    at = {candidates[i].index: i for i in allowed}
+    steps = [k * length for k in range(count)]
+    found = {i: [at[begin + k] for k in steps] for begin, i in at.items() if all(begin + k in at for k in steps)}
+    legal = {i: run for i, run in found.items() if _legal(model, [candidates[k] for k in run])}
+    if not legal:
+        raise InputError(
+            f"--strategy {strategy}: no {count * length} adjacent layers may all go: protect fewer, or ask for a "
+            "smaller drop"
+        )
+    return legal
+
+
 def nearest_run(
     model: Any,
     candidates: Sequence[Unit],
@@ -70,23 +99,14 @@ def nearest_run(
     *,
     allowed: Collection[int],
 ) -> list[Choice]:
-    """So many adjacent units: the least important run of those that may go as a whole.
+    """So many adjacent units: the least important of the `runs`, by what the evidence says of their first unit.
 
     Raises:
-        InputError: if there is none.
+        InputError: see `runs`.
     """
-    length = candidates[0].length
-    at = {candidates[i].index: i for i in allowed}
-    steps = [k * length for k in range(count)]
-    runs = {i: [at[begin + k] for k in steps] for begin, i in at.items() if all(begin + k in at for k in steps)}
-    runs = {i: run for i, run in runs.items() if _legal(model, [candidates[k] for k in run])}
-    if not runs:
-        raise InputError(
-            f"--strategy {strategy}: no {count * length} adjacent layers may all go: protect fewer, or ask for a "
-            "smaller drop"
-        )
-    first = select.choose(candidates, evidence, strategy, allowed=runs)
-    return [replace(first, unit=candidates[i], index=i) for i in runs[first.index]]
+    every = runs(model, candidates, strategy, count, allowed)
+    first = select.choose(candidates, evidence, strategy, allowed=every)
+    return [replace(first, unit=candidates[i], index=i) for i in every[first.index]]
 
 
 def _others(candidates: Sequence[Unit], allowed: Collection[int], index: int) -> set[int]:

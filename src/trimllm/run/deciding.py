@@ -93,7 +93,8 @@ class Decider:
         if not free:
             raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
         if self.config.one_shot and self.wanted is not None:
-            at_once.check([candidates[i] for i in free], (self.base_depth - self.wanted) // self.length)
+            count = (self.base_depth - self.wanted) // self.length
+            at_once.check(model, candidates, self.config.strategy, count, free)
 
     def droppable(self, model: Any, layout: Layout, candidates: list[Any] | None = None) -> set[int]:
         """Which candidates may go: those that are not protected, and without which a stock model is left."""
