@@ -45,6 +45,14 @@ def test_line_torn_anywhere_is_cut_off_and_the_journal_goes_on(tmp_path, cut):
     assert path.read_bytes() == whole
 
 
+def test_a_journal_that_may_still_be_written_is_only_read(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    torn = '{"event": "a"}\n{"event": "b"'
+    path.write_text(torn)
+    assert files.read_lines(path, mend=False) == [{"event": "a"}]
+    assert path.read_text() == torn
+
+
 def test_damage_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"event": "a"}\n{"ev\n{"event": "b"}\n')

@@ -59,6 +59,8 @@ def test_groups_stay_on_one_side():
     groups = [{item.group for item in part} for part in (done.train, done.calibration, done.test)]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 100
     assert 112 <= len(done.calibration) < 119
+    (note,) = split(items, TEST, calibration_size=8).notes
+    assert note == "calibration: 14 of 700 training rows (whole groups; 8 asked for), one question = 7.14 points"
 
 
 def test_training_rows_of_a_reported_group_are_left_out():
