@@ -434,6 +434,16 @@ def test_scan_writes_table_and_picture_and_refuses_to_do_it_twice(base, task, tm
     assert "already holds scan.json" in refusal(capsys, "scan", *words)
 
 
+def test_scan_by_loss_shows_likelihoods_and_an_analysis_accuracies(base, task, tmp_path, capsys):
+    words = ["--model", base, "--task", task, "--calibration-size", "6", "--strategy", "loss"]
+    for more, metric in ([], "likelihood"), (["--analysis"], "acc"):
+        code, out, _ = call(capsys, "scan", *words, *more, "--output", tmp_path / metric)
+        assert code == 0
+        assert f"intact: {metric} " in out
+        assert f"{metric} without it" in out
+        assert json.loads((tmp_path / metric / "scan.json").read_text())["metric"] == metric
+
+
 def test_scan_with_every_layer_protected_still_keeps_its_table(base, task, tmp_path, capsys):
     words = ["--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "scan"]
     code, out, _ = call(capsys, "scan", *words, "--protect", "0,1,2,3", "--strategy", "angular")

@@ -133,6 +133,22 @@ def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path, 
         assert one["norm"] == pytest.approx(other["norm"], rel=1e-5)
 
 
+def test_scan_that_asked_all_choices_is_not_continued_with_right_ones_alone(base, task, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, scan, "_part", 2)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, depth=4, strategy="loss")
+    path = output / "scans" / "scan-000.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "metric": "acc"}) + "\n" for line in lines))
+    measured = count_parts(monkeypatch)
+    h.run(base, task, output, depth=4, strategy="loss", resume=True)
+    resumed = len(measured)
+    h.run(base, task, tmp_path / "straight", depth=4, strategy="loss")
+    assert len(measured) == 2 * resumed
+
+
 def test_line_torn_by_a_kill_is_cut_off(base, task, tmp_path, straight, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:

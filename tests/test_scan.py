@@ -84,6 +84,35 @@ def test_generation_items_scan_by_likelihood(tokenizer, targets):
         assert trial.value == pytest.approx(100 * np.exp(lost / _right_tokens(tokenizer, targets)), rel=1e-4)
 
 
+@pytest.mark.parametrize(("family", "unit"), [("llama", "pair"), ("mamba", "block")])
+def test_a_scan_by_loss_asks_right_answers_only_and_finds_the_same_losses(family, unit, tokenizer, questions):
+    model = tiny.build(family, DEPTH)
+    scorer = Scorer(model, tokenizer, questions)
+    right, metric = scan.asked(model, scorer, "acc", "loss")
+    asked = sum(int(batch.real.sum()) for batch in right.batches)
+    assert asked < sum(int(batch.real.sum()) for batch in scorer.batches)
+    assert metric == "likelihood"
+    assert [item.continuations for item in right.items] == [(item.target,) for item in questions]
+    found, whole_scan = scan.scan(model, right, metric, unit), scan.scan(model, scorer, "acc", unit)
+    assert found.base.loss == pytest.approx(whole_scan.base.loss, abs=1e-5)
+    for candidate, trial, other in zip(found.candidates, found.trials, whole_scan.trials, strict=True):
+        lost = reference.logliks(reference.deleted(model, candidate), tokenizer, questions)
+        expected = -sum(row[item.answer] for row, item in zip(lost, questions, strict=True))
+        assert trial.loss == pytest.approx(expected / _right_tokens(tokenizer, questions), abs=1e-4)
+        assert trial.loss == pytest.approx(other.loss, abs=1e-4)
+        assert trial.value == pytest.approx(100 * np.exp(-trial.loss))
+
+
+def test_a_scan_by_accuracy_or_of_written_answers_asks_what_it_is_given(tokenizer, questions, targets):
+    model = tiny.build("llama", DEPTH)
+    scorer = Scorer(model, tokenizer, questions)
+    for strategy in ("scan", "scan+norm", "bi", "taylor", "random"):
+        assert scan.asked(model, scorer, "acc_norm", strategy) == (scorer, "acc_norm")
+    assert scan.asked(model, scorer, "likelihood", "perplexity") == (scorer, "likelihood")
+    written = Scorer(model, tokenizer, targets)
+    assert written.right_only(model) is written
+
+
 def test_layers_that_others_need_are_no_candidates_and_the_rest_is_scanned(tokenizer, questions):
     model = tiny.build("gemma4_text", DEPTH)
     result, tables = run(model, tokenizer, questions)

@@ -1,6 +1,7 @@
 """The main loop: where it ends, what it drops and trains, and what it leaves in its directory."""
 
 import json
+import math
 import time
 from dataclasses import replace
 
@@ -390,6 +391,21 @@ def test_frozen_embeddings_do_not_move_after_the_warm_up(base, task, tmp_path):
     assert torch.equal(before.model.norm.weight, after.model.norm.weight)
     original = AutoModelForCausalLM.from_pretrained(base)
     assert not torch.equal(before.get_input_embeddings().weight, original.get_input_embeddings().weight)
+
+
+def test_a_run_by_loss_scans_by_likelihood_and_reports_accuracy(base, task, tmp_path, capsys):
+    progressive.trim(**h.settings(base, task, tmp_path / "run", depth=4, strategy="loss", **NO_TRAINING))
+    (drop,) = h.journal(tmp_path / "run", "drop")
+    assert drop["metric"] == "likelihood"
+    table = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())
+    least = min(table["units"], key=lambda row: row["loss"])
+    assert drop["units"] == [least["unit"]]
+    assert least["value"] == pytest.approx(100 * math.exp(-least["loss"]))
+    assert f"likelihood {least['value']:.1f} without it; intact likelihood" in capsys.readouterr().err
+    assert h.result(tmp_path / "run")["test"]["metric"] == "acc"
+    assert "| dropped | likelihood without it |" in (tmp_path / "run" / "model" / "README.md").read_text()
+    h.run(base, task, tmp_path / "recover", depth=4, strategy="loss", schedule="recover", **NO_TRAINING)
+    assert h.journal(tmp_path / "recover", "drop")[0]["metric"] == "acc"
 
 
 def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path, monkeypatch):

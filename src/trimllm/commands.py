@@ -56,11 +56,12 @@ def run_scan(command: config.ScanConfig) -> None:
     may_go = [every[i] for i in _open(command, loaded.model, every, protected)[0]]
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
     asked = lens.questions(scorer) if command.analysis else []
+    every_choice = scorer, data.metric  # an analysis compares what it finds with accuracies too
+    questions = every_choice if command.analysis else scan.asked(loaded.model, *every_choice, command.strategy)
     with console.progress("scan") as show:
         result = scan.scan(
             loaded.model,
-            scorer,
-            data.metric,
+            *questions,
             command.unit,
             length=length,
             run=command.run or max(1, depth // 2),
@@ -74,7 +75,7 @@ def run_scan(command: config.ScanConfig) -> None:
     names = [describe(unit, whole(depth)) for unit in result.candidates]
     record = scan.table(result, evidence, command.strategy, names)
     choice, reason = _first(command, loaded.model, result, evidence, protected, tolerance)
-    record |= {"model": command.model, "task": data.name, "metric": data.metric}
+    record |= {"model": command.model, "task": data.name, "metric": result.base.metric}
     record["first"] = names[choice.index] if choice else None
     if choice is None:
         first = f"nothing: {reason}"
@@ -82,7 +83,7 @@ def run_scan(command: config.ScanConfig) -> None:
         first = names[choice.index]
     else:
         first = f"{names[choice.index]} ({choice.why})"
-    print(f"intact: {data.metric} {result.base}")
+    print(f"intact: {result.base.metric} {result.base}")
     print(scan_table(record))
     print(f"{'least important' if command.unit == 'sublayer' else 'would go first'}: {first}")
     files.write_json(output / "scan.json", record)

@@ -116,7 +116,8 @@ def unknown_strategy(name: str) -> str:
 class StrategySettings(Settings):
     strategy: str = "scan+norm"
     """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular,
-    loss, perplexity, taylor, magnitude, random, first, last, alternate, symmetric."""
+    loss (of right answers: the quick one where a question has dozens of choices), perplexity, taylor, magnitude,
+    random, first, last, alternate, symmetric."""
 
     @model_validator(mode="after")
     def _strategy_is_known(self) -> StrategySettings:

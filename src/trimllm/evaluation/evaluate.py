@@ -6,10 +6,11 @@ highest per character (`acc_norm`). Only the log-probabilities of target tokens 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -210,6 +211,20 @@ class Scorer:
         """Batches of some of the items."""
         wanted = set(items)
         return self._batches(model, [one for one in self.encoded if one.item in wanted], self.branches)
+
+    def right_only(self, model: Any) -> Scorer:
+        """A scorer of the right continuations alone: all that a loss takes. This one, if there are no wrong ones."""
+        if all(len(item.continuations) == 1 for item in self.items):
+            return self
+        right = copy.copy(self)
+        right.items = [
+            replace(item, continuations=(item.target,), answer=0, lengths=item.lengths[item.answer :][:1])
+            for item in self.items
+        ]
+        right.encoded = [replace(one, continuations=(one.target,), answer=0) for one in self.encoded]
+        right.note, right.branches = None, True  # nothing branches off a prompt that has one continuation
+        right.batches = right._batches(model, right.encoded, branches=True)
+        return right
 
     def _decide(self, model: Any) -> bool:
         many = [one for one in self.encoded if sum(len(ids) > 1 for ids in one.continuations) > 1]

@@ -24,7 +24,7 @@ from trimllm.evaluation import evaluate
 from trimllm.evaluation.encoding import Batch, Batches
 from trimllm.evaluation.evaluate import Evaluation, Pieces, Scorer
 from trimllm.importance import activations, racing
-from trimllm.importance.scores import Array, Evidence, importance, s_norm
+from trimllm.importance.scores import Array, Evidence, importance, needs, s_norm
 from trimllm.importance.scores import parts as parts_of
 from trimllm.parallel import ALONE, Share
 
@@ -113,6 +113,17 @@ class ScanResult:
             seed=seed,
             **extra,
         )
+
+
+def asked(model: Any, scorer: Scorer, metric: str, strategy: str) -> tuple[Scorer, str]:
+    """What the trials of a strategy are asked, and the metric of the answers.
+
+    A loss is of right answers: a strategy that goes by it and not by accuracy leaves out the wrong ones, and the metric
+    is then their likelihood. With dozens of choices a question that is most of the work.
+    """
+    if metric != "likelihood" and needs(strategy) == {"loss"}:
+        return scorer.right_only(model), "likelihood"
+    return scorer, metric
 
 
 def scan(

@@ -61,19 +61,16 @@ def gradients(model: Any, scorer: Scorer) -> Iterator[None]:
 
     The model's gradients, `requires_grad` flags and mode are afterwards what they were.
     """
-    answers = [item.answer for item in scorer.items]
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     was_training = model.training
     model.eval().requires_grad_(True)
     model.zero_grad(set_to_none=True)
     try:
         count = 0
-        for batch in scorer.batches:
-            right = torch.tensor([answers[item] == choice for item, choice in batch.owners], device=model.device)
+        for batch in scorer.right_only(model).batches:
             logprobs, _ = evaluate.target_logprobs(model, batch)
-            picked = logprobs[right[batch.segment]]
-            (-picked.sum()).backward()
-            count += picked.numel()
+            (-logprobs.sum()).backward()
+            count += logprobs.numel()
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad /= count

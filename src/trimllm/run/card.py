@@ -120,10 +120,12 @@ def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: 
             f"{found.loss:.3f}, intact {result.base.loss:.3f}; {len(tried)} sets tried; "
             f"scan {clock(result.seconds)})"
         )
+    metric = "likelihood " if result.base.metric == "likelihood" else ""
+    intact = f"intact {metric}{result.base.value:.1f}; scan {clock(result.seconds)}"
     if len(choices) > 1:
-        return f"drop {names} at once (intact {result.base.value:.1f}; scan {clock(result.seconds)})"
-    score = f", {result.trials[choices[0].index].value:.1f} without it" if result.trials else ""
-    return f"drop {names} ({choices[0].why}{score}; intact {result.base.value:.1f}; scan {clock(result.seconds)})"
+        return f"drop {names} at once ({intact})"
+    score = f", {metric}{result.trials[choices[0].index].value:.1f} without it" if result.trials else ""
+    return f"drop {names} ({choices[0].why}{score}; {intact})"
 
 
 def depth_row(

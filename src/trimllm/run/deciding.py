@@ -59,6 +59,9 @@ class Decider:
         self, config: TrimConfig, model: Any, calibration: Scorer, metric: str, save_dtype: torch.dtype
     ) -> None:
         self.config, self.calibration, self.metric, self.save_dtype = config, calibration, metric, save_dtype
+        every_choice = calibration, metric  # --schedule recover asks what several drops together do to the accuracy
+        alone = config.schedule != "recover"
+        self.asked = scan.asked(model, *every_choice, config.strategy) if alone else every_choice
         self.base_depth = decoder.depth(model)
         self.wanted = targets.wanted_depth(config, self.base_depth)
         self.protected = select.protected(config.protect, self.base_depth)
@@ -126,21 +129,22 @@ class Decider:
         return race_of(self.config, self.tolerance, allowed, self.config.seed + len(layout))
 
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
-        budget, depth = self.config.eval_batch_size, decoder.depth(model)
+        depth, (scorer, metric) = decoder.depth(model), self.asked
+        way = {"budget": self.config.eval_batch_size, "metric": metric}
         records = share.from_first(lambda: files.read_lines(parts))
-        same = [record for record in records if record.get("budget") == budget and "batch" in record]
+        same = [record for record in records if "batch" in record and way.items() <= record.items()]
         finished = {record["batch"]: scan.Part.load(record) for record in same}
 
         def keep(batch: int, part: scan.Part) -> None:
             if share.first:
-                files.append_line(parts, {"batch": batch, "budget": budget, **part.dump()})
+                files.append_line(parts, {"batch": batch, **way, **part.dump()})
 
         needed = scores.needs(self.config.strategy)
         with console.progress(f"scan of {depth} layers") as show:
             return scan.scan(
                 model,
-                self.calibration,
-                self.metric,
+                scorer,
+                metric,
                 self.config.unit,
                 length=self.length,
                 trials=bool(needed & {"accuracy", "loss"}),
@@ -254,6 +258,7 @@ class Decider:
         found = joint.accepted(choices, decision.joint)
         return {
             "units": [describe(choice.unit, layout) for choice in choices],
+            "metric": decision.result.base.metric,
             "accuracy": [trials[choice.index].value if trials else None for choice in choices],
             "importance": [choice.importance for choice in choices],
             "joint": None if found is None else found.record() | {"tried": len(decision.joint)},

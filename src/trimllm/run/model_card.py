@@ -270,10 +270,11 @@ def _scores(history: list[dict[str, Any]], depth: int, metric: str) -> str:
     drops = [drop for row in history if row["depth"] >= depth for drop in row.get("dropped", [])]
     if not drops:
         return "Nothing was dropped on the way there."
+    asked = drops[0].get("metric", metric)
     lines = [
-        f"What went, in this order; `{metric} without it` is that of the trial deletion, on the calibration rows:",
+        f"What went, in this order; `{asked} without it` is that of the trial deletion, on the calibration rows:",
         "",
-        f"| dropped | {metric} without it | importance | why |",
+        f"| dropped | {asked} without it | importance | why |",
         "|---|---|---|---|",
     ]
     for drop in drops:
