@@ -28,8 +28,8 @@ from trimllm.run.progressive import trim
 from trimllm.tasks.world import DOMAINS
 
 SIDES: dict[str, dict[str, Any]] = {
-    "published": {"schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 4.0},
-    "recover": {"schedule": "recover", "epochs_per_drop": 1.0, "final_epochs": 3.5},
+    "published": {"schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 4.0, "optimizer_state": "fresh"},
+    "recover": {"schedule": "recover", "epochs_per_drop": 1.0, "final_epochs": 3.5, "optimizer_state": "fresh"},
 }
 """What differs from the demo's recipe. At half the depth the published side ends with 5 epochs, recover with 3.5."""
 

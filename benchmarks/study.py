@@ -42,7 +42,8 @@ from trimllm.run.rundir import RunDir
 from trimllm.run.targets import LATE_SHARE, wanted_depth
 
 Settings = dict[str, Any]
-SPREAD = {"keep": None, "schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 0}
+SPREAD = {"keep": None, "schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 0, "optimizer_state": "fresh"}
+"""What the arms change; the defaults of `trimllm trim` are the arm "late, carried"."""
 DEMO = plain_settings.read_yaml(RECIPE) | SPREAD | {"model": "demo"}
 LAB = SPREAD | {"batch_size": 1024, "lr": 1e-3, "warmup_epochs": 4, "calibration_size": 200}
 """Found on training rows of BANKING77 (docs/results.md). Choices also learn from the questions themselves, as text."""
@@ -164,7 +165,8 @@ def settings(part: str, seed: int, options: argparse.Namespace) -> Settings:
 def one_run(output: Path, given: Settings) -> list[Settings]:
     """The stages of a run, which is made, or gone on with, if it is not finished."""
     result = output / "result.json"
-    asked = plain_settings.make(config.TrimConfig, {**given, "output": str(output), "resume": True})
+    given = config.without_idle(config.TrimConfig, {**given, "output": str(output), "resume": True})
+    asked = plain_settings.make(config.TrimConfig, given)
     if result.exists():
         rundir.same_settings(asked, output, WHERE)
     else:

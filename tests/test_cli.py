@@ -203,6 +203,10 @@ IDLE = [
     ),
     ([*ONE_SHOT, "--drops-per-stage", "2"], "--drops-per-stage 2 is for several stages, and --one-shot"),
     (
+        [*ONE_SHOT, "--optimizer-state", "fresh"],
+        "--optimizer-state fresh is for several stages of training behind drops, and --one-shot has one of them",
+    ),
+    (
         [*ONE_SHOT, "--sparse-update", "dynamic"],
         "--sparse-update dynamic is for several scans, and --one-shot makes one",
     ),

@@ -138,7 +138,7 @@ def test_half_written_leftovers_of_a_kill_are_removed(tmp_path):
 
 def test_too_little_space_is_said_before_the_run(tmp_path):
     with pytest.raises(InputError, match=r"GiB free, about .* GiB needed"):
-        rundir.check_space(tmp_path / "a" / "b", 2**60)
+        rundir.check_space(tmp_path / "a" / "b", 2**62)
     rundir.check_space(tmp_path / "a" / "b", 1)
 
 

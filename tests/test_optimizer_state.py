@@ -17,7 +17,8 @@ from trimllm import cli
 from trimllm.blocks import surgery
 from trimllm.blocks.layout import Block, whole
 from trimllm.checkpoints import loading
-from trimllm.config import TrainSettings
+from trimllm.config import TrainSettings, TrimConfig
+from trimllm.config.plain_settings import make
 from trimllm.errors import InputError
 from trimllm.run import progressive
 from trimllm.run.rundir import RunDir
@@ -140,7 +141,7 @@ def fast(monkeypatch):
 
     def checked(self, state, *rest):
         assert set(state.moments) <= set(state.model.parameters())
-        assert bool(state.moments) == (self.carried and state.stages > 0)
+        assert bool(state.moments) == (self.config.optimizer_state == "carried" and state.stages > 1)
         return begin(self, state, *rest)
 
     monkeypatch.setattr(progressive.Run, "_stage", checked)
@@ -154,7 +155,7 @@ def base(tmp_path_factory):
 CARRIED = {
     "optimizer_state": "carried",
     "sparse_update": "dynamic",
-    "depth": 2,
+    "depth": 1,
     "warmup_epochs": 0.5,
     "epochs_per_drop": 0.5,
     "calibration_size": 3,
@@ -208,14 +209,17 @@ def test_a_killed_run_ends_bit_equal(base, task, tmp_path, straight, monkeypatch
 def test_the_run_differs_from_one_with_fresh_optimizers(base, task, tmp_path, straight):
     h.run(base, task, tmp_path / "run", **CARRIED | {"optimizer_state": "fresh"})
     assert h.weights_hash(tmp_path / "run" / "model") != h.weights_hash(straight / "model")
-    assert not list((tmp_path / "run").rglob(optimizer_state.FOLDER))
-    assert [path.parent.name for path in straight.rglob(optimizer_state.FOLDER)] == ["depth-2"]
+    for output in (tmp_path / "run", straight):
+        assert not list(output.rglob(optimizer_state.FOLDER)), "a finished run has no use for it"
 
 
-def test_only_the_last_checkpoint_holds_state_and_no_product_does(base, task, tmp_path):
-    output = tmp_path / "run"
-    h.run(base, task, output, **CARRIED | {"keep_checkpoints": True})
+def test_only_the_last_checkpoint_of_an_unfinished_run_holds_state(base, task, tmp_path, monkeypatch):
+    output, settings = tmp_path / "run", CARRIED | {"keep_checkpoints": True}
     run = RunDir(output)
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_drop", 3)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, **settings)
     assert run.kept_depths() == [4, 3, 2]
     assert [path.parent for path in output.rglob(optimizer_state.FOLDER)] == [run.checkpoint(2)]
     held = load_file(run.checkpoint(2) / optimizer_state.FOLDER / optimizer_state.FILE)
@@ -224,15 +228,21 @@ def test_only_the_last_checkpoint_holds_state_and_no_product_does(base, task, tm
     trained = {f"model.layers.{place}" for place, source in enumerate(places) if source in last}
     assert {".".join(name.split(".")[:3]) for name in held if ".layers." in name} == trained
     assert {name.rpartition(".")[2] for name in held} == {"step", "exp_avg", "exp_avg_sq"}
+    foreseen = optimizer_state.most_bytes(
+        make(TrimConfig, h.settings(base, task, output, **settings)), loading.load_model(base)
+    )
+    moments = sum(value.nbytes for name, value in held.items() if not name.endswith(".step"))
+    assert moments == foreseen
+    h.run(base, task, output, **settings, resume=True)
     assert cli.main(["export", str(output), "--depth", "2", "--output", str(tmp_path / "product")]) == 0
+    assert not list(tmp_path.rglob(optimizer_state.FOLDER))
     for product in (tmp_path / "product", run.model):
-        assert not (product / optimizer_state.FOLDER).exists()
         assert [path.name for path in product.rglob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_state_that_is_gone_is_one_line(base, task, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(progressive.Run, "_finish", lambda *_: (_ for _ in ()).throw(h.Killed))
+        h.kill_at(patch, progressive.Run, "_drop", 3)
         with contextlib.suppress(h.Killed):
             h.run(base, task, tmp_path / "run", **CARRIED)
     optimizer_state.delete(RunDir(tmp_path / "run").checkpoint(2))

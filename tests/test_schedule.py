@@ -255,7 +255,7 @@ def test_units_that_go_at_once_leave_what_they_leave_one_by_one(kind):
         ({"recover_tolerance": 0.1}, "--recover-tolerance is for --schedule recover"),
         ({"schedule": "late", "max_drop": 2.0}, "--max-drop judges depths when they are trained"),
         ({"distill": 0.5, "epochs_per_drop": 0}, "--distill 0.5 is about the training after drops"),
-        ({"optimizer_state": "carried", "epochs_per_drop": 0}, "--optimizer-state carried is about the training"),
+        ({"optimizer_state": "fresh", "epochs_per_drop": 0}, "--optimizer-state fresh is for several stages"),
     ],
     ids=str,
 )

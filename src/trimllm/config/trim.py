@@ -64,9 +64,9 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     """Share of the loss after the warm-up that is the KL divergence from the fully fine-tuned model (with
     --warmup-epochs 0: the model as given), a teacher that is kept in memory beside the model that trains; 0:
     cross-entropy only."""
-    optimizer_state: Literal["fresh", "carried"] = "fresh"
-    """What AdamW begins a stage with: fresh: nothing; carried: what it knew of the parameters that go on training (kept
-    in the last checkpoint, up to twice its weights)."""
+    optimizer_state: Literal["carried", "fresh"] = "carried"
+    """What AdamW begins a stage behind a later drop with. carried: what it knew of the parameters that go on training
+    (kept in the last checkpoint: twice the size of what trains); fresh: nothing."""
     drops_per_stage: Positive = 1
     """Units dropped one after the other, each by a scan of its own, before training goes on."""
     one_shot: bool = False
@@ -81,6 +81,11 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
+        if self.optimizer_state == "fresh" and (self.one_shot or not (self.epochs_per_drop or self.final_epochs)):
+            stages = "--one-shot has one of them" if self.one_shot else "there is none without --epochs-per-drop"
+            found["optimizer_state"] = (
+                f"--optimizer-state fresh is for several stages of training behind drops, and {stages}: leave it out"
+            )
         if not self.one_shot:
             return found
         if self.drops_per_stage != 1:
@@ -161,10 +166,10 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
 
     @model_validator(mode="after")
     def _drops_are_trained_behind(self) -> TrimConfig:
-        option = f"--distill {self.distill}" if self.distill else "--optimizer-state carried"
-        asked = self.distill or self.optimizer_state == "carried"
-        if asked and not self.epochs_per_drop and not self.final_epochs:
-            raise ValueError(f"{option} is about the training after drops, and there is none: leave it out")
+        if self.distill and not self.epochs_per_drop and not self.final_epochs:
+            raise ValueError(
+                f"--distill {self.distill} is about the training after drops, and there is none: leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ weights are those of the last checkpoint, the order of training rows comes from 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class State:
     """Original blocks that train (sparse update); None: all."""
     reached: str | None = None
     moments: Moments = field(default_factory=dict)
-    """What AdamW knows at the end of the last stage (--optimizer-state carried)."""
+    """What AdamW goes on with in the next stage (--optimizer-state carried); filled by stages behind drops."""
 
 
 class Run:
@@ -84,7 +85,6 @@ class Run:
         self.accelerator = models.accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
-        self.carried = config.optimizer_state == "carried"
         self.fitted: int | None = None  # tokens of a micro-batch that memory had room for in the last stage
         transformers.utils.logging.disable_progress_bar()
         if not self.main:
@@ -146,9 +146,16 @@ class Run:
         self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
         self.decider.check(model)
         self.pad_id = self.calibration.pad_id
-        copies = 3 + (config.distill > 0) + 4 * self.carried  # the state is twice the weights, and there may be two
-        rundir.check_space(config.output, sum(p.numel() * p.element_size() for p in model.parameters()), copies)
+        copies = 3 + (config.distill > 0)  # two checkpoints, the result, and a teacher
+        state = optimizer_state.most_bytes(config, model) if config.optimizer_state == "carried" else 0
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        rundir.check_space(config.output, copies * weights + 2 * state)
         return data
+
+    def _carries(self, stage: int, drops: Sequence[dict[str, Any]]) -> bool:
+        """Whether what AdamW knows at the end of a stage goes on: not after the warm-up, which trains everything where
+        later stages train little; nor after the last stage."""
+        return self.config.optimizer_state == "carried" and stage > 0 and not any(drop["reached"] for drop in drops)
 
     def _start(self, loaded: Loaded, data: TaskData) -> None:
         config, say = self.config, self.console.say
@@ -185,7 +192,8 @@ class Run:
             layout = rundir.load_layout(stage["layout"])
             folder = self.dir.checkpoint(len(layout))
             state = State(self._load(folder), layout, stage["stage"] + 1)
-            state.moments = optimizer_state.load(state.model, folder) if self.carried else {}
+            if self._carries(stage["stage"], stage["dropped"]):
+                state.moments = optimizer_state.load(state.model, folder)
         for drop in self.journal.of("drop"):
             state.chosen = drop["trains"]
             if drop["stage"] == state.stages:
@@ -276,8 +284,10 @@ class Run:
                 fitted=self.fitted,
                 attention=config.attention,
                 teacher=self._teacher() if config.distill and plan and not warm else None,
-                moments=state.moments if self.carried else None,
+                moments=state.moments if config.optimizer_state == "carried" else None,
             )
+        if not self._carries(state.stages, state.pending):
+            state.moments.clear()
         self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)
         done = asdict(report) | ({"recovery": watch.record()} if watch else {})
@@ -295,7 +305,7 @@ class Run:
             with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
                 state.model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
-                if self.carried:
+                if self._carries(state.stages, state.pending):
                     optimizer_state.save(state.moments, state.model, folder)
         self.accelerator.wait_for_everyone()
 

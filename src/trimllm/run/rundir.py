@@ -116,13 +116,12 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
             )
 
 
-def check_space(output: str | Path, weights: int, copies: int = 3) -> None:
-    """Raises InputError if the disk cannot hold so many times the `weights` (in bytes): two checkpoints and the result,
-    and what a run keeps besides."""
+def check_space(output: str | Path, needed: int) -> None:
+    """Raises InputError if the disk cannot hold so many bytes more."""
     parent = Path(output).absolute()
     while not parent.exists():
         parent = parent.parent
-    free, needed = shutil.disk_usage(parent).free, copies * weights
+    free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
             f"--output {output}: {free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed: free some space"

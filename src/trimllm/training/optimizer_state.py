@@ -1,4 +1,5 @@
-"""AdamW's state from one stage to the next (--optimizer-state carried): by parameter in memory, by name on disk.
+"""AdamW's state from one stage behind a drop to the next (--optimizer-state carried): by parameter in memory, by name
+on disk.
 
 A drop takes blocks out of a model and leaves the parameters of the others the objects they were, so their moments and
 step counts stay theirs. A parameter that is itself cut (a weight with a slice per layer) is a new one, without state.
@@ -14,12 +15,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from trimllm.blocks import decoder
+from trimllm.config import TrainSettings
 from trimllm.errors import InputError
+from trimllm.training import sparse
 
 Moments = dict[torch.Tensor, dict[str, torch.Tensor]]
 """What AdamW knows of each parameter: `exp_avg`, `exp_avg_sq` and `step`."""
 FOLDER, FILE = "optimizer", "adamw.safetensors"
 """In a checkpoint; in a folder of its own, where nobody takes it for weights."""
+
+
+def most_bytes(config: TrainSettings, model: Any) -> int:
+    """Of the state behind the warm-up: two moments of each weight that trains, if blocks are alike."""
+    depth, size = decoder.depth(model), [0, 0]
+    inside = {id(p) for block in decoder.blocks(model) for p in block.parameters()}
+    for parameter in model.parameters():
+        size[id(parameter) in inside] += parameter.numel() * parameter.element_size()
+    outside, blocks = size
+    share = 1.0 if config.sparse_update == "off" else sparse.count(config.train_ratio, depth) / depth
+    return int(2 * (share * blocks + config.train_embeddings * outside))
 
 
 def restore(optimizer: torch.optim.Optimizer, moments: Moments) -> None:
