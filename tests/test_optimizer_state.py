@@ -240,6 +240,15 @@ def test_only_the_last_checkpoint_of_an_unfinished_run_holds_state(base, task, t
         assert [path.name for path in product.rglob("*.safetensors")] == ["model.safetensors"]
 
 
+def test_a_run_that_a_floor_ends_keeps_no_state_either(base, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(progressive.targets, "floor", lambda _, values: 101 if len(values) == 3 else 0)
+    output = tmp_path / "run"
+    h.run(base, task, output, **CARRIED | {"min_accuracy": 1, "keep_checkpoints": True})
+    assert RunDir(output).kept_depths() == [4, 3, 2]
+    assert h.result(output)["depth"] == 3
+    assert not list(output.rglob(optimizer_state.FOLDER))
+
+
 def test_state_that_is_gone_is_one_line(base, task, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         h.kill_at(patch, progressive.Run, "_drop", 3)

@@ -394,4 +394,7 @@ class Run:
             "reloaded and compared"
         )
         self.journal.add("done", table=f"{depth} layers, {self.metric} {card.percent(row['test'])}")
+        if self.main:
+            for kept in self.dir.kept_depths():
+                optimizer_state.delete(self.dir.checkpoint(kept))
         return saved, self.history()
