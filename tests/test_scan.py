@@ -103,6 +103,16 @@ def test_a_scan_by_loss_asks_right_answers_only_and_finds_the_same_losses(family
         assert trial.value == pytest.approx(100 * np.exp(-trial.loss))
 
 
+def test_dozens_of_choices_are_pointed_out_where_accuracy_is_asked(tokenizer, questions, monkeypatch):
+    scorer = Scorer(tiny.build("llama", DEPTH), tokenizer, questions)
+    assert scan.many_choices_note(scorer, "scan+norm") is None
+    monkeypatch.setattr(scan, "MANY_CHOICES", 3)
+    assert scan.many_choices_note(scorer, "scan+norm").startswith(
+        "a scan asks all 3 choices a question; --strategy loss"
+    )
+    assert scan.many_choices_note(scorer, "loss") is None
+
+
 def test_a_scan_by_accuracy_or_of_written_answers_asks_what_it_is_given(tokenizer, questions, targets):
     model = tiny.build("llama", DEPTH)
     scorer = Scorer(model, tokenizer, questions)

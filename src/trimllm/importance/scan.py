@@ -126,6 +126,18 @@ def asked(model: Any, scorer: Scorer, metric: str, strategy: str) -> tuple[Score
     return scorer, metric
 
 
+MANY_CHOICES = 20
+"""Choices a question, in the mean, from which on the user is told what asks fewer."""
+
+
+def many_choices_note(scorer: Scorer, strategy: str) -> str | None:
+    """A line for the user where a scan by accuracy spends most of its time on wrong choices."""
+    choices = sum(len(item.continuations) for item in scorer.items) / len(scorer.items)
+    if "accuracy" not in needs(strategy) or choices < MANY_CHOICES:
+        return None
+    return f"a scan asks all {choices:.0f} choices a question; --strategy loss asks the right one only, and is quicker"
+
+
 def scan(
     model: Any,
     scorer: Scorer,

@@ -27,6 +27,7 @@ from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import fluency, inputs
+from trimllm.importance import scan
 from trimllm.parallel import Share
 from trimllm.run import card, recording, recovery, rundir, targets
 from trimllm.run.deciding import Decider
@@ -177,6 +178,8 @@ class Run:
             say(f"  {note}")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
+        if slow := scan.many_choices_note(self.calibration, config.strategy):
+            say(f"  {slow}")
         if "+" in config.strategy and self.decider.tolerance:
             say(f"candidates within {self.decider.tolerance:.2f} points are tied: the largest activation norm goes")
         if not self.journal.of("base"):
