@@ -116,7 +116,9 @@ ARMS = {
     "late, pairs, filled": Arm({"sparse_update": "filled", "unit": "pair"}, per_depth=True, late=LATE_SHARE),
     "late, carried": Arm({"optimizer_state": "carried"}, per_depth=True, late=LATE_SHARE),
     "late, pairs, carried": Arm({"optimizer_state": "carried", "unit": "pair"}, per_depth=True, late=LATE_SHARE),
-    "late, dynamic": Arm({"sparse_update": "dynamic"}, per_depth=True, late=LATE_SHARE),
+    "late, carried, filled": Arm(
+        {"optimizer_state": "carried", "sparse_update": "filled"}, per_depth=True, late=LATE_SHARE
+    ),
     "late, pairs, twice as long": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE, longer=2.0),
     "one-shot": _peer("scan+norm", sparse_update="static"),
     "one-shot, loss scan": _peer("loss", sparse_update="static"),
