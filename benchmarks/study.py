@@ -167,8 +167,7 @@ def settings(part: str, seed: int, options: argparse.Namespace) -> Settings:
 def one_run(output: Path, given: Settings) -> list[Settings]:
     """The stages of a run, which is made, or gone on with, if it is not finished."""
     result = output / "result.json"
-    given = config.without_idle(config.TrimConfig, {**given, "output": str(output), "resume": True})
-    asked = plain_settings.make(config.TrimConfig, given)
+    asked = plain_settings.make(config.TrimConfig, {**given, "output": str(output), "resume": True})
     if result.exists():
         rundir.same_settings(asked, output, WHERE)
     else:

@@ -203,10 +203,6 @@ IDLE = [
     ),
     ([*ONE_SHOT, "--drops-per-stage", "2"], "--drops-per-stage 2 is for several stages, and --one-shot"),
     (
-        [*ONE_SHOT, "--optimizer-state", "fresh"],
-        "--optimizer-state fresh is for several stages of training behind drops, and --one-shot has one of them",
-    ),
-    (
         [*ONE_SHOT, "--sparse-update", "dynamic"],
         "--sparse-update dynamic is for several scans, and --one-shot makes one",
     ),
@@ -440,12 +436,21 @@ def test_scan_writes_table_and_picture_and_refuses_to_do_it_twice(base, task, tm
 
 def test_scan_by_loss_shows_likelihoods_and_an_analysis_accuracies(base, task, tmp_path, capsys):
     words = ["--model", base, "--task", task, "--calibration-size", "6", "--strategy", "loss"]
-    for more, metric in ([], "likelihood"), (["--analysis"], "acc"):
+    for more, metric in ([], "likelihood"), (["--analysis"], "acc"), (["--metric", "acc_norm"], "acc_norm"):
         code, out, _ = call(capsys, "scan", *words, *more, "--output", tmp_path / metric)
         assert code == 0
         assert f"intact: {metric} " in out
         assert f"{metric} without it" in out
         assert json.loads((tmp_path / metric / "scan.json").read_text())["metric"] == metric
+
+
+def test_scan_points_out_dozens_of_choices(base, task, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scan, "MANY_CHOICES", 2)
+    words = ["--model", base, "--task", task, "--calibration-size", "6"]
+    ways = {"plain": [], "analysis": ["--analysis"], "racing": ["--scan", "racing"], "loss": ["--strategy", "loss"]}
+    for name, more in ways.items():
+        _, _, err = call(capsys, "scan", *words, *more, "--output", tmp_path / name)
+        assert ("--strategy loss asks the right one only" in err) == (name == "plain"), name
 
 
 def test_scan_with_every_layer_protected_still_keeps_its_table(base, task, tmp_path, capsys):

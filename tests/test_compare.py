@@ -302,6 +302,20 @@ def test_a_folder_remembers_the_methods_and_shares_of_all_calls(
     assert cli.parse([*command]).methods == ()  # type: ignore[attr-defined]
 
 
+def test_comparison_begun_before_there_was_a_choice_goes_on_with_fresh_optimizers(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    made_up(monkeypatch)
+    go(settings(world, tmp_path / "out", methods=("base",), keep=(HALF,), optimizer_state="fresh"))
+    path = tmp_path / "out" / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "optimizer_state" not in line))
+    stored = cli.parse(["compare", "--resume", "--output", str(tmp_path / "out")])
+    assert isinstance(stored, CompareConfig)
+    assert stored.optimizer_state == "fresh"
+    row = job.Job(stored, Cell(METHODS["trim"], HALF), tmp_path / "out")
+    assert row.trim_settings(keep=HALF).optimizer_state == "fresh"
+
+
 def test_titles_do_not_call_a_model_cut_that_is_not() -> None:
     said = {name: Cell(METHODS[name], None if name == "gptq" else HALF).title for name in METHODS}
     assert said["trim"] == "TrimLLM, blocks, 50% kept"

@@ -54,7 +54,7 @@ def test_card_of_a_run_names_base_licence_layers_scores_and_accuracy(run: Path) 
     assert f"Base: `{result['base']['name']}`" in card.text
     assert "AutoModelForCausalLM.from_pretrained" in card.text
     for drop in result["drops"]:
-        assert f"| {drop['units'][0]} | {drop['accuracy'][0]:.1f} | {drop['importance'][0]:.4g} |" in card.text
+        assert f"| {drop['units'][0]} | {drop['value'][0]:.1f} | {drop['importance'][0]:.4g} |" in card.text
 
 
 def test_card_of_a_kept_depth_lists_only_the_drops_down_to_it(run: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_licence_of_a_base_on_the_hub_is_read_there_if_it_can_be(
 
 def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
     def stage(depth: int, unit: str) -> dict[str, Any]:
-        return {"depth": depth, "dropped": [{"units": [unit], "accuracy": [50.0], "importance": [0.1], "why": "least"}]}
+        return {"depth": depth, "dropped": [{"units": [unit], "value": [50.0], "importance": [0.1], "why": "least"}]}
 
     rows = [stage(3, "block 1"), stage(2, "block 0"), {"depth": 3}]
     text = model_card._scores(rows, 3, "acc")

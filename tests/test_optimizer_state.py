@@ -178,6 +178,7 @@ POINTS = {
     "while the state is written": (optimizer_state, "save", 2, False),
     "between a checkpoint and its journal line": (progressive.Run, "_checkpoint", 2, True),
     "between the journal line and cleaning up": (progressive.Run, "_clean", 3, False),
+    "between a drop's line and its scan's leftovers": (progressive.Run, "_drop", 2, True),
 }
 
 
@@ -247,6 +248,60 @@ def test_a_run_that_a_floor_ends_keeps_no_state_either(base, task, tmp_path, mon
     assert RunDir(output).kept_depths() == [4, 3, 2]
     assert h.result(output)["depth"] == 3
     assert not list(output.rglob(optimizer_state.FOLDER))
+
+
+def test_state_that_a_kill_left_in_a_finished_run_goes_when_it_is_asked_again(base, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(progressive.targets, "floor", lambda _, values: 101 if len(values) == 3 else 0)
+    output, settings = tmp_path / "run", CARRIED | {"min_accuracy": 1}
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_forget", 1)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, **settings)
+    assert list(output.rglob(optimizer_state.FOLDER))
+    h.run(base, task, output, **settings, resume=True)
+    assert not list(output.rglob(optimizer_state.FOLDER))
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({}, True),
+        ({"optimizer_state": "fresh"}, False),
+        ({"one_shot": True, "sparse_update": "static"}, False),
+        ({"epochs_per_drop": 0.0}, False),
+        ({"depth": 3}, False),
+        ({"depth": None, "max_params": 1}, True),
+    ],
+    ids=str,
+)
+def test_space_is_asked_for_state_that_will_be_written(base, task, tmp_path, monkeypatch, changes, state):
+    asked = []
+
+    def full(_output, needed):
+        asked.append(needed)
+        raise h.Killed
+
+    monkeypatch.setattr(progressive.rundir, "check_space", full)
+    with pytest.raises(h.Killed):
+        h.run(base, task, tmp_path / "run", **CARRIED | changes)
+    model = loading.load_model(base)
+    weights = sum(p.nbytes for p in model.parameters())
+    settings = make(TrimConfig, h.settings(base, task, tmp_path / "run", **CARRIED | changes))
+    assert asked == [3 * weights + 2 * state * optimizer_state.most_bytes(settings, model)]
+
+
+def test_a_run_begun_before_there_was_a_choice_goes_on_with_fresh_optimizers(base, task, tmp_path, monkeypatch):
+    fresh = CARRIED | {"optimizer_state": "fresh"}
+    h.run(base, task, tmp_path / "straight", **fresh)
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_drop", 3)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, **fresh)
+    path = RunDir(output).config
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "optimizer_state" not in line))
+    progressive.trim(output=str(output), resume=True)
+    assert h.weights_hash(output / "model") == h.weights_hash(tmp_path / "straight" / "model")
 
 
 def test_state_that_is_gone_is_one_line(base, task, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 
 import helpers_run as h
 import pytest
+import tiny
 from transformers import AutoModelForCausalLM
 
 from trimllm import files
@@ -20,6 +21,7 @@ from trimllm.evaluation.evaluate import Evaluation, Scorer
 from trimllm.evaluation.inputs import scorer, task_data
 from trimllm.importance import joint
 from trimllm.importance.joint import Joint
+from trimllm.parallel import ALONE
 from trimllm.run import card, deciding, progressive, recovery, rundir
 from trimllm.run.recovery import Recovery
 from trimllm.run.targets import least_depth, stage_epochs
@@ -90,6 +92,18 @@ def test_stage_that_does_not_recover_ends_at_its_budget_and_says_so(base, task, 
     assert first["train"]["steps"] == pytest.approx(3 * warm["train"]["steps"], abs=2), "1.5 epochs for each of two"
     assert not first["train"]["recovery"]["recovered"]
     assert "is not back in the budget: 99.000" in capsys.readouterr().err
+
+
+def test_looks_ask_right_answers_only(tokenizer, questions):
+    model = tiny.build("llama", 3)
+    scorer = Scorer(model, tokenizer, questions)
+    asked = []
+    model.register_forward_pre_hook(lambda _m, _a, given: asked.append(given["input_ids"].numel()), with_kwargs=True)
+    watch = recovery.follow(model, scorer, ALONE, [], 1.0, 0.0)
+    assert not watch()
+    right = sum(asked)
+    assert watch.losses == [pytest.approx(scorer.evaluate(model, "acc").loss, abs=1e-5)]
+    assert right < sum(asked) - right
 
 
 def test_loss_is_looked_at_where_the_learning_rate_is_down(base, task, tmp_path, monkeypatch):
@@ -255,7 +269,6 @@ def test_units_that_go_at_once_leave_what_they_leave_one_by_one(kind):
         ({"recover_tolerance": 0.1}, "--recover-tolerance is for --schedule recover"),
         ({"schedule": "late", "max_drop": 2.0}, "--max-drop judges depths when they are trained"),
         ({"distill": 0.5, "epochs_per_drop": 0}, "--distill 0.5 is about the training after drops"),
-        ({"optimizer_state": "fresh", "epochs_per_drop": 0}, "--optimizer-state fresh is for several stages"),
     ],
     ids=str,
 )

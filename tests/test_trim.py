@@ -408,6 +408,23 @@ def test_a_run_by_loss_scans_by_likelihood_and_reports_accuracy(base, task, tmp_
     assert h.journal(tmp_path / "recover", "drop")[0]["metric"] == "acc"
 
 
+def test_dozens_of_choices_are_pointed_out_where_another_strategy_would_ask_fewer(
+    base, task, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(progressive.scan, "MANY_CHOICES", 2)
+    ways = {"plain": {}, "racing": {"scan": "racing"}, "recover": {"schedule": "recover"}, "loss": {"strategy": "loss"}}
+    for name, changes in ways.items():
+        progressive.trim(**h.settings(base, task, tmp_path / name, depth=4, **NO_TRAINING | changes))
+        assert ("--strategy loss asks the right one only" in capsys.readouterr().err) == (name == "plain"), name
+    output = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_drop", 1)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, depth=4, **NO_TRAINING)
+    progressive.trim(output=str(output), resume=True)
+    assert "--strategy loss" not in capsys.readouterr().err, "it cannot be changed any more"
+
+
 def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path, monkeypatch):
     taylor, spent = deciding.weights.taylor, []
 

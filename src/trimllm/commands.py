@@ -55,11 +55,12 @@ def run_scan(command: config.ScanConfig) -> None:
     tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
     may_go = [every[i] for i in _open(command, loaded.model, every, protected)[0]]
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
-    if slow := scan.many_choices_note(scorer, command.strategy):
-        console.say(f"  {slow}")
     asked = lens.questions(scorer) if command.analysis else []
-    every_choice = scorer, data.metric  # an analysis compares what it finds with accuracies too
-    questions = every_choice if command.analysis else scan.asked(loaded.model, *every_choice, command.strategy)
+    every_choice = scorer, data.metric
+    whole_scan = command.analysis or command.metric  # an analysis compares what it finds with accuracies too
+    if not whole_scan and command.scan == "exact" and (slow := scan.many_choices_note(scorer, command.strategy)):
+        console.say(f"  {slow}")
+    questions = every_choice if whole_scan else scan.asked(loaded.model, *every_choice, command.strategy)
     with console.progress("scan") as show:
         result = scan.scan(
             loaded.model,

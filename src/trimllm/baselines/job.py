@@ -26,7 +26,7 @@ from trimllm.training import sparse, train, training_rows
 from trimllm.training.packing import Example
 
 SHARED = {*TrainSettings.model_fields, *TaskSettings.model_fields, *ModelSettings.model_fields}
-SHARED |= {"eval_batch_size", "warmup_epochs", "schedule", "epochs_per_drop", "final_epochs"}
+SHARED |= {"eval_batch_size", "warmup_epochs", "schedule", "epochs_per_drop", "final_epochs", "optimizer_state"}
 """Settings that the comparison and a run of `trimllm trim` have in common."""
 
 

@@ -36,7 +36,7 @@ from trimllm.config.shared import (
 )
 from trimllm.config.trim import TrimConfig
 
-FORMER = {"schedule": "epoch"}
+FORMER = {"schedule": "epoch", "optimizer_state": "fresh"}
 """What held before a setting existed, where that is not its default: for a config.yaml without it."""
 
 __all__ = [

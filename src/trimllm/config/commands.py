@@ -184,6 +184,8 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
     """Epochs per dropped block; methods that cut at once train as long as all of them together."""
     final_epochs: Annotated[float, Field(ge=0)] = 0.0
     """More epochs after the last drop."""
+    optimizer_state: Literal["carried", "fresh"] = "carried"
+    """What AdamW begins a stage of TrimLLM behind a later drop with, as in `trimllm trim`."""
     eval_batch_size: Positive | None = None
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
     sequence: Annotated[int, Field(gt=1)] | None = None

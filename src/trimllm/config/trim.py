@@ -81,11 +81,6 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
-        if self.optimizer_state == "fresh" and (self.one_shot or not (self.epochs_per_drop or self.final_epochs)):
-            stages = "--one-shot has one of them" if self.one_shot else "there is none without --epochs-per-drop"
-            found["optimizer_state"] = (
-                f"--optimizer-state fresh is for several stages of training behind drops, and {stages}: leave it out"
-            )
         if not self.one_shot:
             return found
         if self.drops_per_stage != 1:

@@ -259,7 +259,7 @@ class Decider:
         return {
             "units": [describe(choice.unit, layout) for choice in choices],
             "metric": decision.result.base.metric,
-            "accuracy": [trials[choice.index].value if trials else None for choice in choices],
+            "value": [trials[choice.index].value if trials else None for choice in choices],
             "importance": [choice.importance for choice in choices],
             "joint": None if found is None else found.record() | {"tried": len(decision.joint)},
             "why": choices[0].why,

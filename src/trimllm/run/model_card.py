@@ -278,10 +278,16 @@ def _scores(history: list[dict[str, Any]], depth: int, metric: str) -> str:
         "|---|---|---|---|",
     ]
     for drop in drops:
-        for unit, value, score in zip(drop["units"], drop["accuracy"], drop["importance"], strict=True):
+        for unit, value, score in zip(drop["units"], _values(drop), drop["importance"], strict=True):
             shown = "not tried" if value is None else f"{value:.1f}"
             lines.append(f"| {unit} | {shown} | {'-' if score is None else f'{score:.4g}'} | {drop['why']} |")
     return "\n".join(lines)
+
+
+def _values(drop: dict[str, Any]) -> list[float | None]:
+    """The metric without each unit that was dropped; earlier versions called it accuracy."""
+    values: list[float | None] = drop["value"] if "value" in drop else drop["accuracy"]
+    return values
 
 
 def _how_to_load() -> str:

@@ -4,7 +4,8 @@
     model, history = trimllm.trim(model="demo", task="demo_law", text="demo_law", lr=3e-4, output="runs/law")
 
 Every stage of training and every drop is journaled when it is done. A run that was killed goes on from the last one:
-weights are those of the last checkpoint, the order of training rows comes from the seed and the stage's number.
+weights and what AdamW knows are those of the last checkpoint, the order of training rows comes from the seed and the
+stage's number.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class Run:
         )
         if (done := self.journal.last("done")) is not None:
             self.console.say(f"{self.dir.root} is finished: {done['table']}")
+            self._forget()
             return self._load(self.dir.model), self.history()
         self.recorder = self._recorder()
         self._start(loaded, data)
@@ -148,10 +150,16 @@ class Run:
         self.decider.check(model)
         self.pad_id = self.calibration.pad_id
         copies = 3 + (config.distill > 0)  # two checkpoints, the result, and a teacher
-        state = optimizer_state.most_bytes(config, model) if config.optimizer_state == "carried" else 0
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        rundir.check_space(config.output, copies * weights + 2 * state)
+        state = 2 * optimizer_state.most_bytes(config, model) if self._keeps_state() else 0  # while the new is written
+        rundir.check_space(config.output, copies * weights + state)
         return data
+
+    def _keeps_state(self) -> bool:
+        """Whether AdamW's state will stand in checkpoints: between stages behind drops, if there are several."""
+        config, wanted = self.config, self.decider.wanted
+        one = wanted is not None and self.base_depth - wanted <= config.drops_per_stage * self.decider.length
+        return config.optimizer_state == "carried" and config.epochs_per_drop > 0 and not (config.one_shot or one)
 
     def _carries(self, stage: int, drops: Sequence[dict[str, Any]]) -> bool:
         """Whether what AdamW knows at the end of a stage goes on: not after the warm-up, which trains everything where
@@ -178,7 +186,8 @@ class Run:
             say(f"  {note}")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
-        if slow := scan.many_choices_note(self.calibration, config.strategy):
+        may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
+        if may_change and (slow := scan.many_choices_note(self.calibration, config.strategy)):
             say(f"  {slow}")
         if "+" in config.strategy and self.decider.tolerance:
             say(f"candidates within {self.decider.tolerance:.2f} points are tied: the largest activation norm goes")
@@ -269,7 +278,7 @@ class Run:
         watch = None
         if config.schedule == "recover" and not warm and state.reached is None:
             limit = recovery.limit(self.journal.of("stage"), config.recover_tolerance)
-            watch = recovery.follow(state.model, self.calibration, self.metric, self.share, plan, epochs, limit)
+            watch = recovery.follow(state.model, self.calibration, self.share, plan, epochs, limit)
         with self.console.progress(name) as show:
             report = train.train_stage(
                 state.model,
@@ -313,16 +322,28 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _clean(self) -> None:
-        """Delete checkpoints that neither the user, nor a floor, nor a teacher, nor a resumed run needs."""
+        """Delete checkpoints that neither the user, nor a floor, nor a teacher, nor a resumed run needs, and batches of
+        scans that led to a drop."""
         if self.main:
+            for number in range(len(self.journal.of("drop"))):
+                self._parts(number).unlink(missing_ok=True)
             stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
             teacher = [self.base_depth] if self.config.distill else []
             self.dir.clean(stages, teacher, every=self.config.keep_checkpoints)
 
+    def _forget(self) -> None:
+        """Delete what AdamW knew where a floor ended the run: it is finished."""
+        if self.main:
+            for depth in self.dir.kept_depths():
+                optimizer_state.delete(self.dir.checkpoint(depth))
+
+    def _parts(self, number: int) -> Path:
+        """Finished batches of a scan."""
+        return self.dir.scans / f"scan-{number:03d}.jsonl"
+
     def _drop(self, state: State) -> None:
         """Scan, choose, cut. The scan's finished batches survive a kill."""
-        name = f"scan-{len(self.journal.of('drop')):03d}"
-        parts = self.dir.scans / f"{name}.jsonl"
+        parts = self._parts(len(self.journal.of("drop")))
         decision = self.decider.decide(state.model, state.layout, parts, self.share, self.console)
         choices = decision.choices
         cut = remove_all(whole(len(state.layout)), [choice.unit for choice in choices])
@@ -339,7 +360,7 @@ class Run:
         if state.reached is None and not self.decider.droppable(state.model, state.layout):
             state.reached = "every layer that remains is protected or cannot be removed"
         if self.main:
-            files.write_json(self.dir.scans / f"{name}.json", self.decider.table(decision, before))
+            files.write_json(parts.with_suffix(".json"), self.decider.table(decision, before))
         state.pending.append(
             self.journal.add(
                 "drop",
@@ -351,8 +372,6 @@ class Run:
                 reached=state.reached,
             )
         )
-        if self.main:
-            parts.unlink(missing_ok=True)
         self.console.say(f"  {card.drop_line(choices, before, decision.result, decision.joint)}")
 
     def history(self) -> History:
@@ -397,7 +416,5 @@ class Run:
             "reloaded and compared"
         )
         self.journal.add("done", table=f"{depth} layers, {self.metric} {card.percent(row['test'])}")
-        if self.main:
-            for kept in self.dir.kept_depths():
-                optimizer_state.delete(self.dir.checkpoint(kept))
+        self._forget()
         return saved, self.history()

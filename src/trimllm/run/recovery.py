@@ -53,16 +53,16 @@ class Recovery:
 def follow(
     model: Any,
     calibration: Scorer,
-    metric: str,
     share: Share,
     plan: Sequence[Sequence[Example]],
     epochs: float,
     limit: float,
 ) -> Recovery:
     """The recovery of a stage that has the steps of `plan`, `epochs` long, as its budget."""
-    seen = sum(len(row.ids) for row in encoding.rows(calibration.encoded, branches=calibration.branches))
+    asked = calibration.right_only(model)
+    seen = sum(len(row.ids) for row in encoding.rows(asked.encoded, branches=asked.branches))
     steps = cycle(len(plan), epochs, sum(len(row.ids) for step in plan for row in step), seen)
-    return Recovery(lambda: calibration.evaluate(model, metric, share).loss, limit, steps)
+    return Recovery(lambda: asked.evaluate(model, "likelihood", share).loss, limit, steps)
 
 
 def limit(stages: Sequence[dict[str, Any]], tolerance: float) -> float:

@@ -1,8 +1,8 @@
 """One stage of training: cross-entropy on the target tokens of a list of steps, AdamW, a schedule of its own.
 
 A stage is a fixed list of optimizer steps made from a seed, so that a stage that is started again gives the same
-weights. Each stage begins with its own warm-up and decay and, unless it is given what AdamW knew before, with a fresh
-optimizer: this never holds parameters of removed blocks, and the weights alone are the state that a run must keep.
+weights. Each stage begins with its own warm-up and decay, and with an optimizer that knows nothing, or what AdamW knew
+before of the parameters that train now: it never holds parameters of removed blocks.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def train_stage(
     micro-batch had at the end of the stage before, where memory may have run out; with `attention`
     auto the short rows of a stage may be computed by another backend than the model's (see `backends.EAGER_LENGTH`).
     `teacher`: a model of the same family and vocabulary, to learn from beside the targets. `moments`: what AdamW
-    goes on from; afterwards, what it knows of the parameters that trained.
+    goes on from; afterwards, what it knows of the parameters that trained, in main memory.
 
     Raises:
         TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
@@ -161,7 +161,8 @@ def train_stage(
             parameter.grad = None
         model.eval()
     if moments is not None:
-        moments.update(optimizer.state)
+        known = optimizer.state.items()
+        moments.update({one: {name: value.cpu() for name, value in state.items()} for one, state in known})
     tail = history[-max(1, len(history) // 10) :]
     return StageReport(
         steps=len(history),
