@@ -296,7 +296,7 @@ class Run:
                 fitted=self.fitted,
                 attention=config.attention,
                 teacher=self._teacher() if config.distill and plan and not warm else None,
-                moments=state.moments if config.optimizer_state == "carried" else None,
+                moments=state.moments if config.optimizer_state == "carried" and not warm else None,
             )
         if not self._carries(state.stages, state.pending):
             state.moments.clear()
