@@ -234,7 +234,13 @@ def test_only_the_last_checkpoint_of_an_unfinished_run_holds_state(base, task, t
     )
     moments = sum(value.nbytes for name, value in held.items() if not name.endswith(".step"))
     assert moments == foreseen
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_finish", 1)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, **settings, resume=True)
+    assert not list(tmp_path.rglob(optimizer_state.FOLDER)), "nothing comes behind the last stage"
     h.run(base, task, output, **settings, resume=True)
+    assert [path.name for path in sorted(run.scans.iterdir())] == [f"scan-{n:03d}.json" for n in range(3)]
     assert cli.main(["export", str(output), "--depth", "2", "--output", str(tmp_path / "product")]) == 0
     assert not list(tmp_path.rglob(optimizer_state.FOLDER))
     for product in (tmp_path / "product", run.model):

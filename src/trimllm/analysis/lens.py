@@ -12,7 +12,6 @@ What a family does not allow is refused with a reason, after a check on the data
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ def questions(scorer: Scorer) -> list[Encoded]:
     asked = [one for one in scorer.encoded if scorer.items[one.item].prompt]
     if not asked:
         raise InputError("--analysis is of prompts and their answers, and the task's rows are plain text: leave it out")
-    return [replace(one, continuations=(one.target,), answer=0) for one in asked]
+    return [one.right_only() for one in asked]
 
 
 def batches(model: Any, scorer: Scorer, asked: Sequence[Encoded]) -> Batches:

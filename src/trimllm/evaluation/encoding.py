@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, overload
 
@@ -34,6 +34,10 @@ class Encoded:
     @property
     def target(self) -> tuple[int, ...]:
         return self.continuations[self.answer]
+
+    def right_only(self) -> Encoded:
+        """The item without its wrong choices."""
+        return replace(self, continuations=(self.target,), answer=0)
 
 
 @dataclass(frozen=True)

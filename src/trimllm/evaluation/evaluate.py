@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -217,11 +217,8 @@ class Scorer:
         if all(len(item.continuations) == 1 for item in self.items):
             return self
         right = copy.copy(self)
-        right.items = [
-            replace(item, continuations=(item.target,), answer=0, lengths=item.lengths[item.answer :][:1])
-            for item in self.items
-        ]
-        right.encoded = [replace(one, continuations=(one.target,), answer=0) for one in self.encoded]
+        right.items = [item.right_only() for item in self.items]
+        right.encoded = [one.right_only() for one in self.encoded]
         right.note, right.branches = None, True  # nothing branches off a prompt that has one continuation
         right.batches = right._batches(model, right.encoded, branches=True)
         return right

@@ -326,7 +326,7 @@ class Run:
         scans that led to a drop."""
         if self.main:
             for number in range(len(self.journal.of("drop"))):
-                self._parts(number).unlink(missing_ok=True)
+                self.dir.batches_of_scan(number).unlink(missing_ok=True)
             stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
             teacher = [self.base_depth] if self.config.distill else []
             self.dir.clean(stages, teacher, every=self.config.keep_checkpoints)
@@ -337,13 +337,9 @@ class Run:
             for depth in self.dir.kept_depths():
                 optimizer_state.delete(self.dir.checkpoint(depth))
 
-    def _parts(self, number: int) -> Path:
-        """Finished batches of a scan."""
-        return self.dir.scans / f"scan-{number:03d}.jsonl"
-
     def _drop(self, state: State) -> None:
         """Scan, choose, cut. The scan's finished batches survive a kill."""
-        parts = self._parts(len(self.journal.of("drop")))
+        parts = self.dir.batches_of_scan(len(self.journal.of("drop")))
         decision = self.decider.decide(state.model, state.layout, parts, self.share, self.console)
         choices = decision.choices
         cut = remove_all(whole(len(state.layout)), [choice.unit for choice in choices])

@@ -46,6 +46,10 @@ class RunDir:
     def checkpoint(self, depth: int) -> Path:
         return self.checkpoints / f"depth-{depth}"
 
+    def batches_of_scan(self, number: int) -> Path:
+        """Finished batches of the scan that leads, or led, to the drop of this number."""
+        return self.scans / f"scan-{number:03d}.jsonl"
+
     def kept_depths(self) -> list[int]:
         """Depths whose weights are there, deepest first."""
         return sorted((int(path.name.split("-")[1]) for path in self.checkpoints.glob("depth-*")), reverse=True)

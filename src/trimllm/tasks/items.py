@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Kind = Literal["choice", "generation", "text"]
@@ -33,6 +33,11 @@ class Item:
     def target(self) -> str:
         """What training teaches: the right continuation."""
         return self.continuations[self.answer]
+
+    def right_only(self) -> Item:
+        """The item without its wrong choices."""
+        lengths = self.lengths[self.answer :][:1]
+        return replace(self, continuations=(self.target,), answer=0, lengths=lengths)
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,9 @@ FOLDER, FILE = "optimizer", "adamw.safetensors"
 
 def most_bytes(config: TrainSettings, model: Any) -> int:
     """Of the state behind the warm-up: two moments of each weight that trains, if blocks are alike."""
-    depth, size = decoder.depth(model), [0, 0]
-    inside = {id(p) for block in decoder.blocks(model) for p in block.parameters()}
-    for parameter in model.parameters():
-        size[id(parameter) in inside] += parameter.numel() * parameter.element_size()
-    outside, blocks = size
+    depth = decoder.depth(model)
+    blocks = sum(parameter.nbytes for parameter in decoder.blocks(model).parameters())
+    outside = sum(parameter.nbytes for parameter in model.parameters()) - blocks
     share = 1.0 if config.sparse_update == "off" else sparse.count(config.train_ratio, depth) / depth
     return int(2 * (share * blocks + config.train_embeddings * outside))
 

@@ -41,9 +41,9 @@ def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, tru
     """
     eos = tokenizer.eos_token_id
     ending = () if eos is None else (eos,)
-    targets_only = [Item(item.place, item.prompt, (item.target,), lengths=(0,), group=item.group) for item in items]
+    right = [item.right_only() for item in items]
     made = []
-    for one in encoding.encode(tokenizer, targets_only, max_length, truncate=truncate, room=len(ending)):
+    for one in encoding.encode(tokenizer, right, max_length, truncate=truncate, room=len(ending)):
         tail = ending if items[one.item].prompt else ()
         made.append(Example((*one.prompt, *one.target, *tail), len(one.prompt)))
     return made
