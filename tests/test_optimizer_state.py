@@ -218,9 +218,14 @@ def test_only_the_last_checkpoint_of_an_unfinished_run_holds_state(base, task, t
     output, settings = tmp_path / "run", CARRIED | {"keep_checkpoints": True}
     run = RunDir(output)
     with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_drop", 3)
+        h.kill_at(patch, progressive.Run, "_drop", 1)
         with pytest.raises(h.Killed):
             h.run(base, task, output, **settings)
+    assert not list(output.rglob(optimizer_state.FOLDER)), "nothing comes from the warm-up"
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_drop", 3)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, **settings, resume=True)
     assert run.kept_depths() == [4, 3, 2]
     assert [path.parent for path in output.rglob(optimizer_state.FOLDER)] == [run.checkpoint(2)]
     held = load_file(run.checkpoint(2) / optimizer_state.FOLDER / optimizer_state.FILE)

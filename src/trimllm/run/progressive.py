@@ -161,10 +161,11 @@ class Run:
         one = wanted is not None and self.base_depth - wanted <= config.drops_per_stage * self.decider.length
         return config.optimizer_state == "carried" and config.epochs_per_drop > 0 and not (config.one_shot or one)
 
-    def _carries(self, stage: int, drops: Sequence[dict[str, Any]]) -> bool:
-        """Whether what AdamW knows at the end of a stage goes on: not after the warm-up, which trains everything where
-        later stages train little; nor after the last stage."""
-        return self.config.optimizer_state == "carried" and stage > 0 and not any(drop["reached"] for drop in drops)
+    def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
+        """Whether what AdamW knows at the end of the stage behind these drops goes on: not after the warm-up, behind
+        none, which trains everything where later stages train little; nor after the last stage."""
+        last = any(drop["reached"] for drop in drops)
+        return self.config.optimizer_state == "carried" and bool(drops) and not last
 
     def _start(self, loaded: Loaded, data: TaskData) -> None:
         config, say = self.config, self.console.say
@@ -204,7 +205,7 @@ class Run:
             layout = rundir.load_layout(stage["layout"])
             folder = self.dir.checkpoint(len(layout))
             state = State(self._load(folder), layout, stage["stage"] + 1)
-            if self._carries(stage["stage"], stage["dropped"]):
+            if self._carries(stage["dropped"]):
                 state.moments = optimizer_state.load(state.model, folder)
         for drop in self.journal.of("drop"):
             state.chosen = drop["trains"]
@@ -298,7 +299,7 @@ class Run:
                 teacher=self._teacher() if config.distill and plan and not warm else None,
                 moments=state.moments if config.optimizer_state == "carried" and not warm else None,
             )
-        if not self._carries(state.stages, state.pending):
+        if not self._carries(state.pending):
             state.moments.clear()
         self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)
@@ -317,7 +318,7 @@ class Run:
             with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
                 state.model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
-                if self._carries(state.stages, state.pending):
+                if self._carries(state.pending):
                     optimizer_state.save(state.moments, state.model, folder)
         self.accelerator.wait_for_everyone()
 
