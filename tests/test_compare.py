@@ -22,7 +22,7 @@ from helpers_run import fast, save_base, save_task, with_own_code
 
 from trimllm import cli, compare
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job
-from trimllm.checkpoints import models, room
+from trimllm.checkpoints import folders, models, room
 from trimllm.config import CompareConfig, EvalConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
@@ -262,6 +262,17 @@ def test_other_settings_are_refused(world: tuple[Path, Path], tmp_path: Path, mo
     assert "\n" not in str(error.value)
     go(settings(world, tmp_path / "out", methods=("base",), resume=True, micro_batch_size=2))
     assert ran == [["base"]]
+
+
+def test_a_comparison_that_another_process_works_on_is_refused(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    ran = made_up(monkeypatch)
+    output = tmp_path / "out"
+    with folders.held(output), pytest.raises(InputError, match="another process is at work there"):
+        go(settings(world, output, methods=("base",)))
+    assert not ran
+    assert not output.exists()
 
 
 def test_rows_of_one_table_have_the_same_threads_and_device(

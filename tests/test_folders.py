@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import pytest
 from safetensors import SafetensorError
 
 from trimllm.checkpoints import folders
-from trimllm.checkpoints.folders import appearing, check_target, check_writable
+from trimllm.checkpoints.folders import appearing, check_target, check_writable, held
 from trimllm.errors import InputError, TrimError
 from trimllm.files import disk_errors
 
@@ -118,6 +119,42 @@ def test_what_a_kill_leaves_is_removed_by_the_next_call_but_not_what_lives(tmp_p
             assert other != alive
         os.rmdir(tmp_path / "out")
     assert names(tmp_path) == ["out"]
+
+
+# ---- one process at a time -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_held_by_one_process_and_a_kill_frees_it(tmp_path: Path) -> None:
+    ready, child = tmp_path / "ready", os.fork()
+    if child == 0:
+        with held(tmp_path / "run"):
+            (tmp_path / "run" / "journal").touch()
+            ready.touch()
+            signal.pause()
+    while not ready.exists():
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="another process is at work there") as refusal, held(tmp_path / "run"):
+        pytest.fail("held twice")
+    assert "\n" not in str(refusal.value)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with held(tmp_path / "run"), held(tmp_path / "another"):
+        pass
+    assert names(tmp_path) == ["ready", "run", "run/journal"]
+
+
+def test_a_folder_that_was_made_to_be_held_and_stayed_empty_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for folder in ("mine", "new/run"):
+        with pytest.raises(ZeroDivisionError), held(tmp_path / folder):
+            _ = 1 / 0
+    assert names(tmp_path) == ["mine"]
+
+
+def test_a_file_cannot_be_held(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="this is a file: name a directory"), held(tmp_path / "thesis.tex"):
+        pass
 
 
 # ---- where it may be written -----------------------------------------------------------------------------------------

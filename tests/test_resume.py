@@ -13,7 +13,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from trimllm import cli, files
-from trimllm.checkpoints import verification
+from trimllm.checkpoints import folders, verification
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
 from trimllm.run import card, deciding, progressive, recording, targets
@@ -193,6 +193,21 @@ def test_directory_of_another_run_or_with_other_files_is_refused(base, task, str
     with pytest.raises(InputError, match="this is a file"):
         h.run(base, task, tmp_path / "thesis.tex")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_run_that_another_process_works_on_is_refused_before_anything_is_loaded(base, task, straight, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+    with folders.held(straight), monkeypatch.context() as patch:
+        patch.setattr(progressive, "load", lambda *_, **__: pytest.fail("loaded"))
+        with pytest.raises(InputError, match="another process is at work there"):
+            h.run(base, task, straight, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
+
+
+def test_run_that_cannot_begin_leaves_no_directory(base, tmp_path):
+    with pytest.raises(InputError, match="nothing"):
+        h.run(base, tmp_path / "nothing", tmp_path / "a" / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_changed_base_weights_are_refused(task, tmp_path, monkeypatch):

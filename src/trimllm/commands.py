@@ -361,8 +361,7 @@ def run_demo(command: config.DemoConfig) -> None:
 
 
 def _fresh(output: Path, product: str) -> None:
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: this is a file: name a directory")
+    folders.check_directory(output)
     if (output / product).exists():
         raise InputError(f"--output {output}: it already holds {product}: choose another directory")
 

@@ -35,23 +35,25 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
 
     Raises:
         InputError: if a method is unknown, --baselines-python is no program, or --output holds something else, a
-            comparison with other settings, or rows made with other threads or on another device; see also `check`.
+            comparison with other settings, or rows made with other threads or on another device, or another process is
+            at work there; see also `check`.
     """
     root = Path(command.output)
     wanted = cells(command.methods, command.keep)
     if command.baselines_python and shutil.which(command.baselines_python) is None:
         raise InputError(f"--baselines-python {command.baselines_python}: no such program: name a Python executable")
-    check(command, wanted)
-    whole = claim(command, root)
-    for number, each in enumerate(wanted, 1):
-        earlier = each.row(root)
-        if earlier.get("status") != "done":
-            console.say(f"[{number}/{len(wanted)}] {each.name}")
-            make_row(command, each, root)
+    with folders.held(root):
+        check(command, wanted)
+        whole = claim(command, root)
+        for number, each in enumerate(wanted, 1):
             earlier = each.row(root)
-        console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
-        made = record(whole, finished(root))
-        files.write_json(root / "compare.json", made)
+            if earlier.get("status") != "done":
+                console.say(f"[{number}/{len(wanted)}] {each.name}")
+                make_row(command, each, root)
+                earlier = each.row(root)
+            console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
+            made = record(whole, finished(root))
+            files.write_json(root / "compare.json", made)
     print(report(made))
     compare_plot(made, root / "compare.png")
     print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")
@@ -141,8 +143,6 @@ def claim(command: CompareConfig, root: Path) -> CompareConfig:
         InputError: see `compare`.
     """
     settings = root / "config.yaml"
-    if root.exists() and not root.is_dir():
-        raise InputError(f"--output {root}: this is a file: name a directory")
     if settings.exists():
         if not command.resume:
             raise InputError(

@@ -7,6 +7,11 @@
 The files are written to `.NAME.partial-XXXX` beside the target. The end of the block gives it its own name; an error
 removes it; what a kill leaves of it is removed by the next call for the same target. A kill between the two renames of
 an overwrite leaves the earlier folder as `.NAME.old-XXXX/folder`, beside the place.
+
+    with held(output):
+        ...
+
+One process at a time works in a folder that grows: a run, a comparison.
 """
 
 from __future__ import annotations
@@ -65,6 +70,12 @@ def check_apart(target: str | Path, source: str | Path | None) -> None:
         raise InputError(f"--output {target}: the model's directory {source} lies inside it: choose another one")
 
 
+def check_directory(folder: str | Path) -> None:
+    """Raise InputError if a folder that grows is something else."""
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise InputError(f"--output {folder}: this is a file: name a directory")
+
+
 def check_writable(directory: str | Path, output: str | Path | None = None) -> None:
     """Refuse a directory that cannot be made or written to; what was made to find out is removed again.
 
@@ -97,6 +108,52 @@ def _unmake(made: list[Path]) -> None:
     with suppress(OSError):
         for path in reversed(made):
             path.rmdir()
+
+
+# ---- one at a time ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """While the block runs, no other process may hold this folder. It is made if it is not there; if nothing is in it
+    when the block ends, it is gone again. A killed process holds nothing; file systems without locks are not guarded.
+
+    Raises:
+        InputError: if another process holds it, it is a file, or cannot be written.
+    """
+    path, made = Path(folder), list[Path]()
+    check_directory(path)
+    check_writable(path)
+    with ExitStack() as undo:
+        undo.callback(_unmake, made)
+        _make(path, made)
+        try:
+            undo.enter_context(_locked(path))
+        except BlockingIOError:
+            raise InputError(
+                f"--output {folder}: another process is at work there: wait until it has ended, or choose another one"
+            ) from None
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, where the file system has locks; the end of the process, however it comes, frees it.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -147,26 +204,6 @@ def _rename(folder: Path, place: Path, overwrite: bool) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, where the file system has locks; the end of the process, however it comes, frees it.
-
-    Raises:
-        BlockingIOError: if another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(place: Path) -> None:

@@ -95,8 +95,13 @@ class Run:
     # ---- preparation
 
     def go(self) -> tuple[Any, History]:
-        if self.main:
-            rundir.check(self.config)
+        if not self.main:
+            return self._go()
+        rundir.check(self.config)
+        with folders.held(self.dir.root):
+            return self._go()
+
+    def _go(self) -> tuple[Any, History]:
         self._check_room()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)

@@ -78,8 +78,7 @@ def check(config: TrimConfig) -> None:
     """
     run = RunDir(config.output)
     folders.check_apart(run.root, path_of(config.model))
-    if run.root.exists() and not run.root.is_dir():
-        raise InputError(f"--output {run.root}: this is a file: name a directory")
+    folders.check_directory(run.root)
     if not run.config.exists():
         foreign = [path for path in run.root.glob("*") if not path.name.startswith(f".{run.config.name}")]
         if foreign:
