@@ -86,13 +86,17 @@ class Arm:
     from_base: bool = False
     """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
 
+    own_start: bool = False
+    """Fully fine-tunes for itself, `longer` too: it holds out rows that the common start has learnt."""
+
     def settings(self, given: Settings, drops: int) -> Settings:
         """The settings of a run that drops so many blocks."""
         epochs = given["epochs_per_drop"] * self.longer
+        warmup = given["warmup_epochs"] * self.longer if self.own_start else 0
         spread: Settings = {"epochs_per_drop": epochs * (1 - self.late), "final_epochs": epochs * self.late * drops}
         if self.from_base:
             spread["final_epochs"] += given["warmup_epochs"]
-        return {**given, **spread, "warmup_epochs": 0, **self.changes}
+        return {**given, **spread, "warmup_epochs": warmup, **self.changes}
 
 
 def _peer(strategy: str, **more: Any) -> Arm:
@@ -115,12 +119,24 @@ ARMS = {
     "late, filled": Arm({"sparse_update": "filled"}, per_depth=True, late=LATE_SHARE),
     "late, pairs, filled": Arm({"sparse_update": "filled", "unit": "pair"}, per_depth=True, late=LATE_SHARE),
     "late, carried": Arm({"optimizer_state": "carried"}, per_depth=True, late=LATE_SHARE),
+    "late, carried, ties by loss": Arm(
+        {"optimizer_state": "carried", "strategy": "scan+loss"}, per_depth=True, late=LATE_SHARE
+    ),
+    "late, carried, twice as long": Arm({"optimizer_state": "carried"}, per_depth=True, late=LATE_SHARE, longer=2.0),
+    "late, carried, 200 calibration rows": Arm(
+        {"optimizer_state": "carried", "calibration_size": 200},
+        per_depth=True,
+        late=LATE_SHARE,
+        longer=4 / 3,  # the demo world's training rows are then 300, not 400
+        own_start=True,
+    ),
     "late, pairs, carried": Arm({"optimizer_state": "carried", "unit": "pair"}, per_depth=True, late=LATE_SHARE),
     "late, carried, filled": Arm(
         {"optimizer_state": "carried", "sparse_update": "filled"}, per_depth=True, late=LATE_SHARE
     ),
     "late, pairs, twice as long": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE, longer=2.0),
     "one-shot": _peer("scan+norm", sparse_update="static"),
+    "one-shot, ties by loss": _peer("scan+loss", sparse_update="static"),
     "one-shot, loss scan": _peer("loss", sparse_update="static"),
     "one-shot, r=1": _peer("scan+norm"),
     "one-shot, base scanned": Arm({"one_shot": True}, per_depth=True, from_base=True),
@@ -197,7 +213,7 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
     if name != next(iter(ARMS)):
         tuned = RunDir(reference).checkpoint(wanted[1.0])
         place, first = folder(options.output, part, seed, name), stages[:1]
-        common = given if arm.from_base else {**given, "model": str(tuned)}
+        common = given if arm.from_base or arm.own_start else {**given, "model": str(tuned)}
 
         def made(output: Path, depth: int) -> list[Settings]:
             changed = arm.settings(common, wanted[1.0] - depth)
@@ -205,7 +221,9 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
 
         if arm.per_depth:
             shares = sorted({depth for keep, depth in wanted.items() if keep < 1})
-            stages = [made(place / f"{depth}", depth)[-1] for depth in shares]
+            runs = [made(place / f"{depth}", depth) for depth in shares]
+            first = runs[0][:1] if arm.own_start else first
+            stages = [run[-1] for run in runs]
         else:
             stages = made(place, least)[1:]
         stages = [*first, *stages]

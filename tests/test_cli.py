@@ -250,7 +250,7 @@ def test_options_with_an_effect_are_taken(words):
 
 @pytest.mark.parametrize("command", [TRIM, SCAN, ["compare", *TRIM[1:]]], ids=lambda value: value[0])
 def test_an_unknown_strategy_is_refused_when_the_settings_are_made(command):
-    with pytest.raises(InputError, match="unknown strategy 'bogus': use one of scan\\+norm, scan, norm, bi,"):
+    with pytest.raises(InputError, match="unknown strategy 'bogus': use one of scan\\+norm, scan\\+loss, scan, norm, bi,"):
         cli.parse([*command, "--strategy", "bogus"])
 
 

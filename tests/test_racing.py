@@ -213,6 +213,7 @@ def test_table_of_a_race_says_which_accuracies_are_foreseen():
         (["--scan", "racing", "--confidence", "0"], "--confidence 0: must be greater than 0"),
         (["--confidence", "0.9"], "--confidence is for --scan racing"),
         (["--scan", "racing", "--strategy", "norm"], "--scan racing compares accuracies"),
+        (["--scan", "racing", "--strategy", "scan+loss"], "--strategy scan+loss something else: leave one of them out"),
         (["--scan", "racing", "--one-shot"], "--one-shot ranks all candidates"),
         (["--scan", "racing", "--schedule", "recover"], "--schedule recover ranks all candidates"),
         (["--scan", "rasing"], "did you mean 'racing'"),

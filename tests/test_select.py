@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,6 +44,14 @@ def test_within_the_tolerance_the_largest_norm_goes():
     assert choose(BLOCKS, known, tolerance=2).why == "tied with 2 by the scan, largest norm"
     assert choose(BLOCKS, known, tolerance=2.2).index == 4
     assert choose(BLOCKS, known, tolerance=0).index == 1
+
+
+def test_within_the_tolerance_the_least_loss_goes():
+    known = replace(evidence([70, 80, 78, 78.1, 77.9]), loss=np.array([0.1, 0.9, 0.3, 0.2, 0.1]))
+    choice = choose(BLOCKS, known, "scan+loss", tolerance=2)
+    assert (choice.index, choice.tied) == (3, (1, 2, 3))
+    assert choice.why == "tied with 2 by the scan, least loss"
+    assert choose(BLOCKS, known, "scan+loss").index == 1
 
 
 def test_one_question_of_tolerance_is_not_lost_to_rounding():

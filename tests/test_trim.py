@@ -253,10 +253,29 @@ def test_strategy_runs_and_drops_what_its_table_calls_least_important(base, task
     table = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())
     assert (table["strategy"], len(table["units"])) == (strategy, 5)
     known = [row["importance"] for row in table["units"] if row["importance"] is not None]
-    if strategy != "scan+norm":
+    if "+" not in strategy:
         assert table["units"][table["dropped"][0]]["importance"] == min(known)
     if strategy in ("first", "last", "symmetric"):
         assert table["dropped"] == [{"first": 0, "last": 4, "symmetric": 2}[strategy]]
+
+
+@pytest.mark.parametrize(("strategy", "breaker"), [("scan+norm", "s_norm"), ("scan+loss", "loss"), ("scan", "s_norm")])
+def test_ties_go_by_the_score_that_breaks_them_in_what_is_dropped_and_in_what_trains(
+    base, task, tmp_path, strategy, breaker, capsys
+):
+    ties = {"tie_tolerance": 50, "train_ratio": 0.6, "depth": 4, "strategy": strategy}
+    progressive.trim(**h.settings(base, task, tmp_path / "run", **ties, **NO_TRAINING))
+    table = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())
+    units = table["units"]
+    (dropped,) = table["dropped"]
+    if "+" in strategy:
+        assert len(table["tied"]) > 1
+        assert units[dropped][breaker] == min(units[i][breaker] for i in table["tied"])
+        name = {"s_norm": "largest norm", "loss": "least loss"}[breaker]
+        assert f"are tied: the {name} goes" in capsys.readouterr().err
+        assert h.journal(tmp_path / "run", "drop")[0]["why"].endswith(f"by the scan, {name}")
+    order = sorted(range(5), key=lambda i: (units[i]["importance"], units[i][breaker]), reverse=True)
+    assert h.journal(tmp_path / "run", "drop")[0]["trains"] == sorted([i for i in order if i != dropped][:3])
 
 
 def test_protected_layers_stay(base, task, tmp_path):

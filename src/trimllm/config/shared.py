@@ -10,10 +10,11 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 STRATEGIES = (
-    *("scan+norm", "scan", "norm", "bi", "angular", "loss", "perplexity", "taylor", "magnitude", "random"),
-    *("first", "last", "alternate", "symmetric"),
+    *("scan+norm", "scan+loss", "scan", "norm", "bi", "angular", "loss", "perplexity", "taylor", "magnitude"),
+    *("random", "first", "last", "alternate", "symmetric"),
 )
-"""What `--strategy` takes; scan+norm is the paper's: the scan decides, the norm breaks ties. See `scores.SCORES`."""
+"""What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's.
+See `scores.SCORES`."""
 CONFIDENCE = 0.999
 """Of a race: tried on recorded scans, see docs/lab.md."""
 RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
@@ -115,9 +116,9 @@ def unknown_strategy(name: str) -> str:
 
 class StrategySettings(Settings):
     strategy: str = "scan+norm"
-    """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan, norm, bi, angular,
-    loss (of right answers: the quick one where a question has dozens of choices), perplexity, taylor, magnitude,
-    random, first, last, alternate, symmetric."""
+    """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan+loss (ties by the loss
+    of right answers), scan, norm, bi, angular, loss (the quick one where a question has dozens of choices), perplexity,
+    taylor, magnitude, random, first, last, alternate, symmetric."""
 
     @model_validator(mode="after")
     def _strategy_is_known(self) -> StrategySettings:
@@ -147,9 +148,10 @@ class ScoreSettings(StrategySettings):
 
     @model_validator(mode="after")
     def _races_are_for_accuracy(self) -> ScoreSettings:
-        if self.scan == "racing" and not self.strategy.startswith("scan"):
+        if self.scan == "racing" and self.strategy not in ("scan+norm", "scan"):
             raise ValueError(
-                f"--scan racing compares accuracies, and --strategy {self.strategy} does not: leave it out"
+                f"--scan racing compares accuracies, and norms where they tie, --strategy {self.strategy} something "
+                "else: leave one of them out"
             )
         if self.scan == "exact" and "confidence" in self.model_fields_set and self.confidence != CONFIDENCE:
             raise ValueError("--confidence is for --scan racing: leave it out, or add --scan racing")

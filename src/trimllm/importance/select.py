@@ -12,6 +12,9 @@ from trimllm.errors import InputError
 from trimllm.importance import scores
 from trimllm.importance.scores import Array, Evidence
 
+BREAKS_TIES = {"norm": "largest norm", "loss": "least loss"}
+"""What goes of tied candidates, by the score that breaks ties."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -40,7 +43,8 @@ def choose(
     tolerance: float = 0.0,
     allowed: Collection[int] | None = None,
 ) -> Choice:
-    """The least important candidate; with scan+norm, of those within `tolerance` accuracy points the largest norm goes.
+    """The least important candidate; with scan+norm, of those within `tolerance` accuracy points the largest norm goes,
+    with scan+loss the least loss.
 
     `allowed` are indices into `candidates` (default: all). Further ties go to the deeper unit.
 
@@ -56,7 +60,7 @@ def choose(
     ranks = scores.importance(breakers[0], evidence) if breakers else np.zeros(len(candidates))
     index = min(tied, key=lambda i: (ranks[i], -evidence.position[i]))
     others = len(tied) - 1
-    rule = "by the scan, largest norm" if breakers else "in importance, deepest"
+    rule = f"by the scan, {BREAKS_TIES[breakers[0]]}" if breakers else "in importance, deepest"
     why = f"tied with {others} {rule}" if others else "least important"
     return Choice(candidates[index], index, float(values[index]), tuple(tied), why)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from trimllm import files
@@ -239,10 +238,14 @@ class Decider:
         return self._harmless(result, Joint((index,), trial_.value, trial_.loss))
 
     def _order(self, layout: Layout, result: ScanResult, evidence: Evidence) -> list[int]:
-        """Original indices of the present blocks' attentions, those most likely to stay first, ties by the norm."""
+        """Original indices of the present blocks' attentions, those most likely to stay first.
+
+        Ties go by the score that breaks them, and by the norm where the strategy has none.
+        """
         blocks = {i: unit for i, unit in enumerate(result.candidates) if unit.kind == "block"}
-        decider = scores.importance(scores.parts(self.config.strategy)[0], evidence)
-        breaker = scores.s_norm(evidence.norm) if evidence.norm is not None else np.zeros(len(result.candidates))
+        decides, *breaks = scores.parts(self.config.strategy)
+        decider = scores.importance(decides, evidence)
+        breaker = scores.importance(breaks[0] if breaks else "norm", evidence)
         # A block in several runs goes with the least important of them.
         rank = {
             place: min((decider[i], breaker[i]) for i, unit in blocks.items() if place in unit.blocks)

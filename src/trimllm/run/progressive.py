@@ -28,7 +28,8 @@ from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import fluency, inputs
-from trimllm.importance import scan
+from trimllm.importance import scan, scores
+from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
 from trimllm.run import card, recording, recovery, rundir, targets
 from trimllm.run.deciding import Decider
@@ -195,8 +196,9 @@ class Run:
         may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
         if may_change and (slow := scan.many_choices_note(self.calibration, config.strategy)):
             say(f"  {slow}")
-        if "+" in config.strategy and self.decider.tolerance:
-            say(f"candidates within {self.decider.tolerance:.2f} points are tied: the largest activation norm goes")
+        _, *breaks = scores.parts(config.strategy)
+        if breaks and self.decider.tolerance:
+            say(f"candidates within {self.decider.tolerance:.2f} points are tied: the {BREAKS_TIES[breaks[0]]} goes")
         if not self.journal.of("base"):
             free = fluency.measure(loaded.model, self.tokenizer, self.calibration.items)
             self.recorder.record("base", loaded.model, whole(self.base_depth), fluency=free)
