@@ -29,7 +29,7 @@ def cycle(steps: int, epochs: float, train_tokens: int, calibration_tokens: int)
 
 @dataclass
 class Recovery:
-    """Follows a stage, as the `until` of `train.train_stage`: true once the loss is at most `limit` nats per token."""
+    """Follows a stage, as the `watch` of `train.train_stage`: true once the loss is at most `limit` nats per token."""
 
     measure: Callable[[], float]
     """The calibration loss of the model as it is now; computed by every process."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -62,6 +62,14 @@ class StageReport:
     """Tokens per forward and backward at the end: less than asked for where memory ran out."""
 
 
+class Watch(Protocol):
+    """What may end a stage before its plan does: asked every `cycle` steps, about."""
+
+    cycle: int
+
+    def __call__(self) -> bool: ...
+
+
 @dataclass
 class _Ways:
     """How a stage computes its micro-batches; decided at its start, but for the size, which halves if memory ends."""
@@ -90,8 +98,7 @@ def train_stage(
     folder: str | Path | None = None,
     on_step: Callable[[int, int, float, float], None] | None = None,
     say: Callable[[str], None] | None = None,
-    cycle: int | None = None,
-    until: Callable[[], bool] | None = None,
+    watch: Watch | None = None,
     fitted: int | None = None,
     attention: str = backends.AUTO,
     teacher: Teacher | None = None,
@@ -99,13 +106,19 @@ def train_stage(
 ) -> StageReport:
     """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
 
-    `on_step(step, steps, loss, tokens per second)` is called after every optimizer step, `say` with a line that the
-    user should see; `folder` is where `cache_frozen_prefix="disk"` puts its file. The learning rate rises and decays
-    once, or anew every `cycle` steps; where it is down, the stage ends if `until()` is true. `fitted`: tokens that a
-    micro-batch had at the end of the stage before, where memory may have run out; with `attention`
-    auto the short rows of a stage may be computed by another backend than the model's (see `backends.EAGER_LENGTH`).
-    `teacher`: a model of the same family and vocabulary, to learn from beside the targets. `moments`: what AdamW
-    goes on from; afterwards, what it knows of the parameters that trained, in main memory.
+    The learning rate rises and decays once; with a `watch` anew in every cycle.
+
+    Args:
+        seed: of whatever is random within the model (dropout).
+        folder: where `cache_frozen_prefix="disk"` puts its file.
+        on_step: called after every optimizer step with its number, their count, the loss, tokens per second.
+        say: called with a line that the user should see.
+        watch: may end the stage where the learning rate is down.
+        fitted: tokens that a micro-batch had at the end of the stage before, where memory may have run out.
+        attention: with auto, short rows may be computed by another backend than the model's (see
+            `backends.EAGER_LENGTH`).
+        teacher: a model of the same family and vocabulary, to learn from beside the targets.
+        moments: what AdamW goes on from; afterwards, what it knows of the parameters that trained, in main memory.
 
     Raises:
         TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
@@ -135,7 +148,7 @@ def train_stage(
     history, tokens = [], 0
     try:
         for number, rows in enumerate(plan):
-            place, length = _in_cycle(number, len(plan), cycle)
+            place, length = _in_cycle(number, len(plan), watch.cycle if watch else None)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(place, length)
             with _autocast(models, accelerator):
@@ -152,7 +165,7 @@ def train_stage(
             tokens += sum(len(row.ids) for row in rows)
             if on_step:
                 on_step(number + 1, len(plan), loss, tokens / (time.perf_counter() - started))
-            if until and place + 1 == length and until():
+            if watch and place + 1 == length and watch():
                 break
     finally:
         if settings.gradient_checkpointing:
