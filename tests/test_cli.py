@@ -250,7 +250,9 @@ def test_options_with_an_effect_are_taken(words):
 
 @pytest.mark.parametrize("command", [TRIM, SCAN, ["compare", *TRIM[1:]]], ids=lambda value: value[0])
 def test_an_unknown_strategy_is_refused_when_the_settings_are_made(command):
-    with pytest.raises(InputError, match="unknown strategy 'bogus': use one of scan\\+norm, scan\\+loss, scan, norm, bi,"):
+    with pytest.raises(
+        InputError, match="unknown strategy 'bogus': use one of scan\\+norm, scan\\+loss, scan, norm, bi,"
+    ):
         cli.parse([*command, "--strategy", "bogus"])
 
 
@@ -350,11 +352,24 @@ def test_too_few_rows_are_counted(base, tmp_path, capsys):
 def test_prompts_longer_than_the_context_are_counted_and_work_with_truncate(base, task, tmp_path, capsys):
     words = h.arguments(h.settings(base, task, tmp_path / "run", depth=3, max_length=16, epochs_per_drop=0))
     line = refusal(capsys, "trim", *words)
-    assert re.search(
-        r"^\d+ of \d+ prompts do not fit the context of 16 tokens \(first: .*jsonl:\d+, \d+ tokens\)", line
-    )
+    assert re.search(r"^\d+ of \d+ rows do not fit the context of 16 tokens \(first: .*jsonl:\d+, \d+ tokens\)", line)
     assert "--truncate" in line
+    code, _, err = call(capsys, "trim", *words, "--truncate")
+    assert code == 0
+    assert re.search(r"--truncate: of \d+ rows, [1-9]\d* prompts are cut from the left, 0 answers", err)
+
+
+def test_written_answers_longer_than_the_context_work_with_truncate(base, tmp_path, capsys):
+    rows = [{"question": f"What is {i}?", "answer_text": f"It is {i}. " * 9 * (i % 2 + 1)} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = h.settings(base, tmp_path / "rows.jsonl", tmp_path / "run", depth=3, max_length=48, epochs_per_drop=0)
+    words = h.arguments(settings | {"calibration_size": 4})
+    assert "rows do not fit the context of 48 tokens" in refusal(capsys, "trim", *words)
     assert call(capsys, "trim", *words, "--truncate")[0] == 0
+    trimmed = ["eval", "--model", str(tmp_path / "run" / "model"), *words[words.index("--task") :][:2]]
+    code, _, err = call(capsys, *trimmed, "--max-length", "48", "--truncate")
+    assert code == 0
+    assert re.search(r"--truncate: of \d+ rows, 0 prompts are cut from the left, [1-9]\d* answers at their end", err)
 
 
 def test_pickled_weights_are_read_when_they_are_allowed(strange, task, tmp_path, capsys):

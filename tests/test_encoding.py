@@ -11,7 +11,16 @@ from conftest import make_tokenizer
 from tiny import build
 
 from trimllm.errors import InputError
-from trimllm.evaluation.encoding import Batches, Encoded, attention_window, context_length, encode, encode_pair, rows
+from trimllm.evaluation.encoding import (
+    Batches,
+    Encoded,
+    attention_window,
+    context_length,
+    cut_note,
+    encode,
+    encode_pair,
+    rows,
+)
 from trimllm.tasks.items import Item
 from trimllm.training.training_rows import task_examples
 
@@ -113,7 +122,7 @@ def test_the_last_token_needs_no_room_and_one_more_token_does(tokenizer):
         encode(tokenizer, [item], total - 1, room=1)
 
 
-def test_truncate_cuts_prompts_from_the_left_and_leaves_answers_whole(tokenizer, questions):
+def test_truncate_cuts_prompts_from_the_left_and_leaves_choices_whole(tokenizer, questions):
     intact = encode(tokenizer, questions, 64)
     cut = encode(tokenizer, questions, 12, truncate=True)
     assert any(one != other for one, other in zip(cut, intact, strict=True))
@@ -124,9 +133,38 @@ def test_truncate_cuts_prompts_from_the_left_and_leaves_answers_whole(tokenizer,
         assert longest == 12 or (longest < 12 and one.prompt == other.prompt)
 
 
-def test_an_answer_that_fills_the_context_alone_is_an_error_even_with_truncate(tokenizer):
-    with pytest.raises(InputError, match=r"r:7: the answer alone fills the context of 4 tokens"):
-        encode(tokenizer, [Item("r:7", "a", (" qwxz qwxz",))], 4, truncate=True)
+def test_a_choice_that_fills_the_context_alone_is_an_error_even_with_truncate(tokenizer):
+    for choices in ((" qwxz qwxz",), (" a", " qwxz qwxz")):
+        with pytest.raises(InputError, match=r"r:7: a choice alone fills the context of 4 tokens"):
+            encode(tokenizer, [Item("r:7", "a", choices)], 4, truncate=True)
+
+
+@pytest.mark.parametrize("room", [0, 1])
+@pytest.mark.parametrize(("prompt", "answer"), [(4, 30), (30, 4), (30, 30), (10, 9), (8, 7), (4, 4)])
+def test_truncate_leaves_a_prompt_half_of_the_context_and_a_written_answer_the_rest(tokenizer, prompt, answer, room):
+    item = Item("r:1", " ".join("q" * prompt), (" " + " ".join("w" * answer),), references=("w",))
+    (whole,) = encode(tokenizer, [item], 512)
+    asked, told = len(whole.prompt), len(whole.target)
+    (cut,) = encode(tokenizer, [item], 16, truncate=True, room=room)
+    assert cut.prompt == whole.prompt[asked - len(cut.prompt) :]
+    assert cut.target == whole.target[: len(cut.target)]
+    space = 16 + 1 - room
+    half = min(asked, 8)
+    assert len(cut.target) == min(told, space - half)
+    assert len(cut.prompt) == min(asked, space - len(cut.target))
+    assert (cut.prompt_cut, cut.answer_cut) == (cut.prompt != whole.prompt, cut.target != whole.target)
+    assert (cut_note([cut]) is None) is (asked + told <= space)
+
+
+def test_what_was_cut_is_counted_by_rows(tokenizer):
+    asked, told = " ".join("q" * 30), " " + " ".join("w" * 30)
+    items = [
+        Item(f"r:{i}", p, (a,), references=("w",)) for i, (p, a) in enumerate([(asked, told), ("q", told), ("q", " w")])
+    ]
+    note = "--truncate: of 3 rows, 1 prompts are cut from the left, 2 answers at their end"
+    assert cut_note(encode(tokenizer, items, 16, truncate=True)) == note
+    with pytest.raises(InputError, match=r"2 of 3 rows do not fit .*long written answers at their end"):
+        encode(tokenizer, items, 16)
 
 
 def test_a_choice_without_tokens_is_an_error(tokenizer):

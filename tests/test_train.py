@@ -109,6 +109,15 @@ def test_prompts_that_leave_no_room_for_eos_are_an_error_or_cut(tokenizer):
     assert cut.targets == whole_row.targets
 
 
+def test_a_written_answer_whose_end_is_cut_off_does_not_teach_to_stop(tokenizer):
+    item = Item("r:9", "the cat", (" sat on the mat" * 9,), references=("sat",))
+    (whole_row,) = task_examples(tokenizer, [item], 512)
+    (cut,) = task_examples(tokenizer, [item], 16, truncate=True)
+    assert whole_row.ids[-1] == tokenizer.eos_token_id
+    assert cut.ids == whole_row.ids[:16]
+    assert cut.start == whole_row.start
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_documents_longer_than_the_context_train_on_every_token(family, tokenizer, settings):
     """The last id of a row is never an input, so a full window is a legal row even for learnt positions."""

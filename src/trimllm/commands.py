@@ -238,9 +238,10 @@ def run_eval(command: config.EvalConfig) -> None:
     if command.generate and data.kind != "generation":
         raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}: leave it out")
     console = Console()
-    for note in data.notes:
+    scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.test)
+    for note in (*data.notes, *scorer.notes):
         console.say(f"  {note}")
-    evaluation = inputs.scorer(command, loaded.model, loaded.tokenizer, data.test).evaluate(loaded.model, data.metric)
+    evaluation = scorer.evaluate(loaded.model, data.metric)
     record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
     print(f"{data.name}: {evaluation_line(evaluation)}")
     if command.generate:

@@ -30,6 +30,10 @@ class Encoded:
     prompt: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
     answer: int = 0
+    prompt_cut: bool = False
+    """The beginning of its prompt did not fit."""
+    answer_cut: bool = False
+    """The end of its written answer did not fit."""
 
     @property
     def target(self) -> tuple[int, ...]:
@@ -130,11 +134,12 @@ def encode(
     """Token ids of items, in order.
 
     Text longer than the context becomes several windows of it (all with the same `item`). A prompt that does not fit
-    with its longest continuation and `room` more tokens is an error, or cut from the left with `truncate`; the last
+    with its longest continuation and `room` more tokens is an error, or with `truncate` cut from the left, once a
+    written answer that would leave it less than half of the context is cut at its end; choices never are. The last
     token takes no room, since it is never an input.
 
     Raises:
-        InputError: naming how many prompts are too long and the first of them; or a continuation without tokens.
+        InputError: naming how many rows are too long and the first of them; or a continuation without tokens.
     """
     encoded: list[Encoded] = []
     too_long: list[tuple[Item, int]] = []
@@ -149,20 +154,34 @@ def encode(
             encoded.extend(_windows(number, prompt, continuations[0], max_length))
             continue
         needed = max(map(len, continuations)) + room
-        space = max_length + 1 - needed
-        if len(prompt) > space:
-            too_long.append((item, len(prompt) + needed))
-            prompt = prompt[-space:] if space > 0 else []
+        if len(prompt) + needed <= max_length + 1:
+            encoded.append(Encoded(number, tuple(prompt), tuple(continuations), item.answer))
+            continue
+        too_long.append((item, len(prompt) + needed))
+        longest = max_length + 1 - room - min(len(prompt), max_length // 2) if item.references else None
+        cut = [ids[:longest] for ids in continuations]
+        space = max_length + 1 - room - max(map(len, cut))
         if space <= 0 and truncate:
-            raise InputError(f"{item.place}: the answer alone fills the context of {max_length} tokens: drop the row")
-        encoded.append(Encoded(number, tuple(prompt), tuple(continuations), item.answer))
+            raise InputError(f"{item.place}: a choice alone fills the context of {max_length} tokens: drop the row")
+        cuts = {"prompt_cut": len(prompt) > space, "answer_cut": cut != continuations}
+        encoded.append(Encoded(number, tuple(prompt[-max(space, 1) :]), tuple(cut), item.answer, **cuts))
     if too_long and not truncate:
         first, length = too_long[0]
         raise InputError(
-            f"{len(too_long)} of {len(items)} prompts do not fit the context of {max_length} tokens "
-            f"(first: {first.place}, {length} tokens): pass --truncate to cut prompts from the left, or drop the rows"
+            f"{len(too_long)} of {len(items)} rows do not fit the context of {max_length} tokens (first: "
+            f"{first.place}, {length} tokens): pass --truncate to cut prompts from the left and long written answers "
+            "at their end, or drop the rows"
         )
     return encoded
+
+
+def cut_note(encoded: Sequence[Encoded]) -> str | None:
+    """A line for the user on what `truncate` cut off, if anything."""
+    prompts, answers = sum(one.prompt_cut for one in encoded), sum(one.answer_cut for one in encoded)
+    if not prompts and not answers:
+        return None
+    rows = len({one.item for one in encoded})
+    return f"--truncate: of {rows:,} rows, {prompts:,} prompts are cut from the left, {answers:,} answers at their end"
 
 
 def _windows(number: int, start: list[int], ids: tuple[int, ...], max_length: int) -> Iterator[Encoded]:

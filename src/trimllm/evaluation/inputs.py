@@ -46,7 +46,7 @@ def scorer(settings: Evaluating, model: Any, tokenizer: Any, items: Sequence[Ite
     """Items encoded and in batches for `model`.
 
     Raises:
-        InputError: if prompts do not fit (see `encoding.encode`), or a row exceeds the tokens of a batch.
+        InputError: if rows do not fit (see `encoding.encode`), or a row exceeds the tokens of a batch.
     """
     budget = settings.eval_batch_size
     made = Scorer(

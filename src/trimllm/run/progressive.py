@@ -189,7 +189,7 @@ class Run:
             f"{data.name}: {len(data.train):,} training rows, {len(data.calibration):,} for calibration, "
             f"{len(data.test):,} reported; metric {data.metric}"
         )
-        for note in (*data.notes, *filter(None, {self.calibration.note, self.test.note})):
+        for note in (*data.notes, *dict.fromkeys([*self.calibration.notes, *self.test.notes])):
             say(f"  {note}")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")

@@ -36,15 +36,17 @@ def examples(
 def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, truncate: bool = False) -> list[Example]:
     """Prompt + target + EOS of every item, tokenized as evaluation does; only target and EOS are learnt.
 
+    A target whose end was cut off has no EOS.
+
     Raises:
-        InputError: if a prompt does not fit the context (see `encoding.encode`).
+        InputError: if a row does not fit the context (see `encoding.encode`).
     """
     eos = tokenizer.eos_token_id
     ending = () if eos is None else (eos,)
     right = [item.right_only() for item in items]
     made = []
     for one in encoding.encode(tokenizer, right, max_length, truncate=truncate, room=len(ending)):
-        tail = ending if items[one.item].prompt else ()
+        tail = ending if items[one.item].prompt and not one.answer_cut else ()
         made.append(Example((*one.prompt, *one.target, *tail), len(one.prompt)))
     return made
 
