@@ -16,7 +16,7 @@ from trimllm import cli, files
 from trimllm.checkpoints import folders, verification
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
-from trimllm.run import card, deciding, progressive, recording, targets
+from trimllm.run import account, deciding, progressive, recording, targets
 from trimllm.training import train
 
 
@@ -307,7 +307,7 @@ def test_resumed_weights_are_float32_even_if_the_base_is_not(task, tmp_path, mon
 def test_row_of_the_saved_model_is_measured_anew_when_the_run_went_on_after_it(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        h.kill_at(patch, card, "result", 1)
+        h.kill_at(patch, account, "result", 1)
         with pytest.raises(h.Killed):
             h.run(base, task, output)
     events = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
@@ -324,7 +324,7 @@ def test_saved_model_that_a_lowered_floor_replaces_is_measured(base, task, tmp_p
     output, floor = tmp_path / "run", {"depth": 4, "min_accuracy": 0}
     with monkeypatch.context() as patch:
         patch.setattr(targets, "floor", lambda _, values: 101 if len(values) > 1 else 0)
-        h.kill_at(patch, card, "result", 1)
+        h.kill_at(patch, account, "result", 1)
         with pytest.raises(h.Killed):
             h.run(base, task, output, **floor)
     assert [row["depth"] for row in h.journal(output, "saved")] == [5]

@@ -22,7 +22,7 @@ from trimllm.evaluation.inputs import scorer, task_data
 from trimllm.importance import joint
 from trimllm.importance.joint import Joint
 from trimllm.parallel import ALONE
-from trimllm.run import card, deciding, progressive, recovery, rundir
+from trimllm.run import account, deciding, progressive, recovery, rundir
 from trimllm.run.recovery import Recovery
 from trimllm.run.targets import least_depth, stage_epochs
 from trimllm.training import train
@@ -324,7 +324,7 @@ def test_tokens_are_counted_against_one_full_fine_tune(straight):
     found = h.result(straight)["tokens"]
     assert found == {"stages": stages, "total": sum(stages), "full_fine_tunes": sum(stages) / stages[0]}
     rows = [{"event": "base"}, {"event": "stage", "train": {"tokens": 0}}, {"event": "stage", "train": {"tokens": 7}}]
-    assert card.tokens(rows) == {"stages": [0, 7], "total": 7, "full_fine_tunes": None}
+    assert account.tokens(rows) == {"stages": [0, 7], "total": 7, "full_fine_tunes": None}
 
 
 def test_line_of_a_joint_drop_names_both_accuracies(base, task, tmp_path, capsys):

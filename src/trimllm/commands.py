@@ -21,7 +21,7 @@ from trimllm.evaluation.evaluate import Evaluation
 from trimllm.evaluation.generation import generate
 from trimllm.importance import scan, select, weights
 from trimllm.importance.scores import Evidence
-from trimllm.run import card, model_card, rundir
+from trimllm.run import account, model_card, rundir
 from trimllm.run.deciding import race_of
 from trimllm.run.progressive import trim
 
@@ -30,7 +30,7 @@ def run_trim(command: config.TrimConfig) -> None:
     """Trim, then print the table of depths."""
     _, history = trim(command)
     if parallel.is_first():
-        print(card.depth_table(history))
+        print(account.depth_table(history))
         print(f"trimmed checkpoint: {Path(command.output) / 'model'}")
 
 

@@ -16,7 +16,7 @@ from trimllm.blocks.layout import Layout, whole_layers
 from trimllm.checkpoints import models
 from trimllm.checkpoints.loading import quiet
 from trimllm.config import TrimConfig
-from trimllm.run.card import depth_table
+from trimllm.run.account import depth_table
 from trimllm.run.targets import LATE_SHARE
 from trimllm.tasks import TaskData
 from trimllm.tasks.catalog import find_builtin

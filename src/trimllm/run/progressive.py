@@ -31,7 +31,7 @@ from trimllm.evaluation import fluency, inputs
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
-from trimllm.run import card, recording, recovery, rundir, targets
+from trimllm.run import account, recording, recovery, rundir, targets
 from trimllm.run.deciding import Decider
 from trimllm.run.journal import Journal
 from trimllm.run.recording import Recorder
@@ -375,7 +375,7 @@ class Run:
                 reached=state.reached,
             )
         )
-        self.console.say(f"  {card.drop_line(choices, before, decision.result, decision.joint)}")
+        self.console.say(f"  {account.drop_line(choices, before, decision.result, decision.joint)}")
 
     def history(self) -> History:
         """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
@@ -414,10 +414,10 @@ class Run:
         first = self.journal.last("base") or {}
         if collapsed := fluency.warning(first.get("fluency"), row.get("fluency")):
             self.console.say(f"warning: {collapsed}")
+        reached = f"{self.metric} {account.percent(row['test'])}"
         self.console.say(
-            f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {self.metric} {card.percent(row['test'])}, "
-            "reloaded and compared"
+            f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {reached}, reloaded and compared"
         )
-        self.journal.add("done", table=f"{depth} layers, {self.metric} {card.percent(row['test'])}")
+        self.journal.add("done", table=f"{depth} layers, {reached}")
         self._forget()
         return saved, self.history()

@@ -17,7 +17,7 @@ from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.parallel import Share
-from trimllm.run import card, model_card, rundir
+from trimllm.run import account, model_card, rundir
 from trimllm.run.journal import Journal
 from trimllm.run.rundir import RunDir
 from trimllm.run.targets import Size
@@ -60,7 +60,7 @@ class Recorder:
             tokens_per_second=float(np.median(speed)),
             **more,
         )
-        self.console.say(card.depth_row(event, now, calibration, test, float(np.median(speed)), more))
+        self.console.say(account.depth_row(event, now, calibration, test, float(np.median(speed)), more))
 
     def write_result(
         self,
@@ -77,7 +77,7 @@ class Recorder:
         text = model_card.trimmed(self.config, data, rundir.load_layout(stage["layout"]), history, base)
         files.write_atomic(folder.model / "README.md", text)
         speeds = self.final_speeds(saved)
-        result = card.result(self.config, data, stage, history, drops, base, row, verified, speeds)
+        result = account.result(self.config, data, stage, history, drops, base, row, verified, speeds)
         files.write_json(folder.result, result)
 
     def size(self, model: Any) -> Size:
