@@ -87,7 +87,8 @@ class Arm:
     """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
 
     own_start: bool = False
-    """Fully fine-tunes for itself, `longer` too: it holds out rows that the common start has learnt."""
+    """Fully fine-tunes for itself, `longer` too: it holds out rows that the common start has learnt. What it is less
+    than at full depth is less than its own; parts of the demo world only, whose number of rows `longer` is for."""
 
     def settings(self, given: Settings, drops: int) -> Settings:
         """The settings of a run that drops so many blocks."""
@@ -294,7 +295,8 @@ def main() -> int:
     for seed in options.seeds:
         for part in options.parts:
             for name in options.arms:
-                if "text" in ARMS[name].changes and "text" not in PARTS[part].settings:
+                idle = "text" in ARMS[name].changes and "text" not in PARTS[part].settings
+                if idle or (ARMS[name].own_start and PARTS[part].files is not None):
                     continue
                 by = accuracies(part, seed, name, options)
                 raw.append({"part": part, "seed": seed, "arm": name, "accuracy": {f"{k:g}": v for k, v in by.items()}})

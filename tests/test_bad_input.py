@@ -234,7 +234,7 @@ OUTPUTS = {
     "model/cut": "it lies inside the model's directory .*model: choose another one",
     "link/a/cut": "it lies inside the model's directory .*model: choose another one",
     ".": "the model's directory .*model lies inside it: choose another one",
-    "file": "it is a file: name a directory|this is a file: name a directory",
+    "file": "it is a file: name a directory",
     "file/cut": ".*/file is a file: choose another --output",
     "used": "the directory is not empty: choose another one|the directory already holds notes.txt: choose another one",
     "/sys/trimllm": ".*(not permitted|denied|Read-only).*: choose another --output",

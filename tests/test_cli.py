@@ -356,7 +356,8 @@ def test_prompts_longer_than_the_context_are_counted_and_work_with_truncate(base
     assert "--truncate" in line
     code, _, err = call(capsys, "trim", *words, "--truncate")
     assert code == 0
-    assert re.search(r"--truncate: of \d+ rows, [1-9]\d* prompts are cut from the left, 0 answers", err)
+    for name in ("training", "calibration", "reported"):
+        assert re.search(rf"--truncate, \d+ {name} rows: prompts cut from the left: [1-9]\d*, answers .*: 0", err)
 
 
 def test_written_answers_longer_than_the_context_work_with_truncate(base, tmp_path, capsys):
@@ -365,11 +366,15 @@ def test_written_answers_longer_than_the_context_work_with_truncate(base, tmp_pa
     settings = h.settings(base, tmp_path / "rows.jsonl", tmp_path / "run", depth=3, max_length=48, epochs_per_drop=0)
     words = h.arguments(settings | {"calibration_size": 4})
     assert "rows do not fit the context of 48 tokens" in refusal(capsys, "trim", *words)
-    assert call(capsys, "trim", *words, "--truncate")[0] == 0
+    code, _, err = call(capsys, "trim", *words, "--truncate")
+    assert code == 0
+    cut = r"rows: prompts cut from the left: 0, answers cut at their end: [1-9]\d*"
+    assert re.search(rf"--truncate, \d+ training {cut}", err)
+    assert any("--truncate" in note for note in h.result(tmp_path / "run")["notes"])
     trimmed = ["eval", "--model", str(tmp_path / "run" / "model"), *words[words.index("--task") :][:2]]
     code, _, err = call(capsys, *trimmed, "--max-length", "48", "--truncate")
     assert code == 0
-    assert re.search(r"--truncate: of \d+ rows, 0 prompts are cut from the left, [1-9]\d* answers at their end", err)
+    assert re.search(rf"--truncate, \d+ reported {cut}", err)
 
 
 def test_pickled_weights_are_read_when_they_are_allowed(strange, task, tmp_path, capsys):

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_run import fast, save_base, save_task, with_own_code
+from helpers_run import Killed, fast, save_base, save_task, with_own_code
 
 from trimllm import cli, compare
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job
@@ -140,7 +140,7 @@ def whole(world: tuple[Path, Path], tmp_path_factory: Any) -> tuple[Path, dict[s
         in_process(patch, picture=True, apart="base")
         compare.claim(command, output)
         with ThreadPoolExecutor(1) as pool:
-            child = pool.submit(compare.make_row, command, Cell(METHODS["base"], None), output)
+            child = pool.submit(compare.make_row, command, Cell(METHODS["base"], None), output, 2)
             go(command.model_copy(update={"methods": ("full", "trim", "shortgpt"), "resume": True}))
             child.result()
         with redirect_stdout(StringIO()) as printed:
@@ -269,10 +269,47 @@ def test_a_comparison_that_another_process_works_on_is_refused(
 ) -> None:
     ran = made_up(monkeypatch)
     output = tmp_path / "out"
-    with folders.held(output), pytest.raises(InputError, match="another process is at work there"):
+    with folders.held(output), pytest.raises(InputError, match="something is at work there already"):
         go(settings(world, output, methods=("base",)))
     assert not ran
     assert not output.exists()
+
+
+@pytest.mark.parametrize("python", [None, "another"])
+def test_a_row_that_outlives_its_comparison_holds_the_folder(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, python: str | None
+) -> None:
+    """A comparison that is killed leaves the child behind that makes a row: nobody may begin the same row meanwhile."""
+    output, started = tmp_path / "out", list[subprocess.Popen[bytes]]()
+
+    def orphan(_: list[str], *, pass_fds: list[int], **__: Any) -> Any:
+        started.append(subprocess.Popen(["sleep", "60"], pass_fds=pass_fds))
+        raise Killed
+
+    monkeypatch.setattr(compare if python is None else elsewhere, "subprocess", SimpleNamespace(run=orphan))
+    monkeypatch.setattr(cell, "missing", lambda _: "a library" if python else "")
+    monkeypatch.setattr(elsewhere, "lacking", lambda *_: "")
+    command = settings(world, output, methods=("base",), baselines_python=python and sys.executable)
+    try:
+        with pytest.raises(Killed):
+            go(command)
+        with pytest.raises(InputError, match="something is at work there already"):
+            go(command.model_copy(update={"resume": True}))
+    finally:
+        started[0].kill()
+        started[0].wait()
+    with folders.held(output):
+        pass
+
+
+def test_what_truncate_cuts_is_said_once_for_all_rows(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    made_up(monkeypatch)
+    command = settings(world, tmp_path / "out", methods=("base", "full"), max_length=16, truncate=True)
+    compare.compare(command, Console())
+    lines = [line for line in capsys.readouterr().err.splitlines() if "prompts cut from the left" in line]
+    assert [re.findall(r"(\w+) rows:", line)[0] for line in lines] == ["reported", "calibration", "training"]
 
 
 def test_rows_of_one_table_have_the_same_threads_and_device(
@@ -466,7 +503,7 @@ def test_another_python_runs_this_very_package(tmp_path: Path, monkeypatch: Any)
     monkeypatch.setenv("PYTHONPATH", str(other.parent))
     spy = 'import sys, trimllm; print(trimllm.__file__, sys.argv[1:], file=open(sys.argv[1], "w"))'
     python = script(tmp_path / "python", f"shift 2; exec {sys.executable} -c '{spy}' \"$@\"")
-    assert elsewhere.run(str(python), [str(tmp_path / "said"), "gptq"]) == 0
+    assert elsewhere.run(str(python), [str(tmp_path / "said"), "gptq"], 2) == 0
     path, _, rest = (tmp_path / "said").read_text().partition(" ")
     assert Path(path).parent.name == "trimllm"
     assert not Path(path).parent.exists()  # the link is gone with its folder

@@ -16,7 +16,7 @@ from trimllm.evaluation.encoding import (
     Encoded,
     attention_window,
     context_length,
-    cut_note,
+    cut_notes,
     encode,
     encode_pair,
     rows,
@@ -148,12 +148,12 @@ def test_truncate_leaves_a_prompt_half_of_the_context_and_a_written_answer_the_r
     (cut,) = encode(tokenizer, [item], 16, truncate=True, room=room)
     assert cut.prompt == whole.prompt[asked - len(cut.prompt) :]
     assert cut.target == whole.target[: len(cut.target)]
-    space = 16 + 1 - room
-    half = min(asked, 8)
-    assert len(cut.target) == min(told, space - half)
-    assert len(cut.prompt) == min(asked, space - len(cut.target))
-    assert (cut.prompt_cut, cut.answer_cut) == (cut.prompt != whole.prompt, cut.target != whole.target)
-    assert (cut_note([cut]) is None) is (asked + told <= space)
+    space, half = 16 + 1, min(asked, 8)
+    fits = told + room <= space - half
+    assert len(cut.target) == (told if fits else min(told, space - half))
+    assert len(cut.prompt) == (min(asked, space - told - room) if fits else half)
+    assert (cut.prompt_cut, cut.answer_cut) == (cut.prompt != whole.prompt, not fits)
+    assert (not cut_notes(reported=[cut])) is (asked + told + room <= space)
 
 
 def test_what_was_cut_is_counted_by_rows(tokenizer):
@@ -161,8 +161,8 @@ def test_what_was_cut_is_counted_by_rows(tokenizer):
     items = [
         Item(f"r:{i}", p, (a,), references=("w",)) for i, (p, a) in enumerate([(asked, told), ("q", told), ("q", " w")])
     ]
-    note = "--truncate: of 3 rows, 1 prompts are cut from the left, 2 answers at their end"
-    assert cut_note(encode(tokenizer, items, 16, truncate=True)) == note
+    note = "--truncate, 3 reported rows: prompts cut from the left: 1, answers cut at their end: 2"
+    assert cut_notes(reported=encode(tokenizer, items, 16, truncate=True), training=[]) == [note]
     with pytest.raises(InputError, match=r"2 of 3 rows do not fit .*long written answers at their end"):
         encode(tokenizer, items, 16)
 

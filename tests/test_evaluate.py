@@ -55,9 +55,9 @@ def test_shared_prompts_and_single_rows_equal_a_naive_forward(family, shares, to
     expected = reference.logliks(model, tokenizer, questions)
     scorer = Scorer(model, tokenizer, questions, token_budget=100)
     assert scorer.branches is shares
-    assert (not scorer.notes) is shares
+    assert (scorer.note is None) is shares
     if not shares:
-        assert "one by one" in scorer.notes[0]
+        assert "one by one" in scorer.note
     assert_close(scorer.score(model).loglik, expected)
     single = Scorer(model, tokenizer, questions, token_budget=70, branches=False).score(model)
     assert_close(single.loglik, expected)
@@ -77,7 +77,7 @@ def test_wrong_branching_would_show(tokenizer, questions):
 def test_a_window_that_binds_forbids_shared_prompts_however_coarse_the_dtype(family, dtype, tokenizer, questions):
     scorer = Scorer(tiny.build(family, depth=3).to(dtype), tokenizer, questions)
     assert scorer.branches is False
-    assert "attention window of 4 tokens" in scorer.notes[0]
+    assert "attention window of 4 tokens" in scorer.note
 
 
 @pytest.mark.parametrize("family", ["qwen2-sliding", "gemma2"])
@@ -86,7 +86,7 @@ def test_a_window_that_nobody_declared_is_noticed_on_the_data(family, tokenizer,
     model = tiny.build(family, depth=3)
     scorer = Scorer(model, tokenizer, questions)
     assert scorer.branches is False
-    assert "not exact" in scorer.notes[0]
+    assert "not exact" in scorer.note
     assert_close(scorer.score(model).loglik, reference.logliks(model, tokenizer, questions))
 
 
@@ -296,7 +296,10 @@ def test_generation_cuts_prompts_from_the_left_and_refuses_to_cut_all(tokenizer)
     (answer,) = generate(model, tokenizer, [Item("r:1", "qzx" * 30, (" a",))], max_new_tokens=1)
     last = int(model(input_ids=torch.tensor([ids[-63:]])).logits[0, -1].argmax())
     assert answer == tokenizer.decode([last], skip_special_tokens=True).strip()
-    with pytest.raises(InputError, match="fill the context of 64"):
+    (short,) = generate(model, tokenizer, [Item("r:1", "qzx" * 30, (" a",))], max_new_tokens=1, max_length=16)
+    last = int(model(input_ids=torch.tensor([ids[-15:]])).logits[0, -1].argmax())
+    assert short == tokenizer.decode([last], skip_special_tokens=True).strip()
+    with pytest.raises(InputError, match="fill the 64 tokens of a row"):
         generate(model, tokenizer, [Item("r:1", "q", (" a",))], max_new_tokens=64)
 
 

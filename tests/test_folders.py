@@ -7,8 +7,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
-import time
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,22 +125,66 @@ def test_what_a_kill_leaves_is_removed_by_the_next_call_but_not_what_lives(tmp_p
 
 
 def test_a_folder_is_held_by_one_process_and_a_kill_frees_it(tmp_path: Path) -> None:
-    ready, child = tmp_path / "ready", os.fork()
-    if child == 0:
-        with held(tmp_path / "run"):
-            (tmp_path / "run" / "journal").touch()
-            ready.touch()
+    program = """if True:
+        import signal, sys
+        from pathlib import Path
+        from trimllm.checkpoints.folders import held
+        with held(sys.argv[1]):
+            Path(sys.argv[1], "journal").touch()
+            print("held", flush=True)
             signal.pause()
-    while not ready.exists():
-        time.sleep(0.01)
-    with pytest.raises(InputError, match="another process is at work there") as refusal, held(tmp_path / "run"):
-        pytest.fail("held twice")
-    assert "\n" not in str(refusal.value)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    """
+    child = subprocess.Popen([sys.executable, "-c", program, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="something is at work there already") as refusal, held(tmp_path / "run"):
+            pytest.fail("held twice")
+        assert "\n" not in str(refusal.value)
+    finally:
+        child.kill()
+        child.communicate()
     with held(tmp_path / "run"), held(tmp_path / "another"):
         pass
-    assert names(tmp_path) == ["ready", "run", "run/journal"]
+    assert names(tmp_path) == ["run", "run/journal"]
+
+
+def test_a_folder_that_goes_away_before_its_lock_is_there_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process ends and removes what it made, between the two steps of this one."""
+    real, gone = os.open, list[str]()
+
+    def open_(path: Any, flags: int, *mode: int) -> int:
+        if flags != os.O_RDONLY:
+            return real(path, flags, *mode)
+        if len(gone) == 0:
+            gone.append("before it is opened")
+            os.rmdir(path)
+        descriptor = real(path, flags)
+        if len(gone) == 1:
+            gone.append("before it is locked")
+            os.rmdir(path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_)
+    with held(tmp_path / "run") as lock:
+        assert len(gone) == 2
+        assert os.path.samestat(os.fstat(lock), os.stat(tmp_path / "run"))
+    assert not names(tmp_path)
+
+
+def test_a_folder_that_may_be_written_but_not_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def open_(path: Any, *arguments: Any) -> int:
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", open_)
+    with pytest.raises(InputError, match="Permission denied: choose another --output"), held(tmp_path):
+        pass
 
 
 def test_a_folder_that_was_made_to_be_held_and_stayed_empty_is_gone(tmp_path: Path) -> None:
@@ -153,7 +197,7 @@ def test_a_folder_that_was_made_to_be_held_and_stayed_empty_is_gone(tmp_path: Pa
 
 def test_a_file_cannot_be_held(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="this is a file: name a directory"), held(tmp_path / "thesis.tex"):
+    with pytest.raises(InputError, match="it is a file: name a directory"), held(tmp_path / "thesis.tex"):
         pass
 
 

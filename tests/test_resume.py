@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from trimllm import cli, files
 from trimllm.checkpoints import folders, verification
+from trimllm.config import DemoConfig
+from trimllm.demo.demo import demo
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
 from trimllm.run import account, deciding, progressive, recording, targets
@@ -190,18 +192,29 @@ def test_directory_of_another_run_or_with_other_files_is_refused(base, task, str
     for resume in (False, True):
         with pytest.raises(InputError, match=r"already holds thesis\.tex: choose another"):
             h.run(base, task, tmp_path, resume=resume)
-    with pytest.raises(InputError, match="this is a file"):
+    with pytest.raises(InputError, match="it is a file"):
         h.run(base, task, tmp_path / "thesis.tex")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_run_that_another_process_works_on_is_refused_before_anything_is_loaded(base, task, straight, monkeypatch):
+@pytest.mark.parametrize("resume", [True, False])
+def test_run_that_another_process_works_on_is_refused_before_anything_is_loaded(
+    base, task, straight, monkeypatch, resume
+):
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
     with folders.held(straight), monkeypatch.context() as patch:
         patch.setattr(progressive, "load", lambda *_, **__: pytest.fail("loaded"))
-        with pytest.raises(InputError, match="another process is at work there"):
-            h.run(base, task, straight, resume=True)
+        with pytest.raises(InputError, match="something is at work there already"):
+            h.run(base, task, straight, resume=resume)
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
+
+
+def test_demo_that_goes_on_in_another_process_is_left_alone(tmp_path):
+    journal = tmp_path / "law" / "trimmed" / "journal.jsonl"
+    files.append_line(journal, {"event": "start"})
+    with folders.held(tmp_path / "law"), pytest.raises(InputError, match="something is at work there already"):
+        demo(DemoConfig(domain="law", output=str(tmp_path)))
+    assert journal.exists()
 
 
 def test_run_that_cannot_begin_leaves_no_directory(base, tmp_path):

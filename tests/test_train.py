@@ -112,10 +112,12 @@ def test_prompts_that_leave_no_room_for_eos_are_an_error_or_cut(tokenizer):
 def test_a_written_answer_whose_end_is_cut_off_does_not_teach_to_stop(tokenizer):
     item = Item("r:9", "the cat", (" sat on the mat" * 9,), references=("sat",))
     (whole_row,) = task_examples(tokenizer, [item], 512)
-    (cut,) = task_examples(tokenizer, [item], 16, truncate=True)
     assert whole_row.ids[-1] == tokenizer.eos_token_id
-    assert cut.ids == whole_row.ids[:16]
-    assert cut.start == whole_row.start
+    for context in (16, len(whole_row.ids) - 2):  # the last id is never an input; in the second, only EOS has no room
+        (cut,) = task_examples(tokenizer, [item], context, truncate=True)
+        assert cut.ids == whole_row.ids[: context + 1]
+        assert (cut.start, cut.answer_cut) == (whole_row.start, True)
+    assert task_examples(tokenizer, [item], len(whole_row.ids) - 1, truncate=True) == [whole_row]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

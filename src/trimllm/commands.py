@@ -16,7 +16,7 @@ from trimllm.blocks.layout import Unit, describe, positions, remove, units, whol
 from trimllm.checkpoints import export, folders, models
 from trimllm.console import Console, table
 from trimllm.errors import InputError
-from trimllm.evaluation import inputs
+from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Evaluation
 from trimllm.evaluation.generation import generate
 from trimllm.importance import scan, select, weights
@@ -55,6 +55,8 @@ def run_scan(command: config.ScanConfig) -> None:
     tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
     may_go = [every[i] for i in _open(command, loaded.model, every, protected)[0]]
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
+    for note in encoding.cut_notes(calibration=scorer.encoded):
+        console.say(f"  {note}")
     asked = lens.questions(scorer) if command.analysis else []
     every_choice = scorer, data.metric
     whole_scan = command.analysis or command.metric  # an analysis compares what it finds with accuracies too
@@ -239,7 +241,7 @@ def run_eval(command: config.EvalConfig) -> None:
         raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}: leave it out")
     console = Console()
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.test)
-    for note in (*data.notes, *scorer.notes):
+    for note in (*data.notes, *encoding.cut_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
         console.say(f"  {note}")
     evaluation = scorer.evaluate(loaded.model, data.metric)
     record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
@@ -275,7 +277,8 @@ def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.T
     """Percentages over the reported split: exact match, ROUGE-L against the best reference, repeated word 4-grams."""
     from trimllm.tasks import metrics
 
-    answers = generate(loaded.model, loaded.tokenizer, data.test, max_new_tokens=command.max_new_tokens)
+    lengths: dict[str, Any] = {"max_new_tokens": command.max_new_tokens, "max_length": command.max_length}
+    answers = generate(loaded.model, loaded.tokenizer, data.test, **lengths)
     pairs = [
         (answer, item.references or (item.target.strip(),)) for answer, item in zip(answers, data.test, strict=True)
     ]

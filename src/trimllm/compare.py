@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +43,30 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     wanted = cells(command.methods, command.keep)
     if command.baselines_python and shutil.which(command.baselines_python) is None:
         raise InputError(f"--baselines-python {command.baselines_python}: no such program: name a Python executable")
-    with folders.held(root):
-        check(command, wanted)
+    with folders.held(root) as lock:
+        for note in check(command, wanted):
+            console.say(f"  {note}")
         whole = claim(command, root)
         for number, each in enumerate(wanted, 1):
             earlier = each.row(root)
             if earlier.get("status") != "done":
                 console.say(f"[{number}/{len(wanted)}] {each.name}")
-                make_row(command, each, root)
+                make_row(command, each, root, lock)
                 earlier = each.row(root)
             console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
             made = record(whole, finished(root))
             files.write_json(root / "compare.json", made)
-    print(report(made))
-    compare_plot(made, root / "compare.png")
+        print(report(made))
+        compare_plot(made, root / "compare.png")
     print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")
     return made
 
 
-def check(command: CompareConfig, wanted: Sequence[Cell]) -> None:
+def check(command: CompareConfig, wanted: Sequence[Cell]) -> list[str]:
     """Whatever would end every row, or be met after hours of training: model, tasks, text, names, shares, lengths.
+
+    Returns:
+        Lines that the user should see.
 
     Raises:
         InputError: for the first of these that cannot be used.
@@ -83,7 +88,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> None:
         raise InputError(f"--sequence {command.sequence}: the model takes at most {context} tokens: ask for less")
     path = models.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
-    names = set()
+    names, notes = set(), list[str]()
     for settings in cell.tasks(command):
         data = inputs.task_data(settings, tokenizer)
         if data.name in names:
@@ -93,9 +98,14 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> None:
         names.add(data.name)
         longest = encoding.context_length(config, command.max_length)
         own = settings is command
-        encoding.encode(tokenizer, [*data.test, *(data.calibration if own else [])], longest, truncate=command.truncate)
+        encode = partial(encoding.encode, tokenizer, max_length=longest, truncate=command.truncate)
+        sets: dict[str, Sequence[encoding.Cut]] = {"reported": encode(data.test)}
+        if own:
+            sets["calibration"] = encode(data.calibration)
         if own and trains:
-            training_rows.examples(command, tokenizer, config, data.train, command.batch_size)
+            sets["training"], _ = training_rows.examples(command, tokenizer, config, data.train, command.batch_size)
+        notes += [f"{data.name}: {note}" for note in encoding.cut_notes(**sets)]
+    return notes
 
 
 def check_model(command: CompareConfig) -> Any:
@@ -154,7 +164,6 @@ def claim(command: CompareConfig, root: Path) -> CompareConfig:
         command = joined(command, plain_settings.make(CompareConfig, rundir.stored_settings(root, CompareConfig)))
     elif root.exists() and any(root.iterdir()):
         raise InputError(f"--output {root}: the directory is not empty: choose another one")
-    folders.check_writable(root)
     command = command.model_copy(update={"resume": False})
     files.write_atomic(settings, plain_settings.to_yaml(command))
     return command
@@ -185,8 +194,8 @@ def same_conditions(command: CompareConfig, root: Path) -> None:
             )
 
 
-def make_row(command: CompareConfig, each: Cell, root: Path) -> None:
-    """Run the row's process; where it ends without a row, a row says so."""
+def make_row(command: CompareConfig, each: Cell, root: Path, lock: int) -> None:
+    """Run the row's process, which inherits the folder's `lock`; where it ends without a row, a row says so."""
     arguments = [str(root), each.method.name, *([f"{each.keep:g}"] if each.method.keeps else [])]
     path = each.file(root)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,9 +205,10 @@ def make_row(command: CompareConfig, each: Cell, root: Path) -> None:
             why = f"--baselines-python {command.baselines_python} {lacks}"
             files.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "not run", "why": why})
             return
-        code = elsewhere.run(command.baselines_python, arguments)
+        code = elsewhere.run(command.baselines_python, arguments, lock)
     else:
-        code = subprocess.run([sys.executable, "-m", "trimllm.baselines.cell", *arguments]).returncode
+        words = [sys.executable, "-m", "trimllm.baselines.cell", *arguments]
+        code = subprocess.run(words, pass_fds=[lock]).returncode
     if code == 0 and path.exists():
         return
     why = f"its process ended with exit code {code}; what it printed says why"

@@ -38,11 +38,12 @@ def lacking(python: str, cell: Cell) -> str:
     return ""
 
 
-def run(python: str, arguments: Sequence[str]) -> int:
-    """Run the row's process there; its exit code."""
+def run(python: str, arguments: Sequence[str], lock: int) -> int:
+    """Run the row's process there, which inherits the file descriptor `lock`; its exit code."""
     with tempfile.TemporaryDirectory(prefix="trimllm-") as folder:
         # Alone in a folder: the packages that are installed beside this one are for this Python.
         (Path(folder) / "trimllm").symlink_to(Path(trimllm.__file__).parent, target_is_directory=True)
         path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-        return subprocess.run([python, "-m", "trimllm.baselines.cell", *arguments], env=environment).returncode
+        words = [python, "-m", "trimllm.baselines.cell", *arguments]
+        return subprocess.run(words, env=environment, pass_fds=[lock]).returncode

@@ -11,7 +11,7 @@ an overwrite leaves the earlier folder as `.NAME.old-XXXX/folder`, beside the pl
     with held(output):
         ...
 
-One process at a time works in a folder that grows: a run, a comparison.
+One process at a time works in a folder that grows: a run, a comparison, a demo.
 """
 
 from __future__ import annotations
@@ -45,10 +45,7 @@ def check_target(target: str | Path, *, source: str | Path | None = None, overwr
     """
     folder = Path(target).expanduser()
     check_apart(folder, source)
-    if folder.is_symlink() and not folder.exists():
-        raise InputError(f"--output {target}: it is a link to {os.readlink(folder)}, which does not exist: mend it")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {target}: it is a file: name a directory")
+    check_directory(folder, target)
     if folder.is_dir() and any(folder.iterdir()):
         export = (folder / "plan.json").exists()
         if not export or not overwrite:
@@ -70,10 +67,13 @@ def check_apart(target: str | Path, source: str | Path | None) -> None:
         raise InputError(f"--output {target}: the model's directory {source} lies inside it: choose another one")
 
 
-def check_directory(folder: str | Path) -> None:
-    """Raise InputError if a folder that grows is something else."""
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise InputError(f"--output {folder}: this is a file: name a directory")
+def check_directory(folder: str | Path, output: str | Path | None = None) -> None:
+    """Raise InputError, which names `output`, if what should be a directory is something else."""
+    path, name = Path(folder), folder if output is None else output
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"--output {name}: it is a link to {os.readlink(path)}, which does not exist: mend it")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--output {name}: it is a file: name a directory")
 
 
 def check_writable(directory: str | Path, output: str | Path | None = None) -> None:
@@ -114,34 +114,44 @@ def _unmake(made: list[Path]) -> None:
 
 
 @contextmanager
-def held(folder: str | Path) -> Iterator[None]:
-    """While the block runs, no other process may hold this folder. It is made if it is not there; if nothing is in it
-    when the block ends, it is gone again. A killed process holds nothing; file systems without locks are not guarded.
+def held(folder: str | Path) -> Iterator[int]:
+    """While the block runs, nobody else may hold this folder. It is made if it is not there; if nothing is in it when
+    the block ends, it is gone again. File systems without locks are not guarded.
+
+    Yields:
+        The lock's file descriptor. A child process that inherits it (`pass_fds`) holds the folder as long as it lives;
+        when all who hold it have ended, however they did, it is free.
 
     Raises:
-        InputError: if another process holds it, it is a file, or cannot be written.
+        InputError: if the folder is held already, is a file, or cannot be written.
     """
     path, made = Path(folder), list[Path]()
     check_directory(path)
     check_writable(path)
     with ExitStack() as undo:
-        undo.callback(_unmake, made)
-        _make(path, made)
-        try:
-            undo.enter_context(_locked(path))
-        except BlockingIOError:
-            raise InputError(
-                f"--output {folder}: another process is at work there: wait until it has ended, or choose another one"
-            ) from None
-        yield
+        while True:
+            try:
+                _make(path, made)
+                lock = undo.enter_context(_locked(path))
+                if os.path.samestat(os.fstat(lock), path.stat()):
+                    break
+            except FileNotFoundError:
+                pass  # whoever held it has taken it away: make it anew
+            except BlockingIOError:
+                remedy = "wait until it has ended, or choose another directory"
+                raise InputError(f"--output {folder}: something is at work there already: {remedy}") from None
+            except OSError as error:
+                raise InputError(f"--output {folder}: {error.strerror or error}: choose another --output") from None
+        undo.callback(_unmake, made)  # while it is still held
+        yield lock
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[int]:
     """Hold the folder's lock, where the file system has locks; the end of the process, however it comes, frees it.
 
     Raises:
-        BlockingIOError: if another process holds it.
+        BlockingIOError: if it is held already.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -151,7 +161,7 @@ def _locked(folder: Path) -> Iterator[None]:
             raise
         except OSError:
             pass
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -91,8 +91,8 @@ class TaskSettings(Settings):
     max_length: Positive | None = None
     """Longest row in tokens (default: the model's context)."""
     truncate: bool = False
-    """Cut rows that exceed the context: prompts from the left, and first, written answers that would leave the prompt
-    less than half of it, at their end; without it such rows are an error."""
+    """Cut rows that exceed the context: first the end of a written answer, as far as the prompt would have less than
+    half of it; then the beginning of the prompt. Choices stay whole. Without it such rows are an error."""
     seed: int = 0
     """Seed of splits, order and every random choice."""
 

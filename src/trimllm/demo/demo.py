@@ -20,7 +20,7 @@ import torch
 from trimllm import config, files
 from trimllm.bench import timing
 from trimllm.blocks import decoder
-from trimllm.checkpoints import loading, models
+from trimllm.checkpoints import folders, loading, models
 from trimllm.config import plain_settings
 from trimllm.console import Console, clock, table
 from trimllm.evaluation.evaluate import Evaluation, Scorer
@@ -55,8 +55,13 @@ def settings(command: config.DemoConfig, output: Path, **changes: Any) -> config
 
 def demo(command: config.DemoConfig) -> list[Line]:
     """Run, print the table, and return its lines; the runs of an earlier demo in the same directory are replaced."""
-    started, console = time.perf_counter(), Console()
     root = Path(command.output) / command.domain
+    with folders.held(root):
+        return _demo(command, root)
+
+
+def _demo(command: config.DemoConfig, root: Path) -> list[Line]:
+    started, console = time.perf_counter(), Console()
     runs = {name: root / name for name in ("trimmed", "one-shot")}
     for run in runs.values():
         if (run / "journal.jsonl").exists():

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 
@@ -33,7 +33,7 @@ class Encoded:
     prompt_cut: bool = False
     """The beginning of its prompt did not fit."""
     answer_cut: bool = False
-    """The end of its written answer did not fit."""
+    """The end of its written answer did not fit, or the `room` behind it."""
 
     @property
     def target(self) -> tuple[int, ...]:
@@ -158,13 +158,15 @@ def encode(
             encoded.append(Encoded(number, tuple(prompt), tuple(continuations), item.answer))
             continue
         too_long.append((item, len(prompt) + needed))
-        longest = max_length + 1 - room - min(len(prompt), max_length // 2) if item.references else None
-        cut = [ids[:longest] for ids in continuations]
-        space = max_length + 1 - room - max(map(len, cut))
+        space = max_length + 1 - needed
+        answer_cut = bool(item.references) and space < min(len(prompt), max_length // 2)
+        if answer_cut:
+            space = max(1, min(len(prompt), max_length // 2))
+            continuations = [ids[: max_length + 1 - space] for ids in continuations]
         if space <= 0 and truncate:
             raise InputError(f"{item.place}: a choice alone fills the context of {max_length} tokens: drop the row")
-        cuts = {"prompt_cut": len(prompt) > space, "answer_cut": cut != continuations}
-        encoded.append(Encoded(number, tuple(prompt[-max(space, 1) :]), tuple(cut), item.answer, **cuts))
+        cuts = {"prompt_cut": len(prompt) > space, "answer_cut": answer_cut}
+        encoded.append(Encoded(number, tuple(prompt[-max(space, 1) :]), tuple(continuations), item.answer, **cuts))
     if too_long and not truncate:
         first, length = too_long[0]
         raise InputError(
@@ -175,13 +177,26 @@ def encode(
     return encoded
 
 
-def cut_note(encoded: Sequence[Encoded]) -> str | None:
-    """A line for the user on what `truncate` cut off, if anything."""
-    prompts, answers = sum(one.prompt_cut for one in encoded), sum(one.answer_cut for one in encoded)
-    if not prompts and not answers:
-        return None
-    rows = len({one.item for one in encoded})
-    return f"--truncate: of {rows:,} rows, {prompts:,} prompts are cut from the left, {answers:,} answers at their end"
+class Cut(Protocol):
+    """A row of which something may have been cut off; see `Encoded`."""
+
+    @property
+    def prompt_cut(self) -> bool: ...
+    @property
+    def answer_cut(self) -> bool: ...
+
+
+def cut_notes(**sets: Sequence[Cut]) -> list[str]:
+    """A line for the user on each set, by its name, of which `truncate` cut something off."""
+    notes = []
+    for name, made in sets.items():
+        prompts, answers = sum(row.prompt_cut for row in made), sum(row.answer_cut for row in made)
+        if prompts or answers:
+            notes.append(
+                f"--truncate, {len(made):,} {name} rows: prompts cut from the left: {prompts:,}, "
+                f"answers cut at their end: {answers:,}"
+            )
+    return notes
 
 
 def _windows(number: int, start: list[int], ids: tuple[int, ...], max_length: int) -> Iterator[Encoded]:

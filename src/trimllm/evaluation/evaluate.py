@@ -176,7 +176,7 @@ class Scorer:
     """Items made ready for one model: encoded, in batches on its device. Branches share prompts where that is exact.
 
     Whether it is exact is known for the family and checked on the first rows of the data; where it is not, one row per
-    continuation is computed. `notes` say so, and what `truncate` cut off.
+    continuation is computed and `note` says so.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Scorer:
         self.items = list(items)
         limit = encoding.context_length(model.config, max_length)
         self.encoded = encoding.encode(tokenizer, self.items, limit, truncate=truncate)
-        self.notes = [note] if (note := encoding.cut_note(self.encoded)) else []
+        self.note: str | None = None
         self.token_budget = token_budget
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.branches = self._decide(model) if branches is None else branches
@@ -219,7 +219,7 @@ class Scorer:
         right = copy.copy(self)
         right.items = [item.right_only() for item in self.items]
         right.encoded = [one.right_only() for one in self.encoded]
-        right.notes, right.branches = [], True  # nothing branches off a prompt that has one continuation
+        right.note, right.branches = None, True  # nothing branches off a prompt that has one continuation
         right.batches = right._batches(model, right.encoded, branches=True)
         return right
 
@@ -230,15 +230,12 @@ class Scorer:
         by_length = sorted(many, key=_reach)
         window = encoding.attention_window(model.config)
         if window and _reach(by_length[-1]) > window:
-            self.notes.append(
-                f"choices are scored one by one: rows are longer than the attention window of {window} tokens"
-            )
+            self.note = f"choices are scored one by one: rows are longer than the attention window of {window} tokens"
             return False
         largest = max(many, key=lambda one: sum(map(len, one.continuations)))
         sample = [*many[:2], *by_length[-2:], largest]
         if not families.branching(decoder.text_config(model)) or not self._branching_agrees(model, sample):
-            kind = model.config.model_type
-            self.notes.append(f"choices are scored one by one: shared prompts are not exact for {kind}")
+            self.note = f"choices are scored one by one: shared prompts are not exact for {model.config.model_type}"
             return False
         return True
 

@@ -16,17 +16,24 @@ from trimllm.tasks.items import Item
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, items: Sequence[Item], *, max_new_tokens: int = 128, batch_size: int = 16
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Item],
+    *,
+    max_new_tokens: int = 128,
+    max_length: int | None = None,
+    batch_size: int = 16,
 ) -> list[str]:
-    """Greedy continuations of the items' prompts, decoded, cut at EOS; prompts are cut from the left to fit.
+    """Greedy continuations of the items' prompts, decoded, cut at EOS; prompts are cut from the left to fit the
+    context, or `max_length` if that is less.
 
     Raises:
         InputError: if `max_new_tokens` leave no room for a prompt.
     """
-    context = encoding.context_length(model.config)
+    context = encoding.context_length(model.config, max_length)
     space = context - max_new_tokens
     if space < 1:
-        raise InputError(f"--max-new-tokens {max_new_tokens} fill the context of {context} tokens: ask for fewer")
+        raise InputError(f"--max-new-tokens {max_new_tokens} fill the {context} tokens of a row: ask for fewer")
     prompts = [encoding.encode_pair(tokenizer, item.prompt, " x")[0][-space:] for item in items]
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)

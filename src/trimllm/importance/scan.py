@@ -166,7 +166,7 @@ def scan(
     started = time.perf_counter()
     candidates, notes = _candidates(model, units(unit, whole(decoder.depth(model)), length))
     parts: dict[int, Part] = dict(finished or {})
-    notes += scorer.notes
+    notes += [scorer.note] if scorer.note else []
     if race is not None and (metric not in ("acc", "acc_norm") or len(scorer.items) < 2 * racing.SMALLEST):
         notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
         race = None

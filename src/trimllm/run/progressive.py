@@ -11,7 +11,7 @@ stage's number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import fluency, inputs
+from trimllm.evaluation import encoding, fluency, inputs
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
@@ -98,8 +98,9 @@ class Run:
     def go(self) -> tuple[Any, History]:
         if not self.main:
             return self._go()
-        rundir.check(self.config)
+        folders.check_apart(self.dir.root, models.path_of(self.config.model))
         with folders.held(self.dir.root):
+            rundir.check(self.config)
             return self._go()
 
     def _go(self) -> tuple[Any, History]:
@@ -152,6 +153,10 @@ class Run:
         self.task_rows, self.text_rows = training_rows.examples(
             config, tokenizer, model.config, data.train, config.batch_size
         )
+        cut = encoding.cut_notes(
+            training=self.task_rows, calibration=self.calibration.encoded, reported=self.test.encoded
+        )
+        data = replace(data, notes=(*data.notes, *cut))
         self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
         self.decider.check(model)
         self.pad_id = self.calibration.pad_id
@@ -189,7 +194,7 @@ class Run:
             f"{data.name}: {len(data.train):,} training rows, {len(data.calibration):,} for calibration, "
             f"{len(data.test):,} reported; metric {data.metric}"
         )
-        for note in (*data.notes, *dict.fromkeys([*self.calibration.notes, *self.test.notes])):
+        for note in (*data.notes, *filter(None, {self.calibration.note, self.test.note})):
             say(f"  {note}")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")

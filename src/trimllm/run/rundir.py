@@ -78,7 +78,6 @@ def check(config: TrimConfig) -> None:
     """
     run = RunDir(config.output)
     folders.check_apart(run.root, path_of(config.model))
-    folders.check_directory(run.root)
     if not run.config.exists():
         foreign = [path for path in run.root.glob("*") if not path.name.startswith(f".{run.config.name}")]
         if foreign:

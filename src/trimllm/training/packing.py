@@ -30,6 +30,10 @@ class Example:
 
     ids: tuple[int, ...]
     start: int
+    prompt_cut: bool = False
+    """The beginning of its prompt did not fit."""
+    answer_cut: bool = False
+    """The end of its target did not fit, or the EOS behind it."""
 
     @property
     def targets(self) -> int:

@@ -47,7 +47,8 @@ def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, tru
     made = []
     for one in encoding.encode(tokenizer, right, max_length, truncate=truncate, room=len(ending)):
         tail = ending if items[one.item].prompt and not one.answer_cut else ()
-        made.append(Example((*one.prompt, *one.target, *tail), len(one.prompt)))
+        ids = (*one.prompt, *one.target, *tail)
+        made.append(Example(ids, len(one.prompt), one.prompt_cut, one.answer_cut))
     return made
 
 
