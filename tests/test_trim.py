@@ -19,7 +19,7 @@ from trimllm.config import STRATEGIES, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scores
-from trimllm.run import deciding, progressive, rundir
+from trimllm.run import account, deciding, progressive, rundir
 from trimllm.training import losses, train
 
 NO_TRAINING = {"warmup_epochs": 0, "epochs_per_drop": 0}
@@ -522,6 +522,41 @@ def test_console_says_every_depth_once(base, task, tmp_path, capsys):
     assert sum(line.startswith("depth   5  base") for line in lines) == 1
     assert sum(line.startswith("depth   4  - block") for line in lines) == 1
     assert lines[-1].startswith(f"saved {tmp_path / 'run' / 'model'}: 4 of 5 layers")
+
+
+ROW = {"depth": 4, "train": {"steps": 9}, "calibration": {"metric": "likelihood", "value": 10.4, "stderr": 1.1}}
+DROP = {"units": ["block 3"], "metric": "likelihood", "value": [12.9]}
+
+
+def test_training_that_makes_the_calibration_set_worse_is_said():
+    base = {"calibration": {"metric": "likelihood", "value": 5.0, "stderr": 1.0}}
+    line = account.worsened(ROW | {"dropped": [DROP]}, base)
+    assert line is not None
+    assert "while depth 4 trained (likelihood 12.9 before, 10.4 after)" in line
+    assert account.worsened(ROW | {"dropped": []}, base) is None
+    assert account.worsened(ROW | {"dropped": []}, {"calibration": {"value": 11.6}}) is not None
+    for changes in (
+        {"value": [11.4]},  # within the standard error
+        {"value": [None]},
+        {"metric": "acc"},
+        {"units": ["block 3", "block 2"], "value": [12.9, 12.8]},  # what both together did is not known
+    ):
+        assert account.worsened(ROW | {"dropped": [DROP | changes]}, base) is None, changes
+    assert account.worsened(ROW | {"dropped": [DROP, DROP]}, base) is None
+    assert account.worsened(ROW | {"dropped": [DROP], "train": {"steps": 0}}, base) is None
+
+
+def test_a_rate_that_is_far_too_high_is_told_by_the_calibration_set(base, tmp_path, capsys):
+    rows = [{"question": f"What is {i}?", "answer_text": f"It is {i}, as all know."} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good = {"lr": 5e-3, "warmup_epochs": 10, "keep_checkpoints": True}
+    bad = {"lr": 0.5, "warmup_epochs": 0, "epochs_per_drop": 4}
+    start = {"good": base, "bad": tmp_path / "good" / "checkpoints" / "depth-5"}
+    for name, changes in (("good", good), ("bad", bad)):
+        settings = h.settings(start[name], tmp_path / "rows.jsonl", tmp_path / name, depth=4, **changes)
+        progressive.trim(**settings)
+        said = "warning: the calibration set got worse while depth 4 trained (likelihood"
+        assert (said in capsys.readouterr().err) is (name == "bad")
 
 
 def test_what_memory_had_room_for_in_one_stage_is_where_the_next_begins(base, task, tmp_path, monkeypatch):

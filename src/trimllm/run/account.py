@@ -104,6 +104,25 @@ def result(
     }
 
 
+def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:
+    """One line if training made a depth worse on the calibration set, by more than its standard error.
+
+    What it was before is the base's value, or what the scan found without the one unit that went; None where that was
+    not measured. Arguments are journaled rows.
+    """
+    now, drops = stage["calibration"], stage["dropped"]
+    alone = len(drops) == 1 and len(drops[0]["units"]) == 1
+    if drops and not (alone and drops[0].get("metric") == now["metric"]):
+        return None
+    before = drops[0]["value"][0] if drops else base["calibration"]["value"]
+    if not stage["train"]["steps"] or before is None or now["value"] >= before - now["stderr"]:
+        return None
+    return (
+        f"warning: the calibration set got worse while depth {stage['depth']} trained ({now['metric']} {before:.1f} "
+        f"before, {now['value']:.1f} after): train for fewer epochs, at a lower --lr, or on more rows"
+    )
+
+
 def tokens(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Training tokens per stage, in total, and in units of the first stage, which is one full fine-tune."""
     stages = [row["train"]["tokens"] for row in history if row["event"] == "stage"]

@@ -316,6 +316,8 @@ class Run:
         self._checkpoint(state)
         done = asdict(report) | ({"recovery": watch.record()} if watch else {})
         self.recorder.record("stage", state.model, state.layout, stage=state.stages, train=done, dropped=state.pending)
+        if overfit := account.worsened(self.journal.events[-1], self.journal.of("base")[0]):
+            self.console.say(overfit)
         state.stages += 1
         state.pending = []
         self._clean()
