@@ -65,7 +65,7 @@ class _Push(settings.PushConfig):
 
 class _Bench(settings.BenchConfig):
     __doc__ = settings.BenchConfig.__doc__
-    models: CliPositionalArg[tuple[str, ...]] = Field(
+    models: CliPositionalArg[settings.Several[str]] = Field(
         description=settings.BenchConfig.model_fields["models"].description
     )
 

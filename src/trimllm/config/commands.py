@@ -13,6 +13,7 @@ from trimllm.config.shared import (
     Positive,
     ScoreSettings,
     Settings,
+    Several,
     StrategySettings,
     TaskSettings,
     TrainedModel,
@@ -71,7 +72,7 @@ class DropConfig(ModelSettings):
       trimllm drop --model DIR --layers 3,7 --output trimmed --streaming
     """
 
-    layers: tuple[int, ...]
+    layers: Several[int]
     """Layers to remove, 0-based, negative from the end: 3,7."""
     output: str
     """Directory of the new checkpoint."""
@@ -125,10 +126,10 @@ class BenchConfig(LoadSettings):
       trimllm bench config:benchmarks/shapes/llama-7b.json config:benchmarks/shapes/llama-7b-half.json --dtype float16
     """
 
-    models: tuple[str, ...]
+    models: Several[str]
     """Directories, Hub ids or `demo`; config:FILE.json is a model of that shape with random weights. Ratios are to the
     first."""
-    batch_size: tuple[Positive, ...] = (1,)
+    batch_size: Several[Positive] = (1,)
     """Sequences at a time: 1,8 measures both."""
     sequence: Annotated[int, Field(gt=1)] = 512
     """Length of a row in tokens when its last token is decoded; the prompt is what --new-tokens leave of it."""
@@ -168,11 +169,11 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
     """Directory of the comparison: a folder per method, compare.json, compare.png."""
     resume: bool = False
     """Go on with the comparison in --output: finished methods are kept, those that could not run are tried again."""
-    methods: tuple[str, ...] = ()
+    methods: Several[str] = ()
     """Methods by name, with those they start from (default: all; an unknown name lists them)."""
-    keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5,)
+    keep: Several[Annotated[float, Field(gt=0, lt=1)]] = (0.5,)
     """Shares of the blocks to keep: 0.5,0.25 gives two rows for every method that removes blocks."""
-    also: tuple[str, ...] = ()
+    also: Several[str] = ()
     """More tasks to evaluate every model on, without training for them: what specialization costs."""
     strategy: str = "scan+norm"
     """Score by which the rows of TrimLLM (trim, trim-pair, one-shot) choose, as in `trimllm trim`."""

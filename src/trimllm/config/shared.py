@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Several = tuple[T, ...]
+else:  # of a `tuple` pydantic-settings before 2.16, the last for Python 3.10, does not split the `1,2` of an option
+    Several = Annotated[Sequence[T], AfterValidator(tuple)]
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -142,7 +149,7 @@ class ScoreSettings(StrategySettings):
     keep_pattern: bool = False
     """Drop adjacent layers, as many at a time as a period of the model's layer types has (Gemma 3: six), for engines
     that take the pattern from the family and not from the checkpoint."""
-    protect: tuple[int, ...] = ()
+    protect: Several[int] = ()
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
     eval_batch_size: Positive | None = None
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
