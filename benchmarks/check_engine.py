@@ -113,7 +113,7 @@ def expect(folder: str, dtype: str, prompts: list[str], new: int) -> list[Expect
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
     # Not as arguments of `generate`: what is None there is filled from the model's own, and its end of text with it.

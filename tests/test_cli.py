@@ -50,6 +50,16 @@ def refusal(capsys, *words, code=2):
     return lines[0].removeprefix("trimllm: ")
 
 
+def test_a_cuda_build_of_torch_without_a_gpu_computes_on_the_cpu(monkeypatch):
+    """What `pip install torch` brings on Linux, on a machine without a GPU: torch names an accelerator all the same."""
+
+    def current(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    assert models.device_of("auto") == torch.device("cpu")
+
+
 # ---- help
 
 

@@ -5,9 +5,11 @@ Exit codes: 0 done, 1 failure, 2 bad input. Heavy libraries are imported by the 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from typing import Any
 
@@ -147,7 +149,7 @@ def parse(arguments: list[str]) -> settings.Settings:
                 raise InputError(f"--config: unknown setting {key!r}{_near(key, COMMANDS[name].model_fields)}")
     under: dict[str, Any] = {name: beneath} if beneath else {}
     try:
-        root = CliApp.run(_Root, cli_args=arguments, cli_exit_on_error=False, **under)
+        root = _read(arguments, under)
     except ValidationError as error:
         if name in RESUMABLE and "--resume" in arguments and not beneath:
             raise InputError(_no_run(arguments)) from None
@@ -156,6 +158,18 @@ def parse(arguments: list[str]) -> settings.Settings:
         raise InputError(_unknown_option(name, str(error))) from None
     parsed = getattr(root, name)
     return COMMANDS[name](**parsed.model_dump(exclude={"config"}))
+
+
+def _read(arguments: list[str], under: dict[str, Any]) -> Any:
+    """The command line over `under`. In pydantic-settings before 2.16 commands print what is wrong, and end."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return CliApp.run(_Root, cli_args=arguments, cli_exit_on_error=False, **under)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        raise SettingsError(said.getvalue().rpartition("error: ")[2].strip()) from None
 
 
 def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:

@@ -38,13 +38,14 @@ def path_of(name: str) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    """The device for commands that do not train; auto takes the first accelerator.
+    """The device for commands that do not train; auto takes the first accelerator that is there, which a CUDA build of
+    torch alone is not.
 
     Raises:
         InputError: if there is no such device.
     """
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
