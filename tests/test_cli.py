@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
+from typing import get_origin
 
 import helpers_run as h
 import pytest
@@ -58,6 +60,33 @@ def test_a_cuda_build_of_torch_without_a_gpu_computes_on_the_cpu(monkeypatch):
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
     assert models.device_of("auto") == torch.device("cpu")
+
+
+def test_lists_are_of_a_type_that_every_allowed_pydantic_settings_splits():
+    """Before 2.16 it splits no `tuple`: `--layers 3,7` was refused on Python 3.10."""
+    lists = {}
+    for name, kind in cli.COMMANDS.items():
+        for field, about in kind.model_fields.items():
+            assert get_origin(about.annotation) is not tuple, f"{name} --{field}"
+            if get_origin(about.annotation) is Sequence:
+                lists[name, field] = about
+    assert {("drop", "layers"), ("trim", "protect"), ("compare", "keep"), ("bench", "models")} <= set(lists)
+    assert cli.parse([*DROP[:3], "--layers", "3,-7", "--output", "o"]).layers == (3, -7)
+
+
+def test_what_a_parser_prints_before_it_ends_is_one_line(monkeypatch, capsys):
+    """pydantic-settings before 2.16 ends the process for what is wrong behind a command."""
+
+    def run(*_, **__):
+        print(
+            "usage: trimllm drop [-h]\ntrimllm drop: error: argument --layers: expected one argument", file=sys.stderr
+        )
+        raise SystemExit(2)
+
+    monkeypatch.setattr(cli.CliApp, "run", run)
+    with pytest.raises(InputError, match=r"^argument --layers: expected one argument: see trimllm drop --help$"):
+        cli.parse(DROP)
+    assert capsys.readouterr().err == ""
 
 
 # ---- help
@@ -368,6 +397,13 @@ def test_prompts_longer_than_the_context_are_counted_and_work_with_truncate(base
     assert code == 0
     for name in ("training", "calibration", "reported"):
         assert re.search(rf"--truncate, \d+ {name} rows: prompts cut from the left: [1-9]\d*, answers .*: 0", err)
+
+
+def test_a_scan_by_loss_says_what_truncate_cuts_too(base, task, tmp_path, capsys):
+    words = ["scan", "--model", base, "--task", task, "--max-length", 16, "--truncate", "--calibration-size", 6]
+    code, _, err = call(capsys, *words, "--strategy", "loss", "--device", "cpu", "--output", tmp_path / "scan")
+    assert code == 0
+    assert re.search(r"--truncate, 6 calibration rows: prompts cut from the left: [1-9]", err)
 
 
 def test_written_answers_longer_than_the_context_work_with_truncate(base, tmp_path, capsys):

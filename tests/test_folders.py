@@ -174,6 +174,15 @@ def test_a_folder_that_goes_away_before_its_lock_is_there_is_made_anew(
     assert not names(tmp_path)
 
 
+def test_a_folder_whose_inode_is_another_at_every_look_is_held_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    with held(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert not names(tmp_path)
+
+
 def test_a_folder_that_may_be_written_but_not_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 

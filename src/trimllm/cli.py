@@ -165,11 +165,13 @@ def _read(arguments: list[str], under: dict[str, Any]) -> Any:
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            return CliApp.run(_Root, cli_args=arguments, cli_exit_on_error=False, **under)
+            root = CliApp.run(_Root, cli_args=arguments, cli_exit_on_error=False, **under)
     except SystemExit as stop:
         if stop.code != 2:
             raise
         raise SettingsError(said.getvalue().rpartition("error: ")[2].strip()) from None
+    sys.stderr.write(said.getvalue())
+    return root
 
 
 def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:

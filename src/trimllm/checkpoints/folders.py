@@ -112,6 +112,10 @@ def _unmake(made: list[Path]) -> None:
 
 # ---- one at a time ---------------------------------------------------------------------------------------------------
 
+TRIES = 9
+"""How often a folder is made anew that its last holder took away before the lock was there. Not without end: some
+network file systems give a folder another inode at every look."""
+
 
 @contextmanager
 def held(folder: str | Path) -> Iterator[int]:
@@ -129,19 +133,20 @@ def held(folder: str | Path) -> Iterator[int]:
     check_directory(path)
     check_writable(path)
     with ExitStack() as undo:
-        while True:
+        for last in (*[False] * TRIES, True):
             try:
                 _make(path, made)
-                lock = undo.enter_context(_locked(path))
-                if os.path.samestat(os.fstat(lock), path.stat()):
-                    break
-            except FileNotFoundError:
-                pass  # whoever held it has taken it away: make it anew
+                with ExitStack() as found:
+                    lock = found.enter_context(_locked(path))
+                    if last or os.path.samestat(os.fstat(lock), path.stat()):
+                        undo.enter_context(found.pop_all())
+                        break
             except BlockingIOError:
                 remedy = "wait until it has ended, or choose another directory"
                 raise InputError(f"--output {folder}: something is at work there already: {remedy}") from None
             except OSError as error:
-                raise InputError(f"--output {folder}: {error.strerror or error}: choose another --output") from None
+                if last or not isinstance(error, FileNotFoundError):
+                    raise InputError(f"--output {folder}: {error.strerror or error}: choose another --output") from None
         undo.callback(_unmake, made)  # while it is still held
         yield lock
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from trimllm.blocks.layout import Block, Layout
-from trimllm.checkpoints import folders
-from trimllm.checkpoints.models import path_of
 from trimllm.config import Settings, TrimConfig
 from trimllm.config.plain_settings import make, stored, to_yaml
 from trimllm.errors import InputError
@@ -70,14 +68,12 @@ def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> di
 
 
 def check(config: TrimConfig) -> None:
-    """Whether the directory is free for this run; nothing is written.
+    """Whether what stands in the directory is nothing, or this run; nothing is written.
 
     Raises:
-        InputError: if it holds another run, one with other settings, or foreign files; cannot be written; or is, holds
-            or lies in the model's directory.
+        InputError: if it holds another run, one with other settings, or foreign files.
     """
     run = RunDir(config.output)
-    folders.check_apart(run.root, path_of(config.model))
     if not run.config.exists():
         foreign = [path for path in run.root.glob("*") if not path.name.startswith(f".{run.config.name}")]
         if foreign:
@@ -89,7 +85,6 @@ def check(config: TrimConfig) -> None:
         )
     else:
         same_settings(config, config.output, FREE_OF_CHOICE)
-    folders.check_writable(run.root)
 
 
 def claim(config: TrimConfig) -> list[dict[str, Any]]:
