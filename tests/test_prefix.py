@@ -41,6 +41,20 @@ def stage(model, chosen, tmp_path, epochs=3, **more):
     return report, said, passed
 
 
+def decides(model, name, weight):
+    """Which elements of a weight any logit depends on.
+
+    A bias of keys that are not rotated adds the same to all scores of a query, and softmax takes that away: its
+    gradient is rounding, of which AdamW makes steps of the full size, other ones on another CPU.
+    """
+    found = torch.ones_like(weight, dtype=torch.bool)
+    if name.endswith("attention.query_key_value.bias"):  # per head: query, key, value
+        attention = model.get_submodule(name.rsplit(".", 2)[0])
+        heads = found.view(-1, 3, attention.head_size)
+        heads[:, 1, attention.rotary_ndims :] = False
+    return found
+
+
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon", "qwen3_next", "gpt_neox"])
 def test_a_cached_prefix_gives_the_same_weights_and_is_computed_once(family, where, tmp_path):
@@ -53,7 +67,11 @@ def test_a_cached_prefix_gives_the_same_weights_and_is_computed_once(family, whe
     assert last > 2.5 * first > 0, "one epoch in three passes the frozen blocks"
     wanted = plain.state_dict()
     for name, weight in cached.state_dict().items():
-        assert float((weight - wanted[name]).abs().max()) < 1e-6, name
+        differences = (weight - wanted[name])[decides(cached, name, weight)]
+        assert float(differences.abs().max()) < 1e-6, name
+    ids = torch.tensor([[5, 6, 7, 9, 11, 8, 20, 3]])
+    with torch.no_grad():
+        assert float((cached(input_ids=ids).logits - plain(input_ids=ids).logits).abs().max()) < 1e-5
     assert any(not torch.equal(weight, before[name]) for name, weight in cached.state_dict().items())
     assert list(tmp_path.iterdir()) == []
     assert len(decoder.blocks(cached)) == 4

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trimllm.checkpoints import arithmetic
 from trimllm.demo.steps import lr_share, optimizers, read_state, save, train_step, write_state
 from trimllm.errors import InputError
 from trimllm.tasks.text import load_text
@@ -205,6 +206,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
     sources = source_rows(tokenizer, args)
     plan = order([len(rows) for rows in sources], args.steps * args.batch, args.seed)
     forward = torch.compile(model, dynamic=False) if args.compile else model
+    bf16 = arithmetic.slowdown(torch.bfloat16, model.device) == 1  # emulated, it is 20 times slower than float32
 
     def checkpoint() -> None:
         write_state(path, model, trained, step=done, seconds=seconds, log=log, settings=fixed(args))
@@ -218,7 +220,8 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
         start = time.time()
         chosen = plan[done * args.batch : (done + 1) * args.batch]
         batch = torch.tensor(np.stack([sources[s][r] for s, r in chosen]).astype(np.int64), device=args.device)
-        losses.append(train_step(forward, trained, batch, lr_share(done, args.steps, args.warmup, args.decay)))
+        share = lr_share(done, args.steps, args.warmup, args.decay)
+        losses.append(train_step(forward, trained, batch, share, bf16=bf16))
         done += 1
         seconds += time.time() - start
         if done % args.log_every == 0 or done == args.steps:

@@ -13,7 +13,7 @@ from trimllm import config, files, parallel, tasks
 from trimllm.analysis import lens, summary
 from trimllm.blocks import decoder, legality, surgery
 from trimllm.blocks.layout import Unit, describe, positions, remove, units, whole, without
-from trimllm.checkpoints import export, folders, models
+from trimllm.checkpoints import arithmetic, export, folders, models
 from trimllm.console import Console, table
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
@@ -42,7 +42,7 @@ def run_scan(command: config.ScanConfig) -> None:
     for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
         _fresh(output, product)
     folders.check_writable(output)
-    loaded = _load(command)
+    loaded = _load(command, evaluating=True)
     depth = decoder.depth(loaded.model)
     if command.run is not None and command.run > depth:
         raise InputError(f"--run {command.run}: the model has only {depth} layers")
@@ -182,9 +182,9 @@ def run_drop(command: config.DropConfig) -> None:
     print(f"{command.output}: {depth - len(dropped)} of {depth} layers, reloaded and compared ({_differences(report)})")
 
 
-def _load(command: config.ModelSettings) -> models.Loaded:
+def _load(command: config.ModelSettings, *, evaluating: bool = False) -> models.Loaded:
     """The model of a command, with what the user should know of it."""
-    loaded = models.load(command)
+    loaded = models.load(command, evaluating=evaluating)
     for note in loaded.notes:
         Console().say(f"  {note}")
     return loaded
@@ -235,7 +235,7 @@ def run_eval(command: config.EvalConfig) -> None:
     if command.output:
         _check_result(Path(command.output))
         folders.check_writable(Path(command.output).parent)
-    loaded = _load(command)
+    loaded = _load(command, evaluating=True)
     data = inputs.task_data(command, loaded.tokenizer)
     if command.generate and data.kind != "generation":
         raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}: leave it out")
@@ -301,6 +301,8 @@ def run_bench(command: config.BenchConfig) -> None:
     with Console().progress("bench") as show:
         record = tables.record(command, *benching.measure(command, show))
     print(tables.report(record))
+    if note := arithmetic.bench_note({model["dtype"] for model in record["models"]}, models.device_of(command.device)):
+        print(note)
     if output:
         files.write_json(output / "bench.json", record)
         bench_plot(record, output / "bench.png")

@@ -72,7 +72,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> list[str]:
         InputError: for the first of these that cannot be used.
     """
     from trimllm.baselines import job
-    from trimllm.checkpoints import backends, loading, models
+    from trimllm.checkpoints import arithmetic, backends, loading, models
     from trimllm.evaluation import encoding, inputs
     from trimllm.training import training_rows
 
@@ -89,6 +89,9 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> list[str]:
     path = models.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
     names, notes = set(), list[str]()
+    slower = arithmetic.training_note(command.mixed_precision, command.dtype, models.device_of(command.device))
+    if trains and slower:
+        notes.append(slower)
     for settings in cell.tasks(command):
         data = inputs.task_data(settings, tokenizer)
         if data.name in names:

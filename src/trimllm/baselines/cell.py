@@ -111,7 +111,7 @@ def evaluate(job: Job, product: Product) -> dict[str, Any]:
     from trimllm.blocks import decoder
     from trimllm.evaluation import inputs
 
-    loaded = job.load(product.checkpoint, training=False)
+    loaded = job.load(product.checkpoint, training=False, evaluating=True)
     found = {}
     for settings in tasks(job.command):
         data = inputs.task_data(settings, loaded.tokenizer)

@@ -111,8 +111,8 @@ class Job:
 
     # ---- what most methods do
 
-    def load(self, path: str | Path | None = None, *, training: bool = True) -> models.Loaded:
-        """The base, or the checkpoint in `path`; to train in the dtype for it.
+    def load(self, path: str | Path | None = None, *, training: bool = True, evaluating: bool = False) -> models.Loaded:
+        """The base, or the checkpoint in `path`; to train in the dtype for it (see `models.load`).
 
         Raises:
             InputError: see `models.load`; also if there is no room for the weights.
@@ -122,7 +122,7 @@ class Job:
             weights = room.weights(models.path_of(settings.model), models.DTYPES.get(settings.dtype, torch.float32))
             if note := room.full_training_note(weights, self.accelerator.device, "a device with more memory"):
                 self.console.say(note)
-        return models.load(settings, training=training)
+        return models.load(settings, training=training, evaluating=evaluating)
 
     def examples(self, loaded: models.Loaded, text_length: int) -> tuple[list[Example], list[Example]]:
         """The rows of the task, and those of the domain text, which have `text_length` tokens or the context's.

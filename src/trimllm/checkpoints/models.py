@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 
 from trimllm.blocks import adapters
-from trimllm.checkpoints import backends, loading, room
+from trimllm.checkpoints import arithmetic, backends, loading, room
 from trimllm.config import ModelSettings, TrimConfig
 from trimllm.errors import InputError
 
@@ -55,7 +57,11 @@ def device_of(name: str) -> torch.device:
 
 
 def accelerator(settings: TrimConfig) -> Any:
-    """The accelerate object of this process: device, mixed precision, number of processes."""
+    """The accelerate object of this process: device, mixed precision, number of processes.
+
+    Raises:
+        InputError: if there is no such device, or an earlier run of this process had others.
+    """
     from accelerate import Accelerator
 
     wanted = torch.device("cpu") if settings.device == "auto" and not torch.cuda.is_available() else None
@@ -67,11 +73,26 @@ def accelerator(settings: TrimConfig) -> Any:
     mixed = "no" if on_cpu or settings.dtype != "auto" or not torch.cuda.is_available() else "bf16"
     if settings.mixed_precision != "auto":
         mixed = settings.mixed_precision
-    return Accelerator(cpu=on_cpu, mixed_precision=mixed)
+    try:
+        return Accelerator(cpu=on_cpu, mixed_precision=mixed)
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise InputError(
+            f"an earlier run of this Python process used another --device or --mixed-precision than {mixed!r}, which "
+            "accelerate fixes per process: restart Python for this run"
+        ) from None
 
 
-def load(settings: ModelSettings, *, training: bool = False, device: torch.device | None = None) -> Loaded:
-    """Load model and tokenizer. Where `dtype` is auto, weights to be trained are float32, others as saved.
+def load(
+    settings: ModelSettings,
+    *,
+    training: bool = False,
+    evaluating: bool = False,
+    device: torch.device | None = None,
+) -> Loaded:
+    """Load model and tokenizer. Where `dtype` is auto, weights to be trained are float32, others as saved; with
+    `evaluating` (nothing is saved or timed) in float32, too, where a CPU emulates the 16 bits they were saved in.
 
     Raises:
         InputError: if it cannot be used; see `loading.load_model`.
@@ -109,8 +130,13 @@ def load(settings: ModelSettings, *, training: bool = False, device: torch.devic
         mark = loading.fingerprint_of_adapter(path, base, model)
     else:
         mark = loading.fingerprint(path if any(Path(path).glob("*.safetensors")) else model)
-    notes = (f"{settings.model} is an adapter: merged into its base {base}",) if base is not None else ()
-    return Loaded(model, tokenizer, saved_dtype(path, settings) or model.dtype, mark, notes)
+    notes = [f"{settings.model} is an adapter: merged into its base {base}"] if base is not None else []
+    saved = saved_dtype(path, settings) or model.dtype
+    if evaluating and settings.dtype == "auto" and (times := arithmetic.wider(model)):
+        name = str(model.dtype).removeprefix("torch.")
+        notes.append(f"computed in float32: this CPU multiplies matrices {times:.0f} times slower in {name}")
+        cast(model, torch.float32)
+    return Loaded(model, tokenizer, saved, mark, tuple(notes))
 
 
 def origin(name: str) -> str | dict[str, str]:
@@ -145,6 +171,20 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
             if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
                 setattr(module, name, buffer.to(dtype))
     return model
+
+
+@contextmanager
+def widened(model: Any) -> Iterator[None]:
+    """Within, a model whose 16 bits the CPU emulates computes in float32, by the same weights; then it is as before."""
+    before = model.dtype
+    wider = arithmetic.wider(model) is not None
+    if wider:
+        cast(model, torch.float32)
+    try:
+        yield
+    finally:
+        if wider:
+            cast(model, before)
 
 
 def config_of(path: str, *, trust_remote_code: bool = False) -> Any:

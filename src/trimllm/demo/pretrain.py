@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trimllm.checkpoints import arithmetic
 from trimllm.demo.steps import lr_share, optimizers, read_state, save, train_step, write_state
 from trimllm.tasks import world
 
@@ -306,7 +307,9 @@ def main(argv: list[str] | None = None) -> None:
         "--decay", type=float, default=0.28, help="share of the steps over which the learning rate falls to 0"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: where the CPU has it)"
+    )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile (needs a C++ compiler)"
     )
@@ -322,6 +325,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check-epochs", type=int, default=5)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.bf16 is None:
+        args.bf16 = arithmetic.slowdown(torch.bfloat16, torch.device("cpu")) == 1
     if args.check:
         found = check(args)
         path = args.output / FIGURES

@@ -11,6 +11,7 @@ stage's number.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import transformers
 from trimllm import files
 from trimllm.blocks import decoder, surgery
 from trimllm.blocks.layout import Layout, compose, plan_record, remove_all, whole
-from trimllm.checkpoints import export, folders, loading, models, room
+from trimllm.checkpoints import arithmetic, export, folders, loading, models, room
 from trimllm.checkpoints.models import DTYPES, Loaded, load
 from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
@@ -131,8 +132,9 @@ class Run:
         stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
         if full and (note := room.full_training_note(weights, device, stages)):
             self.console.say(note)
-        if note := train.rounding_note(config):
-            self.console.say(note)
+        slower = arithmetic.training_note(config.mixed_precision, config.dtype, device)
+        for line in filter(None, (train.rounding_note(config), slower)):
+            self.console.say(line)
 
     def _prepare(self, loaded: Loaded) -> TaskData:
         """Everything that can be wrong with model and data is found here, before anything is computed or written."""
@@ -413,8 +415,9 @@ class Run:
         saved = self._load(self.dir.model)
         last = self.journal.events[-1]  # may be of the depth that was good before a floor was lowered
         if (last["event"], last["layout"]) != ("saved", good["layout"]):
-            free = fluency.measure(saved, self.tokenizer, self.calibration.items)
-            self.recorder.record("saved", saved, layout, fluency=free)
+            with models.widened(saved) if self.config.dtype == "auto" else nullcontext():
+                free = fluency.measure(saved, self.tokenizer, self.calibration.items)
+                self.recorder.record("saved", saved, layout, fluency=free)
         row = self.journal.events[-1]
         if self.main:
             self.recorder.write_result(data, good, self.history(), base, row, report, saved)
