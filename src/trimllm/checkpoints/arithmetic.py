@@ -31,15 +31,23 @@ def slowdown(dtype: torch.dtype, device: torch.device) -> float:
 
 @functools.cache
 def _measured(dtype: torch.dtype) -> float:
-    """The least of a few times in turn, so that another process's moment does not decide; once per process."""
+    """On one thread, which waits for no other, the least of a few times in turn: a busy machine does not decide.
+
+    Once per process.
+    """
     sizes = (_ROWS, _COLUMNS), (_COLUMNS, _COLUMNS)
     matrices = {kind: [torch.ones(size, dtype=kind) for size in sizes] for kind in (torch.float32, dtype)}
     least = dict.fromkeys(matrices, float("inf"))
-    for _ in range(4):  # the first one also chooses and warms the kernel
-        for kind, (tokens, weights) in matrices.items():
-            began = time.perf_counter()
-            torch.nn.functional.linear(tokens, weights)
-            least[kind] = min(least[kind], time.perf_counter() - began)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(6):  # the first one also chooses and warms the kernel
+            for kind, (tokens, weights) in matrices.items():
+                began = time.perf_counter()
+                torch.nn.functional.linear(tokens, weights)
+                least[kind] = min(least[kind], time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
     return least[dtype] / least[torch.float32]
 
 
