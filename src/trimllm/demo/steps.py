@@ -10,6 +10,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimllm.checkpoints import arithmetic
+from trimllm.demo.muon import Muon
+
 
 def optimizers(model: PreTrainedModel, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embedding and norms; with `muon_lr` 0 AdamW for everything."""
@@ -20,7 +23,9 @@ def optimizers(model: PreTrainedModel, lr: float, muon_lr: float) -> list[torch.
     adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     built: list[torch.optim.Optimizer] = [adamw]
     if matrices:
-        built.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        emulated = arithmetic.slowdown(torch.bfloat16, model.device) > 1
+        muon = Muon if emulated else torch.optim.Muon
+        built.append(muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     for optimizer in built:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

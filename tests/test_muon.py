@@ -1,0 +1,65 @@
+"""Muon in float32: what torch's own does in bfloat16, its state, and what makes it Muon."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from trimllm.demo.muon import Muon, orthogonal
+
+SETTINGS = {"lr": 0.1, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+
+
+def steps(
+    kind: type[torch.optim.Muon], parameters: list[torch.nn.Parameter], count: int, **settings
+) -> torch.optim.Muon:
+    optimizer = kind(parameters, **(SETTINGS | settings))
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        for parameter in parameters[:-1]:  # the last one has no gradient
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"nesterov": False}, {"weight_decay": 0.5}], ids=["default", "plain", "decay"]
+)
+def test_steps_are_those_of_torch_within_bfloat16(settings):
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(16, 48), (48, 16), (16, 48), (32, 32), (8, 8)]]
+    theirs, first = copy.deepcopy(ours), copy.deepcopy(ours)
+    state = steps(Muon, ours, 3, **settings).state_dict()
+    expected = steps(torch.optim.Muon, theirs, 3, **settings).state_dict()
+    for one, other, start in zip(ours[:-1], theirs, first, strict=False):
+        assert (other - start).norm() > 0
+        assert (one - other).norm() < 0.03 * (other - start).norm()
+    assert torch.equal(ours[-1], first[-1])
+    torch.testing.assert_close(state["state"], expected["state"])
+    assert state["param_groups"] == expected["param_groups"]
+
+
+def test_a_state_of_torchs_goes_on():
+    torch.manual_seed(0)
+    theirs = [torch.nn.Parameter(torch.randn(16, 32)), torch.nn.Parameter(torch.randn(8, 8))]
+    saved = steps(torch.optim.Muon, theirs, 2).state_dict()
+    ours = Muon(theirs, **SETTINGS)
+    ours.load_state_dict(saved)
+    torch.testing.assert_close(ours.state_dict()["state"], saved["state"])
+
+
+def test_singular_values_come_near_one():
+    group = Muon([torch.nn.Parameter(torch.zeros(2, 2))], **SETTINGS).param_groups[0]
+    drawn = torch.randn(3, 24, 64, generator=torch.Generator().manual_seed(0))
+    for matrices in (drawn, drawn.mT):
+        values = torch.linalg.svdvals(orthogonal(matrices, group))
+        assert values.shape == (3, 24)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+
+
+def test_a_closure_is_refused():
+    with pytest.raises(ValueError, match="closure"):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))], **SETTINGS).step(lambda: 0.0)
