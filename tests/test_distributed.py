@@ -16,8 +16,14 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RUNNING = """
 import json
 import sys
+
+import pytest
+
+sys.path.insert(0, sys.argv[2])
+import helpers_run
 from trimllm import cli
 
+helpers_run.fast(pytest.MonkeyPatch())
 for words in json.loads(sys.argv[1]):
     assert cli.main(words) == 0
 """
@@ -55,7 +61,7 @@ def pair(base, task, tmp_path_factory):
     script = folder / "runs.py"
     script.write_text(RUNNING)
     words = [["trim", *h.arguments(h.settings(base, task, folder / name, **RUNS[name]))] for name in RUNS]
-    done = h.command(json.dumps(words), launcher=TWO, program=[str(script)])
+    done = h.command(json.dumps(words), str(Path(__file__).parent), launcher=TWO, program=[str(script)])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trimmed checkpoint:") == len(RUNS)
     assert sum(line.startswith("saved ") for line in done.stderr.splitlines()) == len(RUNS)

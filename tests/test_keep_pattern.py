@@ -166,7 +166,8 @@ def test_runs_that_go_at_once_do_not_overlap(task, tmp_path, monkeypatch, change
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_run_is_taken_at_once_that_leaves_no_room_for_the_others(threes, task, tmp_path, seed):
+def test_no_run_is_taken_at_once_that_leaves_no_room_for_the_others(threes, task, tmp_path, seed, monkeypatch):
+    h.fast(monkeypatch)
     quick = {"keep_pattern": True, "one_shot": True, "warmup_epochs": 0, "epochs_per_drop": 0}
     h.run(threes, task, tmp_path / "run", depth=1, strategy="random", seed=seed, **quick)
     (dropped,) = h.drops(tmp_path / "run")
