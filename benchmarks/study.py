@@ -24,7 +24,7 @@ import json
 import math
 import re
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,7 @@ ARMS = {
     ),
     "late, pairs, twice as long": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE, longer=2.0),
     "one-shot": _peer("scan+norm", sparse_update="static"),
+    "one-shot, twice as long": replace(_peer("scan+norm", sparse_update="static"), longer=2.0),
     "one-shot, ties by loss": _peer("scan+loss", sparse_update="static"),
     "one-shot, loss scan": _peer("loss", sparse_update="static"),
     "one-shot, r=1": _peer("scan+norm"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny
 import torch
 
 from trimllm.demo.muon import Muon, orthogonal
+from trimllm.demo.steps import optimizers
 
 SETTINGS = {"lr": 0.1, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
 
@@ -58,6 +60,17 @@ def test_singular_values_come_near_one():
         assert values.shape == (3, 24)
         assert values.min() > 0.6
         assert values.max() < 1.3
+
+
+def test_without_bfloat16_the_matrices_have_this_one():
+    model = tiny.build("llama", 2)
+    assert [type(one) for one in optimizers(model, 1e-3, 1e-3)] == [torch.optim.AdamW, torch.optim.Muon]
+    assert [type(one) for one in optimizers(model, 1e-3, 1e-3, bf16=False)] == [torch.optim.AdamW, Muon]
+
+
+def test_other_learning_rates_of_shapes_are_refused():
+    with pytest.raises(ValueError, match="adjust_lr_fn None"):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))])
 
 
 def test_a_closure_is_refused():

@@ -66,8 +66,8 @@ use outside such comparisons.
   MedQuAD {medquad:.0%}, CUAD {cuad:.0%} and BANKING77 {banking:.0%} (all CC BY 4.0).
 - Tokenizer: byte-level BPE of its own, 4,096 pieces; EOS and padding are `<|endoftext|>`; no BOS.
 - Training: seed {seed}, {steps:,} steps of {batch} rows of 256 tokens, {tokens:.1f} M tokens, {hours:.1f} hours on
-  {device}; Muon (matrices of the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss {loss:.3f} nats
-  a token.
+  {device}{bf16}; Muon (matrices of the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss
+  {loss:.3f} nats a token.
 
 | text | nats a token | perplexity a token | bits a character | perplexity a word |
 |---|---|---|---|---|
@@ -163,7 +163,7 @@ def order(sizes: list[int], rows: int, seed: int) -> list[tuple[int, int]]:
     return out
 
 
-FIXED = ("blocks", "hidden", "batch", "lr", "muon_lr", "seed")
+FIXED = ("blocks", "hidden", "batch", "lr", "muon_lr", "seed", "bf16")
 """Options that stay what they were when the training goes on."""
 
 
@@ -177,25 +177,36 @@ def check_state(args: argparse.Namespace) -> None:
 
     States of earlier versions, which keep none, are taken as they are.
     """
-    path = args.output / STATE
-    if not path.exists():
-        return
-    stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("settings", {})
+    stored = stored_settings(args)
     for name, value in fixed(args).items():
         if stored.get(name, value) != value:
-            option = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{option} {value}: {path} was trained with {option} {stored[name]}: give that, or another --output"
-            )
+            given, was = (option(name, one) for one in (value, stored[name]))
+            raise InputError(f"{given}: {args.output / STATE} was trained with {was}: give that, or another --output")
+
+
+def stored_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the state in --output was trained with; nothing where there is none."""
+    path = args.output / STATE
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("settings", {})
+    return found
+
+
+def option(name: str, value: object) -> str:
+    """A setting as the user gives it."""
+    words = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{words}" if value else f"--no-{words}"
+    return f"--{words} {value}"
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict[str, Any]:
     """Train (or go on training) and return what the card says of it."""
     model = build_model(tokenizer, args).to(args.device)
-    bf16 = arithmetic.slowdown(torch.bfloat16, model.device) == 1  # emulated, it is 20 times slower than float32
-    if args.device == "cpu" and bf16:
+    if args.device == "cpu" and args.bf16:
         model.set_attn_implementation("eager")  # 1.3x the tokens/s of SDPA's backward pass; 0.9x in float32
-    trained = optimizers(model, args.lr, args.muon_lr)
+    trained = optimizers(model, args.lr, args.muon_lr, bf16=args.bf16)
     done, seconds, log = 0, 0.0, []
     path = args.output / STATE
     if path.exists():
@@ -221,7 +232,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
         chosen = plan[done * args.batch : (done + 1) * args.batch]
         batch = torch.tensor(np.stack([sources[s][r] for s, r in chosen]).astype(np.int64), device=args.device)
         share = lr_share(done, args.steps, args.warmup, args.decay)
-        losses.append(train_step(forward, trained, batch, share, bf16=bf16))
+        losses.append(train_step(forward, trained, batch, share, bf16=args.bf16))
         done += 1
         seconds += time.time() - start
         if done % args.log_every == 0 or done == args.steps:
@@ -243,6 +254,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
         "tokens": done * args.batch * ROW / 1e6,
         "hours": seconds / 3600,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU core(s)",
+        "bf16": " in bfloat16" if args.bf16 else " in float32",
         "lr": args.lr,
         "muon_lr": args.muon_lr,
         "loss": log[-1]["loss"],
@@ -304,6 +316,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast and Muon (default: where it is fast)"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     parser.add_argument("--log-every", type=int, default=25, help="steps")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="time between checkpoints")
@@ -311,6 +326,10 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="only measure perplexities and write the card")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.bf16 is None:
+        args.bf16 = stored_settings(args).get(
+            "bf16", arithmetic.slowdown(torch.bfloat16, torch.device(args.device)) == 1
+        )
     if not args.card:
         check_state(args)
     args.output.mkdir(parents=True, exist_ok=True)

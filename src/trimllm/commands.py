@@ -301,8 +301,8 @@ def run_bench(command: config.BenchConfig) -> None:
     with Console().progress("bench") as show:
         record = tables.record(command, *benching.measure(command, show))
     print(tables.report(record))
-    if note := arithmetic.bench_note({model["dtype"] for model in record["models"]}, models.device_of(command.device)):
-        print(note)
+    if note := arithmetic.bench_note(record["models"]):
+        Console().say(note)
     if output:
         files.write_json(output / "bench.json", record)
         bench_plot(record, output / "bench.png")

@@ -89,9 +89,12 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> list[str]:
     path = models.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
     names, notes = set(), list[str]()
-    slower = arithmetic.training_note(command.mixed_precision, command.dtype, models.device_of(command.device))
-    if trains and slower:
-        notes.append(slower)
+    saved = models.saved_dtype(path, command) or models.DTYPES["float32"]
+    slower = [arithmetic.evaluation_note(saved, command.dtype, models.device_of(command.device))]
+    if trains:
+        place = models.training_device(command.device)
+        slower.append(arithmetic.asked_note(command.dtype, place, command.mixed_precision))
+    notes += dict.fromkeys(filter(None, slower))
     for settings in cell.tasks(command):
         data = inputs.task_data(settings, tokenizer)
         if data.name in names:

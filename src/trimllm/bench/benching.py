@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trimllm import memory
 from trimllm.bench import reads, shapes, timing
 from trimllm.blocks import decoder
-from trimllm.checkpoints import backends, loading, models, room
+from trimllm.checkpoints import arithmetic, backends, loading, models, room
 from trimllm.config import BenchConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
@@ -84,6 +84,8 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    plain = change is None and not getattr(model, "is_quantized", False)  # others have products of their own
+    known["slowdown"] = arithmetic.slowdown(model.dtype, model.device) if plain else 1.0
     if change is not None:
         change(model)
         _forget_peak(model.device)

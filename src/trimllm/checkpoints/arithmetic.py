@@ -1,13 +1,15 @@
 """How fast a device computes in 16 bits: a CPU without instructions for it is several times slower than in 32.
 
 Most checkpoints are saved in bfloat16. Whether a CPU multiplies such matrices quickly (AVX512-BF16, AMX, newer ARM) or
-emulates it is measured by one product, since no name of an instruction says what torch makes of it.
+emulates it is measured by products in both, since no name of an instruction says what torch makes of it.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from trimllm.checkpoints import room
 HALF = (torch.float16, torch.bfloat16)
 SLOW = 2.0
 """Times float32's time from which a dtype counts as slow. Real instructions take less than 1, emulation 5 to 20."""
+ACTIVATIONS = 1.25
+"""Memory that a model takes in evaluation, over its weights: about."""
 _ROWS, _COLUMNS = 256, 512
 """Of the product that is measured: tokens of a short prompt, a small model's hidden size."""
 
@@ -51,40 +55,63 @@ def _measured(dtype: torch.dtype) -> float:
     return least[dtype] / least[torch.float32]
 
 
-def wider(model: Any) -> float | None:
-    """How many times faster the model computes in float32 than in the 16 bits it is in; None where it is not, where
-    it is quantized, or where memory has no room for the wider weights."""
-    if getattr(model, "is_quantized", False):
+@dataclass(frozen=True)
+class Gain:
+    """What float32 in place of the dtype that a model is in makes of the time of its products."""
+
+    dtype: torch.dtype
+    times: float
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"computed in float32: this CPU emulates {name}, and multiplies matrices {self.times:.0f} times slower"
+
+
+def gain_in_float32(model: Any, asked: str, copies: int = 1) -> Gain | None:
+    """What float32 would gain, or None: where the model's dtype is fast or was asked for (`asked` is a --dtype), where
+    the model is quantized, or where memory has no room for the wider weights of so many processes."""
+    if getattr(model, "is_quantized", False) or asked in ("bfloat16", "float16"):
         return None
     half = [one for one in model.parameters() if one.dtype in HALF and one.device.type == "cpu"]
-    gain = max((slowdown(kind, torch.device("cpu")) for kind in {one.dtype for one in half}), default=1.0)
-    free = room.free(torch.device("cpu"))
-    needed = 1.25 * sum(4 * one.numel() for one in half)
-    return gain if gain > 1 and (free is None or needed < free) else None
+    slow = [Gain(kind, slowdown(kind, torch.device("cpu"))) for kind in {one.dtype for one in half}]
+    most = max(slow, key=lambda one: one.times, default=None)
+    if most is None or most.times == 1:
+        return None
+    free = room.free(torch.device("cpu"), swap=False)
+    needed = copies * ACTIVATIONS * sum(4 * one.numel() for one in half)
+    return most if free is None or needed < free else None
 
 
-def training_note(mixed_precision: str, dtype: str, device: torch.device) -> str | None:
-    """A line for the user where what was asked for trains slower than float32 does (--mixed-precision, --dtype)."""
+def asked_note(dtype: str, device: torch.device, mixed_precision: str = "no") -> str | None:
+    """A line for the user where what was asked for computes slower than float32 does (--dtype, --mixed-precision)."""
     if mixed_precision == "bf16":
-        option, kind = "--mixed-precision bf16", torch.bfloat16
+        option, kind, rest = "--mixed-precision bf16", torch.bfloat16, ""
     elif dtype in ("bfloat16", "float16"):
-        option, kind = f"--dtype {dtype}", getattr(torch, dtype)
+        option, kind, rest = f"--dtype {dtype}", getattr(torch, dtype), " where memory allows"
     else:
         return None
     times = slowdown(kind, device)
     if times == 1:
         return None
     slower = f"this CPU emulates it, and multiplies matrices {times:.0f} times slower than in float32"
-    return f"{option}: {slower}: leave it out"
+    return f"{option}: {slower}: leave it out{rest}"
 
 
-def bench_note(dtypes: set[str], device: torch.device) -> str | None:
-    """A line for the user where models are timed in 16 bits that the CPU emulates."""
-    slow = {name: times for name in dtypes if (times := slowdown(getattr(torch, name), device)) > 1}
+def bench_note(known: Iterable[dict[str, Any]]) -> str | None:
+    """A line for the user where models (of bench.json) were timed in 16 bits that the CPU emulates."""
+    slow = {model["model"]: model for model in known if model["slowdown"] > 1}
     if not slow:
         return None
-    name, times = max(slow.items(), key=lambda pair: pair[1])
+    dtypes, most = sorted({model["dtype"] for model in slow.values()}), max(one["slowdown"] for one in slow.values())
     return (
-        f"this CPU emulates {name}, and multiplies matrices {times:.0f} times slower than in "
-        "float32: prefill is faster with --dtype float32"
+        f"{', '.join(slow)}: this CPU emulates {' and '.join(dtypes)}, and multiplies matrices {most:.0f} times slower "
+        "than in float32: prefill is faster with --dtype float32"
     )
+
+
+def evaluation_note(dtype: torch.dtype, asked: str, device: torch.device) -> str | None:
+    """A line for the user before several checkpoints that were saved in `dtype` are evaluated (`asked`: a --dtype)."""
+    if note := asked_note(asked, device):
+        return note
+    times = slowdown(dtype, device)
+    return None if asked != "auto" or times == 1 else f"{Gain(dtype, times)} (checkpoints that fit in memory so)"

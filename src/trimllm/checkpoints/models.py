@@ -56,6 +56,17 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def training_device(name: str) -> torch.device:
+    """The device of commands that train; auto takes CUDA, or the CPU.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device_of(name)
+
+
 def accelerator(settings: TrimConfig) -> Any:
     """The accelerate object of this process: device, mixed precision, number of processes.
 
@@ -64,12 +75,10 @@ def accelerator(settings: TrimConfig) -> Any:
     """
     from accelerate import Accelerator
 
-    wanted = torch.device("cpu") if settings.device == "auto" and not torch.cuda.is_available() else None
-    if settings.device != "auto":
-        wanted = device_of(settings.device)
-        if wanted.type == "cuda" and wanted.index is not None:
-            torch.cuda.set_device(wanted)
-    on_cpu = wanted is not None and wanted.type == "cpu"
+    wanted = training_device(settings.device)
+    if settings.device != "auto" and wanted.type == "cuda" and wanted.index is not None:
+        torch.cuda.set_device(wanted)
+    on_cpu = wanted.type == "cpu"
     mixed = "no" if on_cpu or settings.dtype != "auto" or not torch.cuda.is_available() else "bf16"
     if settings.mixed_precision != "auto":
         mixed = settings.mixed_precision
@@ -78,9 +87,10 @@ def accelerator(settings: TrimConfig) -> Any:
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise
+        asked = f"--device {wanted.type} and --mixed-precision {mixed}"
         raise InputError(
-            f"an earlier run of this Python process used another --device or --mixed-precision than {mixed!r}, which "
-            "accelerate fixes per process: restart Python for this run"
+            f"{asked}: an earlier run of this Python process had others, and accelerate fixes them per process: "
+            "restart Python for this run"
         ) from None
 
 
@@ -92,7 +102,8 @@ def load(
     device: torch.device | None = None,
 ) -> Loaded:
     """Load model and tokenizer. Where `dtype` is auto, weights to be trained are float32, others as saved; with
-    `evaluating` (nothing is saved or timed) in float32, too, where a CPU emulates the 16 bits they were saved in.
+    `evaluating` (nothing is saved or timed) in float32, too, where a CPU emulates the 16 bits they were saved in and
+    memory has room for it.
 
     Raises:
         InputError: if it cannot be used; see `loading.load_model`.
@@ -132,9 +143,10 @@ def load(
         mark = loading.fingerprint(path if any(Path(path).glob("*.safetensors")) else model)
     notes = [f"{settings.model} is an adapter: merged into its base {base}"] if base is not None else []
     saved = saved_dtype(path, settings) or model.dtype
-    if evaluating and settings.dtype == "auto" and (times := arithmetic.wider(model)):
-        name = str(model.dtype).removeprefix("torch.")
-        notes.append(f"computed in float32: this CPU multiplies matrices {times:.0f} times slower in {name}")
+    if evaluating and (slow := arithmetic.asked_note(settings.dtype, device)):
+        notes.append(slow)
+    if evaluating and (gain := arithmetic.gain_in_float32(model, settings.dtype)):
+        notes.append(str(gain))
         cast(model, torch.float32)
     return Loaded(model, tokenizer, saved, mark, tuple(notes))
 
@@ -158,33 +170,44 @@ def _check_causal(model: Any, name: str) -> None:
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
-    """Turn the weights into `dtype` in place, as loading in that dtype would.
+    """Turn the weights into `dtype` in place, as loading in that dtype would: what its class keeps in float32 stays.
 
     `model.to(dtype)` would also round the rotary frequencies and other buffers that no checkpoint holds.
     """
-    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                setattr(module, name, buffer.to(dtype))
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    _convert(model, {name: dtype for name in _saved_floats(model) if not kept & set(name.split("."))})
     return model
 
 
 @contextmanager
 def widened(model: Any) -> Iterator[None]:
-    """Within, a model whose 16 bits the CPU emulates computes in float32, by the same weights; then it is as before."""
-    before = model.dtype
-    wider = arithmetic.wider(model) is not None
-    if wider:
-        cast(model, torch.float32)
+    """Within, the model computes in float32 by the same weights; then every one is in its own dtype again."""
+    before = {name: tensor.dtype for name, tensor in _saved_floats(model).items()}
     try:
+        _convert(model, dict.fromkeys(before, torch.float32))
         yield
     finally:
-        if wider:
-            cast(model, before)
+        _convert(model, before)
+
+
+def _saved_floats(model: Any) -> dict[str, torch.Tensor]:
+    """The floating-point parameters and buffers that checkpoints hold, by name."""
+    transient = {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: one for name, one in named if one.is_floating_point() and name not in transient}
+
+
+def _convert(model: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Turn these parameters and buffers into these dtypes, in place."""
+    tensors = _saved_floats(model)
+    for name, dtype in dtypes.items():
+        tensors[name].data = tensors[name].data.to(dtype)
 
 
 def config_of(path: str, *, trust_remote_code: bool = False) -> Any:

@@ -22,13 +22,13 @@ STATES = 4
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def free(device: torch.device) -> int | None:
-    """Bytes that can still be allocated there, swap included; None where the system does not say."""
+def free(device: torch.device, *, swap: bool = True) -> int | None:
+    """Bytes that can still be allocated there, on a CPU in swap space, too; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type not in ("cpu", "mps"):
         return None
-    machine = psutil.virtual_memory().available + psutil.swap_memory().free
+    machine = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
     return min(machine, _container() or machine)
 
 

@@ -63,7 +63,7 @@ class ModelName(Settings):
 class LoadSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights in memory; auto: float32 to train (bf16 mixed precision on a GPU), else as saved (float32 to
-    scan and evaluate on a CPU that emulates 16 bits)."""
+    scan and evaluate where a CPU emulates 16 bits and memory has room)."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one (to train: CUDA only)."""
     attention: str = "auto"

@@ -181,7 +181,7 @@ def pretrain(args: argparse.Namespace) -> dict:
     """Train (or go on training) and return the figures of the model card."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
-    trained = optimizers(model, args.lr, args.muon_lr)
+    trained = optimizers(model, args.lr, args.muon_lr, bf16=args.bf16)
     done, epoch, used, seconds, log = 0, 0, 0, 0.0, []
     path = args.output / STATE
     if path.exists():
@@ -232,7 +232,8 @@ def pretrain(args: argparse.Namespace) -> dict:
         "value_loss": round(log[-1]["value_loss"], 4),
         "optimizer": f"Muon (matrices of the blocks, lr {args.muon_lr:g}) and AdamW (the rest, lr {args.lr:g})",
         "reproduce": f"--steps {args.steps} --batch {args.batch} --lr {args.lr:g} --muon-lr {args.muon_lr:g} "
-        f"--decay {args.decay:g} --seed {args.seed}" + (" --compile" if args.compile else ""),
+        f"--decay {args.decay:g} --seed {args.seed} --{'' if args.bf16 else 'no-'}bf16"
+        + (" --compile" if args.compile else ""),
         "accuracy": {},
     }
 
@@ -308,7 +309,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: where the CPU has it)"
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="bfloat16 autocast and Muon (default: where the CPU has it)",
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile (needs a C++ compiler)"

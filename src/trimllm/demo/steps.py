@@ -10,12 +10,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimllm.checkpoints import arithmetic
 from trimllm.demo.muon import Muon
 
 
-def optimizers(model: PreTrainedModel, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embedding and norms; with `muon_lr` 0 AdamW for everything."""
+def optimizers(model: PreTrainedModel, lr: float, muon_lr: float, *, bf16: bool = True) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embedding and norms; with `muon_lr` 0 AdamW for everything.
+
+    Muon computes in bfloat16, or without `bf16` in float32.
+    """
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -23,8 +25,7 @@ def optimizers(model: PreTrainedModel, lr: float, muon_lr: float) -> list[torch.
     adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     built: list[torch.optim.Optimizer] = [adamw]
     if matrices:
-        emulated = arithmetic.slowdown(torch.bfloat16, model.device) > 1
-        muon = Muon if emulated else torch.optim.Muon
+        muon = torch.optim.Muon if bf16 else Muon
         built.append(muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     for optimizer in built:
         for group in optimizer.param_groups:

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,8 @@ class Evaluation:
     """generation: percent of targets that greedy decoding reproduces."""
     correct: tuple[bool, ...] = ()
     """Per item, for paired comparisons; empty for generation and text."""
+    dtype: str | None = None
+    """That of the weights when they computed it: a CPU that emulates the 16 bits of a checkpoint takes float32."""
 
     @property
     def perplexity(self) -> float:
@@ -263,7 +265,9 @@ class Scorer:
 
     def evaluate(self, model: Any, metric: str, share: Share = ALONE) -> Evaluation:
         """Score and judge all items."""
-        return judge(self.items, self.score(model, share), metric)
+        return replace(
+            judge(self.items, self.score(model, share), metric), dtype=str(model.dtype).removeprefix("torch.")
+        )
 
 
 def _reach(one: Encoded) -> int:
@@ -297,7 +301,8 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
     hits = {name: outcomes(items, scores, name)[0] for name in ("acc", "acc_norm")}
     error = 100 * _standard_error(hits[metric], [item.group for item in items])
     percent = {name: 100 * float(hit.mean()) for name, hit in hits.items()}
-    return Evaluation(metric, percent[metric], error, n, loss, **percent, correct=tuple(map(bool, hits[metric])))
+    right_ones = tuple(map(bool, hits[metric]))
+    return Evaluation(metric, percent[metric], error, n, loss, percent["acc"], percent["acc_norm"], correct=right_ones)
 
 
 def outcomes(items: Sequence[Item], scores: Scores, metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,6 @@ stage's number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -132,8 +131,9 @@ class Run:
         stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
         if full and (note := room.full_training_note(weights, device, stages)):
             self.console.say(note)
-        slower = arithmetic.training_note(config.mixed_precision, config.dtype, device)
-        for line in filter(None, (train.rounding_note(config), slower)):
+        slower = arithmetic.asked_note(config.dtype, device, config.mixed_precision)
+        rounded = train.rounding_note(config, emulated=slower is not None)
+        for line in filter(None, (rounded, slower)):
             self.console.say(line)
 
     def _prepare(self, loaded: Loaded) -> TaskData:
@@ -415,9 +415,9 @@ class Run:
         saved = self._load(self.dir.model)
         last = self.journal.events[-1]  # may be of the depth that was good before a floor was lowered
         if (last["event"], last["layout"]) != ("saved", good["layout"]):
-            with models.widened(saved) if self.config.dtype == "auto" else nullcontext():
+            with self.recorder.computing(saved):
                 free = fluency.measure(saved, self.tokenizer, self.calibration.items)
-                self.recorder.record("saved", saved, layout, fluency=free)
+            self.recorder.record("saved", saved, layout, fluency=free)
         row = self.journal.events[-1]
         if self.main:
             self.recorder.write_result(data, good, self.history(), base, row, report, saved)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from trimllm import files, memory
 from trimllm.bench import timing
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, plan_record
-from trimllm.checkpoints import loading, models
+from trimllm.checkpoints import arithmetic, loading, models
 from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.evaluation.evaluate import Scorer
@@ -37,13 +39,30 @@ class Recorder:
     calibration: Scorer
     test: Scorer
     metric: str
+    said: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def computing(self, model: Any) -> Iterator[None]:
+        """Within, a model in 16 bits that the CPU emulates, and nobody asked for, computes in float32, in all processes
+        or in none."""
+        asked, world = self.config.dtype, self.share.world
+        gain = self.share.from_first(lambda: arithmetic.gain_in_float32(model, asked, copies=world))
+        if gain is None:
+            yield
+            return
+        if str(gain) not in self.said:
+            self.said.add(str(gain))
+            self.console.say(f"the saved model is {gain}")
+        with models.widened(model):
+            yield
 
     def record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
         """Evaluate a depth and journal it, with a row for the user."""
         folder = RunDir(self.config.output)
-        calibration = self.calibration.evaluate(model, self.metric, self.share)
         report = self.config.report_depths or event != "stage"
-        test = self.test.evaluate(model, self.metric, self.share) if report else None
+        with self.computing(model):
+            calibration = self.calibration.evaluate(model, self.metric, self.share)
+            test = self.test.evaluate(model, self.metric, self.share) if report else None
         now = size(model, self.save_dtype)
         speed = timing.decode_speed({"now": model}, repeats=3)["now"] if self.share.first else [0.0]
         if self.share.first and event != "saved":  # before the journal's line: what that says is done is not redone

@@ -34,13 +34,17 @@ ROUNDED_AWAY = 256
 """In bfloat16 (8 significant bits) a step is lost on weights more than about so many times as large."""
 
 
-def rounding_note(settings: TrimConfig) -> str | None:
-    """A line for the user where weights train in bfloat16: which of them a step at the peak rate does not move."""
+def rounding_note(settings: TrimConfig, *, emulated: bool = False) -> str | None:
+    """A line for the user where weights train in bfloat16: which of them a step at the peak rate does not move.
+
+    `emulated`: the device has no bfloat16 of its own, so that mixed precision is no remedy.
+    """
     if settings.dtype != "bfloat16":
         return None
+    mixed = "" if emulated else " with --mixed-precision bf16"
     return (
         f"--dtype bfloat16: steps of --lr {settings.lr:g} are rounded away in weights above about "
-        f"{ROUNDED_AWAY * settings.lr:.2g}: leave it out (float32 weights with --mixed-precision bf16) where memory "
+        f"{ROUNDED_AWAY * settings.lr:.2g}: leave it out (float32 weights{mixed}) where memory "
         "allows, or give a larger --lr"
     )
 
