@@ -205,12 +205,21 @@ def depths(part: str, options: argparse.Namespace, given: Settings) -> dict[floa
     return {1.0: whole} | {keep: depth for keep, depth in found.items() if depth is not None}
 
 
+def finished_depths(output: Path) -> list[int]:
+    """Depths that a finished run went through; none of one that is not."""
+    result = RunDir(output).result
+    if not result.exists():
+        return []
+    rows: list[Settings] = json.loads(result.read_text(encoding="utf-8"))["history"]
+    return [row["depth"] for row in rows if row["event"] == "stage"]
+
+
 def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> dict[float, Settings]:
     """Reported accuracy by share of the blocks, for one arm."""
     given, arm = settings(part, seed, options), ARMS[name]
     wanted = depths(part, options, given)
-    least = min(wanted.values())
     reference = folder(options.output, part, seed, next(iter(ARMS)))
+    least = min([*wanted.values(), *finished_depths(reference)])  # one that went further has all that is asked for
     stages = one_run(reference, {**given, "depth": least, "keep_checkpoints": True, "report_depths": True})
     if name != next(iter(ARMS)):
         tuned = RunDir(reference).checkpoint(wanted[1.0])
@@ -227,13 +236,17 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
             first = runs[0][:1] if arm.own_start else first
             stages = [run[-1] for run in runs]
         else:
-            stages = made(place, least)[1:]
+            stages = made(place, min(wanted.values()))[1:]
         stages = [*first, *stages]
     by_depth = {stage["depth"]: stage["test"] for stage in stages}
     return {keep: by_depth[depth] for keep, depth in wanted.items() if depth in by_depth}
 
 
-def means(records: list[Settings], against: str | None = None) -> dict[str, dict[str, list[float]]]:
+Mean = tuple[float, float | None, int]
+"""Of points, with its standard error (None of a single one), and their number."""
+
+
+def means(records: list[Settings], against: str | None = None) -> dict[str, dict[str, Mean]]:
     """Per arm and share: mean difference over parts and seeds, its standard error, and their number.
 
     Of the accuracy and that of full fine-tuning, or of the arm `against` at the same share, part and seed.
@@ -248,12 +261,12 @@ def means(records: list[Settings], against: str | None = None) -> dict[str, dict
     return {arm: {keep: _mean(values) for keep, values in found.items()} for arm, found in points.items()}
 
 
-def _mean(values: list[float]) -> list[float]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return [statistics.mean(values), error, len(values)]
+def _mean(values: list[float]) -> Mean:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.mean(values), error, len(values)
 
 
-def report(summary: dict[str, dict[str, list[float]]]) -> str:
+def report(summary: dict[str, dict[str, Mean]]) -> str:
     keeps = sorted({keep for by in summary.values() for keep in by}, key=float, reverse=True)
     rows = []
     for name, by in summary.items():
@@ -262,8 +275,8 @@ def report(summary: dict[str, dict[str, list[float]]]) -> str:
     return table(["", *(f"{float(keep):.0%}" for keep in keeps)], rows)
 
 
-def _cell(mean: float, error: float, count: float) -> str:
-    return f"{mean:+.1f} (1)" if count == 1 else f"{mean:+.1f} +- {error:.1f} ({count:.0f})"
+def _cell(mean: float, error: float | None, count: int) -> str:
+    return f"{mean:+.1f} (1)" if error is None else f"{mean:+.1f} +- {error:.1f} ({count})"
 
 
 def merged(path: Path, new: list[Settings]) -> list[Settings]:

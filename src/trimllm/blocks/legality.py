@@ -52,7 +52,7 @@ def check_layout(model: nn.Module, layout: Layout, *, bypass: bool) -> None:
         raise InputError(reason)
 
 
-def refusal(model: nn.Module, layout: Layout) -> str | None:
+def refusal(model: Any, layout: Layout) -> str | None:
     """Why `apply_layout` would refuse, or None.
 
     Builds the model from its config before and after the cut, without weights, and compares block by block: the shape
@@ -63,6 +63,19 @@ def refusal(model: nn.Module, layout: Layout) -> str | None:
         check_layout(model, layout, bypass=False)
     except InputError as error:
         return str(error)
+    key = (type(model), model.config.to_json_string(use_diff=False), layout)
+    if key not in _JUDGED:
+        while len(_JUDGED) >= 1024:
+            del _JUDGED[next(iter(_JUDGED))]
+        _JUDGED[key] = _built_refusal(model, layout)
+    return _JUDGED[key]
+
+
+_JUDGED: dict[tuple[type, str, Layout], str | None] = {}
+"""What `refusal` found for a class, a config and a layout: a run asks for the same cuts at every drop."""
+
+
+def _built_refusal(model: Any, layout: Layout) -> str | None:
     config: Any = model.config
     kind = text_config(model).model_type
     try:
