@@ -236,7 +236,7 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
             first = runs[0][:1] if arm.own_start else first
             stages = [run[-1] for run in runs]
         else:
-            stages = made(place, min(wanted.values()))[1:]
+            stages = made(place, min([*wanted.values(), *finished_depths(place)]))[1:]
         stages = [*first, *stages]
     by_depth = {stage["depth"]: stage["test"] for stage in stages}
     return {keep: by_depth[depth] for keep, depth in wanted.items() if depth in by_depth}

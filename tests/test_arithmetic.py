@@ -138,7 +138,12 @@ def test_16_bits_stay_where_memory_has_no_room_for_32(base: Path, monkeypatch: A
     assert arithmetic.gain_in_float32(model, "auto") is None
 
 
-MIXED = [("llama", torch.bfloat16), ("deepseek_v3", torch.bfloat16), ("gpt_oss", torch.float16)]
+MIXED = [
+    ("llama", torch.bfloat16),
+    ("deepseek_v3", torch.bfloat16),
+    ("ernie4_5_moe", torch.bfloat16),
+    ("gpt_oss", torch.float16),
+]
 
 
 def loaded_as(family: str, dtype: torch.dtype, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:

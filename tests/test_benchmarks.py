@@ -66,7 +66,8 @@ def module(*parts: str) -> Any:
 def pretrain(data: Path, output: Path, **changes: Any) -> Any:
     """The state after a pre-training of a few steps."""
     quick = {"blocks": 1, "hidden": 128, "batch": 2, "rows": 1, "device": "cpu", "data": data, "output": output}
-    words = [word for name, value in (quick | changes).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    script = module("base", "pretrain")
+    words = [word for name, value in (quick | changes).items() for word in script.option(name, value).split()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain.py", *words])
         module("base", "pretrain").main()
@@ -78,10 +79,11 @@ def test_pre_training_goes_on_as_if_it_had_not_ended_and_only_with_its_own_setti
     half = pretrain(data, tmp_path / "half", steps=2)
     assert half["step"] == 2
     other = {"batch": 3, "lr": 1e-3, "muon_lr": 1e-3, "seed": 1, "blocks": 2, "hidden": 256}
+    other["bf16"] = not half["settings"]["bf16"]
     before = (tmp_path / "half" / "state.pt").read_bytes()
     for name, value in other.items():
-        option, was = "--" + name.replace("_", "-"), half["settings"][name]
-        line = f"{option} {value}: .*half/state.pt was trained with {option} {was}: give that, or another --output"
+        given, was = (module("base", "pretrain").option(name, one) for one in (value, half["settings"][name]))
+        line = f"{given}: .*half/state.pt was trained with {was}: give that, or another --output"
         with pytest.raises(InputError, match=f"^{line}$"):
             pretrain(data, tmp_path / "half", **{"steps": 3, name: value})
     with pytest.raises(InputError, match=r"--steps 2: the base in .*half has 2 already"):

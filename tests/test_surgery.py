@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from accelerate import dispatch_model
 from tiny import build
 
-from trimllm.blocks import families
+from trimllm.blocks import families, legality
 from trimllm.blocks.decoder import blocks, depth, halves, mid_block, parameters_of, text_config
 from trimllm.blocks.families import FAMILIES, Family, branching, config_updates
 from trimllm.blocks.layout import Block, Unit, remove, whole, without
@@ -24,6 +25,14 @@ IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(2))
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.fixture(autouse=True)
+def _judge_anew() -> Iterator[None]:
+    """What other rules said of a cut is nothing here, and the rules that a test changes are nothing elsewhere."""
+    legality._JUDGED.clear()
+    yield
+    legality._JUDGED.clear()
 
 
 def test_trial_restores_the_model_when_its_body_fails() -> None:
@@ -229,6 +238,29 @@ def test_unknown_rule_is_refused_instead_of_guessed(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(families.PER_LAYER, "no_rope_layers")
     model = build("smollm3")
     assert "use_rope" in str(refusal(model, without(whole(6), [1])))
+
+
+def test_a_cut_is_judged_once_but_for_what_the_model_alone_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[Any] = []
+    work = legality._built_refusal
+    monkeypatch.setattr(legality, "_built_refusal", lambda *a: judged.append(a) or work(*a))
+    model, layout = build("llama"), without(whole(6), [1])
+    assert refusal(model, layout) is None
+    assert refusal(build("llama", seed=1), list(layout)) is None
+    assert len(judged) == 1
+    other = build("llama")
+    other.config.rms_norm_eps = 0.1
+    assert refusal(other, layout) is None
+    assert refusal(model, without(whole(6), [2])) is None
+    assert len(judged) == 3
+    drop_layers(model, [5])
+    assert "the model has layers 0 to 4" in str(refusal(model, layout))
+
+
+def test_a_config_that_json_cannot_hold_is_refused_in_words() -> None:
+    model = build("llama")
+    model.config.kind = {1: 2, "a": 3}
+    assert "the config of model type 'llama' refuses this cut: " in str(refusal(model, without(whole(6), [1])))
 
 
 def test_family_that_this_release_computes_wrongly_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,16 @@ def stored_settings(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def kept_arithmetic(args: argparse.Namespace) -> bool:
+    """Whether to train in bfloat16: as the state in --output, else if the device has it."""
+    native = arithmetic.slowdown(torch.bfloat16, torch.device(args.device)) == 1
+    kept = stored_settings(args).get("bf16")
+    if kept is None and (args.output / STATE).exists():
+        name = option("bf16", native)
+        print(f"{args.output / STATE} does not say in which dtype it was trained: going on with {name}", flush=True)
+    return native if kept is None else bool(kept)
+
+
 def option(name: str, value: object) -> str:
     """A setting as the user gives it."""
     words = name.replace("_", "-")
@@ -298,7 +308,8 @@ def write_card(figures: dict[str, Any], output: Path) -> None:
     names = ("books", "fed", "factbook", "medquad", "cuad", "banking")
     shares = dict(zip(names, SOURCES.values(), strict=True))
     rows = "\n".join("| " + " | ".join(row) + " |" for row in figures["perplexity"])
-    (output / "README.md").write_text(CARD.format(**figures, **shares, rows=rows), encoding="utf-8")
+    known = {"bf16": "", **figures, **shares}  # figures of earlier versions do not say in which dtype
+    (output / "README.md").write_text(CARD.format(**known, rows=rows), encoding="utf-8")
 
 
 def main() -> None:
@@ -326,11 +337,9 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="only measure perplexities and write the card")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.bf16 is None:
-        args.bf16 = stored_settings(args).get(
-            "bf16", arithmetic.slowdown(torch.bfloat16, torch.device(args.device)) == 1
-        )
     if not args.card:
+        if args.bf16 is None:
+            args.bf16 = kept_arithmetic(args)
         check_state(args)
     args.output.mkdir(parents=True, exist_ok=True)
     if (args.output / "tokenizer.json").exists():

@@ -63,7 +63,10 @@ def refusal(model: Any, layout: Layout) -> str | None:
         check_layout(model, layout, bypass=False)
     except InputError as error:
         return str(error)
-    key = (type(model), model.config.to_json_string(use_diff=False), layout)
+    try:
+        key = (type(model), model.config.to_json_string(use_diff=False), tuple(layout))
+    except Exception:  # a config of custom code may hold what JSON cannot
+        return _built_refusal(model, layout)
     if key not in _JUDGED:
         while len(_JUDGED) >= 1024:
             del _JUDGED[next(iter(_JUDGED))]

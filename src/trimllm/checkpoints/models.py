@@ -170,14 +170,15 @@ def _check_causal(model: Any, name: str) -> None:
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
-    """Turn the weights into `dtype` in place, as loading in that dtype would: what its class keeps in float32 stays.
+    """Turn the weights into `dtype` in place, but for those that its class names to be loaded in float32 all the same.
 
-    `model.to(dtype)` would also round the rotary frequencies and other buffers that no checkpoint holds.
+    `model.to(dtype)` would round them, too, and rotary frequencies and other buffers that no checkpoint holds.
     """
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    _convert(model, {name: dtype for name in _saved_floats(model) if not kept & set(name.split("."))})
+    names = [name for name in _saved_floats(model) if not any(f".{part}." in f".{name}." for part in kept)]
+    _convert(model, dict.fromkeys(names, dtype))
     return model
 
 
