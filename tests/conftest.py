@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from trimllm.tasks.items import Item
 
 TEXT = "the cat sat on the mat. a dog ran to the cat; the man had no hat? yes or no: maybe yes."
+
+
+def pytest_collection_finish() -> None:
+    """Spare every garbage collection what importing and collecting made: a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_tokenizer(template: str = "$A") -> Any:
