@@ -26,7 +26,7 @@ from trimllm.run import progressive
 
 CPU = torch.device("cpu")
 SLOWER = "multiplies matrices 7 times slower"
-EMULATED = f"this CPU emulates it, and {SLOWER} than in float32"
+EMULATED = f"this CPU emulates bfloat16, and {SLOWER} than in float32"
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +130,12 @@ def test_16_bits_stay_where_memory_has_no_room_for_32(base: Path, monkeypatch: A
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     have = [needed]
     monkeypatch.setattr(room, "free", lambda _, swap: pytest.fail("swap is no room") if swap else have[0])
-    assert arithmetic.gain_in_float32(model, "auto") is None
+    assert arithmetic.reason_for_float32(model, "auto") is None
     have = [2 * needed]
-    assert arithmetic.gain_in_float32(model, "auto") == arithmetic.Gain(torch.bfloat16, 7.0)
-    assert arithmetic.gain_in_float32(model, "auto", copies=2) is None
+    assert arithmetic.reason_for_float32(model, "auto") == f"computed in float32: {EMULATED}"
+    assert arithmetic.reason_for_float32(model, "auto", copies=2) is None
     model.is_quantized = True
-    assert arithmetic.gain_in_float32(model, "auto") is None
+    assert arithmetic.reason_for_float32(model, "auto") is None
 
 
 MIXED = [
@@ -182,7 +182,7 @@ def test_commands_that_only_measure_say_that_they_compute_in_float32(
 ) -> None:
     words = [name, "--model", str(base), "--task", str(task), "--device", "cpu", "--output", str(tmp_path / "out")]
     assert cli.main(words) == 0
-    assert f"computed in float32: this CPU emulates bfloat16, and {SLOWER}" in capsys.readouterr().err
+    assert f"computed in float32: {EMULATED}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("emulated")
@@ -245,7 +245,7 @@ def test_training_that_emulation_slows_is_said_by_its_option(
     assert not [line for line in said if "with --mixed-precision bf16" in line], "no remedy here"
 
 
-FLOAT32 = f"computed in float32: this CPU emulates bfloat16, and {SLOWER} (checkpoints that fit in memory so)"
+FLOAT32 = f"accuracies are computed in float32, where memory has room: {EMULATED}"
 MIXED_BF16 = f"--mixed-precision bf16: {EMULATED}: leave it out"
 BF16 = f"--dtype bfloat16: {EMULATED}: leave it out where memory allows"
 
@@ -302,7 +302,7 @@ def test_a_bench_says_what_emulation_costs(base: Path, capsys: Any, monkeypatch:
     monkeypatch.setattr(tables, "record", lambda *_: {"models": known})
     monkeypatch.setattr(tables, "report", lambda _: "the tables")
     assert cli.main(["bench", str(base), "--device", "cpu"]) == 0
-    assert f"two, three: this CPU emulates bfloat16, and {SLOWER} than in float32: " in capsys.readouterr().err
+    assert f"two, three: {EMULATED}: prefill is faster with --dtype float32" in capsys.readouterr().err
     assert arithmetic.bench_note(known[:1]) is None
 
 

@@ -13,7 +13,7 @@ import torch
 from trimllm.baselines import METHODS, Cell
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
-from trimllm.checkpoints import export, models, room
+from trimllm.checkpoints import arithmetic, export, models, room
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
 from trimllm.errors import InputError
@@ -205,7 +205,7 @@ class Job:
 
     def trim(self, start: str | Path, folder: Path | None = None, **changes: Any) -> Product:
         """A run of `trimllm trim` from a checkpoint, or gone on with; its result, and what that took."""
-        dtype = str(self.saved_dtype()).removeprefix("torch.")
+        dtype = arithmetic.name_of(self.saved_dtype())
         output = folder or self.folder / "run"
         fixed = {"model": str(start), "keep": self.cell.keep, "save_dtype": dtype, "output": str(output)}
         config = self.trim_settings(**{**fixed, **changes})

@@ -82,7 +82,7 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
         "model": name,
         "layers": decoder.depth(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": arithmetic.name_of(model.dtype),
     }
     plain = change is None and not getattr(model, "is_quantized", False)  # others have products of their own
     known["slowdown"] = arithmetic.slowdown(model.dtype, model.device) if plain else 1.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,31 +54,31 @@ def _measured(dtype: torch.dtype) -> float:
     return least[dtype] / least[torch.float32]
 
 
-@dataclass(frozen=True)
-class Gain:
-    """What float32 in place of the dtype that a model is in makes of the time of its products."""
-
-    dtype: torch.dtype
-    times: float
-
-    def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
-        return f"computed in float32: this CPU emulates {name}, and multiplies matrices {self.times:.0f} times slower"
+def name_of(dtype: torch.dtype) -> str:
+    """As configs and options spell it: float32."""
+    return str(dtype).removeprefix("torch.")
 
 
-def gain_in_float32(model: Any, asked: str, copies: int = 1) -> Gain | None:
-    """What float32 would gain, or None: where the model's dtype is fast or was asked for (`asked` is a --dtype), where
-    the model is quantized, or where memory has no room for the wider weights of so many processes."""
+def _emulates(names: str, times: float) -> str:
+    return f"this CPU emulates {names}, and multiplies matrices {times:.0f} times slower than in float32"
+
+
+def reason_for_float32(model: Any, asked: str, copies: int = 1) -> str | None:
+    """Why to compute in float32, as a line for the user, or None: where the model's dtype is fast or was asked for
+    (`asked` is a --dtype), where the model is quantized, or where memory has no room for the wider weights of so many
+    processes."""
     if getattr(model, "is_quantized", False) or asked in ("bfloat16", "float16"):
         return None
     half = [one for one in model.parameters() if one.dtype in HALF and one.device.type == "cpu"]
-    slow = [Gain(kind, slowdown(kind, torch.device("cpu"))) for kind in {one.dtype for one in half}]
-    most = max(slow, key=lambda one: one.times, default=None)
-    if most is None or most.times == 1:
+    times = {kind: slowdown(kind, torch.device("cpu")) for kind in {one.dtype for one in half}}
+    slowest = max(times, key=lambda kind: times[kind], default=torch.float32)
+    if times.get(slowest, 1) == 1:
         return None
     free = room.free(torch.device("cpu"), swap=False)
     needed = copies * ACTIVATIONS * sum(4 * one.numel() for one in half)
-    return most if free is None or needed < free else None
+    if free is not None and needed >= free:
+        return None
+    return f"computed in float32: {_emulates(name_of(slowest), times[slowest])}"
 
 
 def asked_note(dtype: str, device: torch.device, mixed_precision: str = "no") -> str | None:
@@ -91,27 +90,23 @@ def asked_note(dtype: str, device: torch.device, mixed_precision: str = "no") ->
     else:
         return None
     times = slowdown(kind, device)
-    if times == 1:
-        return None
-    slower = f"this CPU emulates it, and multiplies matrices {times:.0f} times slower than in float32"
-    return f"{option}: {slower}: leave it out{rest}"
+    return None if times == 1 else f"{option}: {_emulates(name_of(kind), times)}: leave it out{rest}"
 
 
 def bench_note(known: Iterable[dict[str, Any]]) -> str | None:
     """A line for the user where models (of bench.json) were timed in 16 bits that the CPU emulates."""
-    slow = {model["model"]: model for model in known if model["slowdown"] > 1}
+    slow = [model for model in known if model["slowdown"] > 1]
     if not slow:
         return None
-    dtypes, most = sorted({model["dtype"] for model in slow.values()}), max(one["slowdown"] for one in slow.values())
-    return (
-        f"{', '.join(slow)}: this CPU emulates {' and '.join(dtypes)}, and multiplies matrices {most:.0f} times slower "
-        "than in float32: prefill is faster with --dtype float32"
-    )
+    names = ", ".join(dict.fromkeys(model["model"] for model in slow))
+    dtypes = " and ".join(sorted({model["dtype"] for model in slow}))
+    most = max(model["slowdown"] for model in slow)
+    return f"{names}: {_emulates(dtypes, most)}: prefill is faster with --dtype float32"
 
 
 def evaluation_note(dtype: torch.dtype, asked: str, device: torch.device) -> str | None:
     """A line for the user before several checkpoints that were saved in `dtype` are evaluated (`asked`: a --dtype)."""
-    if note := asked_note(asked, device):
-        return note
     times = slowdown(dtype, device)
-    return None if asked != "auto" or times == 1 else f"{Gain(dtype, times)} (checkpoints that fit in memory so)"
+    if asked != "auto" or times == 1:
+        return asked_note(asked, device)
+    return f"accuracies are computed in float32, where memory has room: {_emulates(name_of(dtype), times)}"

@@ -145,8 +145,8 @@ def load(
     saved = saved_dtype(path, settings) or model.dtype
     if evaluating and (slow := arithmetic.asked_note(settings.dtype, device)):
         notes.append(slow)
-    if evaluating and (gain := arithmetic.gain_in_float32(model, settings.dtype)):
-        notes.append(str(gain))
+    if evaluating and (reason := arithmetic.reason_for_float32(model, settings.dtype)):
+        notes.append(reason)
         cast(model, torch.float32)
     return Loaded(model, tokenizer, saved, mark, tuple(notes))
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from trimllm.blocks import decoder, families
+from trimllm.checkpoints.arithmetic import name_of
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.evaluation.encoding import Batch, Batches, Encoded
@@ -265,9 +266,7 @@ class Scorer:
 
     def evaluate(self, model: Any, metric: str, share: Share = ALONE) -> Evaluation:
         """Score and judge all items."""
-        return replace(
-            judge(self.items, self.score(model, share), metric), dtype=str(model.dtype).removeprefix("torch.")
-        )
+        return replace(judge(self.items, self.score(model, share), metric), dtype=name_of(model.dtype))
 
 
 def _reach(one: Encoded) -> int:
@@ -301,8 +300,8 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
     hits = {name: outcomes(items, scores, name)[0] for name in ("acc", "acc_norm")}
     error = 100 * _standard_error(hits[metric], [item.group for item in items])
     percent = {name: 100 * float(hit.mean()) for name, hit in hits.items()}
-    right_ones = tuple(map(bool, hits[metric]))
-    return Evaluation(metric, percent[metric], error, n, loss, percent["acc"], percent["acc_norm"], correct=right_ones)
+    correct = tuple(map(bool, hits[metric]))
+    return Evaluation(metric, percent[metric], error, n, loss, percent["acc"], percent["acc_norm"], correct=correct)
 
 
 def outcomes(items: Sequence[Item], scores: Scores, metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -184,7 +184,7 @@ class Run:
         config, say = self.config, self.console.say
         first = self.journal.last("start")
         if first is None:
-            dtype = str(self.save_dtype).removeprefix("torch.")
+            dtype = arithmetic.name_of(self.save_dtype)
             first = self.journal.add("start", base=loaded.fingerprint, depth=self.base_depth, save_dtype=dtype)
         elif first["base"] != loaded.fingerprint:
             raise InputError(f"--model {config.model}: its weights changed since the run in {config.output} began")
@@ -207,8 +207,7 @@ class Run:
         if breaks and self.decider.tolerance:
             say(f"candidates within {self.decider.tolerance:.2f} points are tied: the {BREAKS_TIES[breaks[0]]} goes")
         if not self.journal.of("base"):
-            free = fluency.measure(loaded.model, self.tokenizer, self.calibration.items)
-            self.recorder.record("base", loaded.model, whole(self.base_depth), fluency=free)
+            self.recorder.record("base", loaded.model, whole(self.base_depth))
 
     def _restore(self, loaded: Loaded) -> State:
         """The state that the journal describes, weights included."""
@@ -245,8 +244,8 @@ class Run:
 
     def _recorder(self) -> Recorder:
         device = self.accelerator.device
-        scorers = (self.calibration, self.test, self.metric)
-        return Recorder(self.config, self.console, self.share, self.journal, device, self.save_dtype, *scorers)
+        asked = (self.tokenizer, self.calibration, self.test, self.metric)
+        return Recorder(self.config, self.console, self.share, self.journal, device, self.save_dtype, *asked)
 
     # ---- the loop
 
@@ -415,9 +414,7 @@ class Run:
         saved = self._load(self.dir.model)
         last = self.journal.events[-1]  # may be of the depth that was good before a floor was lowered
         if (last["event"], last["layout"]) != ("saved", good["layout"]):
-            with self.recorder.computing(saved):
-                free = fluency.measure(saved, self.tokenizer, self.calibration.items)
-            self.recorder.record("saved", saved, layout, fluency=free)
+            self.recorder.record("saved", saved, layout)
         row = self.journal.events[-1]
         if self.main:
             self.recorder.write_result(data, good, self.history(), base, row, report, saved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from trimllm.blocks.layout import Layout, plan_record
 from trimllm.checkpoints import arithmetic, loading, models
 from trimllm.config import TrimConfig
 from trimllm.console import Console
+from trimllm.evaluation import fluency
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.parallel import Share
 from trimllm.run import account, model_card, rundir
@@ -36,32 +37,20 @@ class Recorder:
     journal: Journal
     device: torch.device
     save_dtype: torch.dtype
+    tokenizer: Any
     calibration: Scorer
     test: Scorer
     metric: str
-    said: set[str] = field(default_factory=set)
-
-    @contextmanager
-    def computing(self, model: Any) -> Iterator[None]:
-        """Within, a model in 16 bits that the CPU emulates, and nobody asked for, computes in float32, in all processes
-        or in none."""
-        asked, world = self.config.dtype, self.share.world
-        gain = self.share.from_first(lambda: arithmetic.gain_in_float32(model, asked, copies=world))
-        if gain is None:
-            yield
-            return
-        if str(gain) not in self.said:
-            self.said.add(str(gain))
-            self.console.say(f"the saved model is {gain}")
-        with models.widened(model):
-            yield
 
     def record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
-        """Evaluate a depth and journal it, with a row for the user."""
+        """Evaluate a depth and journal it, with a row for the user; of base and result also how fluently they write."""
         folder = RunDir(self.config.output)
-        report = self.config.report_depths or event != "stage"
-        with self.computing(model):
+        whole = event != "stage"
+        with self._fast(model):
+            if whole:
+                more["fluency"] = fluency.measure(model, self.tokenizer, self.calibration.items)
             calibration = self.calibration.evaluate(model, self.metric, self.share)
+            report = self.config.report_depths or whole
             test = self.test.evaluate(model, self.metric, self.share) if report else None
         now = size(model, self.save_dtype)
         speed = timing.decode_speed({"now": model}, repeats=3)["now"] if self.share.first else [0.0]
@@ -80,6 +69,19 @@ class Recorder:
             **more,
         )
         self.console.say(account.depth_row(event, now, calibration, test, float(np.median(speed)), more))
+
+    @contextmanager
+    def _fast(self, model: Any) -> Iterator[None]:
+        """Within, a model in 16 bits that the CPU emulates, and nobody asked for, computes in float32: in all processes
+        or in none."""
+        asked, world = self.config.dtype, self.share.world
+        reason = self.share.from_first(lambda: arithmetic.reason_for_float32(model, asked, copies=world))
+        if reason is None:
+            yield
+            return
+        self.console.say(f"the saved model is {reason}")
+        with models.widened(model):
+            yield
 
     def write_result(
         self,
