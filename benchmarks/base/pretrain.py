@@ -66,7 +66,7 @@ use outside such comparisons.
   MedQuAD {medquad:.0%}, CUAD {cuad:.0%} and BANKING77 {banking:.0%} (all CC BY 4.0).
 - Tokenizer: byte-level BPE of its own, 4,096 pieces; EOS and padding are `<|endoftext|>`; no BOS.
 - Training: seed {seed}, {steps:,} steps of {batch} rows of 256 tokens, {tokens:.1f} M tokens, {hours:.1f} hours on
-  {device}{bf16}; Muon (matrices of the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss
+  {device}{dtype}; Muon (matrices of the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss
   {loss:.3f} nats a token.
 
 | text | nats a token | perplexity a token | bits a character | perplexity a word |
@@ -175,32 +175,18 @@ def fixed(args: argparse.Namespace) -> dict[str, float]:
 def check_state(args: argparse.Namespace) -> None:
     """Raises InputError if the state in --output is of a training with other settings.
 
-    States of earlier versions, which keep none, are taken as they are.
+    States of earlier versions, which keep none, are taken as they are. `bf16` that was not given is the state's, or
+    whether the device has bfloat16.
     """
-    stored = stored_settings(args)
+    path, stored = args.output / STATE, dict[str, Any]()
+    if path.exists():
+        stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("settings", {})
+    if args.bf16 is None:
+        args.bf16 = stored.get("bf16", arithmetic.slowdown(torch.bfloat16, torch.device(args.device)) == 1)
     for name, value in fixed(args).items():
         if stored.get(name, value) != value:
             given, was = (option(name, one) for one in (value, stored[name]))
-            raise InputError(f"{given}: {args.output / STATE} was trained with {was}: give that, or another --output")
-
-
-def stored_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the state in --output was trained with; nothing where there is none."""
-    path = args.output / STATE
-    if not path.exists():
-        return {}
-    found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("settings", {})
-    return found
-
-
-def kept_arithmetic(args: argparse.Namespace) -> bool:
-    """Whether to train in bfloat16: as the state in --output, else if the device has it."""
-    native = arithmetic.slowdown(torch.bfloat16, torch.device(args.device)) == 1
-    kept = stored_settings(args).get("bf16")
-    if kept is None and (args.output / STATE).exists():
-        name = option("bf16", native)
-        print(f"{args.output / STATE} does not say in which dtype it was trained: going on with {name}", flush=True)
-    return native if kept is None else bool(kept)
+            raise InputError(f"{given}: {path} was trained with {was}: give that, or another --output")
 
 
 def option(name: str, value: object) -> str:
@@ -264,7 +250,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
         "tokens": done * args.batch * ROW / 1e6,
         "hours": seconds / 3600,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU core(s)",
-        "bf16": " in bfloat16" if args.bf16 else " in float32",
+        "bf16": args.bf16,
         "lr": args.lr,
         "muon_lr": args.muon_lr,
         "loss": log[-1]["loss"],
@@ -308,8 +294,8 @@ def write_card(figures: dict[str, Any], output: Path) -> None:
     names = ("books", "fed", "factbook", "medquad", "cuad", "banking")
     shares = dict(zip(names, SOURCES.values(), strict=True))
     rows = "\n".join("| " + " | ".join(row) + " |" for row in figures["perplexity"])
-    known = {"bf16": "", **figures, **shares}  # figures of earlier versions do not say in which dtype
-    (output / "README.md").write_text(CARD.format(**known, rows=rows), encoding="utf-8")
+    dtype = {True: " in bfloat16", False: " in float32"}.get(figures.get("bf16"), "")  # earlier versions do not say
+    (output / "README.md").write_text(CARD.format(**figures, **shares, dtype=dtype, rows=rows), encoding="utf-8")
 
 
 def main() -> None:
@@ -338,8 +324,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.card:
-        if args.bf16 is None:
-            args.bf16 = kept_arithmetic(args)
         check_state(args)
     args.output.mkdir(parents=True, exist_ok=True)
     if (args.output / "tokenizer.json").exists():
