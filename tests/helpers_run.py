@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -121,7 +120,6 @@ def fast(monkeypatch: Any) -> None:
     monkeypatch.setattr(timing, "decode_speed", speeds)
     monkeypatch.setattr(fluency, "TOKENS", 8)
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    gc.freeze()  # a stage ends with a full collection: spare it the imported modules
 
 
 def arguments(values: dict[str, Any]) -> list[str]:

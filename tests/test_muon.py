@@ -46,10 +46,16 @@ def test_steps_are_those_of_torch_within_bfloat16(settings):
 def test_a_state_of_torchs_goes_on():
     torch.manual_seed(0)
     theirs = [torch.nn.Parameter(torch.randn(16, 32)), torch.nn.Parameter(torch.randn(8, 8))]
-    saved = steps(torch.optim.Muon, theirs, 2).state_dict()
-    ours = Muon(theirs, **SETTINGS)
-    ours.load_state_dict(saved)
-    torch.testing.assert_close(ours.state_dict()["state"], saved["state"])
+    going_on = steps(torch.optim.Muon, theirs, 2)
+    ours = copy.deepcopy(theirs)
+    resumed = Muon(ours, **SETTINGS)
+    resumed.load_state_dict(copy.deepcopy(going_on.state_dict()))
+    before = theirs[0].detach().clone()
+    for parameters, optimizer in ((theirs, going_on), (ours, resumed)):
+        parameters[0].grad = torch.ones(16, 32)  # alone, it would take another step than behind the two
+        optimizer.step()
+    assert (ours[0] - theirs[0]).norm() < 0.03 * (theirs[0] - before).norm()
+    torch.testing.assert_close(resumed.state_dict()["state"], going_on.state_dict()["state"])
 
 
 def test_singular_values_come_near_one():
