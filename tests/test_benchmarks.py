@@ -8,6 +8,7 @@ import lzma
 import random
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from trimllm.errors import InputError, TrimError
+from trimllm.run import rundir
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
@@ -144,3 +146,31 @@ def test_study_differences_are_paired_by_part_and_seed_and_keep_what_was_measure
     assert over_full["late"]["0.25"] == (-20, None, 1)
     assert {arm: by["0.5"][::2] for arm, by in study.means(raw, "one-shot").items()} == {"late": (2, 1)}
     assert "+1.0 +- 3.0 (2)" in study.report(over_full)
+
+
+def test_a_study_takes_its_depths_from_runs_that_went_further(tmp_path: Path, monkeypatch: Any) -> None:
+    study, made = module("study"), []
+
+    def trim(asked: Any, console: Any) -> None:
+        made.append((Path(asked.output).relative_to(tmp_path).as_posix(), asked.depth))
+        Path(asked.output).mkdir(parents=True)
+        rundir.claim(asked)
+        stages = [
+            {"event": "stage", "depth": depth, "test": {"value": depth}} for depth in range(16, asked.depth - 1, -1)
+        ]
+        Path(asked.output, "result.json").write_text(json.dumps({"history": stages}))
+
+    monkeypatch.setattr(study, "trim", trim)
+
+    def accuracies(arm: str, keep: float) -> dict[float, int]:
+        options = Namespace(keep=[keep], output=tmp_path, threads=None)
+        return {share: test["value"] for share, test in study.accuracies("law", 0, arm, options).items()}
+
+    assert accuracies("one-shot", 0.25) == {1: 16, 0.25: 4}
+    assert accuracies("pairs", 0.25) == {1: 16, 0.25: 4}
+    before = [("law-0/trimllm", 4), ("law-0/one-shot/4", 4), ("law-0/pairs", 4)]
+    assert made == before
+    assert accuracies("trimllm", 0.5) == accuracies("pairs", 0.5) == {1: 16, 0.5: 8}
+    assert made == before, "both have been at half the depth on their way"
+    assert accuracies("one-shot", 0.5) == {1: 16, 0.5: 8}
+    assert made == [*before, ("law-0/one-shot/8", 8)], "a cut at once is a run of its own"
