@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import helpers_run as h
 import pytest
@@ -24,8 +25,8 @@ from trimllm.importance.joint import Joint
 from trimllm.parallel import ALONE
 from trimllm.run import account, deciding, progressive, recovery, rundir
 from trimllm.run.recovery import Recovery
-from trimllm.run.targets import least_depth, stage_epochs
-from trimllm.training import train
+from trimllm.run.targets import least_depth, stage_epochs, stages_ahead
+from trimllm.training import train, training_rows
 
 EASY = {"schedule": "recover", "joint_tolerance": 100.0, "tie_tolerance": 100.0}
 """Anything may go together."""
@@ -325,6 +326,52 @@ def test_tokens_are_counted_against_one_full_fine_tune(straight):
     assert found == {"stages": stages, "total": sum(stages), "full_fine_tunes": sum(stages) / stages[0]}
     rows = [{"event": "base"}, {"event": "stage", "train": {"tokens": 0}}, {"event": "stage", "train": {"tokens": 7}}]
     assert account.tokens(rows) == {"stages": [0, 7], "total": 7, "full_fine_tunes": None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"depth": 2, "epochs_per_drop": 2.0},
+        {"depth": 2, "drops_per_stage": 2},
+        {"depth": 2, "one_shot": True, "final_epochs": 0.5},
+        {"depth": 3, "schedule": "epoch", "final_epochs": 1.0, "warmup_epochs": 0},
+    ],
+    ids=str,
+)
+def test_training_is_foretold(base, task, tmp_path, monkeypatch, capsys, changes):
+    steps, epochs = training_rows.steps, []
+    monkeypatch.setattr(training_rows, "steps", lambda *given: (epochs.append(given[3]), steps(*given))[1])
+    config = TrimConfig(**h.settings(base, task, tmp_path / "run", **changes))
+    progressive.trim(config)
+    stages = h.journal(tmp_path / "run", "stage")
+    found = [(stage["depth"], given) for stage, given in zip(stages, epochs[1:], strict=True)]
+    assert found == [(h.DEPTH, config.warmup_epochs), *stages_ahead(config, h.DEPTH)]
+    lines = capsys.readouterr().err
+    (total,) = re.findall(r"training: .* tokens an epoch, ([\d,]+) in all\n", lines)
+    assert int(total.replace(",", "")) == pytest.approx(h.result(tmp_path / "run")["tokens"]["total"], rel=0.05)
+    assert ("training behind drops: at most about" in lines) == (config.warmup_epochs > 0)
+
+
+def test_of_training_that_may_end_sooner_the_most_is_foretold():
+    def line(**settings):
+        config = TrimConfig(model="m", task="t", output="o", **settings)
+        return account.training_ahead(config, stages_ahead(config, 12), 1000)
+
+    assert line() == "training: 1 epoch of all layers, 6 behind drops; 1,000 tokens an epoch, 7,000 in all"
+    most = "training: 1 epoch of all layers, at most 6 behind drops; 1,000 tokens an epoch, at most 7,000 in all"
+    assert line(keep=0.5, max_drop=2) == line(schedule="recover") == line(keep=0.5, max_params=9) == most
+    assert line(max_drop=2) == "training: 1 epoch of all layers, 1 behind every drop; 1,000 tokens an epoch"
+    config = TrimConfig(model="m", task="t", output="o", schedule="epoch")
+    assert stages_ahead(config, 12, length=3) == [(9, 1), (6, 1)]
+
+
+def test_time_ahead_is_less_for_fewer_blocks():
+    warm = {"depth": 12, "train": {"tokens": 2000, "seconds": 120.0}}
+    assert account.time_ahead([(9, 1.0), (6, 2.0)], 1000, warm) == (
+        "training behind drops: at most about 1 min 45 s, and the scans"  # (9 + 2 * 6) / 12 minutes
+    )
+    assert account.time_ahead([], 1000, warm) is None
+    assert account.time_ahead([(9, 1.0)], 1000, {"depth": 12, "train": {"tokens": 0, "seconds": 0.0}}) is None
 
 
 def test_line_of_a_joint_drop_names_both_accuracies(base, task, tmp_path, capsys):

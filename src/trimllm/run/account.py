@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +15,7 @@ from trimllm.evaluation.evaluate import Evaluation
 from trimllm.importance.joint import Joint, accepted
 from trimllm.importance.scan import ScanResult
 from trimllm.importance.select import Choice
-from trimllm.run import rundir
+from trimllm.run import rundir, targets
 from trimllm.run.targets import Size
 from trimllm.tasks import TaskData
 
@@ -102,6 +103,27 @@ def result(
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "libraries": {name: version(name) for name in LIBRARIES},
     }
+
+
+def training_ahead(config: TrimConfig, stages: Sequence[tuple[int, float]], tokens: int) -> str:
+    """How much will be trained, for the user: `stages` are those of `targets.stages_ahead`, `tokens` an epoch's."""
+    warm = f"training: {config.warmup_epochs:g} epoch{'' if config.warmup_epochs == 1 else 's'} of all layers, "
+    if not stages:
+        return f"{warm}{config.epochs_per_drop:g} behind every drop; {tokens:,} tokens an epoch"
+    behind = sum(epochs for _, epochs in stages)
+    most = "at most " if targets.ends_sooner(config) else ""
+    total = round((config.warmup_epochs + behind) * tokens)
+    return f"{warm}{most}{behind:.3g} behind drops; {tokens:,} tokens an epoch, {most}{total:,} in all"
+
+
+def time_ahead(stages: Sequence[tuple[int, float]], tokens: int, warm: dict[str, Any]) -> str | None:
+    """About how long the stages take, if all blocks trained, by what the warm-up took (its journaled row); None where
+    that trained nothing."""
+    train = warm["train"]
+    if not stages or not train["tokens"]:
+        return None
+    seconds = train["seconds"] / train["tokens"] * tokens * sum(left * epochs for left, epochs in stages)
+    return f"training behind drops: at most about {clock(seconds / warm['depth'])}, and the scans"
 
 
 def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:

@@ -161,6 +161,9 @@ class Run:
         data = replace(data, notes=(*data.notes, *cut))
         self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
         self.decider.check(model)
+        self.ahead = targets.stages_ahead(config, depth, self.decider.length)
+        epoch = training_rows.steps(self.task_rows, self.text_rows, config, 1, config.seed)
+        self.epoch = sum(len(row.ids) for step in epoch for row in step)
         self.pad_id = self.calibration.pad_id
         copies = 3 + (config.distill > 0)  # two checkpoints, the result, and a teacher
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -200,6 +203,7 @@ class Run:
             say(f"  {note}")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
+        say(account.training_ahead(config, self.ahead, self.epoch))
         may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
         if may_change and (slow := scan.many_choices_note(self.calibration, config.strategy)):
             say(f"  {slow}")
@@ -319,6 +323,8 @@ class Run:
         self.recorder.record("stage", state.model, state.layout, stage=state.stages, train=done, dropped=state.pending)
         if overfit := account.worsened(self.journal.events[-1], self.journal.of("base")[0]):
             self.console.say(overfit)
+        if warm and (time := account.time_ahead(self.ahead, self.epoch, self.journal.events[-1])):
+            self.console.say(time)
         state.stages += 1
         state.pending = []
         self._clean()

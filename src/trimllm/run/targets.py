@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimllm.config import TrimConfig
+from trimllm.config.trim import FLOORS, SIZES
 from trimllm.errors import InputError
 
 GIB = 2**30
@@ -79,6 +80,26 @@ def stage_epochs(config: TrimConfig, units: int, stage: int, *, last: bool) -> f
         return now + (config.final_epochs if last else 0.0)
     put_off = LATE_SHARE * config.epochs_per_drop * (stages + stage - 1)
     return (1 - LATE_SHARE) * now + (put_off + config.final_epochs if last else 0.0)
+
+
+def stages_ahead(config: TrimConfig, base_depth: int, length: int = 1) -> list[tuple[int, float]]:
+    """Blocks and epochs of every stage behind drops, of `length` layers at a time; none for targets that are no depth.
+
+    At most those: see `ends_sooner`.
+    """
+    left, wanted, stages = base_depth, wanted_depth(config, base_depth), list[tuple[int, float]]()
+    while wanted is not None and left > wanted:
+        units = math.ceil((left - wanted) / length)
+        if not config.one_shot:
+            units = min(units, config.drops_per_stage)
+        left -= units * length
+        stages.append((left, stage_epochs(config, units, len(stages) + 1, last=left <= wanted)))
+    return stages
+
+
+def ends_sooner(config: TrimConfig) -> bool:
+    """Whether training may end before the wanted depth (a floor, another size) or a stage before its epochs."""
+    return config.schedule == "recover" or any(getattr(config, name) is not None for name in (*FLOORS, *SIZES[2:]))
 
 
 def floor(config: TrimConfig, values: Sequence[float]) -> float:
