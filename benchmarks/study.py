@@ -123,7 +123,9 @@ ARMS = {
     "late, carried, ties by loss": Arm(
         {"optimizer_state": "carried", "strategy": "scan+loss"}, per_depth=True, late=LATE_SHARE
     ),
-    "late, carried, loss scan": Arm({"optimizer_state": "carried", "strategy": "loss"}, per_depth=True, late=LATE_SHARE),
+    "late, carried, loss scan": Arm(
+        {"optimizer_state": "carried", "strategy": "loss"}, per_depth=True, late=LATE_SHARE
+    ),
     "late, carried, twice as long": Arm({"optimizer_state": "carried"}, per_depth=True, late=LATE_SHARE, longer=2.0),
     "late, carried, 200 calibration rows": Arm(
         {"optimizer_state": "carried", "calibration_size": 200},

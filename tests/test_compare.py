@@ -138,7 +138,7 @@ def whole(world: tuple[Path, Path], tmp_path_factory: Any) -> tuple[Path, dict[s
     command = settings(world, output, methods=("base", "full", "trim", "shortgpt"), keep=(HALF,))
     with pytest.MonkeyPatch.context() as patch:
         in_process(patch, picture=True, apart="base")
-        compare.claim(command, output)
+        compare.claim(command, output, {})
         with ThreadPoolExecutor(1) as pool:
             child = pool.submit(compare.make_row, command, Cell(METHODS["base"], None), output, 2)
             go(command.model_copy(update={"methods": ("full", "trim", "shortgpt"), "resume": True}))
@@ -509,6 +509,27 @@ def test_another_python_runs_this_very_package(tmp_path: Path, monkeypatch: Any)
     assert not Path(path).parent.exists()  # the link is gone with its folder
     assert "gptq" in rest
     assert os.environ["PYTHONPATH"] == str(other.parent)
+
+
+def test_rows_that_changed_are_refused(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    made_up(monkeypatch)
+    mine, output = (world[0], tmp_path / "rows"), tmp_path / "out"
+    shutil.copytree(world[1], mine[1])
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 40)
+    more = {"text": str(text), "also": (str(world[1]),)}
+    go(settings(mine, output, methods=("full",), **more))
+    again = settings(mine, output, methods=("full", "random"), keep=(HALF,), resume=True, **more)
+    train = mine[1] / "train.jsonl"
+    for file, option in ((train, f"--task {mine[1]}"), (text, f"--text {text}")):
+        was = file.read_text()
+        file.write_text(was.replace("the", "a"))
+        with pytest.raises(InputError) as error:
+            go(again)
+        assert str(error.value).startswith(f"{option}: its rows changed since the comparison in {output} began: ")
+        file.write_text(was)
+    assert set(json.loads((output / "data.json").read_text())) == {"--task", "--text", f"--also {world[1]}"}
+    assert set(go(again)) == {"full", "random-0.5"}
 
 
 def test_a_resume_with_fewer_methods_keeps_the_other_rows_in_the_table(tmp_path):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trimllm import cli, files
 from trimllm.checkpoints import folders, verification
-from trimllm.config import DemoConfig
+from trimllm.config import DemoConfig, TrimConfig, plain_settings
 from trimllm.demo.demo import demo
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
@@ -232,6 +232,85 @@ def test_changed_base_weights_are_refused(task, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match="its weights changed"):
         h.run(mine, task, output, resume=True)
+
+
+def interrupted(monkeypatch, *arguments, **changes):
+    """A run that is killed at its first drop."""
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_drop", 1)
+        with pytest.raises(h.Killed):
+            h.run(*arguments, **changes)
+
+
+@pytest.mark.parametrize("split", ["train", "test", "text"])
+def test_changed_rows_are_refused(base, tmp_path, monkeypatch, split):
+    rows, text, output = h.save_task(tmp_path / "rows"), tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("the cat sat on the mat. " * 40)
+    interrupted(monkeypatch, base, rows, output, text=str(text))
+    journaled = h.journal(output)
+    changed = text if split == "text" else rows / f"{split}.jsonl"
+    was = changed.read_text()
+    lines = was.splitlines(keepends=True)
+    changed.write_text("a dog. " + was if split == "text" else "".join([lines[1], lines[0], *lines[2:]]))
+    option = f"--text {text}" if split == "text" else f"--task {rows}"
+    with pytest.raises(InputError) as error:
+        h.run(base, rows, output, text=str(text), resume=True)
+    assert str(error.value) == (
+        f"{option}: its rows changed since the run in {output} began: give those that it began with, or another "
+        "--output"
+    )
+    assert h.journal(output) == journaled
+    changed.write_text(was)
+    h.run(base, rows, output, text=str(text), resume=True)
+
+
+def test_a_run_goes_on_from_another_folder_and_with_data_that_moved(base, task, tmp_path, straight, monkeypatch):
+    begun = tmp_path / "begun"
+    shutil.copytree(base, begun / "base")
+    shutil.copytree(task, begun / "rows")
+    monkeypatch.chdir(begun)
+    settings = {**h.settings(base, task, begun), "model": "base", "task": "rows", "output": "run"}
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_drop", 1)
+        with pytest.raises(h.Killed):
+            cli.main(["trim", *h.arguments(settings)])
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_drop", 2)
+        with pytest.raises(h.Killed):
+            cli.main(["trim", "--output", "begun/run", "--resume"])
+    (begun / "rows").rename(tmp_path / "elsewhere")
+    (begun / "base").rename(tmp_path / "model")
+    words = ["trim", "--output", "begun/run", "--resume", "--model", "model", "--task", "elsewhere"]
+    assert cli.main(words) == 0
+    assert h.drops(begun / "run") == h.drops(straight)
+    assert h.weights_hash(begun / "run" / "model") == h.weights_hash(straight / "model")
+
+
+def test_paths_are_of_the_folder_where_a_run_began(tmp_path, monkeypatch):
+    for folder in ("one", "other"):
+        (tmp_path / folder / "base").mkdir(parents=True)
+    (tmp_path / "one" / "a.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path / "one")
+    files = {"train": "a.jsonl", "test": "hub/id"}
+    config = TrimConfig(model="base", task="t", text="hub/id", task_files=files, output="run")
+    (tmp_path / "config.yaml").write_text(plain_settings.to_yaml(config))
+    stored = plain_settings.stored(tmp_path / "config.yaml", TrimConfig)
+    assert [stored[name] for name in ("model", "task", "text")] == ["base", "t", "hub/id"]
+    monkeypatch.chdir(tmp_path / "other")
+    moved = plain_settings.stored(tmp_path / "config.yaml", TrimConfig)
+    here = str(tmp_path / "one")
+    assert [moved[name] for name in ("model", "task", "text")] == [f"{here}/base", "t", "hub/id"]
+    assert moved["task_files"] == {"train": f"{here}/a.jsonl", "test": "hub/id"}
+
+
+def test_a_finished_run_keeps_its_settings(straight, capsys):
+    before = (straight / "config.yaml").read_bytes()
+    for option, value in (("--lr", "0.0001"), ("--max-grad-norm", "0.5"), ("--task", "demo_medicine")):
+        line = h.line(capsys, "trim", "--output", str(straight), "--resume", option, value)
+        assert line.startswith(f"trimllm: {option} {value}: ")
+    assert cli.main(["trim", "--output", str(straight), "--resume", "--threads", "1"]) == 0
+    assert (straight / "config.yaml").read_bytes() == before
 
 
 # ---- failures that are not kills

@@ -44,9 +44,10 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     if command.baselines_python and shutil.which(command.baselines_python) is None:
         raise InputError(f"--baselines-python {command.baselines_python}: no such program: name a Python executable")
     with folders.held(root) as lock:
-        for note in check(command, wanted):
+        notes, data = check(command, wanted)
+        for note in notes:
             console.say(f"  {note}")
-        whole = claim(command, root)
+        whole = claim(command, root, data)
         for number, each in enumerate(wanted, 1):
             earlier = each.row(root)
             if earlier.get("status") != "done":
@@ -62,11 +63,11 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     return made
 
 
-def check(command: CompareConfig, wanted: Sequence[Cell]) -> list[str]:
+def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], dict[str, str]]:
     """Whatever would end every row, or be met after hours of training: model, tasks, text, names, shares, lengths.
 
     Returns:
-        Lines that the user should see.
+        Lines that the user should see, and SHA-256 of the data by option.
 
     Raises:
         InputError: for the first of these that cannot be used.
@@ -88,7 +89,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> list[str]:
         raise InputError(f"--sequence {command.sequence}: the model takes at most {context} tokens: ask for less")
     path = models.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
-    names, notes = set(), list[str]()
+    names, notes, digests = set(), list[str](), dict[str, str]()
     saved = models.saved_dtype(path, command) or models.DTYPES["float32"]
     slower = [arithmetic.evaluation_note(saved, command.dtype, models.device_of(command.device))]
     if trains:
@@ -104,14 +105,16 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> list[str]:
         names.add(data.name)
         longest = encoding.context_length(config, command.max_length)
         own = settings is command
+        digests["--task" if own else f"--also {settings.task}"] = data.digest()
         encode = partial(encoding.encode, tokenizer, max_length=longest, truncate=command.truncate)
         sets: dict[str, Sequence[encoding.Cut]] = {"reported": encode(data.test)}
         if own:
             sets["calibration"] = encode(data.calibration)
         if own and trains:
-            sets["training"], _ = training_rows.examples(command, tokenizer, config, data.train, command.batch_size)
+            sets["training"], text = training_rows.examples(command, tokenizer, config, data.train, command.batch_size)
+            digests["--text"] = training_rows.digest(text)
         notes += [f"{data.name}: {note}" for note in encoding.cut_notes(**sets)]
-    return notes
+    return notes, digests
 
 
 def check_model(command: CompareConfig) -> Any:
@@ -152,13 +155,14 @@ def finished(root: Path) -> list[dict[str, Any]]:
     return [row | {"title": Cell(METHODS[row["method"]], row["keep"]).title} for row in rows]
 
 
-def claim(command: CompareConfig, root: Path) -> CompareConfig:
+def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareConfig:
     """Make the folder this comparison's own; its settings, with the methods and shares of earlier calls.
 
     Raises:
-        InputError: see `compare`.
+        InputError: see `compare`; or if its data, by these SHA-256, changed.
     """
-    settings = root / "config.yaml"
+    settings, digests = root / "config.yaml", root / "data.json"
+    before = json.loads(digests.read_text(encoding="utf-8")) if digests.exists() else {}
     if settings.exists():
         if not command.resume:
             raise InputError(
@@ -167,11 +171,13 @@ def claim(command: CompareConfig, root: Path) -> CompareConfig:
             )
         rundir.same_settings(command, root, FREE_OF_CHOICE)
         same_conditions(command, root)
+        rundir.same_data(before, data, command, f"the comparison in {root}")
         command = joined(command, plain_settings.make(CompareConfig, rundir.stored_settings(root, CompareConfig)))
     elif root.exists() and any(root.iterdir()):
         raise InputError(f"--output {root}: the directory is not empty: choose another one")
     command = command.model_copy(update={"resume": False})
     files.write_atomic(settings, plain_settings.to_yaml(command))
+    files.write_json(digests, before | data)
     return command
 
 

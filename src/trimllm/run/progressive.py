@@ -110,6 +110,7 @@ class Run:
         self.journal = Journal(
             self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.main
         )
+        self._begin(loaded, data)
         if (done := self.journal.last("done")) is not None:
             self.console.say(f"{self.dir.root} is finished: {done['table']}")
             self._forget()
@@ -183,14 +184,22 @@ class Run:
         last = any(drop["reached"] for drop in drops)
         return self.config.optimizer_state == "carried" and bool(drops) and not last
 
-    def _start(self, loaded: Loaded, data: TaskData) -> None:
-        config, say = self.config, self.console.say
+    def _begin(self, loaded: Loaded, data: TaskData) -> None:
+        """Journal what the run begins with; one that goes on must have the same."""
+        config = self.config
+        asked = {"--task": data.digest(), "--text": training_rows.digest(self.text_rows)}
         first = self.journal.last("start")
         if first is None:
             dtype = arithmetic.name_of(self.save_dtype)
-            first = self.journal.add("start", base=loaded.fingerprint, depth=self.base_depth, save_dtype=dtype)
+            known = {"base": loaded.fingerprint, "data": asked, "depth": self.base_depth, "save_dtype": dtype}
+            first = self.journal.add("start", **known)
         elif first["base"] != loaded.fingerprint:
             raise InputError(f"--model {config.model}: its weights changed since the run in {config.output} began")
+        rundir.same_data(first.get("data", {}), asked, config, f"the run in {config.output}")
+
+    def _start(self, loaded: Loaded, data: TaskData) -> None:
+        """Say what is there, and measure the base."""
+        config, say = self.config, self.console.say
         parameters = recording.size(loaded.model, self.save_dtype).parameters
         say(f"{config.model}: {self.base_depth} layers, {parameters:,} parameters")
         for note in loaded.notes:

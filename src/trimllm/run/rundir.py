@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from trimllm.blocks.layout import Block, Layout
-from trimllm.config import Settings, TrimConfig
+from trimllm.config import CompareConfig, Settings, TrimConfig
 from trimllm.config.plain_settings import make, stored, to_yaml
 from trimllm.errors import InputError
 from trimllm.files import read_lines, write_atomic
 from trimllm.training import optimizer_state
 
-FREE_OF_CHOICE = (
+WHERE = (
     *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
-    *("gradient_checkpointing", "lr", "max_grad_norm", "min_accuracy", "max_drop", "model"),
+    *("gradient_checkpointing", "model", "task", "task_files", "text"),
 )
-"""Settings that may differ when a run is resumed: where it computes, the remedies for what can end it, and where the
-base lies (that its weights are the same is checked by their SHA-256)."""
+"""Settings that may differ when a run is resumed: where it computes, and where the base and the data lie (that they are
+the same is checked by their SHA-256)."""
+REMEDIES = ("lr", "max_grad_norm", "min_accuracy", "max_drop")
+"""Settings that may differ while it is not finished: for what can end it."""
 
 
 class RunDir:
@@ -84,17 +86,37 @@ def check(config: TrimConfig) -> None:
             "or choose another one"
         )
     else:
-        same_settings(config, config.output, FREE_OF_CHOICE)
+        same_settings(config, config.output, WHERE if finished(run) else (*WHERE, *REMEDIES))
 
 
 def claim(config: TrimConfig) -> list[dict[str, Any]]:
     """Make the directory this run's own, and return the events of its journal so far. Raises as `check` does."""
     check(config)
     run = RunDir(config.output)
-    write_atomic(run.config, to_yaml(config.model_copy(update={"resume": False})))
+    if not finished(run):
+        write_atomic(run.config, to_yaml(config.model_copy(update={"resume": False})))
     for left_by_a_kill in (*run.root.glob(".model.*"), *run.checkpoints.glob(".depth-*")):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     return read_lines(run.journal)
+
+
+def finished(run: RunDir) -> bool:
+    """Whether all is done that the run was to do."""
+    return any(event["event"] == "done" for event in read_lines(run.journal, mend=False))
+
+
+def same_data(before: dict[str, str], now: dict[str, str], config: TrimConfig | CompareConfig, begun: str) -> None:
+    """Raises InputError if --task, --text or a task of --also is no longer what it was when `begun` began.
+
+    `before` and `now` are SHA-256 by option (`--task`, `--also NAME`); what one of them lacks is not compared.
+    """
+    values = {"--task": config.task, "--text": config.text}
+    for option in sorted(before.keys() & now.keys()):
+        if before[option] != now[option]:
+            named = f"{option} {values[option]}" if option in values else option
+            raise InputError(
+                f"{named}: its rows changed since {begun} began: give those that it began with, or another --output"
+            )
 
 
 def same_settings(config: Settings, output: str | Path, free: Collection[str]) -> None:

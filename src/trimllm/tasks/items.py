@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -57,3 +59,13 @@ class TaskData:
     """Places of training rows dropped because their text also stands in the calibration or the reported set."""
     notes: tuple[str, ...] = field(default=())
     """Lines the user should see (default calibration size and its resolution, where the test split came from ...)."""
+
+    def digest(self) -> str:
+        """SHA-256 of what is asked in which split and how it is judged, wherever the rows lie."""
+        made = hashlib.sha256(f"{self.kind} {self.metric}".encode())
+        for items in (self.train, self.calibration, self.test):
+            made.update(f"{len(items)} items".encode())
+            for item in items:
+                asked = (item.prompt, item.continuations, item.answer, item.references)
+                made.update(json.dumps(asked).encode())
+        return made.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -86,6 +87,14 @@ def steps(
         rng.shuffle(batches)
         out += batches
     return out
+
+
+def digest(rows: Sequence[Example]) -> str:
+    """SHA-256 of the rows' tokens, in order."""
+    made = hashlib.sha256()
+    for row in rows:
+        made.update(repr(row.ids).encode())
+    return made.hexdigest()
 
 
 def _endless(rows: Sequence[Example], rng: random.Random) -> Iterator[Example]:
