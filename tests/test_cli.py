@@ -164,7 +164,8 @@ def test_resolved_settings_can_be_read_back(tmp_path):
     ("text", "message"),
     [
         ("modle: demo\n", r"unknown setting 'modle' \(did you mean 'model'\?\)"),
-        ("model: [\n", r"run\.yaml:2: not valid YAML"),
+        ("model: [\n", r"run\.yaml:2: not valid YAML: expected the node content"),
+        ("model: x\nlr: 1\nmodel: y\n", r"run\.yaml:3: not valid YAML: 'model' stands there twice"),
         ("- a\n", r"expected `name: value` lines"),
         ("model: demo\ntask: t\noutput: o\nlr: fast\n", r"--lr fast: .*number"),
         ("model: demo\ntask: t\noutput: o\nbatch_size: [1]\n", r"--batch-size \[1\]: "),

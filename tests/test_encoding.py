@@ -16,9 +16,9 @@ from trimllm.evaluation.encoding import (
     Encoded,
     attention_window,
     context_length,
-    cut_notes,
     encode,
     encode_pair,
+    row_notes,
     rows,
 )
 from trimllm.tasks.items import Item
@@ -153,7 +153,7 @@ def test_truncate_leaves_a_prompt_half_of_the_context_and_a_written_answer_the_r
     assert len(cut.target) == (told if fits else min(told, space - half))
     assert len(cut.prompt) == (min(asked, space - told - room) if fits else half)
     assert (cut.prompt_cut, cut.answer_cut) == (cut.prompt != whole.prompt, not fits)
-    assert (not cut_notes(reported=[cut])) is (asked + told + room <= space)
+    assert (not row_notes(reported=[cut])) is (asked + told + room <= space)
 
 
 def test_what_was_cut_is_counted_by_rows(tokenizer):
@@ -162,9 +162,19 @@ def test_what_was_cut_is_counted_by_rows(tokenizer):
         Item(f"r:{i}", p, (a,), references=("w",)) for i, (p, a) in enumerate([(asked, told), ("q", told), ("q", " w")])
     ]
     note = "--truncate, 3 reported rows: prompts cut from the left: 1, answers cut at their end: 2"
-    assert cut_notes(reported=encode(tokenizer, items, 16, truncate=True), training=[]) == [note]
+    assert row_notes(reported=encode(tokenizer, items, 16, truncate=True), training=[]) == [note]
     with pytest.raises(InputError, match=r"2 of 3 rows do not fit .*long written answers at their end"):
         encode(tokenizer, items, 16)
+
+
+def test_right_choices_that_read_as_others_are_counted(tokenizer):
+    choices = [(" yes", " no"), (" yes", " yes"), (" no", " yes", " yes"), (" é", " à")]  # unknown letters
+    items = [Item(f"r:{i}", "q", each, answer=0) for i, each in enumerate(choices)]
+    encoded = encode(tokenizer, items, 16)
+    assert row_notes(training=[], calibration=encoded[:1]) == []
+    (note,) = row_notes(reported=encoded)
+    alike = sum(len(set(one.continuations)) < len(one.continuations) for one in encoded) - 1
+    assert note.startswith(f"in {alike} of 4 reported rows another choice has the same tokens as the right one: ")
 
 
 def test_a_choice_without_tokens_is_an_error(tokenizer):

@@ -94,7 +94,7 @@ def test_unknown_columns_are_listed_with_what_is_recognized(tmp_path):
 def test_label_that_train_does_not_have(tmp_path):
     write(tmp_path, *({"text": f"t {n}", "label": "ab"[n % 2]} for n in range(10)), name="train.jsonl")
     write(tmp_path, {"text": "t", "label": "zz"}, name="test.jsonl")
-    expected = "FILE/test.jsonl:1: field 'answer' is 'zz', which is no text of the choices 'a', 'b'"
+    expected = "FILE/test.jsonl:1: field 'label' is 'zz', which is no text of the choices 'a', 'b'"
     assert message(tmp_path) == expected
 
 
@@ -128,6 +128,8 @@ def test_malformed_csv_and_json(tmp_path):
     assert said == "FILE:3: fewer fields than the header's 2; fix the line"
     said = message(write(tmp_path, "question,answer", "a,b,c", name="b.csv"))
     assert said == "FILE:2: more fields than the header's 2; fix the line"
+    said = message(write(tmp_path, "text,label,label", "a,b,c", name="twice.csv"))
+    assert said == "FILE:1: column 'label' stands in the header more than once; rename one of them"
     said = message(write(tmp_path, '{"text": "a"}', '{"text": "b"}', name="c.json"))
     assert said == "FILE:2: not valid JSON (Extra data at column 1); one object per line is JSONL: name the file .jsonl"
     said = message(write(tmp_path, "question,choices,answer", 'a,"[""x"",",0', name="d.csv"))
@@ -186,6 +188,7 @@ def test_wrong_use_of_files(tmp_path):
         ("kind: text\ntarget: x", "task 'task' has no source: add one to its YAML or give files with --task-files"),
         ("- a", "FILE must be a YAML mapping with the fields name,"),
         ("a: [", "FILE is not valid YAML: while parsing"),
+        ("kind: text\ntarget: x\nkind: choice", "FILE is not valid YAML: 'kind' stands there twice in"),
         (
             "kind: text\ntarget: '{{ x'\nsource: {files: {train: t.txt}}",
             "task 'task': template '{{ x' is not valid Jinja:",

@@ -7,6 +7,7 @@ import lzma
 
 import pytest
 
+from trimllm.errors import InputError
 from trimllm.tasks import load_task, load_text
 from trimllm.tasks.text import pieces
 
@@ -38,6 +39,30 @@ def test_multiple_choice(tmp_path):
 def test_answer_by_index_letter_or_text(tmp_path, answer):
     rows = [{"question": f"q {n}", "choices": ["red", "green"], "answer": answer} for n in range(9)]
     assert load_task(jsonl(tmp_path / "q.jsonl", rows)).train[0].target == " green"
+
+
+LETTERED = [{"question": f"q {n}", "A": "red", "B": "green", "C": "blue"} for n in range(9)]
+
+
+@pytest.mark.parametrize("answer", ["B", "b", "green", 1, "1"])
+def test_choices_in_lettered_columns(tmp_path, answer):
+    for column in ("answer", "label"):
+        rows = jsonl(tmp_path / "q.jsonl", [{**row, column: answer, "Z": "no choice"} for row in LETTERED])
+        task = load_task(rows)
+        assert (task.kind, task.train[0].prompt[:12]) == ("choice", "Question: q ")
+        assert {item.continuations for item in task.train} == {(" red", " green", " blue")}
+        assert {item.target for item in task.train} == {" green"}
+
+
+def test_lettered_choices_may_end_sooner(tmp_path):
+    table = "question,A,B,C,answer\n" + "".join(f"q {n},red,green,{'blue' * (n % 2)},B\n" for n in range(12))
+    (tmp_path / "q.csv").write_text(table)
+    task = load_task(tmp_path / "q.csv")
+    items = (*task.train, *task.calibration, *task.test)
+    assert {item.continuations for item in items} == {(" red", " green", " blue"), (" red", " green")}
+    (tmp_path / "q.csv").write_text(table + "q,red,,blue,C\n")
+    with pytest.raises(InputError, match=r"q.csv:14: field 'choices' has an empty entry"):
+        load_task(tmp_path / "q.csv")
 
 
 def test_answers_are_read_one_way_in_all_rows(tmp_path):
@@ -88,6 +113,21 @@ def test_classification_turns_labels_into_readable_choices(tmp_path):
 def test_labels_stay_as_they_are_when_spaces_would_make_two_the_same(tmp_path):
     rows = [{"text": f"text {n}", "label": ["a_b", "a b"][n % 2]} for n in range(10)]
     assert load_task(jsonl(tmp_path / "c.jsonl", rows)).train[0].continuations == (" a b", " a_b")
+
+
+def test_labels_that_read_alike_are_one(tmp_path):
+    labels = ["yes", "yes ", " yes", "no", 1, "1"]
+    rows = [{"text": f"t {n}", "label": labels[n % 6]} for n in range(18)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert {item.continuations for item in task.train} == {(" 1", " no", " yes")}
+
+
+@pytest.mark.parametrize("label", [None, "", " ", float("nan")])
+@pytest.mark.parametrize("names", [("yes", "no"), ("a_b", "a b")])
+def test_a_row_without_a_label_is_named(tmp_path, label, names):
+    rows = [{"text": f"t {n}", "label": label if n == 3 else names[n % 2]} for n in range(9)]
+    with pytest.raises(InputError, match=r"q.jsonl:4: .*field 'label' is empty"):
+        load_task(jsonl(tmp_path / "q.jsonl", rows))
 
 
 def test_number_labels_are_taken_by_text_and_sorted_as_numbers(tmp_path):
@@ -272,6 +312,21 @@ def test_test_split_without_answers_gives_way_to_validation(tmp_path):
     jsonl(tmp_path / "valid.jsonl", QUESTIONS[10:14])
     jsonl(tmp_path / "test.jsonl", [{**row, "answer": -1} for row in QUESTIONS[14:]])
     assert len(load_task(tmp_path).test) == 4
+
+
+def test_a_test_set_alone_can_be_reported(tmp_path):
+    jsonl(tmp_path / "test.jsonl", QUESTIONS)
+    with pytest.raises(InputError, match="no training rows"):
+        load_task(tmp_path)
+    alone = load_task(tmp_path, reported_only=True)
+    assert (len(alone.test), alone.train, alone.calibration) == (20, (), ())
+    jsonl(tmp_path / "train.jsonl", [{**row, "question": "another: " + row["question"]} for row in QUESTIONS])
+    for limit in (None, 7):
+        both, reported = (load_task(tmp_path, max_test=limit, reported_only=only) for only in (False, True))
+        assert both.test == reported.test
+        assert (len(both.train), reported.train) == (16, ())
+    (tmp_path / "test.jsonl").unlink()
+    assert load_task(tmp_path, reported_only=True).test == load_task(tmp_path).test
 
 
 def test_folder_without_train_learns_from_validation(tmp_path):

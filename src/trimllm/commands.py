@@ -55,7 +55,7 @@ def run_scan(command: config.ScanConfig) -> None:
     tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
     may_go = [every[i] for i in _open(command, loaded.model, every, protected)[0]]
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
-    for note in encoding.cut_notes(calibration=scorer.encoded):
+    for note in encoding.row_notes(calibration=scorer.encoded):
         console.say(f"  {note}")
     asked = lens.questions(scorer) if command.analysis else []
     every_choice = scorer, data.metric
@@ -236,12 +236,12 @@ def run_eval(command: config.EvalConfig) -> None:
         _check_result(Path(command.output))
         folders.check_writable(Path(command.output).parent)
     loaded = _load(command, evaluating=True)
-    data = inputs.task_data(command, loaded.tokenizer)
+    data = inputs.task_data(command, loaded.tokenizer, reported_only=True)
     if command.generate and data.kind != "generation":
         raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}: leave it out")
     console = Console()
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.test)
-    for note in (*data.notes, *encoding.cut_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
+    for note in (*data.notes, *encoding.row_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
         console.say(f"  {note}")
     evaluation = scorer.evaluate(loaded.model, data.metric)
     record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}

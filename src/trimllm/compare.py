@@ -97,14 +97,14 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
         slower.append(arithmetic.asked_note(command.dtype, place, command.mixed_precision))
     notes += dict.fromkeys(filter(None, slower))
     for settings in cell.tasks(command):
-        data = inputs.task_data(settings, tokenizer)
+        own = settings is command
+        data = inputs.task_data(settings, tokenizer, reported_only=not own)
         if data.name in names:
             raise InputError(
                 f"--also {settings.task}: its name, {data.name}, is that of another task: rename the folder or file"
             )
         names.add(data.name)
         longest = encoding.context_length(config, command.max_length)
-        own = settings is command
         digests["--task" if own else f"--also {settings.task}"] = data.digest()
         encode = partial(encoding.encode, tokenizer, max_length=longest, truncate=command.truncate)
         sets: dict[str, Sequence[encoding.Cut]] = {"reported": encode(data.test)}
@@ -113,7 +113,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
         if own and trains:
             sets["training"], text = training_rows.examples(command, tokenizer, config, data.train, command.batch_size)
             digests["--text"] = training_rows.digest(text)
-        notes += [f"{data.name}: {note}" for note in encoding.cut_notes(**sets)]
+        notes += [f"{data.name}: {note}" for note in encoding.row_notes(**sets)]
     return notes, digests
 
 

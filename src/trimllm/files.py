@@ -1,4 +1,5 @@
-"""Files that are the old ones or the new ones, JSON lines that survive a kill, and one line for what a disk refuses."""
+"""Files that are the old ones or the new ones, JSON lines that survive a kill, YAML, and one line for what a disk
+refuses."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from trimllm.errors import TrimError, one_line
 
@@ -28,6 +31,28 @@ def write_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+
+
+class _EveryKeyOnce(yaml.SafeLoader):
+    """Reads a mapping that names a key twice as what it is: a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                twice = f"{key.value!r} stands there twice"
+                raise yaml.constructor.ConstructorError(problem=twice, problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values in YAML.
+
+    Raises:
+        yaml.YAMLError: if it is not YAML, or a mapping names a key twice.
+    """
+    return yaml.load(text, _EveryKeyOnce)
 
 
 def write_json(path: Path, value: Any) -> None:

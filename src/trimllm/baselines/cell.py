@@ -114,7 +114,7 @@ def evaluate(job: Job, product: Product) -> dict[str, Any]:
     loaded = job.load(product.checkpoint, training=False, evaluating=True)
     found = {}
     for settings in tasks(job.command):
-        data = inputs.task_data(settings, loaded.tokenizer)
+        data = inputs.task_data(settings, loaded.tokenizer, reported_only=True)
         scorer = inputs.scorer(settings, loaded.model, loaded.tokenizer, data.test)
         found[data.name] = scorer.evaluate(loaded.model, data.metric).summary()
     return {

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from trimllm import files
 from trimllm.config import FORMER, Settings, without_idle
 from trimllm.errors import InputError
 
@@ -28,14 +29,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         InputError: if it cannot be read or is not a mapping; names the line where YAML breaks.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = files.parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}: check the path") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file: give a YAML file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise InputError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML") from None
+        problem = getattr(error, "problem", None) or "not a text"
+        raise InputError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML: {problem}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `name: value` lines")
     return {str(name).replace("-", "_"): value for name, value in values.items()}

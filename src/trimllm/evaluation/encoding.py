@@ -178,7 +178,7 @@ def encode(
 
 
 class Cut(Protocol):
-    """A row of which something may have been cut off; see `Encoded`."""
+    """A row of which something may have been cut off; see `Encoded`, which is one."""
 
     @property
     def prompt_cut(self) -> bool: ...
@@ -186,8 +186,9 @@ class Cut(Protocol):
     def answer_cut(self) -> bool: ...
 
 
-def cut_notes(**sets: Sequence[Cut]) -> list[str]:
-    """A line for the user on each set, by its name, of which `truncate` cut something off."""
+def row_notes(**sets: Sequence[Cut]) -> list[str]:
+    """Lines for the user on each set, by its name, of which `truncate` cut something off, or in which right choices
+    cannot be told from others."""
     notes = []
     for name, made in sets.items():
         prompts, answers = sum(row.prompt_cut for row in made), sum(row.answer_cut for row in made)
@@ -195,6 +196,11 @@ def cut_notes(**sets: Sequence[Cut]) -> list[str]:
             notes.append(
                 f"--truncate, {len(made):,} {name} rows: prompts cut from the left: {prompts:,}, "
                 f"answers cut at their end: {answers:,}"
+            )
+        if alike := sum(isinstance(row, Encoded) and row.continuations.count(row.target) > 1 for row in made):
+            notes.append(
+                f"in {alike:,} of {len(made):,} {name} rows another choice has the same tokens as the right one: which "
+                "is likelier says nothing there"
             )
     return notes
 

@@ -23,8 +23,8 @@ class Evaluating(Protocol):
     def truncate(self) -> bool: ...
 
 
-def task_data(settings: TaskSettings, tokenizer: Any) -> TaskData:
-    """The task that the settings name, loaded and split.
+def task_data(settings: TaskSettings, tokenizer: Any, *, reported_only: bool = False) -> TaskData:
+    """The task that the settings name, loaded and split; of a test split that is there, with `reported_only`, alone.
 
     Raises:
         InputError: see `tasks.load_task`.
@@ -39,6 +39,7 @@ def task_data(settings: TaskSettings, tokenizer: Any) -> TaskData:
         files=settings.task_files,
         metric=settings.metric,
         seed=settings.seed,
+        reported_only=reported_only,
     )
 
 

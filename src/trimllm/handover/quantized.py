@@ -44,7 +44,7 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     if getattr(stock, "quantization_config", None) is not None:
         raise InputError(f"{command.source} is quantized already: give the unquantized checkpoint")
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
-    data = inputs.task_data(_evaluation(command, folder), tokenizer) if command.task else None
+    data = inputs.task_data(_evaluation(command, folder), tokenizer, reported_only=True) if command.task else None
     dtype = torch.float16 if stock.dtype == torch.float16 else torch.bfloat16
     kept, head = _too_odd(stock, own_code) if command.to == "int4" else ([], [])
     quantization = _settings(command.to, dtype, [*head, *kept] if kept else None)

@@ -156,7 +156,7 @@ class Run:
         self.task_rows, self.text_rows = training_rows.examples(
             config, tokenizer, model.config, data.train, config.batch_size
         )
-        cut = encoding.cut_notes(
+        cut = encoding.row_notes(
             training=self.task_rows, calibration=self.calibration.encoded, reported=self.test.encoded
         )
         data = replace(data, notes=(*data.notes, *cut))

@@ -13,10 +13,10 @@ AnswerAs = Literal["auto", "index", "letter", "text"]
 READINGS: tuple[Reading, ...] = ("index", "letter", "text")
 
 
-def answer_index(answer: Any, choices: tuple[str, ...], answer_as: AnswerAs, place: str) -> int:
+def answer_index(answer: Any, choices: tuple[str, ...], answer_as: AnswerAs, place: str, field: str = "answer") -> int:
     """Index into `choices`. Numbers are indices; strings are tried as text, letter and index.
 
-    `answer_as` (index, letter or text) says which of these it is; "auto" does not.
+    `answer_as` (index, letter or text) says which of these it is; "auto" does not. `field` is what the user calls it.
 
     Raises:
         InputError: if the answer is out of range, names no choice, or names two different ones.
@@ -24,20 +24,20 @@ def answer_index(answer: Any, choices: tuple[str, ...], answer_as: AnswerAs, pla
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     if isinstance(answer, int) and answer_as in ("auto", "index"):
-        return _in_range(int(answer), choices, place)
+        return _in_range(int(answer), choices, place, field)
     text = "" if answer is None else str(answer).strip()
     if not text:
-        raise InputError(f"{place}: field 'answer' is empty; fill it in or drop the row")
+        raise InputError(f"{place}: field '{field}' is empty; fill it in or drop the row")
     readings = _readings(text, choices)
     if answer_as != "auto":
         readings = {answer_as: readings[answer_as]} if answer_as in readings else {}
     if not readings:
         wanted = "index, letter or text" if answer_as == "auto" else answer_as
-        raise InputError(f"{place}: field 'answer' is {text!r}, which is no {wanted} of the choices {_shown(choices)}")
+        raise InputError(f"{place}: field '{field}' is {text!r}, which is no {wanted} of the choices {_shown(choices)}")
     if len(set(readings.values())) > 1:
         both = " and ".join(f"choice {index} by {kind}" for kind, index in readings.items())
-        raise InputError(f"{place}: field 'answer' {text!r} names {both}; say which with answer_as in a task YAML")
-    return _in_range(next(iter(readings.values())), choices, place)
+        raise InputError(f"{place}: field '{field}' {text!r} names {both}; say which with answer_as in a task YAML")
+    return _in_range(next(iter(readings.values())), choices, place, field)
 
 
 def common_reading(rows: Iterable[tuple[Any, Any]]) -> AnswerAs:
@@ -84,9 +84,9 @@ def _shown(choices: tuple[str, ...]) -> str:
     )
 
 
-def _in_range(index: int, choices: tuple[str, ...], place: str) -> int:
+def _in_range(index: int, choices: tuple[str, ...], place: str, field: str) -> int:
     if not 0 <= index < len(choices):
         raise InputError(
-            f"{place}: field 'answer' is {index}, but there are {len(choices)} choices (0 to {len(choices) - 1})"
+            f"{place}: field '{field}' is {index}, but there are {len(choices)} choices (0 to {len(choices) - 1})"
         )
     return index

@@ -29,6 +29,7 @@ def load_task(
     files: Files | None = None,
     metric: str | None = None,
     seed: int = 0,
+    reported_only: bool = False,
 ) -> TaskData:
     """Loads, renders and splits a task.
 
@@ -41,12 +42,15 @@ def load_task(
         files (*optional*): local files to use in place of the task's own source, by part or as a file or folder.
         metric (*optional*): in place of the task's own.
         seed (defaults to 0): of every split and subsample.
+        reported_only (defaults to False): nothing is to be trained or decided: where there is a test split, no other.
 
     Raises:
         InputError: if the task, its data or an option cannot be used; the message says where and what to do.
     """
     spec, parts, notes = _find(name_or_path, files, metric, tokenizer)
-    train_rows, reported_rows = _roles(spec.name, parts, notes)
+    if reported_only and parts.get("test"):
+        parts = {"test": parts["test"]}
+    train_rows, reported_rows = _roles(spec.name, parts, notes, reported_only=reported_only)
     renderer = Renderer(spec, tokenizer)
     lenient = files is None and spec.source is not None and spec.source.hub is not None
     train, reported = (_items(renderer, rows, lenient, notes) for rows in (train_rows, reported_rows))
@@ -55,6 +59,7 @@ def load_task(
     done = split(
         train,
         reported,
+        reported_only=reported_only,
         calibration_size=calibration_size,
         resolution=resolution,
         max_train=max_train,
@@ -104,10 +109,12 @@ def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Part
     return spec, {part: rows for part, rows in parts.items() if part == "train" or labelled(rows, spec)}, notes
 
 
-def _roles(name: str, parts: Parts, notes: list[str]) -> tuple[list[Row], list[Row]]:
+def _roles(name: str, parts: Parts, notes: list[str], *, reported_only: bool) -> tuple[list[Row], list[Row]]:
     """(rows to train on, rows to report): validation stands in for whichever of train and test is missing."""
     train, validation, test = (parts.get(part, []) for part in ("train", "validation", "test"))
     if not train and not validation:
+        if reported_only:
+            return [], test
         raise InputError(f"task {name!r} has no training rows: give a train split (or a single file, to be split)")
     if not train:
         notes.append(f"no train split: the {len(validation):,} validation rows are trained on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
@@ -9,11 +10,11 @@ from typing import Any, NamedTuple
 from trimllm.errors import InputError
 from trimllm.tasks.answers import common_reading
 from trimllm.tasks.chat import has_template
-from trimllm.tasks.rows import Row
+from trimllm.tasks.rows import Row, blank
 from trimllm.tasks.spec import TaskSpec
 
 RECOGNIZED = (
-    "messages | question, choices, answer | text, label | prompt, completion | instruction, output | "
+    "messages | question, choices (or A, B ...), answer | text, label | prompt, completion | instruction, output | "
     "question (or input), answer_text (or answer) | text"
 )
 """The column sets, in the order they are looked for; further columns are ignored (`context` is used where it is)."""
@@ -49,6 +50,13 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
         return _chat(name, "messages", tokenizer)
     if columns.choices and columns.question and columns.answer:
         return _choice(name, columns, rows)
+    lettered = _lettered(present)
+    if (
+        len(lettered) > 1
+        and columns.question
+        and (answer := next((x for x in ("answer", "label") if x in present), None))
+    ):
+        return _lettered_choice(name, columns.question, lettered, answer, rows)
     if {"text", "label"} <= present:
         return _classification(name, rows)
     if {"prompt", "completion"} <= present:
@@ -102,6 +110,12 @@ def _columns(present: set[str]) -> Columns:
     return Columns(first("question", "input"), choices, answer)
 
 
+def _lettered(present: set[str]) -> list[str]:
+    """The columns A, B, C ... as far as they are there: a choice each."""
+    missing = next((n for n, letter in enumerate(string.ascii_uppercase) if letter not in present), 26)
+    return list(string.ascii_uppercase[:missing])
+
+
 def _required(column: str) -> str:
     return "{{ " + column + f" | required('{column}')" + " }}"
 
@@ -116,6 +130,21 @@ def _choice(name: str, columns: Columns, rows: Iterable[Row]) -> TaskSpec:
         choices=choices,
         answer=answer,
         answer_as=common_reading((row.values.get(answer), row.values.get(choices)) for row in rows),
+        group=_GROUP,
+    )
+
+
+def _lettered_choice(name: str, question: str, letters: list[str], answer: str, rows: Iterable[Row]) -> TaskSpec:
+    """Choices in columns of their own; those that a row leaves empty at the end it does not have."""
+    asked = [(row.values.get(answer), [v for x in letters if not blank(v := row.values.get(x))]) for row in rows]
+    listed = ", ".join(f"{letter} | default(none)" for letter in letters)
+    return TaskSpec(
+        name=name,
+        kind="choice",
+        prompt=f"{_CONTEXT}Question: {_required(question)}\nAnswer:",
+        choices="{{ [" + listed + "] | filled }}",
+        answer=answer,
+        answer_as=common_reading(asked),
         group=_GROUP,
     )
 
@@ -151,8 +180,8 @@ def _classification(name: str, rows: Iterable[Row]) -> TaskSpec:
     for row in rows:
         if not isinstance(row.values.get("label", ""), str | int | float | None):
             raise InputError(f"{row.place}: field 'label' must be one text or number, not several")
-    labels = {row.values.get("label") for row in rows} - {None, ""}
-    names = [str(label) for label in sorted(labels, key=_label_order)]
+    labels = {label for row in rows if not blank(label := row.values.get("label"))}
+    names = list(dict.fromkeys(str(label).strip() for label in sorted(labels, key=_label_order)))
     if len(names) < 2:
         raise InputError(f"{name}: column 'label' has {len(names)} different values in the training rows; 2 are needed")
     readable = [label.replace("_", " ") for label in names]
@@ -162,7 +191,7 @@ def _classification(name: str, rows: Iterable[Row]) -> TaskSpec:
         kind="choice",
         prompt=f"{_required('text')}\nCategory:",
         choices=names if plain else readable,
-        answer="{{ label }}" if plain else "{{ (label | string).replace('_', ' ') }}",
+        answer=_required("label") if plain else "{{ (label | required('label') | string).replace('_', ' ') }}",
         answer_as="text",
     )
 
@@ -170,4 +199,4 @@ def _classification(name: str, rows: Iterable[Row]) -> TaskSpec:
 def _label_order(label: Any) -> tuple[bool, float, str]:
     """Numbers by size before texts by alphabet."""
     number = isinstance(label, int | float)
-    return not number, label if number else 0, str(label)
+    return not number, label if number else 0, str(label).strip()

@@ -17,7 +17,7 @@ from trimllm.errors import InputError
 from trimllm.tasks.answers import answer_index
 from trimllm.tasks.chat import chat_answer, chat_prompt
 from trimllm.tasks.items import Item
-from trimllm.tasks.rows import Row
+from trimllm.tasks.rows import Row, blank
 from trimllm.tasks.spec import TaskSpec
 
 Column = Callable[[dict[str, Any]], Any]
@@ -41,6 +41,8 @@ class Renderer:
         self._group = self._text(spec.group) if spec.group else None
         self._choices = self._values(spec.choices or [])
         self._answer = self._value(spec.answer)
+        named = re.search(r"[^\W\d]\w*", spec.answer) if isinstance(spec.answer, str) else None
+        self._answer_name = named[0] if named else "answer"
         self._references = self._values(spec.references) if spec.references else None
 
     def keeps(self, row: Row) -> bool:
@@ -59,7 +61,8 @@ class Renderer:
     def _choice(self, row: Row) -> Item:
         prompt = self._filled("prompt", self._prompt, row)
         choices = _texts(self._apply("choices", self._choices, row), "choices", row.place)
-        answer = answer_index(self._apply("answer", self._answer, row), choices, self.spec.answer_as, row.place)
+        given = self._apply("answer", self._answer, row)
+        answer = answer_index(given, choices, self.spec.answer_as, row.place, self._answer_name)
         return Item(
             place=row.place,
             prompt=prompt,
@@ -175,6 +178,7 @@ def _environment(tokenizer: Any) -> SandboxedEnvironment:
         regex_replace=lambda text, pattern, replacement="": re.sub(pattern, replacement, text),
         literal=ast.literal_eval,
         required=_required,
+        filled=_filled,
         digest=_digest,
         chat_prompt=lambda messages: chat_prompt(messages, tokenizer),
         chat_answer=chat_answer,
@@ -195,6 +199,12 @@ def _not_null(value: Any) -> Any:
 
 def _required(value: Any, column: str) -> Any:
     """The value, unless it is blank: then the row cannot be used."""
-    if value is None or not str(value).strip():
+    if blank(value):
         raise ValueError(f"field '{column}' is empty")
     return value
+
+
+def _filled(values: list[Any]) -> list[Any]:
+    """The values without the empty ones at the end."""
+    last = max((n for n, value in enumerate(values, 1) if not blank(value)), default=0)
+    return values[:last]

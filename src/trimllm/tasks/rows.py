@@ -21,6 +21,11 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
+def blank(value: Any) -> bool:
+    """Whether a cell is empty: null, white space, or not a number."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
 def format_of(path: Path) -> str | None:
     """The format by the file's name, compression aside (`.jsonl` for `a.jsonl.xz`); `None` if it is not known."""
     name = path.name.lower()
@@ -132,6 +137,9 @@ def _object(place: str, value: Any) -> dict[str, Any]:
 def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
     reader: Any = csv.DictReader(file, delimiter=delimiter, restkey=None, restval=None, strict=True)
     try:
+        header = [name for name in reader.fieldnames or () if name]
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise InputError(f"{path}:1: column {twice[0]!r} stands in the header more than once; rename one of them")
         for values in reader:
             place = f"{path}:{reader.line_num}"
             if None in values or None in values.values():

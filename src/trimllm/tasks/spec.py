@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from trimllm import files
 from trimllm.errors import InputError
 from trimllm.tasks.answers import AnswerAs
 from trimllm.tasks.items import Kind
@@ -141,7 +142,7 @@ def read_spec(path: Path) -> TaskSpec:
         InputError: if the file is missing, is not YAML, or has unknown, missing or contradictory fields.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = files.parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the task file {path}: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -43,17 +43,21 @@ def split(
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
+    reported_only: bool = False,
 ) -> Split:
     """Holds the calibration set out of train, after everything that also stands in `test` has left it.
 
     An empty `test` is held out of train first. `resolution` is what one calibration question may weigh, in percentage
-    points; it sets the size when `calibration_size` is not given.
+    points; it sets the size when `calibration_size` is not given. With `reported_only` the training rows are asked
+    for nothing but a test set, where there is none.
 
     Raises:
         InputError: if there are too few rows, or a size is not positive.
     """
     _check(calibration_size, resolution, max_train, max_test)
     notes: list[str] = []
+    if reported_only and test:
+        return Split((), (), tuple(_limit(test, max_test, seed, "reported", notes)), (), tuple(notes))
     if not train:
         raise InputError("there are no training rows (`where` keeps none of them): give other rows")
     if not test:
