@@ -34,9 +34,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         h.fast(patch)
         base = h.save_base(root / "base", depth=4)
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+        (base / "LICENSE").write_text("Apache License")
+        (base / "NOTICE.txt").write_text("by its authors")
         more = {"depth": 2, "keep_checkpoints": True, "report_depths": True, "warmup_epochs": 0.2}
         h.run(base, h.save_task(root / "task"), root / "run", epochs_per_drop=0.2, **more)
     return root / "run"
+
+
+def has_terms(folder: Path) -> bool:
+    return [(folder / name).read_text() for name in ("LICENSE", "NOTICE.txt")] == ["Apache License", "by its authors"]
 
 
 def test_card_of_a_run_names_base_licence_layers_scores_and_accuracy(run: Path) -> None:
@@ -52,6 +58,8 @@ def test_card_of_a_run_names_base_licence_layers_scores_and_accuracy(run: Path) 
     assert f"layers {result['layers']} of the base" in card.text
     assert result["base"]["sha256"] in card.text
     assert f"Base: `{result['base']['name']}`" in card.text
+    assert "it was fine-tuned on `task` while layers were dropped" in card.text
+    assert has_terms(run / "model")
     assert "AutoModelForCausalLM.from_pretrained" in card.text
     for drop in result["drops"]:
         assert f"| {drop['units'][0]} | {drop['value'][0]:.1f} | {drop['importance'][0]:.4g} |" in card.text
@@ -61,6 +69,7 @@ def test_card_of_a_kept_depth_lists_only_the_drops_down_to_it(run: Path, tmp_pat
     assert cli.main(["export", str(run), "--depth", "3", "--output", str(tmp_path / "three")]) == 0
     card = loaded((tmp_path / "three" / "README.md").read_text())
     first, second = (drop["units"][0] for drop in h.result(run)["drops"])
+    assert has_terms(tmp_path / "three")
     assert f"| {first} |" in card.text
     assert f"| {second} |" not in card.text
     assert f"layers {json.loads((tmp_path / 'three' / 'plan.json').read_text())['layers']}" in card.text
@@ -74,6 +83,7 @@ def test_card_of_a_bare_cut_says_that_nothing_was_trained(run: Path, tmp_path: P
     words = ["--model", str(run.parent / "base"), "--layers", "1,2", "--output", str(tmp_path / "cut")]
     assert cli.main(["drop", *words, *more]) == 0
     card = loaded((tmp_path / "cut" / "README.md").read_text())
+    assert has_terms(tmp_path / "cut")
     assert "cut to 2 of 4 layers" in card.text
     assert "nothing was trained since" in card.text
     assert "layers [0, 3] of the base" in card.text

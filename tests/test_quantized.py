@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trimllm import cli
-from trimllm.baselines import cell
+from trimllm.bench import benching
 from trimllm.blocks.surgery import drop_layers
 from trimllm.checkpoints import export
 from trimllm.checkpoints.loading import load_model
@@ -77,6 +77,8 @@ def test_stock_transformers_reads_a_smaller_checkpoint_of_nearly_the_same_model(
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     # 640 thousand weights in matrices and 197 thousand in the embedding, which stays in 16 bits
     assert size(target) < size(source) * {"int8": 0.66, "int4": 0.50}[to]
+    whole = sum(parameter.numel() for parameter in load_model(source).parameters())
+    assert benching.parameters(load_model(target)) == whole
     before, after = logits(source), logits(target)
     assert torch.isfinite(after).all()
     error = float((before - after).std() / before.std())
@@ -227,7 +229,7 @@ def test_a_model_with_its_own_code_is_refused_or_used_as_asked(
     plain, made = (load_model(folder, trust_remote_code=True) for folder in (own, tmp_path / "out"))
     assert type(made).__name__ == "OwnForCausalLM"
     count = sum(parameter.numel() for parameter in plain.parameters())
-    assert cell.parameters(made, trust_remote_code=True) == cell.parameters(plain) == count
+    assert benching.parameters(made, trust_remote_code=True) == benching.parameters(plain) == count
 
 
 def test_share_counts_tied_weights_once(done: tuple[str, Path], source: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
-from trimllm.run.targets import Size, floor, reached, wanted_depth
+from trimllm.run.targets import STUCK, Size, floor, missed, reached, wanted_depth
 
 
 def config(**values):
@@ -60,6 +60,8 @@ def test_target_that_drops_nothing_is_an_error_with_the_depth(values, depth, mes
         ({"target_speedup": 1.5}, Size(4, 0, 0, None), None),
         ({"target_speedup": 1.5}, Size(4, 0, 0, 1.49), None),
         ({"target_speedup": 1.5}, Size(4, 0, 0, 1.5), "1.50 times the base's speed"),
+        ({"depth": 3, "min_depth": 6}, Size(6, 0, 0), "the minimum depth, 6"),
+        ({"depth": 3, "min_depth": 3}, Size(3, 0, 0), "depth 3"),
         ({"max_params": 1}, Size(2, 9, 0), None),
         ({"max_params": 1}, Size(1, 9, 0), "the minimum depth, 1"),
         ({"max_params": 1, "min_depth": 4}, Size(4, 9, 0), "the minimum depth, 4"),
@@ -70,6 +72,19 @@ def test_target_that_drops_nothing_is_an_error_with_the_depth(values, depth, mes
 )
 def test_reached(values, size, words):
     assert reached(config(**values), 16, size) == words
+
+
+def test_a_target_that_is_not_met_is_said():
+    size = Size(4, 9, 9)
+    for values, asked in (
+        ({"max_params": 1, "min_depth": 4}, "--max-params 1"),
+        ({"keep": 0.1, "target_speedup": 3.0, "min_depth": 4}, "--keep 0.1 and --target-speedup 3"),
+    ):
+        end = reached(config(**values), 16, size)
+        assert missed(config(**values), end) == f"{asked}: not met, since the drops ended before: the minimum depth, 4"
+    assert missed(config(depth=2), STUCK).startswith("--depth 2: not met, since the drops ended before: every layer ")
+    assert missed(config(max_params=1, depth=4, min_depth=4), reached(config(depth=4, min_depth=4), 16, size)) is None
+    assert missed(config(min_accuracy=9, min_depth=4), "the minimum depth, 4") is None, "a floor is all that was asked"
 
 
 def test_floor_is_the_stricter_of_both_and_follows_the_best_depth():

@@ -183,6 +183,23 @@ def test_run_ends_at_its_target(base, task, tmp_path, target, depth):
     assert h.journal(tmp_path / "run", "drop")[-1]["reached"]
 
 
+def test_a_target_that_is_not_met_and_a_depth_that_is_not_trained_are_said(base, task, tmp_path, capsys):
+    progressive.trim(TrimConfig(**h.settings(base, task, tmp_path / "run", **NO_TRAINING, max_params=1, min_depth=4)))
+    lines = capsys.readouterr().err
+    assert "warning: --max-params 1: not met, since the drops ended before: the minimum depth, 4\n" in lines
+    assert "depth   5  not trained " in lines
+    assert "fine-tuned" not in lines + (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_a_run_that_drops_nothing_says_so(base, task, tmp_path, scripted, capsys):
+    scripted({5: 80, 4: 10})
+    progressive.trim(TrimConfig(**h.settings(base, task, tmp_path / "run", min_accuracy=70)))
+    assert "warning: nothing was dropped: the first drop fell below the accuracy floor\n" in capsys.readouterr().err
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert ", with all of its 5 layers\n" in card
+    assert "fine-tuned on `task0`, and no layer was dropped." in card
+
+
 @pytest.mark.parametrize(
     ("accuracies", "target", "depth"),
     [

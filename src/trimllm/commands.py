@@ -178,6 +178,7 @@ def run_drop(command: config.DropConfig) -> None:
         layout=layout,
         base=base,
         card=model_card.cut(base, layout, depth),
+        companions=model_card.terms(base),
     )
     print(f"{command.output}: {depth - len(dropped)} of {depth} layers, reloaded and compared ({_differences(report)})")
 

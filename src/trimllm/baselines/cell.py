@@ -120,7 +120,7 @@ def evaluate(job: Job, product: Product) -> dict[str, Any]:
     return {
         "accuracy": found,
         "depth": decoder.depth(loaded.model),
-        "parameters": parameters(loaded.model, trust_remote_code=job.command.trust_remote_code),
+        "parameters": benching.parameters(loaded.model, trust_remote_code=job.command.trust_remote_code),
         "disk_bytes": benching.disk_bytes(str(product.checkpoint), job.command.allow_pickle),
     }
 
@@ -140,18 +140,6 @@ def conditions(command: CompareConfig) -> dict[str, Any]:
     device = models.device_of(command.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "threads": command.threads or torch.get_num_threads()}
-
-
-def parameters(model: Any, *, trust_remote_code: bool = False) -> int:
-    """Weights of the model; of a quantized one as many as it would have unquantized: packed ones and scales are not
-    counted."""
-    if getattr(model, "is_quantized", False):
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def speed(command: CompareConfig, product: Product) -> dict[str, Any]:

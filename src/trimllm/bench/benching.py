@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trimllm import memory
 from trimllm.bench import reads, shapes, timing
@@ -81,7 +81,7 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     known = {
         "model": name,
         "layers": decoder.depth(model),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters(model, trust_remote_code=command.trust_remote_code),
         "dtype": arithmetic.name_of(model.dtype),
     }
     plain = change is None and not getattr(model, "is_quantized", False)  # others have products of their own
@@ -95,6 +95,15 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
         "loaded_bytes": _peak(),
         "stored_bytes": reads.stored_bytes(model),
     }
+
+
+def parameters(model: Any, *, trust_remote_code: bool = False) -> int:
+    """Weights of the model; of a quantized one as many as it would have unquantized: packed ones and scales are not
+    counted."""
+    if getattr(model, "is_quantized", False):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def prepare(command: BenchConfig, batch: int, once: bool = False) -> None:

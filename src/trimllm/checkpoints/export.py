@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def save_trimmed(
     layout: Layout | None = None,
     base: str | dict[str, Any] | None = None,
     card: str | None = None,
+    companions: Sequence[Path] = (),
     verify: bool = True,
     overwrite: bool = False,
 ) -> Report | None:
@@ -45,6 +48,7 @@ def save_trimmed(
         layout: which original halves the blocks hold, for `plan.json`; by default the model counts as its own original.
         base: name (or name and fingerprint) of the model that was trimmed, for `plan.json`.
         card: text of the model card (`README.md`).
+        companions: files to copy beside it: the base's licence.
         verify: load the checkpoint again and compare logits.
         overwrite: replace an earlier export.
 
@@ -68,6 +72,8 @@ def save_trimmed(
         raise TrimError(f"the layout describes {len(layout)} blocks and the model has {depth(model)}")
     with folders.appearing(directory, needed=weight_bytes(model), overwrite=overwrite) as folder:
         _write(model, folder, tokenizer, layout, base, card)
+        for file in companions:
+            shutil.copy(file, folder)
         return verification.verify(folder, model) if verify else None
 
 

@@ -188,7 +188,9 @@ def explain(name: str, error: Exception, *, allow_pickle: bool = False) -> str:
             f"{transformers.__version__} does not know: use a newer transformers"
         )
     if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
-        return f"cannot load model {name!r}: it is not in the local cache and the hub cannot be reached"
+        return (
+            f"cannot load model {name!r}: there is no such folder, nor is it in the cache of the hub, out of reach now"
+        )
     if "is not a local folder" in text or "Repository Not Found" in text:
         return f"cannot load model {name!r}: there is no such folder, and no such public model on the hub"
     return f"cannot load model {name!r}: {text}"

@@ -222,7 +222,7 @@ class ExportConfig(Settings):
     source: str
     """Directory of a `trimllm trim` run, or of a checkpoint."""
     depth: Positive | None = None
-    """Of a run: which depth; kept are the last one, and all with --keep-checkpoints (default: the run's result)."""
+    """Of a run: which depth; kept are the last two, and all with --keep-checkpoints (default: the run's result)."""
     to: Literal["checkpoint", "gguf", "onnx", "openvino", "int8", "int4"] = "checkpoint"
     """checkpoint: a depth of a run; gguf: for llama.cpp; onnx, openvino: graphs; int8, int4: quantized weights."""
     quant: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None

@@ -75,6 +75,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         layout=layout,
         base=plan["base"],
         card=model_card.depth_of_run(stored, plan["base"], layout, _stages(run, command.depth)),
+        companions=model_card.terms(plan["base"]),
     )
 
 

@@ -174,7 +174,7 @@ def depth_row(
 ) -> str:
     """The line that a user sees for a depth."""
     dropped = ", ".join(unit for drop in more.get("dropped", []) for unit in drop["units"])
-    what = f"- {dropped}" if dropped else STEPS[event]
+    named = f"- {dropped}" if dropped else what({"event": event, **more})
     report = more.get("train") or {}
     trained = f"  loss {report['loss']:.3f} in {clock(report['seconds'])}" if report.get("loss") is not None else ""
     if (watch := report.get("recovery")) and watch["losses"]:
@@ -182,6 +182,6 @@ def depth_row(
         trained += f"  calibration loss {end} {watch['losses'][-1]:.3f} (asked {watch['limit']:.3f})"
     tested = f"  test {test}" if test else ""
     return (
-        f"depth {size.depth:3d}  {what:24s}  calibration {calibration}{tested}  "
+        f"depth {size.depth:3d}  {named:24s}  calibration {calibration}{tested}  "
         f"{size.parameters / 1e6:.2f} M parameters  {speed:.0f} tokens/s{trained}"
     )

@@ -26,6 +26,8 @@ Origin = str | dict[str, str]
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "likelihood": "likelihood"}
 """The Hub's names of our metrics."""
+TERMS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md")
+"""Files that go wherever the weights go."""
 LICENCES = (
     ("Apache License", "apache-2.0"),
     ("MIT License", "mit"),
@@ -52,12 +54,12 @@ def trimmed(
     last = history[-1]
     results = [evaluation(data.name, data.metric, last["test"], config.task)] if last["test"] else []
     tests = f", {data.metric} {last['test']['value']:.1f} +- {last['test']['stderr']:.1f} (n={last['test']['n']})"
+    depth = history[0]["depth"]
+    cut = f"trimmed to {len(layout)} of {depth} layers" if len(layout) < depth else f"with all of its {depth} layers"
     return f"""{_front(base, results, name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
-# {_short(base)}, trimmed to {len(layout)} of {history[0]["depth"]} layers
+# {_short(base)}, {cut}
 
-A stock {data.name} specialist{tests if last["test"] else ""}: it was fine-tuned on `{data.name}` while layers were
-dropped (TrimLLM, arXiv 2412.11242; strategy {config.strategy}, unit {config.unit}, sparse update {config.sparse_update}
-with r = {config.train_ratio}). Knowledge outside that domain is reduced.
+A stock {data.name} specialist{tests if last["test"] else ""}: {_made(config, data, history, len(layout))}
 
 {_origin(base)}
 
@@ -78,6 +80,20 @@ training precision. `test` is the reported split ({data.metric}, with its standa
 on; `calibration` ({len(data.calibration)} rows held out of train) decided what was dropped.
 
 {_how_to_load()}"""
+
+
+def _made(config: TrimConfig, data: TaskData, history: list[dict[str, Any]], depth: int) -> str:
+    """How it was made, in sentences."""
+    trained = any(row["train"]["steps"] for row in history if "train" in row and row["depth"] >= depth)
+    if depth == history[0]["depth"]:
+        return f"{f'fine-tuned on `{data.name}`' if trained else 'not trained'}, and no layer was dropped."
+    how = f"""(TrimLLM, arXiv 2412.11242; strategy {config.strategy}, unit {config.unit}, sparse update
+{config.sparse_update} with r = {config.train_ratio})"""
+    if not trained:
+        return f"""layers were dropped by what they are worth on `{data.name}`, and nothing was trained
+{how}."""
+    return f"""it was fine-tuned on `{data.name}` while layers were dropped
+{how}. Knowledge outside that domain is reduced."""
 
 
 def cut(base: Origin, layout: Layout, depth: int) -> str:
@@ -189,7 +205,7 @@ def licence(base: str) -> Licence:
         named = json.loads(path.read_text(encoding="utf-8")).get("license")
         if isinstance(named, str) and named:
             return Licence(named, {}, f"Licence: {named}, as the config of the base says.")
-    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+    for name in TERMS[:3]:
         if (path := _file(base, name)) is not None:
             start = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
             for words, known in LICENCES:
@@ -202,6 +218,12 @@ def licence(base: str) -> Licence:
         {"license_name": "unknown"},
         "Licence: unknown, since the base names none where it was read; the terms of the base hold here, too.",
     )
+
+
+def terms(base: Origin) -> list[Path]:
+    """The licence and notice files of a base, as far as it has some and they can be had."""
+    name = _named(base)["name"]
+    return [path for file in TERMS if (path := _file(name, file)) is not None]
 
 
 def _file(base: str, name: str) -> Path | None:

@@ -31,7 +31,7 @@ from trimllm.evaluation import encoding, fluency, inputs
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
-from trimllm.run import account, recording, recovery, rundir, targets
+from trimllm.run import account, model_card, recording, recovery, rundir, targets
 from trimllm.run.deciding import Decider
 from trimllm.run.journal import Journal
 from trimllm.run.recording import Recorder
@@ -274,6 +274,8 @@ class Run:
                 self._stage(state, epochs, f"depth {len(state.layout)}")
             elif state.reached:
                 self.console.say(f"end of the drops: {state.reached}")
+                if missed := targets.missed(config, state.reached):
+                    self.console.say(f"warning: {missed}")
                 return
             else:
                 self._drop(state)
@@ -384,7 +386,7 @@ class Run:
         before, state.layout = state.layout, after
         state.reached = targets.reached(self.config, self.base_depth, self.recorder.size(state.model))
         if state.reached is None and not self.decider.droppable(state.model, state.layout):
-            state.reached = "every layer that remains is protected or cannot be removed"
+            state.reached = targets.STUCK
         if self.main:
             files.write_json(parts.with_suffix(".json"), self.decider.table(decision, before))
         state.pending.append(
@@ -422,6 +424,7 @@ class Run:
                 tokenizer=self.tokenizer,
                 layout=layout,
                 base=self.origin,
+                companions=model_card.terms(self.origin),
                 overwrite=True,
             )
             files.write_json(self.dir.plan, plan_record(layout, self.origin) | {"sha256": fingerprint})
@@ -434,6 +437,8 @@ class Run:
         if self.main:
             self.recorder.write_result(data, good, self.history(), base, row, report, saved)
         first = self.journal.last("base") or {}
+        if depth == self.base_depth:
+            self.console.say("warning: nothing was dropped: the first drop fell below the accuracy floor")
         if collapsed := fluency.warning(first.get("fluency"), row.get("fluency")):
             self.console.say(f"warning: {collapsed}")
         reached = f"{self.metric} {account.percent(row['test'])}"

@@ -11,6 +11,8 @@ from trimllm.config.trim import FLOORS, SIZES
 from trimllm.errors import InputError
 
 GIB = 2**30
+LEAST = "the minimum depth"
+STUCK = "every layer that remains is protected or cannot be removed"
 LATE_SHARE = 2 / 3
 """Of the training behind drops, what waits for the last drop with --schedule late; see docs/results.md."""
 
@@ -25,8 +27,8 @@ class Size:
     speedup: float | None = None
 
 
-def wanted_depth(config: TrimConfig, base_depth: int) -> int | None:
-    """Blocks to end with, by --depth or --keep; None for other targets.
+def asked_depth(config: TrimConfig, base_depth: int) -> int | None:
+    """Blocks that --depth or --keep asks for; None for other targets.
 
     Raises:
         InputError: if that is not less than the base has.
@@ -39,13 +41,19 @@ def wanted_depth(config: TrimConfig, base_depth: int) -> int | None:
         return None
     if wanted >= base_depth:
         raise InputError(f"{option}: the model has only {base_depth} layers, so nothing would be dropped: ask for less")
-    return max(wanted, config.min_depth)
+    return wanted
+
+
+def wanted_depth(config: TrimConfig, base_depth: int) -> int | None:
+    """Blocks to end with: what is asked for, but not below --min-depth. Raises as `asked_depth` does."""
+    asked = asked_depth(config, base_depth)
+    return None if asked is None else max(asked, config.min_depth)
 
 
 def reached(config: TrimConfig, base_depth: int, size: Size) -> str | None:
     """The target that `size` meets, in words, or None if the run goes on."""
-    wanted = wanted_depth(config, base_depth)
-    if wanted is not None and size.depth <= wanted:
+    asked = asked_depth(config, base_depth)
+    if asked is not None and size.depth <= asked:
         return f"depth {size.depth}"
     if config.max_params is not None and size.parameters <= config.max_params:
         return f"{size.parameters:,} parameters"
@@ -54,8 +62,16 @@ def reached(config: TrimConfig, base_depth: int, size: Size) -> str | None:
     if config.target_speedup is not None and size.speedup is not None and size.speedup >= config.target_speedup:
         return f"{size.speedup:.2f} times the base's speed"
     if size.depth <= config.min_depth:
-        return f"the minimum depth, {config.min_depth}"
+        return f"{LEAST}, {config.min_depth}"
     return None
+
+
+def missed(config: TrimConfig, reached: str) -> str | None:
+    """One line where what ended the drops, in words, is none of the sizes that were asked for."""
+    asked = [f"--{name.replace('_', '-')} {value:g}" for name in SIZES if (value := getattr(config, name)) is not None]
+    if not asked or not reached.startswith((LEAST, STUCK)):
+        return None
+    return f"{' and '.join(asked)}: not met, since the drops ended before: {reached}"
 
 
 def least_depth(config: TrimConfig, base_depth: int) -> int:
