@@ -222,9 +222,13 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
     given, arm = settings(part, seed, options), ARMS[name]
     wanted = depths(part, options, given)
     reference = folder(options.output, part, seed, next(iter(ARMS)))
-    least = min([*wanted.values(), *finished_depths(reference)])  # one that went further has all that is asked for
+    passed, first_arm = finished_depths(reference), name == next(iter(ARMS))
+    if first_arm or not passed:  # one that went further has all that is asked for
+        least = min([*wanted.values(), *passed])
+    else:  # other arms take the fully fine-tuned model alone
+        least = min(passed)
     stages = one_run(reference, {**given, "depth": least, "keep_checkpoints": True, "report_depths": True})
-    if name != next(iter(ARMS)):
+    if not first_arm:
         tuned = RunDir(reference).checkpoint(wanted[1.0])
         place, first = folder(options.output, part, seed, name), stages[:1]
         common = given if arm.from_base or arm.own_start else {**given, "model": str(tuned)}

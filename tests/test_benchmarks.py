@@ -174,3 +174,5 @@ def test_a_study_takes_its_depths_from_runs_that_went_further(tmp_path: Path, mo
     assert made == before, "both have been at half the depth on their way"
     assert accuracies("one-shot", 0.5) == {1: 16, 0.5: 8}
     assert made == [*before, ("law-0/one-shot/8", 8)], "a cut at once is a run of its own"
+    assert accuracies("one-shot", 0.1) == {1: 16, 0.1: 2}
+    assert made[-1] == ("law-0/one-shot/2", 2), "full fine-tuning is in a reference that ended above, too"
