@@ -517,19 +517,25 @@ def test_rows_that_changed_are_refused(world: tuple[Path, Path], tmp_path: Path,
     shutil.copytree(world[1], mine[1])
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 40)
-    more = {"text": str(text), "also": (str(world[1]),)}
+    shutil.copytree(world[1], tmp_path / "also")
+    more = {"text": str(text), "also": (str(tmp_path / "also"),)}
     go(settings(mine, output, methods=("full",), **more))
     again = settings(mine, output, methods=("full", "random"), keep=(HALF,), resume=True, **more)
     train = mine[1] / "train.jsonl"
-    for file, option in ((train, f"--task {mine[1]}"), (text, f"--text {text}")):
+    also = tmp_path / "also" / "test.jsonl"
+    for file, option in ((train, f"--task {mine[1]}"), (text, f"--text {text}"), (also, "--also also")):
         was = file.read_text()
         file.write_text(was.replace("the", "a"))
         with pytest.raises(InputError) as error:
             go(again)
-        assert str(error.value).startswith(f"{option}: its rows changed since the comparison in {output} began: ")
+        assert str(error.value).startswith(f"{option}: its rows are not those that the comparison in {output} began ")
         file.write_text(was)
-    assert set(json.loads((output / "data.json").read_text())) == {"--task", "--text", f"--also {world[1]}"}
+    assert set(json.loads((output / "data.json").read_text())) == {"--task", "--text", "--also also"}
     assert set(go(again)) == {"full", "random-0.5"}
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "--output", "out", "--resume"]) == 0
+    named = {"task": "rows", "text": "text.txt", "also": ("also",)}
+    assert set(go(again.model_copy(update=named))) == {"full", "random-0.5"}
 
 
 def test_a_resume_with_fewer_methods_keeps_the_other_rows_in_the_table(tmp_path):

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from trimllm import cli, files
 from trimllm.checkpoints import folders, verification
-from trimllm.config import DemoConfig, TrimConfig, plain_settings
+from trimllm.config import DemoConfig, TrimConfig
+from trimllm.console import Console
 from trimllm.demo.demo import demo
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
-from trimllm.run import account, deciding, progressive, recording, targets
+from trimllm.run import account, deciding, progressive, recording, rundir, targets
+from trimllm.run.progressive import trim
 from trimllm.training import train
 
 
@@ -256,10 +258,14 @@ def test_changed_rows_are_refused(base, tmp_path, monkeypatch, split):
     with pytest.raises(InputError) as error:
         h.run(base, rows, output, text=str(text), resume=True)
     assert str(error.value) == (
-        f"{option}: its rows changed since the run in {output} began: give those that it began with, or another "
-        "--output"
+        f"{option}: its rows are not those that the run in {output} began with: give those, or another --output"
     )
     assert h.journal(output) == journaled
+    settings = (output / "config.yaml").read_bytes()
+    for other in ({"task": "demo_law", "text": str(text)}, {"task": str(rows), "text": "demo_law"}):
+        with pytest.raises(InputError, match="its rows are not those"):
+            trim(console=Console(quiet=True), **h.settings(base, rows, output, resume=True) | other)
+    assert (output / "config.yaml").read_bytes() == settings
     changed.write_text(was)
     h.run(base, rows, output, text=str(text), resume=True)
 
@@ -287,21 +293,47 @@ def test_a_run_goes_on_from_another_folder_and_with_data_that_moved(base, task, 
     assert h.weights_hash(begun / "run" / "model") == h.weights_hash(straight / "model")
 
 
+def test_data_of_a_run_that_knows_no_digest_must_be_named_as_before(base, task, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    interrupted(monkeypatch, base, task, output)
+    journal = output / "journal.jsonl"
+    start, *others = h.journal(output)
+    start.pop("data")
+    journal.write_text("".join(json.dumps(event) + "\n" for event in (start, *others)))
+    for option in ("task", "text"):
+        with pytest.raises(InputError, match=f"--{option} demo_law: the run in .* has "):
+            trim(console=Console(quiet=True), **h.settings(base, task, output, resume=True) | {option: "demo_law"})
+    h.run(base, task, output, resume=True)
+
+
 def test_paths_are_of_the_folder_where_a_run_began(tmp_path, monkeypatch):
-    for folder in ("one", "other"):
-        (tmp_path / folder / "base").mkdir(parents=True)
-    (tmp_path / "one" / "a.jsonl").write_text("")
-    monkeypatch.chdir(tmp_path / "one")
+    """A folder named like a task that comes with us, or like the run itself, is not meant."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one / "base", one / "rows", one / "demo_law", other / "base"):
+        folder.mkdir(parents=True)
+    (one / "a.jsonl").write_text("")
+    monkeypatch.chdir(one)
     files = {"train": "a.jsonl", "test": "hub/id"}
-    config = TrimConfig(model="base", task="t", text="hub/id", task_files=files, output="run")
-    (tmp_path / "config.yaml").write_text(plain_settings.to_yaml(config))
-    stored = plain_settings.stored(tmp_path / "config.yaml", TrimConfig)
-    assert [stored[name] for name in ("model", "task", "text")] == ["base", "t", "hub/id"]
-    monkeypatch.chdir(tmp_path / "other")
-    moved = plain_settings.stored(tmp_path / "config.yaml", TrimConfig)
-    here = str(tmp_path / "one")
-    assert [moved[name] for name in ("model", "task", "text")] == [f"{here}/base", "t", "hub/id"]
-    assert moved["task_files"] == {"train": f"{here}/a.jsonl", "test": "hub/id"}
+    config = TrimConfig(model="base", task="demo_law", text="rows", task_files=files, output="hub/id")
+    rundir.claim(config)
+    paths = ("model", "task", "text", "task_files")
+    stored = [rundir.stored_settings("hub/id")[name] for name in paths]
+    assert stored == ["base", "demo_law", "rows", files]
+    before = (one / "hub" / "id" / "config.yaml").read_bytes()
+    monkeypatch.chdir(other)
+    moved = rundir.stored_settings(one / "hub" / "id")
+    assert [moved[name] for name in paths] == [
+        f"{one}/base",
+        "demo_law",
+        f"{one}/rows",
+        {"train": f"{one}/a.jsonl", "test": "hub/id"},
+    ]
+    again = TrimConfig(**moved | {"output": str(one / "hub" / "id"), "resume": True})
+    rundir.claim(again)
+    assert (one / "hub" / "id" / "config.yaml").read_bytes().replace(str(one / "hub").encode(), b"hub") == before
+    rundir.claim(again.model_copy(update={"model": "base"}))
+    monkeypatch.chdir(tmp_path)
+    assert rundir.stored_settings(one / "hub" / "id")["model"] == f"{other}/base"
 
 
 def test_a_finished_run_keeps_its_settings(straight, capsys):

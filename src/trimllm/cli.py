@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failure, 2 bad input. Heavy libraries are imported by the 
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
 from contextlib import redirect_stderr
@@ -178,7 +177,9 @@ def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:
     """Settings from the YAML file, and for `--resume` those of the run."""
     values: dict[str, Any] = {}
     if name in RESUMABLE and "--resume" in arguments and (output := _value(arguments, "--output")):
-        values |= plain_settings.stored(os.path.join(output, "config.yaml"), COMMANDS[name])
+        from trimllm.run import rundir
+
+        values |= rundir.stored_settings(output, COMMANDS[name])
     if name in ("trim", "scan", "drop", "eval", "compare") and (path := _value(arguments, "--config")):
         values |= plain_settings.read_yaml(path)
     return values

@@ -22,7 +22,7 @@ from trimllm.compare_report import compare_plot, record, report, row_line
 from trimllm.config import CompareConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError
-from trimllm.run import rundir
+from trimllm.run import placing, rundir
 
 FREE_OF_CHOICE = (
     *("resume", "output", "methods", "keep", "threads", "device", "micro_batch_size", "eval_batch_size"),
@@ -105,7 +105,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
             )
         names.add(data.name)
         longest = encoding.context_length(config, command.max_length)
-        digests["--task" if own else f"--also {settings.task}"] = data.digest()
+        digests["--task" if own else f"--also {data.name}"] = data.digest()
         encode = partial(encoding.encode, tokenizer, max_length=longest, truncate=command.truncate)
         sets: dict[str, Sequence[encoding.Cut]] = {"reported": encode(data.test)}
         if own:
@@ -176,7 +176,7 @@ def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareCo
     elif root.exists() and any(root.iterdir()):
         raise InputError(f"--output {root}: the directory is not empty: choose another one")
     command = command.model_copy(update={"resume": False})
-    files.write_atomic(settings, plain_settings.to_yaml(command))
+    files.write_atomic(settings, placing.to_store(command, root))
     files.write_json(digests, before | data)
     return command
 

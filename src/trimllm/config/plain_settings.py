@@ -16,8 +16,6 @@ from trimllm.config import FORMER, Settings, without_idle
 from trimllm.errors import InputError
 
 S = TypeVar("S", bound=Settings)
-PATHS = ("model", "task", "text", "task_files", "also")
-"""Settings that may name files and folders which are there when a run begins."""
 BEGUN = "# begun in "
 """First words of stored settings; the folder, as JSON, follows."""
 
@@ -44,33 +42,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def stored(path: str | Path, kind: type[Settings]) -> dict[str, Any]:
-    """The settings that a run or a comparison wrote to `path`, as they are to be read today and from this folder;
-    empty if there are none.
+    """The settings that a run or a comparison wrote to `path`, as they are to be read today; empty if there are none.
 
     Raises:
         InputError: see `read_yaml`.
     """
+    return without_idle(kind, FORMER | read_yaml(path)) if os.path.exists(path) else {}
+
+
+def begun(path: str | Path) -> str | None:
+    """The folder that relative paths in stored settings start from; None where they do not say."""
     if not os.path.exists(path):
-        return {}
-    values = without_idle(kind, FORMER | read_yaml(path))
+        return None
     first, _, _ = Path(path).read_text(encoding="utf-8").partition("\n")
-    return _seen_from_here(values, json.loads(first.removeprefix(BEGUN))) if first.startswith(BEGUN) else values
-
-
-def _seen_from_here(values: dict[str, Any], begun: str) -> dict[str, Any]:
-    """The settings with relative paths to what lies where they were written, not here, made whole."""
-
-    def found(name: str) -> str:
-        there = os.path.join(begun, name)
-        here = os.path.exists(name) and os.path.exists(there) and os.path.samefile(name, there)
-        return there if os.path.exists(there) and not here else name
-
-    def every(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {part: every(one) for part, one in value.items()}
-        return [every(one) for one in value] if isinstance(value, list) else found(value) if value else value
-
-    return {name: every(value) if name in PATHS else value for name, value in values.items()}
+    return json.loads(first.removeprefix(BEGUN)) if first.startswith(BEGUN) else None
 
 
 def make(kind: type[S], values: dict[str, Any]) -> S:
@@ -105,6 +90,7 @@ def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
     return f"{option} {first['input']}: {message}" if option else message
 
 
-def to_yaml(settings: Settings) -> str:
-    """The resolved settings as YAML that `--config` reads back, and the folder that relative paths start from."""
-    return f"{BEGUN}{json.dumps(os.getcwd())}\n" + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+def to_yaml(settings: Settings, folder: str | None = None) -> str:
+    """The resolved settings as YAML that `--config` reads back, and the folder that their relative paths start from."""
+    first = "" if folder is None else f"{BEGUN}{json.dumps(folder)}\n"
+    return first + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)

@@ -107,10 +107,12 @@ class Run:
         self._check_room()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
+        asked = {"--task": data.digest(), "--text": training_rows.digest(self.text_rows)}
+        rundir.same_data(rundir.data_of(self.dir), asked, self.config, f"the run in {self.config.output}")
         self.journal = Journal(
             self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.main
         )
-        self._begin(loaded, data)
+        self._begin(loaded, asked)
         if (done := self.journal.last("done")) is not None:
             self.console.say(f"{self.dir.root} is finished: {done['table']}")
             self._forget()
@@ -184,18 +186,16 @@ class Run:
         last = any(drop["reached"] for drop in drops)
         return self.config.optimizer_state == "carried" and bool(drops) and not last
 
-    def _begin(self, loaded: Loaded, data: TaskData) -> None:
-        """Journal what the run begins with; one that goes on must have the same."""
+    def _begin(self, loaded: Loaded, data: dict[str, str]) -> None:
+        """Journal what the run begins with, `data` by their SHA-256; one that goes on must have the same base."""
         config = self.config
-        asked = {"--task": data.digest(), "--text": training_rows.digest(self.text_rows)}
         first = self.journal.last("start")
         if first is None:
             dtype = arithmetic.name_of(self.save_dtype)
-            known = {"base": loaded.fingerprint, "data": asked, "depth": self.base_depth, "save_dtype": dtype}
+            known = {"base": loaded.fingerprint, "data": data, "depth": self.base_depth, "save_dtype": dtype}
             first = self.journal.add("start", **known)
         elif first["base"] != loaded.fingerprint:
             raise InputError(f"--model {config.model}: its weights changed since the run in {config.output} began")
-        rundir.same_data(first.get("data", {}), asked, config, f"the run in {config.output}")
 
     def _start(self, loaded: Loaded, data: TaskData) -> None:
         """Say what is there, and measure the base."""
@@ -386,7 +386,8 @@ class Run:
         before, state.layout = state.layout, after
         state.reached = targets.reached(self.config, self.base_depth, self.recorder.size(state.model))
         if state.reached is None and not self.decider.droppable(state.model, state.layout):
-            state.reached = targets.STUCK
+            few = len(state.layout) - self.decider.length < self.config.min_depth
+            state.reached = f"{targets.LEAST}, {self.config.min_depth}" if few else targets.STUCK
         if self.main:
             files.write_json(parts.with_suffix(".json"), self.decider.table(decision, before))
         state.pending.append(

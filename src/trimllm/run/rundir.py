@@ -14,17 +14,20 @@ from typing import Any
 
 from trimllm.blocks.layout import Block, Layout
 from trimllm.config import CompareConfig, Settings, TrimConfig
-from trimllm.config.plain_settings import make, stored, to_yaml
+from trimllm.config.plain_settings import begun, make, stored
 from trimllm.errors import InputError
 from trimllm.files import read_lines, write_atomic
+from trimllm.run import placing
 from trimllm.training import optimizer_state
 
 WHERE = (
     *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
-    *("gradient_checkpointing", "model", "task", "task_files", "text"),
+    *("gradient_checkpointing", "model"),
 )
-"""Settings that may differ when a run is resumed: where it computes, and where the base and the data lie (that they are
-the same is checked by their SHA-256)."""
+"""Settings that may differ when a run is resumed: where it computes, and where the base lies (that its weights are the
+same is checked by their SHA-256)."""
+DATA = ("task", "task_files", "text")
+"""Settings that may differ where the journal holds the SHA-256 of what they name."""
 REMEDIES = ("lr", "max_grad_norm", "min_accuracy", "max_drop")
 """Settings that may differ while it is not finished: for what can end it."""
 
@@ -65,8 +68,10 @@ class RunDir:
 
 
 def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> dict[str, Any]:
-    """The settings of the run (or the comparison) in `output`, for `--resume`; empty if there is none yet."""
-    return stored(RunDir(output).config, kind)
+    """The settings of the run (or the comparison) in `output`, for `--resume`, with paths as they are from here; empty
+    if there is none yet."""
+    path = RunDir(output).config
+    return placing.seen_from_here(stored(path, kind), output, begun(path))
 
 
 def check(config: TrimConfig) -> None:
@@ -86,27 +91,34 @@ def check(config: TrimConfig) -> None:
             "or choose another one"
         )
     else:
-        same_settings(config, config.output, WHERE if finished(run) else (*WHERE, *REMEDIES))
+        free = [*WHERE, *(() if happened(run, "done") else REMEDIES), *(DATA if data_of(run) else ())]
+        same_settings(config, config.output, free)
 
 
 def claim(config: TrimConfig) -> list[dict[str, Any]]:
     """Make the directory this run's own, and return the events of its journal so far. Raises as `check` does."""
     check(config)
     run = RunDir(config.output)
-    if not finished(run):
-        write_atomic(run.config, to_yaml(config.model_copy(update={"resume": False})))
+    if not happened(run, "done"):
+        write_atomic(run.config, placing.to_store(config.model_copy(update={"resume": False}), run.root))
     for left_by_a_kill in (*run.root.glob(".model.*"), *run.checkpoints.glob(".depth-*")):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     return read_lines(run.journal)
 
 
-def finished(run: RunDir) -> bool:
-    """Whether all is done that the run was to do."""
-    return any(event["event"] == "done" for event in read_lines(run.journal, mend=False))
+def happened(run: RunDir, event: str) -> dict[str, Any] | None:
+    """The first event of that name in the journal as it stands."""
+    return next((one for one in read_lines(run.journal, mend=False) if one["event"] == event), None)
 
 
-def same_data(before: dict[str, str], now: dict[str, str], config: TrimConfig | CompareConfig, begun: str) -> None:
-    """Raises InputError if --task, --text or a task of --also is no longer what it was when `begun` began.
+def data_of(run: RunDir) -> dict[str, str]:
+    """SHA-256 of what the run began with, by option; empty where it has not begun or is of an earlier version."""
+    found: dict[str, str] = (happened(run, "start") or {}).get("data", {})
+    return found
+
+
+def same_data(before: dict[str, str], now: dict[str, str], config: TrimConfig | CompareConfig, whose: str) -> None:
+    """Raises InputError if --task, --text or a task of --also is not what the run or comparison `whose` began with.
 
     `before` and `now` are SHA-256 by option (`--task`, `--also NAME`); what one of them lacks is not compared.
     """
@@ -115,7 +127,7 @@ def same_data(before: dict[str, str], now: dict[str, str], config: TrimConfig | 
         if before[option] != now[option]:
             named = f"{option} {values[option]}" if option in values else option
             raise InputError(
-                f"{named}: its rows changed since {begun} began: give those that it began with, or another --output"
+                f"{named}: its rows are not those that {whose} began with: give those, or another --output"
             )
 
 
@@ -127,7 +139,7 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
     needed = {name: getattr(config, name) for name, field in type(config).model_fields.items() if field.is_required()}
     before = make(type(config), needed | stored_settings(output, type(config))).model_dump(mode="json")
     for name, value in config.model_dump(mode="json").items():
-        if name not in free and before[name] != value:
+        if name not in free and not placing.same(name, before[name], value):
             option = "--" + name.replace("_", "-")
             raise InputError(
                 f"{option} {value}: the run in {output} has {before[name]}: give that or leave it out, "

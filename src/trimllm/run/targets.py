@@ -68,7 +68,7 @@ def reached(config: TrimConfig, base_depth: int, size: Size) -> str | None:
 
 def missed(config: TrimConfig, reached: str) -> str | None:
     """One line where what ended the drops, in words, is none of the sizes that were asked for."""
-    asked = [f"--{name.replace('_', '-')} {value:g}" for name in SIZES if (value := getattr(config, name)) is not None]
+    asked = [f"--{name.replace('_', '-')} {value}" for name in SIZES if (value := getattr(config, name)) is not None]
     if not asked or not reached.startswith((LEAST, STUCK)):
         return None
     return f"{' and '.join(asked)}: not met, since the drops ended before: {reached}"

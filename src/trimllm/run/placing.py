@@ -1,0 +1,68 @@
+"""Relative paths in stored settings: they are of the folder where a run or comparison began, wherever it goes on.
+
+`config.yaml` says in its first line which folder that was; later calls keep both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trimllm.config import Settings
+from trimllm.config.plain_settings import begun, stored, to_yaml
+from trimllm.tasks.catalog import find_builtin
+
+PATHS = ("model", "task", "text", "task_files", "also")
+"""Settings that may name files and folders."""
+
+
+def seen_from_here(values: dict[str, Any], output: str | Path, folder: str | None) -> dict[str, Any]:
+    """Stored settings of the run in `output`, begun in `folder`: paths to what lies there and not here become whole."""
+    if folder is None or folder == os.getcwd():
+        return values
+    placed = dict(values)
+    for name in PATHS:
+        if name in values:
+            placed[name] = _each(values[name], lambda one: _whole(one, output, folder))
+    return placed
+
+
+def same(name: str, before: Any, now: Any) -> bool:
+    """Whether two values of a setting, both seen from here, are equal or lead to the same file."""
+    if name not in PATHS:
+        return bool(before == now)
+    return bool(_each(before, os.path.realpath) == _each(now, os.path.realpath))
+
+
+def to_store(config: Settings, output: str | Path) -> str:
+    """The text of `config.yaml`: paths that are still those that it holds stay as they stand there."""
+    path = Path(output) / "config.yaml"
+    folder = begun(path)
+    if folder is None:
+        return to_yaml(config, os.getcwd())
+    before, kept = stored(path, type(config)), dict[str, Any]()
+    here = seen_from_here(before, output, folder)
+    for name in PATHS:
+        if name in before:
+            now = config.model_dump(mode="json")[name]
+            whole = _each(now, lambda one: _whole(one, output, os.getcwd()))
+            kept[name] = before[name] if same(name, here[name], now) else whole
+    return to_yaml(type(config)(**config.model_dump() | kept), folder)
+
+
+def _whole(name: str, output: str | Path, folder: str) -> str:
+    """The path from the root to what `name` is in `folder`, or the name where nothing of the user's is there."""
+    there = os.path.join(folder, name)
+    ours = name == "demo" or find_builtin(name) is not None or os.path.realpath(there) == os.path.realpath(output)
+    return there if os.path.exists(there) and not ours else name
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """The strings in a value, changed."""
+    if isinstance(value, dict):
+        return {part: _each(one, change) for part, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each(one, change) for one in value]
+    return change(value) if isinstance(value, str) and value else value
