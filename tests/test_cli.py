@@ -145,6 +145,15 @@ def test_examples_in_help_are_accepted_by_the_parser():
 # ---- YAML
 
 
+def test_yaml_is_what_safe_load_reads_but_for_doubled_keys():
+    merged = "x: &x {k: 1}\nouter: {a: &a {<<: *x, k: 2}}\nb: {<<: *a}\n"
+    for text in (merged, "1: a\n'1': b\n", "[a, a]", ""):
+        assert files.parse_yaml(text) == yaml.safe_load(text)
+    for text in ("a: 1\na: 2", "x: {a: 1, 'a': 2}", "- {a: 1, a: 1}"):
+        with pytest.raises(yaml.YAMLError, match="'a' stands there twice"):
+            files.parse_yaml(text)
+
+
 def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: demo\ntask: demo_law\nlr: 1e-3\nkeep: 0.25\nprotect: [0, -1]\ntask-files: {train: a}\n")
@@ -166,6 +175,7 @@ def test_resolved_settings_can_be_read_back(tmp_path):
         ("modle: demo\n", r"unknown setting 'modle' \(did you mean 'model'\?\)"),
         ("model: [\n", r"run\.yaml:2: not valid YAML: expected the node content"),
         ("model: x\nlr: 1\nmodel: y\n", r"run\.yaml:3: not valid YAML: 'model' stands there twice"),
+        ("max-train: 5\nmax_train: 6\n", r"run\.yaml: 'max_train' stands there twice"),
         ("- a\n", r"expected `name: value` lines"),
         ("model: demo\ntask: t\noutput: o\nlr: fast\n", r"--lr fast: .*number"),
         ("model: demo\ntask: t\noutput: o\nbatch_size: [1]\n", r"--batch-size \[1\]: "),

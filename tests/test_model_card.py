@@ -36,6 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
         (base / "LICENSE").write_text("Apache License")
         (base / "NOTICE.txt").write_text("by its authors")
+        (base / "LICENSES").mkdir()
         more = {"depth": 2, "keep_checkpoints": True, "report_depths": True, "warmup_epochs": 0.2}
         h.run(base, h.save_task(root / "task"), root / "run", epochs_per_drop=0.2, **more)
     return root / "run"

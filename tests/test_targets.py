@@ -75,10 +75,10 @@ def test_reached(values, size, words):
 
 
 def test_a_target_that_is_not_met_is_said():
-    size = Size(4, 9, 9)
+    size = Size(4, 2_000_000, 9)
     for values, asked in (
-        ({"max_params": 1, "min_depth": 4}, "--max-params 1"),
-        ({"keep": 0.1, "target_speedup": 3.0, "min_depth": 4}, "--keep 0.1 and --target-speedup 3"),
+        ({"max_params": 1234567, "min_depth": 4}, "--max-params 1234567"),
+        ({"keep": 0.1, "target_speedup": 3.0, "min_depth": 4}, "--keep 0.1 and --target-speedup 3.0"),
     ):
         end = reached(config(**values), 16, size)
         assert missed(config(**values), end) == f"{asked}: not met, since the drops ended before: the minimum depth, 4"

@@ -100,7 +100,7 @@ def test_label_that_train_does_not_have(tmp_path):
 
 def test_one_label_is_no_classification(tmp_path):
     said = message(write(tmp_path, *[{"text": "t", "label": "a"}] * 9))
-    assert said == "data: column 'label' has 1 different values in the training rows; 2 are needed"
+    assert said == "data: column 'label' has 1 different values in the rows; 2 are needed"
 
 
 def test_files_that_cannot_be_read(tmp_path):

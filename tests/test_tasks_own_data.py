@@ -6,6 +6,7 @@ import json
 import lzma
 
 import pytest
+from conftest import make_tokenizer
 
 from trimllm.errors import InputError
 from trimllm.tasks import load_task, load_text
@@ -115,6 +116,12 @@ def test_labels_stay_as_they_are_when_spaces_would_make_two_the_same(tmp_path):
     assert load_task(jsonl(tmp_path / "c.jsonl", rows)).train[0].continuations == (" a b", " a_b")
 
 
+@pytest.mark.parametrize("row", [{"answer": "Because."}, {"answer": "x y", "label": "B"}, {"answer_text": "red"}])
+def test_columns_named_like_letters_are_no_choices_where_answers_are_not(tmp_path, row):
+    task = load_task(jsonl(tmp_path / "q.jsonl", [{"label": "B", **each, **row} for each in LETTERED]))
+    assert (task.kind, task.train[0].target) == ("generation", " " + next(iter(row.values())))
+
+
 def test_labels_that_read_alike_are_one(tmp_path):
     labels = ["yes", "yes ", " yes", "no", 1, "1"]
     rows = [{"text": f"t {n}", "label": labels[n % 6]} for n in range(18)]
@@ -209,7 +216,7 @@ def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
         chat_template = "set"
         bos_token = "<s>"
 
-        def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, **_):
             assert not tokenize
             assert add_generation_prompt
             return "<s>" + "".join(f"[{turn['role']}]{turn['content']}" for turn in messages) + "[assistant]"
@@ -217,6 +224,15 @@ def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
     _, item = first(chat_file(tmp_path), tokenizer=Tokenizer())
     assert item.prompt == "[system]Be brief.[user]Hi[assistant]Hello.[user]Bye[assistant]"
     assert item.continuations == ("See you.",)
+
+
+def test_a_template_that_prints_the_date_reads_the_same_every_day(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') ~ strftime_now(\"%Y\") ~ messages[0].content }}"
+    turns = [[{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": "a"}] for n in range(9)]
+    file = jsonl(tmp_path / "q.jsonl", [{"messages": each} for each in turns])
+    task = load_task(file, tokenizer=tokenizer)
+    assert {item.prompt[:-1] for item in (*task.train, *task.calibration, *task.test)} == {"26 Jul 20242024q "}
 
 
 def test_text_rows_and_long_documents_are_cut_and_kept_together(tmp_path):
@@ -327,6 +343,36 @@ def test_a_test_set_alone_can_be_reported(tmp_path):
         assert (len(both.train), reported.train) == (16, ())
     (tmp_path / "test.jsonl").unlink()
     assert load_task(tmp_path, reported_only=True).test == load_task(tmp_path).test
+
+
+def test_a_test_set_alone_takes_its_labels_from_its_rows(tmp_path):
+    jsonl(tmp_path / "test.jsonl", [{"text": f"t {n}", "label": "ab"[n % 2]} for n in range(8)])
+    task = load_task(tmp_path, reported_only=True)
+    assert task.test[0].continuations == (" a", " b")
+    assert task.notes == ("choices are the 2 labels of the rows at hand, as there are no training rows",)
+    jsonl(tmp_path / "train.jsonl", [{"text": f"s {n}", "label": "abc"[n % 3]} for n in range(9)])
+    task = load_task(tmp_path, reported_only=True)
+    assert (task.test[0].continuations, task.notes) == ((" a", " b", " c"), ())
+
+
+def test_a_test_set_without_usable_rows_is_held_out_of_train_or_said(tmp_path):
+    jsonl(tmp_path / "train.jsonl", QUESTIONS)
+    jsonl(tmp_path / "test.jsonl", QUESTIONS[:4])
+    files = "source: {files: {train: train.jsonl, test: test.jsonl}}"
+    spec = f"kind: choice\nprompt: '{{{{ question }}}}'\nchoices: choices\nanswer: answer\n{files}\n"
+    (tmp_path / "own.yaml").write_text(spec + "where: question not in asked | default([])\n")
+    rows = [{**row, "asked": [row["question"]]} for row in QUESTIONS[:4]]
+    jsonl(tmp_path / "test.jsonl", rows)
+    whole, reported = (load_task(tmp_path / "own.yaml", reported_only=only) for only in (False, True))
+    assert whole.test == reported.test != ()
+    (tmp_path / "own.yaml").write_text(spec + "where: question == 'no'\n")
+    with pytest.raises(InputError, match=r"there are no rows \(`where` keeps none of them\)"):
+        load_task(tmp_path / "own.yaml", reported_only=True)
+    for name in ("train.jsonl", "own.yaml"):
+        (tmp_path / name).unlink()
+    jsonl(tmp_path / "test.jsonl", [{**row, "answer": float("nan")} for row in QUESTIONS])
+    with pytest.raises(InputError, match="has no rows with answers: give a test split that has them"):
+        load_task(tmp_path, reported_only=True)
 
 
 def test_folder_without_train_learns_from_validation(tmp_path):

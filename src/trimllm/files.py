@@ -34,16 +34,17 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 class _EveryKeyOnce(yaml.SafeLoader):
-    """Reads a mapping that names a key twice as what it is: a mistake."""
+    """Takes a mapping that names a key twice for what it is: a mistake."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node: Any = super().compose_mapping_node(anchor)
+        seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
                 twice = f"{key.value!r} stands there twice"
-                raise yaml.constructor.ConstructorError(problem=twice, problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+                raise yaml.composer.ComposerError(problem=twice, problem_mark=key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
 
 
 def parse_yaml(text: str) -> Any:

@@ -20,7 +20,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation import inputs
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.files import read_lines
-from trimllm.run import progressive, rundir
+from trimllm.run import model_card, progressive, rundir
 from trimllm.run.targets import wanted_depth
 from trimllm.training import sparse, train, training_rows
 from trimllm.training.packing import Example
@@ -194,6 +194,7 @@ class Job:
             tokenizer=loaded.tokenizer,
             layout=layout or whole(decoder.depth(loaded.model)),
             base=models.origin(self.command.model),
+            companions=model_card.terms(models.origin(self.command.model)),
             overwrite=True,
         )
         return target

@@ -29,6 +29,9 @@ from pathlib import Path
 from trimllm.errors import InputError, TrimError
 from trimllm.files import disk_errors, full_disk
 
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")
+"""Files that go wherever the weights go."""
+
 # ---- checks before work ----------------------------------------------------------------------------------------------
 
 

@@ -57,8 +57,7 @@ COPIED = (
     "tekken.json",
     "*processor_config.json",
     "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
+    *folders.TERMS,
 )
 """Files that travel with the weights: tokenizer, chat templates, processors, the license."""
 WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5", ".msgpack", ".onnx"}

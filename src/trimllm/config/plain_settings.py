@@ -38,7 +38,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML: {problem}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `name: value` lines")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+    named = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if len(named) < len(values):
+        twice = next(name for name in named if sum(str(one).replace("-", "_") == name for one in values) > 1)
+        raise InputError(f"{path}: {twice!r} stands there twice")
+    return named
 
 
 def stored(path: str | Path, kind: type[Settings]) -> dict[str, Any]:

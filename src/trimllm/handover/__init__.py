@@ -10,12 +10,13 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
+from trimllm.checkpoints import folders
 from trimllm.config import ExportConfig
 
 WRITERS = {"gguf": "gguf", "onnx": "graphs", "openvino": "graphs", "int8": "quantized", "int4": "quantized"}
 """Format -> module of this package."""
 
-TRAVELS = ("LICENSE*", "NOTICE*", "plan.json")
+TRAVELS = (*folders.TERMS, "plan.json")
 """Files that go with the weights, whatever these become."""
 
 
@@ -23,7 +24,8 @@ def copy_companions(folder: Path, target: Path) -> None:
     """Copy the license and the plan of the checkpoint in `folder`."""
     for pattern in TRAVELS:
         for file in folder.glob(pattern):
-            shutil.copy(file, target)
+            if file.is_file():
+                shutil.copy(file, target)
 
 
 def write(folder: Path, target: Path, command: ExportConfig) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import validate_repo_id
 
+from trimllm.checkpoints import folders
 from trimllm.checkpoints.loading import TOKENIZER_FILES
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.run.rundir import RunDir
@@ -19,7 +20,7 @@ WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 FILES = (
     *WEIGHTS,
     *TOKENIZER_FILES,
-    *("config.json", "generation_config.json", "plan.json", "README.md", "LICENSE*", "NOTICE*"),
+    *("config.json", "generation_config.json", "plan.json", "README.md", *folders.TERMS),
     *("merges.txt", "added_tokens.json", "special_tokens_map.json", "*.jinja", "additional_chat_templates/*.jinja"),
     *("*processor_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
 )

@@ -117,13 +117,13 @@ def training_ahead(config: TrimConfig, stages: Sequence[tuple[int, float]], toke
 
 
 def time_ahead(stages: Sequence[tuple[int, float]], tokens: int, warm: dict[str, Any]) -> str | None:
-    """About how long the stages take, if all blocks trained, by what the warm-up took (its journaled row); None where
-    that trained nothing."""
+    """About how long the stages take, by what the warm-up took (its journaled row) and the blocks that are left; None
+    where that trained nothing."""
     train = warm["train"]
     if not stages or not train["tokens"]:
         return None
     seconds = train["seconds"] / train["tokens"] * tokens * sum(left * epochs for left, epochs in stages)
-    return f"training behind drops: at most about {clock(seconds / warm['depth'])}, and the scans"
+    return f"training behind drops: about {clock(seconds / warm['depth'])}, and the scans"
 
 
 def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:

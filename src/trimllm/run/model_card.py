@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 from trimllm.blocks.layout import Layout, whole_layers
-from trimllm.checkpoints import models
+from trimllm.checkpoints import folders, models
 from trimllm.checkpoints.loading import quiet
 from trimllm.config import TrimConfig
 from trimllm.run.account import depth_table
@@ -26,8 +26,8 @@ Origin = str | dict[str, str]
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "likelihood": "likelihood"}
 """The Hub's names of our metrics."""
-TERMS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md")
-"""Files that go wherever the weights go."""
+ON_HUB = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+"""Names under which the Hub may have licence and notice."""
 LICENCES = (
     ("Apache License", "apache-2.0"),
     ("MIT License", "mit"),
@@ -205,7 +205,7 @@ def licence(base: str) -> Licence:
         named = json.loads(path.read_text(encoding="utf-8")).get("license")
         if isinstance(named, str) and named:
             return Licence(named, {}, f"Licence: {named}, as the config of the base says.")
-    for name in TERMS[:3]:
+    for name in ON_HUB[:3]:
         if (path := _file(base, name)) is not None:
             start = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
             for words, known in LICENCES:
@@ -223,14 +223,17 @@ def licence(base: str) -> Licence:
 def terms(base: Origin) -> list[Path]:
     """The licence and notice files of a base, as far as it has some and they can be had."""
     name = _named(base)["name"]
-    return [path for file in TERMS if (path := _file(name, file)) is not None]
+    folder = Path(models.path_of(name))
+    if folder.is_dir():
+        return sorted(path for pattern in folders.TERMS for path in folder.glob(pattern) if path.is_file())
+    return [path for file in ON_HUB if (path := _file(name, file)) is not None]
 
 
 def _file(base: str, name: str) -> Path | None:
     """A file of the base: in its folder, in the cache of the Hub, or on the Hub if it can be reached."""
     folder = Path(models.path_of(base))
     if folder.is_dir():
-        return folder / name if (folder / name).exists() else None
+        return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(base, name))
     except Exception:  # not there, no access, no network, not an id: in each case nothing is known from it

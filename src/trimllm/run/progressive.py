@@ -334,7 +334,11 @@ class Run:
         self.recorder.record("stage", state.model, state.layout, stage=state.stages, train=done, dropped=state.pending)
         if overfit := account.worsened(self.journal.events[-1], self.journal.of("base")[0]):
             self.console.say(overfit)
-        if warm and (time := account.time_ahead(self.ahead, self.epoch, self.journal.events[-1])):
+        if (
+            warm
+            and not config.distill
+            and (time := account.time_ahead(self.ahead, self.epoch, self.journal.events[-1]))
+        ):
             self.console.say(time)
         state.stages += 1
         state.pending = []

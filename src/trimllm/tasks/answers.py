@@ -50,6 +50,12 @@ def common_reading(rows: Iterable[tuple[Any, Any]]) -> AnswerAs:
     return next(iter(common)) if len(common) == 1 else "auto"
 
 
+def names_one(answer: Any, choices: list[Any]) -> bool:
+    """Whether an answer can be meant as one of two or more choices."""
+    readings = _readings(str(answer).strip(), tuple(map(str, choices)))
+    return len(choices) > 1 and any(0 <= index < len(choices) for index in readings.values())
+
+
 def read_list(value: Any) -> list[Any]:
     """A list, or the JSON list that a string holds (a CSV cell); empty for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from typing import Any
 
@@ -11,10 +12,16 @@ ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "
 
 TODAY = datetime(2024, 7, 26)
 """For templates that print the date (it is what Llama 3's say without a clock): rows read the same on every day."""
+_NOW = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
 
 
-def _date(form: str) -> str:
-    return TODAY.strftime(form)
+def _dated(tokenizer: Any) -> dict[str, str]:
+    """The tokenizer's chat template with that date, as an argument of its `apply_chat_template`; none if it has no use
+    for it."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return {}
+    return {"chat_template": _NOW.sub(lambda call: repr(TODAY.strftime(call[2])), template)}
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -35,7 +42,7 @@ def chat_prompt(messages: Any, tokenizer: Any = None) -> str:
     if not has_template(tokenizer):
         lines = [f"{ROLES.get(turn['role'], turn['role'])}: {turn['content']}\n" for turn in turns]
         return "".join(lines) + "Assistant:"
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, strftime_now=_date))
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **_dated(tokenizer)))
     return text.removeprefix(tokenizer.bos_token or "")
 
 

@@ -48,13 +48,13 @@ def load_task(
         InputError: if the task, its data or an option cannot be used; the message says where and what to do.
     """
     spec, parts, notes = _find(name_or_path, files, metric, tokenizer)
-    if reported_only and parts.get("test"):
-        parts = {"test": parts["test"]}
     train_rows, reported_rows = _roles(spec.name, parts, notes, reported_only=reported_only)
     renderer = Renderer(spec, tokenizer)
     lenient = files is None and spec.source is not None and spec.source.hub is not None
-    train, reported = (_items(renderer, rows, lenient, notes) for rows in (train_rows, reported_rows))
-    if spec.kind == "text" and len(train_rows) == 1:
+    reported = _items(renderer, reported_rows, lenient, notes) if reported_only else []
+    train = [] if reported else _items(renderer, train_rows, lenient, notes)
+    reported = reported or _items(renderer, reported_rows, lenient, notes)
+    if spec.kind == "text" and len(train_rows) == 1 and train:
         _check_length(train, bool(reported))
     done = split(
         train,
@@ -105,6 +105,8 @@ def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Part
     name = path.resolve().name.split(".")[0]
     rows = parts.get("train") or next(iter(parts.values()))
     spec = without_shared_context(recognize(name, rows, tokenizer), rows, notes)
+    if "train" not in parts and isinstance(spec.choices, list):
+        notes.append(f"choices are the {len(spec.choices)} labels of the rows at hand, as there are no training rows")
     check_metric(metric, spec.kind)
     return spec, {part: rows for part, rows in parts.items() if part == "train" or labelled(rows, spec)}, notes
 
@@ -113,8 +115,10 @@ def _roles(name: str, parts: Parts, notes: list[str], *, reported_only: bool) ->
     """(rows to train on, rows to report): validation stands in for whichever of train and test is missing."""
     train, validation, test = (parts.get(part, []) for part in ("train", "validation", "test"))
     if not train and not validation:
-        if reported_only:
+        if reported_only and test:
             return [], test
+        if reported_only:
+            raise InputError(f"task {name!r} has no rows with answers: give a test split that has them")
         raise InputError(f"task {name!r} has no training rows: give a train split (or a single file, to be split)")
     if not train:
         notes.append(f"no train split: the {len(validation):,} validation rows are trained on")

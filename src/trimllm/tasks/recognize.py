@@ -5,10 +5,11 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Collection, Iterable
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from trimllm.errors import InputError
-from trimllm.tasks.answers import common_reading
+from trimllm.tasks.answers import common_reading, names_one
 from trimllm.tasks.chat import has_template
 from trimllm.tasks.rows import Row, blank
 from trimllm.tasks.spec import TaskSpec
@@ -50,13 +51,8 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
         return _chat(name, "messages", tokenizer)
     if columns.choices and columns.question and columns.answer:
         return _choice(name, columns, rows)
-    lettered = _lettered(present)
-    if (
-        len(lettered) > 1
-        and columns.question
-        and (answer := next((x for x in ("answer", "label") if x in present), None))
-    ):
-        return _lettered_choice(name, columns.question, lettered, answer, rows)
+    if columns.question and "answer_text" not in present and (spec := _lettered_choice(name, columns.question, rows)):
+        return spec
     if {"text", "label"} <= present:
         return _classification(name, rows)
     if {"prompt", "completion"} <= present:
@@ -98,7 +94,8 @@ def labelled(rows: Iterable[Row], spec: TaskSpec) -> bool:
     """Whether any row of a choice split has an answer (test sets are often published without)."""
     if spec.kind != "choice":
         return True
-    return any(row.values.get(column) not in (None, "", -1, "-1") for row in rows for column in ("answer", "label"))
+    given = (row.values.get(column) for row in rows for column in ("answer", "label"))
+    return any(not blank(value) and value not in (-1, "-1") for value in given)
 
 
 def _columns(present: set[str]) -> Columns:
@@ -108,12 +105,6 @@ def _columns(present: set[str]) -> Columns:
     choices = first("choices", "options")
     answer = first("answer", "label") if choices else first("answer_text", "answer")
     return Columns(first("question", "input"), choices, answer)
-
-
-def _lettered(present: set[str]) -> list[str]:
-    """The columns A, B, C ... as far as they are there: a choice each."""
-    missing = next((n for n, letter in enumerate(string.ascii_uppercase) if letter not in present), 26)
-    return list(string.ascii_uppercase[:missing])
 
 
 def _required(column: str) -> str:
@@ -134,9 +125,15 @@ def _choice(name: str, columns: Columns, rows: Iterable[Row]) -> TaskSpec:
     )
 
 
-def _lettered_choice(name: str, question: str, letters: list[str], answer: str, rows: Iterable[Row]) -> TaskSpec:
-    """Choices in columns of their own; those that a row leaves empty at the end it does not have."""
+def _lettered_choice(name: str, question: str, rows: Collection[Row]) -> TaskSpec | None:
+    """Choices in columns of their own, A, B, C ...; those that a row leaves empty at the end it does not have. None
+    where there are no such columns, or most answers are something else."""
+    present = {column for row in rows for column in row.values}
+    letters = list(takewhile(present.__contains__, string.ascii_uppercase))
+    answer = next((column for column in ("answer", "label") if column in present), "")
     asked = [(row.values.get(answer), [v for x in letters if not blank(v := row.values.get(x))]) for row in rows]
+    if 2 * sum(names_one(*each) for each in asked) <= len(asked):
+        return None
     listed = ", ".join(f"{letter} | default(none)" for letter in letters)
     return TaskSpec(
         name=name,
@@ -183,7 +180,7 @@ def _classification(name: str, rows: Iterable[Row]) -> TaskSpec:
     labels = {label for row in rows if not blank(label := row.values.get("label"))}
     names = list(dict.fromkeys(str(label).strip() for label in sorted(labels, key=_label_order)))
     if len(names) < 2:
-        raise InputError(f"{name}: column 'label' has {len(names)} different values in the training rows; 2 are needed")
+        raise InputError(f"{name}: column 'label' has {len(names)} different values in the rows; 2 are needed")
     readable = [label.replace("_", " ") for label in names]
     plain = len(set(readable)) < len(names)
     return TaskSpec(

@@ -23,6 +23,8 @@ from trimllm.tasks.spec import TaskSpec
 Column = Callable[[dict[str, Any]], Any]
 """What a compiled template or expression is: a function of a row's values."""
 
+_COLUMN = re.compile(r"(?:\{\{\s*\(?\s*(?=\w+\s*\|))?([^\W\d]\w*)(?=$|\s*\|)")
+"""A column alone, or one that an expression begins with and filters."""
 _EXPRESSION = re.compile(r"\s*\{\{((?:(?!\}\}|\{\{|\{%).)*)\}\}\s*", re.DOTALL)
 
 
@@ -41,8 +43,8 @@ class Renderer:
         self._group = self._text(spec.group) if spec.group else None
         self._choices = self._values(spec.choices or [])
         self._answer = self._value(spec.answer)
-        named = re.search(r"[^\W\d]\w*", spec.answer) if isinstance(spec.answer, str) else None
-        self._answer_name = named[0] if named else "answer"
+        named = _COLUMN.match(spec.answer) if isinstance(spec.answer, str) else None
+        self._answer_name = named[1] if named else "answer"
         self._references = self._values(spec.references) if spec.references else None
 
     def keeps(self, row: Row) -> bool:
@@ -166,7 +168,7 @@ def _texts(values: Any, field: str, place: str) -> tuple[str, ...]:
         raise InputError(
             f'{place}: field \'{field}\' must be a list such as ["yes", "no"], not {type(values).__name__}'
         )
-    if not values or any(value is None or not str(value).strip() for value in values):
+    if not values or any(map(blank, values)):
         what = "has an empty entry" if values else "is empty"
         raise InputError(f"{place}: field '{field}' {what}; fill it in or drop the row")
     return tuple(str(value) for value in values)

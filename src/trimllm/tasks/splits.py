@@ -59,7 +59,8 @@ def split(
     if reported_only and test:
         return Split((), (), tuple(_limit(test, max_test, seed, "reported", notes)), (), tuple(notes))
     if not train:
-        raise InputError("there are no training rows (`where` keeps none of them): give other rows")
+        kind = "" if reported_only else "training "
+        raise InputError(f"there are no {kind}rows (`where` keeps none of them): give other rows")
     if not test:
         train, test = hold_out_test(train, seed)
         total = len(train) + len(test)
