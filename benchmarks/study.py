@@ -223,10 +223,8 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
     wanted = depths(part, options, given)
     reference = folder(options.output, part, seed, next(iter(ARMS)))
     passed, first_arm = finished_depths(reference), name == next(iter(ARMS))
-    if first_arm or not passed:  # one that went further has all that is asked for
-        least = min([*wanted.values(), *passed])
-    else:  # other arms take the fully fine-tuned model alone
-        least = min(passed)
+    # One that went further has all that is asked for; other arms take the fully fine-tuned model alone.
+    least = min(passed) if passed and not first_arm else min([*wanted.values(), *passed])
     stages = one_run(reference, {**given, "depth": least, "keep_checkpoints": True, "report_depths": True})
     if not first_arm:
         tuned = RunDir(reference).checkpoint(wanted[1.0])

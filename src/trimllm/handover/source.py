@@ -61,6 +61,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
             f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
         )
     stored = plain_settings.make(config.TrimConfig, rundir.stored_settings(command.source))
+    named = plain_settings.make(config.TrimConfig, plain_settings.stored(run.config, config.TrimConfig))
     dtype = saved_dtype(run, stored)
     own_code = stored.trust_remote_code or command.trust_remote_code
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
@@ -74,7 +75,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         tokenizer=tokenizer,
         layout=layout,
         base=plan["base"],
-        card=model_card.depth_of_run(stored, plan["base"], layout, _stages(run, command.depth)),
+        card=model_card.depth_of_run(named, plan["base"], layout, _stages(run, command.depth)),
         companions=model_card.terms(plan["base"]),
     )
 
