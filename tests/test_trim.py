@@ -197,7 +197,7 @@ def test_a_run_that_drops_nothing_says_so(base, task, tmp_path, scripted, capsys
     assert "warning: nothing was dropped: the first drop fell below the accuracy floor\n" in capsys.readouterr().err
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert ", with all of its 5 layers\n" in card
-    assert "fine-tuned on `task0`, and no layer was dropped." in card
+    assert f"fine-tuned on `{task.name}`, and no layer was dropped." in card
 
 
 @pytest.mark.parametrize(
