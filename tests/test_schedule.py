@@ -357,10 +357,11 @@ def test_of_training_that_may_end_sooner_the_most_is_foretold():
         config = TrimConfig(model="m", task="t", output="o", **settings)
         return account.training_ahead(config, stages_ahead(config, 12), 1000)
 
-    assert line() == "training: 1 epoch of all layers, 6 behind drops; 1,000 tokens an epoch, 7,000 in all"
-    most = "training: 1 epoch of all layers, at most 6 behind drops; 1,000 tokens an epoch, at most 7,000 in all"
+    assert line() == "training: 1 epoch of all layers, 6 epochs behind drops; 1,000 tokens an epoch, 7,000 in all"
+    most = "training: 1 epoch of all layers, at most 6 epochs behind drops; 1,000 tokens an epoch, at most 7,000 in all"
     assert line(keep=0.5, max_drop=2) == line(schedule="recover") == line(keep=0.5, max_params=9) == most
-    assert line(max_drop=2) == "training: 1 epoch of all layers, 1 behind every drop; 1,000 tokens an epoch"
+    assert line(max_drop=2) == "training: 1 epoch of all layers, 1 epoch behind every drop; 1,000 tokens an epoch"
+    assert line(warmup_epochs=0) == "training: 6 epochs behind drops; 1,000 tokens an epoch, 6,000 in all"
     config = TrimConfig(model="m", task="t", output="o", schedule="epoch")
     assert stages_ahead(config, 12, length=3) == [(9, 1), (6, 1)]
 

@@ -107,13 +107,18 @@ def result(
 
 def training_ahead(config: TrimConfig, stages: Sequence[tuple[int, float]], tokens: int) -> str:
     """How much will be trained, for the user: `stages` are those of `targets.stages_ahead`, `tokens` an epoch's."""
-    warm = f"training: {config.warmup_epochs:g} epoch{'' if config.warmup_epochs == 1 else 's'} of all layers, "
+    warm = f"training: {_epochs(config.warmup_epochs)} of all layers, " if config.warmup_epochs else "training: "
     if not stages:
-        return f"{warm}{config.epochs_per_drop:g} behind every drop; {tokens:,} tokens an epoch"
+        return f"{warm}{_epochs(config.epochs_per_drop)} behind every drop; {tokens:,} tokens an epoch"
     behind = sum(epochs for _, epochs in stages)
     most = "at most " if targets.ends_sooner(config) else ""
     total = round((config.warmup_epochs + behind) * tokens)
-    return f"{warm}{most}{behind:.3g} behind drops; {tokens:,} tokens an epoch, {most}{total:,} in all"
+    return f"{warm}{most}{_epochs(behind)} behind drops; {tokens:,} tokens an epoch, {most}{total:,} in all"
+
+
+def _epochs(count: float) -> str:
+    number = f"{count:.3g}"
+    return f"{number} epoch{'' if number == '1' else 's'}"
 
 
 def time_ahead(stages: Sequence[tuple[int, float]], tokens: int, warm: dict[str, Any]) -> str | None:
