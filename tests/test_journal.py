@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -11,7 +13,7 @@ from trimllm import files
 from trimllm.blocks.layout import Block, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.run import journal, rundir
+from trimllm.run import journal, placing, rundir
 
 
 def test_events_come_back_in_order_with_their_values(tmp_path):
@@ -91,8 +93,19 @@ def config(tmp_path, **values):
 def test_stored_settings_make_the_same_config(tmp_path):
     mine = config(tmp_path, lr=3e-5, protect=(0, -1), task_files={"train": "a: b.jsonl"}, min_accuracy=60)
     assert rundir.claim(mine) == []
-    assert TrimConfig(**rundir.stored_settings(mine.output)) == mine
+    assert TrimConfig(**placing.stored_settings(mine.output)) == mine
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lr"] == 3e-5
+
+
+def test_settings_are_found_again_without_heavy_libraries(tmp_path):
+    """A method's process sets variables that these read when they are imported."""
+    mine = config(tmp_path)
+    rundir.claim(mine)
+    heavy = "[m for m in ('tqdm', 'torch', 'transformers') if m in sys.modules]"
+    words = ["trim", "--resume", "--output", mine.output]
+    code = f"import sys, trimllm.baselines.cell; from trimllm import cli; cli.parse({words!r}); print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_setting_that_an_older_run_did_not_know_has_the_value_that_held_then(tmp_path):
@@ -100,7 +113,7 @@ def test_a_setting_that_an_older_run_did_not_know_has_the_value_that_held_then(t
     path = tmp_path / "run" / "config.yaml"
     stored = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({name: stored[name] for name in stored if name not in ("schedule", "distill")}))
-    again = TrimConfig(**(rundir.stored_settings(path.parent) | {"resume": True}))
+    again = TrimConfig(**(placing.stored_settings(path.parent) | {"resume": True}))
     assert again.schedule == "epoch"
     rundir.check(again)
     for other in ({"distill": 0.5}, {"schedule": "late"}):
@@ -110,7 +123,7 @@ def test_a_setting_that_an_older_run_did_not_know_has_the_value_that_held_then(t
 
 def test_a_floor_added_later_leaves_the_target_of_the_run(tmp_path):
     rundir.claim(config(tmp_path, schedule="epoch"))
-    again = TrimConfig(**(rundir.stored_settings(tmp_path / "run") | {"resume": True, "min_accuracy": 60}))
+    again = TrimConfig(**(placing.stored_settings(tmp_path / "run") | {"resume": True, "min_accuracy": 60}))
     assert again.keep == 0.5
     rundir.check(again)
 

@@ -19,7 +19,7 @@ from trimllm.console import Console
 from trimllm.demo.demo import demo
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
-from trimllm.run import account, deciding, progressive, recording, rundir, targets
+from trimllm.run import account, deciding, placing, progressive, recording, rundir, targets
 from trimllm.run.progressive import trim
 from trimllm.training import train
 
@@ -317,11 +317,11 @@ def test_paths_are_of_the_folder_where_a_run_began(tmp_path, monkeypatch):
     config = TrimConfig(model="base", task="demo_law", text="rows", task_files=files, output="hub/id")
     rundir.claim(config)
     paths = ("model", "task", "text", "task_files")
-    stored = [rundir.stored_settings("hub/id")[name] for name in paths]
+    stored = [placing.stored_settings("hub/id")[name] for name in paths]
     assert stored == ["base", "demo_law", "rows", files]
     before = (one / "hub" / "id" / "config.yaml").read_bytes()
     monkeypatch.chdir(other)
-    moved = rundir.stored_settings(one / "hub" / "id")
+    moved = placing.stored_settings(one / "hub" / "id")
     assert [moved[name] for name in paths] == [
         f"{one}/base",
         "demo_law",
@@ -333,7 +333,7 @@ def test_paths_are_of_the_folder_where_a_run_began(tmp_path, monkeypatch):
     assert (one / "hub" / "id" / "config.yaml").read_bytes().replace(str(one / "hub").encode(), b"hub") == before
     rundir.claim(again.model_copy(update={"model": "base"}))
     monkeypatch.chdir(tmp_path)
-    assert rundir.stored_settings(one / "hub" / "id")["model"] == f"{other}/base"
+    assert placing.stored_settings(one / "hub" / "id")["model"] == f"{other}/base"
 
 
 def test_a_finished_run_keeps_its_settings(straight, capsys):

@@ -332,7 +332,7 @@ def test_tokens_are_counted_against_one_full_fine_tune(straight):
     "changes",
     [
         {"depth": 2, "epochs_per_drop": 2.0},
-        {"depth": 2, "drops_per_stage": 2},
+        {"depth": 2, "drops_per_stage": 2, "text": "demo_law", "text_ratio": 8.0},
         {"depth": 2, "one_shot": True, "final_epochs": 0.5},
         {"depth": 3, "schedule": "epoch", "final_epochs": 1.0, "warmup_epochs": 0},
     ],
@@ -344,7 +344,7 @@ def test_training_is_foretold(base, task, tmp_path, monkeypatch, capsys, changes
     config = TrimConfig(**h.settings(base, task, tmp_path / "run", **changes))
     progressive.trim(config)
     stages = h.journal(tmp_path / "run", "stage")
-    found = [(stage["depth"], given) for stage, given in zip(stages, epochs[1:], strict=True)]
+    found = [(stage["depth"], given) for stage, given in zip(stages, epochs, strict=True)]
     assert found == [(h.DEPTH, config.warmup_epochs), *stages_ahead(config, h.DEPTH)]
     lines = capsys.readouterr().err
     (total,) = re.findall(r"training: .* tokens an epoch, ([\d,]+) in all\n", lines)

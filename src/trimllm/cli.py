@@ -177,9 +177,9 @@ def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:
     """Settings from the YAML file, and for `--resume` those of the run."""
     values: dict[str, Any] = {}
     if name in RESUMABLE and "--resume" in arguments and (output := _value(arguments, "--output")):
-        from trimllm.run import rundir
+        from trimllm.run import placing
 
-        values |= rundir.stored_settings(output, COMMANDS[name])
+        values |= placing.stored_settings(output, COMMANDS[name])
     if name in ("trim", "scan", "drop", "eval", "compare") and (path := _value(arguments, "--config")):
         values |= plain_settings.read_yaml(path)
     return values

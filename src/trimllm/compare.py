@@ -172,7 +172,7 @@ def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareCo
         rundir.same_settings(command, root, FREE_OF_CHOICE)
         same_conditions(command, root)
         rundir.same_data(before, data, command, f"the comparison in {root}")
-        command = joined(command, plain_settings.make(CompareConfig, rundir.stored_settings(root, CompareConfig)))
+        command = joined(command, plain_settings.make(CompareConfig, placing.stored_settings(root, CompareConfig)))
     elif root.exists() and any(root.iterdir()):
         raise InputError(f"--output {root}: the directory is not empty: choose another one")
     command = command.model_copy(update={"resume": False})

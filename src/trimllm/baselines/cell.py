@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trimllm.baselines import METHODS, Cell
 from trimllm.config import CompareConfig, plain_settings
 from trimllm.errors import InputError, TrimError, one_line
-from trimllm.run import rundir
+from trimllm.run import placing
 
 if TYPE_CHECKING:
     from trimllm.baselines.job import Job, Product
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: a bar per layer says little here
     root, name, *keep = arguments
-    command = plain_settings.make(CompareConfig, rundir.stored_settings(root, CompareConfig))
+    command = plain_settings.make(CompareConfig, placing.stored_settings(root, CompareConfig))
     cell = Cell(METHODS[name], float(keep[0]) if keep else None)
     try:
         check_libraries(cell)

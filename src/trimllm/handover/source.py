@@ -15,7 +15,7 @@ from trimllm.checkpoints.verification import Report
 from trimllm.config import plain_settings
 from trimllm.errors import InputError
 from trimllm.files import read_lines
-from trimllm.run import model_card, rundir
+from trimllm.run import model_card, placing, rundir
 from trimllm.run.rundir import RunDir
 
 
@@ -60,7 +60,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         raise InputError(
             f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
         )
-    stored = plain_settings.make(config.TrimConfig, rundir.stored_settings(command.source))
+    stored = plain_settings.make(config.TrimConfig, placing.stored_settings(command.source))
     named = plain_settings.make(config.TrimConfig, plain_settings.stored(run.config, config.TrimConfig))
     dtype = saved_dtype(run, stored)
     own_code = stored.trust_remote_code or command.trust_remote_code

@@ -26,8 +26,8 @@ Origin = str | dict[str, str]
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "likelihood": "likelihood"}
 """The Hub's names of our metrics."""
-ON_HUB = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
-"""Names under which the Hub may have licence and notice."""
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+"""Names under which a base may have its licence."""
 LICENCES = (
     ("Apache License", "apache-2.0"),
     ("MIT License", "mit"),
@@ -205,7 +205,7 @@ def licence(base: str) -> Licence:
         named = json.loads(path.read_text(encoding="utf-8")).get("license")
         if isinstance(named, str) and named:
             return Licence(named, {}, f"Licence: {named}, as the config of the base says.")
-    for name in ON_HUB[:3]:
+    for name in LICENCE_FILES:
         if (path := _file(base, name)) is not None:
             start = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
             for words, known in LICENCES:
@@ -226,7 +226,7 @@ def terms(base: Origin) -> list[Path]:
     folder = Path(models.path_of(name))
     if folder.is_dir():
         return sorted(path for pattern in folders.TERMS for path in folder.glob(pattern) if path.is_file())
-    return [path for file in ON_HUB if (path := _file(name, file)) is not None]
+    return [path for file in (*LICENCE_FILES, "NOTICE") if (path := _file(name, file)) is not None]
 
 
 def _file(base: str, name: str) -> Path | None:

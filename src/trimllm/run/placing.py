@@ -10,16 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimllm.config import Settings
+from trimllm.config import Settings, TrimConfig
 from trimllm.config.plain_settings import begun, stored, to_yaml
 from trimllm.tasks.catalog import find_builtin
 
+CONFIG = "config.yaml"
 PATHS = ("model", "task", "text", "task_files", "also")
 """Settings that may name files and folders."""
 
 
-def seen_from_here(values: dict[str, Any], output: str | Path, folder: str | None) -> dict[str, Any]:
-    """Stored settings of the run in `output`, begun in `folder`: paths to what lies there and not here become whole."""
+def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> dict[str, Any]:
+    """The settings of the run or comparison in `output`, for `--resume`; empty if there is none yet. Paths to what lies
+    where it began, and not here, are whole."""
+    path = Path(output) / CONFIG
+    values, folder = stored(path, kind), begun(path)
     if folder is None or folder == os.getcwd():
         return values
     placed = dict(values)
@@ -38,12 +42,11 @@ def same(name: str, before: Any, now: Any) -> bool:
 
 def to_store(config: Settings, output: str | Path) -> str:
     """The text of `config.yaml`: paths that are still those that it holds stay as they stand there."""
-    path = Path(output) / "config.yaml"
+    path = Path(output) / CONFIG
     folder = begun(path)
     if folder is None:
         return to_yaml(config, os.getcwd())
-    before, kept = stored(path, type(config)), dict[str, Any]()
-    here = seen_from_here(before, output, folder)
+    before, here, kept = stored(path, type(config)), stored_settings(output, type(config)), dict[str, Any]()
     for name in PATHS:
         if name in before:
             now = config.model_dump(mode="json")[name]

@@ -31,7 +31,7 @@ from trimllm.evaluation import encoding, fluency, inputs
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
-from trimllm.run import account, model_card, recording, recovery, rundir, targets
+from trimllm.run import account, model_card, placing, recording, recovery, rundir, targets
 from trimllm.run.deciding import Decider
 from trimllm.run.journal import Journal
 from trimllm.run.recording import Recorder
@@ -57,7 +57,7 @@ def trim(config: TrimConfig | None = None, *, console: Console | None = None, **
     if config is not None and settings:
         raise InputError(f"trim(config, {next(iter(settings))}=...): give a config or settings by name, not both")
     if config is None and settings.get("resume") and "output" in settings:
-        settings = rundir.stored_settings(settings["output"]) | settings
+        settings = placing.stored_settings(settings["output"]) | settings
     return Run(config or make(TrimConfig, settings), console or Console()).go()
 
 
@@ -165,8 +165,8 @@ class Run:
         self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
         self.decider.check(model)
         self.ahead = targets.stages_ahead(config, depth, self.decider.length)
-        epoch = training_rows.steps(self.task_rows, self.text_rows, config, 1, config.seed)
-        self.epoch = sum(len(row.ids) for step in epoch for row in step)
+        mixed = 1 + config.text_ratio if self.text_rows else 1
+        self.epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
         self.pad_id = self.calibration.pad_id
         copies = 3 + (config.distill > 0)  # two checkpoints, the result, and a teacher
         weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -14,7 +14,7 @@ from typing import Any
 
 from trimllm.blocks.layout import Block, Layout
 from trimllm.config import CompareConfig, Settings, TrimConfig
-from trimllm.config.plain_settings import begun, make, stored
+from trimllm.config.plain_settings import make
 from trimllm.errors import InputError
 from trimllm.files import read_lines, write_atomic
 from trimllm.run import placing
@@ -37,7 +37,7 @@ class RunDir:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self.config = self.root / "config.yaml"
+        self.config = self.root / placing.CONFIG
         self.journal = self.root / "journal.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.scans = self.root / "scans"
@@ -65,13 +65,6 @@ class RunDir:
                 shutil.rmtree(self.checkpoint(depth))
             elif depth not in stages[-1:]:
                 optimizer_state.delete(self.checkpoint(depth))
-
-
-def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> dict[str, Any]:
-    """The settings of the run (or the comparison) in `output`, for `--resume`, with paths as they are from here; empty
-    if there is none yet."""
-    path = RunDir(output).config
-    return placing.seen_from_here(stored(path, kind), output, begun(path))
 
 
 def check(config: TrimConfig) -> None:
@@ -137,7 +130,7 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
     A setting that did not exist then has its default.
     """
     needed = {name: getattr(config, name) for name, field in type(config).model_fields.items() if field.is_required()}
-    before = make(type(config), needed | stored_settings(output, type(config))).model_dump(mode="json")
+    before = make(type(config), needed | placing.stored_settings(output, type(config))).model_dump(mode="json")
     for name, value in config.model_dump(mode="json").items():
         if name not in free and not placing.same(name, before[name], value):
             option = "--" + name.replace("_", "-")
