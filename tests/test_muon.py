@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from trimllm.demo.muon import Muon, orthogonal
-from trimllm.demo.steps import optimizers
+from trimllm.demo.steps import optimizers, train_step
 
 SETTINGS = {"lr": 0.1, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
 
@@ -82,3 +82,21 @@ def test_other_learning_rates_of_shapes_are_refused():
 def test_a_closure_is_refused():
     with pytest.raises(ValueError, match="closure"):
         Muon([torch.nn.Parameter(torch.zeros(2, 2))], **SETTINGS).step(lambda: 0.0)
+
+
+def test_a_step_in_micro_batches_is_the_step_of_the_whole_batch():
+    whole = tiny.build("llama", 2)
+    parts = copy.deepcopy(whole)
+    batch = torch.randint(0, whole.config.vocab_size, (7, 9), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for model, micro_batch in ((whole, 0), (parts, 3)):
+        # an update that follows the gradient: Muon's and AdamW's first ones hardly depend on its size
+        losses.append(train_step(model, [sgd(model)], batch, 0.5, bf16=False, micro_batch=micro_batch))
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict())
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer.param_groups[0]["peak_lr"] = 0.5
+    return optimizer

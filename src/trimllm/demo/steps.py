@@ -39,21 +39,34 @@ def lr_share(step: int, steps: int, warmup: int, decay: float) -> float:
 
 
 def train_step(
-    forward: Any, optimizers: list[torch.optim.Optimizer], batch: torch.Tensor, share: float, *, bf16: bool = True
+    forward: Any,
+    optimizers: list[torch.optim.Optimizer],
+    batch: torch.Tensor,
+    share: float,
+    *,
+    bf16: bool = True,
+    micro_batch: int = 0,
 ) -> torch.Tensor:
-    """One step on token ids `(rows, seq)` at this share of the peak learning rates; the mean loss, in nats a token."""
+    """One step on token ids `(rows, seq)` at this share of the peak learning rates; the mean loss, in nats a token.
+
+    Of the rows, `micro_batch` at a time go through the model (0: all), which changes the gradient by rounding only.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
-        logits = forward(input_ids=batch, use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-    loss.backward()
+    mean = torch.zeros((), device=batch.device)
+    for rows in batch.split(micro_batch or len(batch)):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+            logits = forward(input_ids=rows, use_cache=False).logits
+            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+        loss = loss * (len(rows) / len(batch))
+        loss.backward()
+        mean += loss.detach()
     torch.nn.utils.clip_grad_norm_(forward.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return loss.detach()
+    return mean
 
 
 def write_state(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], **more: Any) -> None:
