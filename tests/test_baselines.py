@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import helpers_run as h
 import pytest
@@ -13,7 +14,7 @@ from test_weights import naive_gradients
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from trimllm.baselines import METHODS, Cell, layer_drop, llm_pruner, one_shot, streamline, trimmed, width
+from trimllm.baselines import METHODS, Cell, compressor, layer_drop, llm_pruner, one_shot, streamline, trimmed, width
 from trimllm.baselines.job import Job
 from trimllm.blocks import decoder
 from trimllm.config import CompareConfig
@@ -360,6 +361,27 @@ def test_what_heads_cannot_give_channels_do():
 def test_families_with_other_layers_are_refused(family):
     with pytest.raises(InputError, match="model type"):
         width.wanted(tiny.build(family, 4), 0.5)
+
+
+@pytest.mark.parametrize("name", ["wanda", "gptq"])
+def test_compressing_takes_as_long_as_it_does_without_loading_and_saving(job_of, monkeypatch, name):
+    now = [0.0]
+
+    def takes(seconds, result=None):
+        def work(*_, **__):
+            now[0] += seconds
+            return result
+
+        return work
+
+    job = job_of(name, None)
+    loaded = job.load(job.full)
+    monkeypatch.setattr(compressor, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(job, "load", takes(100, loaded))
+    for step, seconds in (("calibration", 1), ("compress", 20), ("save_sparse", 100), ("save_quantized", 100)):
+        monkeypatch.setattr(compressor, step, takes(seconds, []))
+    monkeypatch.setattr(compressor, "recipe", lambda *_: [])
+    assert compressor.run(job).compress_seconds == 21
 
 
 def test_rows_of_trimllm_choose_by_the_strategy_that_is_asked_for_and_peers_by_their_own(job_of, monkeypatch):

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from helpers_run import Killed, fast, save_base, save_task, with_own_code
 
-from trimllm import cli, compare
-from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job
+from trimllm import cli, compare, memory
+from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job, plain
 from trimllm.checkpoints import folders, models, room
 from trimllm.config import CompareConfig, EvalConfig, plain_settings
 from trimllm.console import Console
@@ -54,7 +54,9 @@ DONE = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: Any) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("world")
-    return save_base(folder / "base", DEPTH), save_task(folder / "task")
+    base = save_base(folder / "base", DEPTH)
+    (base / "LICENSE").write_text("Apache License")
+    return base, save_task(folder / "task")
 
 
 def settings(world: tuple[Path, Path], output: Path, **changes: Any) -> CompareConfig:
@@ -160,6 +162,7 @@ def test_figures_are_those_of_the_checkpoints(whole: Any, world: tuple[Path, Pat
         assert row["depth"] == (DEPTH if name in ("base", "full") else DEPTH // 2)
         assert row["disk_bytes"] == (checkpoint / "model.safetensors").stat().st_size
         assert row["tokens"] == 0 if name == "base" else row["tokens"] > 0
+        assert (checkpoint / "LICENSE").read_text() == "Apache License"
     assert output / rows["base"]["checkpoint"] == world[0]
     assert rows["trim"]["parameters"] == rows["shortgpt"]["parameters"] < rows["base"]["parameters"]
 
@@ -185,6 +188,9 @@ def test_table_shows_the_rows(whole: Any) -> None:
     speed = rows["base"]["speed"]
     assert 0 < speed["ratio"]["min"] <= speed["ratio"]["median"] <= speed["ratio"]["max"]
     assert speed["decode_tokens_per_second"] > 0
+    assert (speed["sequence"], speed["new_tokens"]) == (16, 2)
+    assert rows["base"]["source"] == ""
+    assert rows["trim"]["source"] == "https://arxiv.org/abs/2412.11242"
     assert (output / "compare.png").stat().st_size > 5000
 
 
@@ -364,6 +370,48 @@ def test_comparison_begun_before_there_was_a_choice_goes_on_with_fresh_optimizer
     assert row.trim_settings(keep=HALF).optimizer_state == "fresh"
 
 
+def test_a_device_is_left_to_what_is_measured_next(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    """What this process keeps of a GPU's memory, the processes that measure the speed do not have."""
+    done, each = list[str](), Cell(METHODS["base"], None)
+    for owner, name, result in (
+        (plain, "run", job.Product(world[0])),
+        (memory, "free", None),
+        (cell, "evaluate", {}),
+        (cell, "speed", {}),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, name=name, result=result: done.append(name) or result)
+    assert cell.measure(settings(world, tmp_path / "out"), each, tmp_path / "out")["status"] == "done"
+    assert done == ["run", "free", "evaluate", "free", "speed"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "context", "expected"),
+    [
+        ({}, 4096, (512, 64)),
+        ({}, 96, (96, 48)),
+        ({"sequence": 32}, 96, (32, 16)),
+        ({"new_tokens": 80}, 96, (96, 80)),
+    ],
+)
+def test_rows_of_the_speed_keep_a_prompt(
+    world: tuple[Path, Path], tmp_path: Path, changes: dict[str, int], context: int, expected: tuple[int, int]
+) -> None:
+    command = settings(world, tmp_path, **{"sequence": None, "new_tokens": None, **changes})
+    assert cell.lengths(command, context) == expected
+
+
+def test_embeddings_train_in_every_row(world: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--no-train-embeddings is for frozen blocks, and most methods train all"):
+        cli.parse(["compare", "--model", "demo", "--task", "demo_law", "--output", "o", "--no-train-embeddings"])
+
+
+def test_the_extra_that_is_named_brings_the_library() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    for method in METHODS.values():
+        listed = re.search(rf"^{method.extra} = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+        assert all(f'"{library}>=' in listed[1] for library in method.needs), method.name
+
+
 def test_titles_do_not_call_a_model_cut_that_is_not() -> None:
     said = {name: Cell(METHODS[name], None if name == "gptq" else HALF).title for name in METHODS}
     assert said["trim"] == "TrimLLM, blocks, 50% kept"
@@ -530,12 +578,28 @@ def test_rows_that_changed_are_refused(world: tuple[Path, Path], tmp_path: Path,
             go(again)
         assert str(error.value).startswith(f"{option}: its rows are not those that the comparison in {output} began ")
         file.write_text(was)
-    assert set(json.loads((output / "data.json").read_text())) == {"--task", "--text", "--also also"}
+    assert set(json.loads((output / "data.json").read_text())) == {"--model", "--task", "--text", "--also also"}
     assert set(go(again)) == {"full", "random-0.5"}
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", "--output", "out", "--resume"]) == 0
     named = {"task": "rows", "text": "text.txt", "also": ("also",)}
     assert set(go(again.model_copy(update=named))) == {"full", "random-0.5"}
+
+
+def test_a_base_whose_weights_changed_is_refused(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    made_up(monkeypatch)
+    base, output = shutil.copytree(world[0], tmp_path / "base"), tmp_path / "out"
+    again = settings((base, world[1]), output, methods=("base",), keep=(HALF,), resume=True)
+    go(again.model_copy(update={"resume": False}))
+    weights = base / "model.safetensors"
+    was = weights.read_bytes()
+    weights.write_bytes(was[:-1] + bytes([was[-1] ^ 1]))
+    with pytest.raises(InputError) as error:
+        go(again)
+    said = f"--model {base}: its weights are not those that the comparison in {output} began with: give those, or "
+    assert str(error.value) == said + "another --output"
+    weights.write_bytes(was)
+    assert set(go(again)) == {"base"}
 
 
 def test_a_resume_with_fewer_methods_keeps_the_other_rows_in_the_table(tmp_path):
@@ -591,6 +655,7 @@ def wrong(world: tuple[Path, Path], folder: Path) -> dict[str, tuple[dict[str, A
         "no such device": ({"device": "cuda:99"}, "--device cuda:99: there is no such device here"),
         "unknown attention": ({"attention": "flashy"}, "--attention flashy: "),
         "long rows for the speed": ({"sequence": 100_000}, "--sequence 100000: the model takes at most 128 tokens"),
+        "no room for a prompt": ({"new_tokens": 16}, "--new-tokens 16 leave no prompt in --sequence 16: ask for less"),
     }
 
 
@@ -598,7 +663,7 @@ WRONG = (
     *("unknown task", "no such file", "no training rows", "long prompts", "unknown task of --also"),
     *("broken file in --also", "long prompts in --also", "two tasks of a name", "no such model", "torn weights"),
     *("no weights", "no language model", "no such text", "nothing to drop", "no such device", "unknown attention"),
-    "long rows for the speed",
+    *("long rows for the speed", "no room for a prompt"),
 )
 
 

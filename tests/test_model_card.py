@@ -79,6 +79,23 @@ def test_card_of_a_kept_depth_lists_only_the_drops_down_to_it(run: Path, tmp_pat
     assert card.data.license == "apache-2.0"
 
 
+def test_a_kept_depth_carries_the_terms_of_a_base_that_was_named_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h.fast(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    base = h.save_base(Path("base"), depth=4)
+    (base / "LICENSE").write_text("Apache License")
+    (base / "NOTICE.txt").write_text("by its authors")
+    h.run(base, h.save_task(Path("task")), Path("run"), depth=3, warmup_epochs=0, epochs_per_drop=0)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(model_card, "hf_hub_download", lambda *_: pytest.fail("asked the Hub"))
+    assert cli.main(["export", "../run", "--depth", "3", "--output", "three"]) == 0
+    assert has_terms(Path("three"))
+    assert loaded(Path("three/README.md").read_text()).data.license == "apache-2.0"
+
+
 @pytest.mark.parametrize("more", [[], ["--streaming"]], ids=["in memory", "streaming"])
 def test_card_of_a_bare_cut_says_that_nothing_was_trained(run: Path, tmp_path: Path, more: list[str]) -> None:
     words = ["--model", str(run.parent / "base"), "--layers", "1,2", "--output", str(tmp_path / "cut")]

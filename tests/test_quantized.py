@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import helpers_run as h
@@ -162,6 +163,52 @@ def test_another_checkpoint_than_the_model_in_memory_is_found(source: Path, tmp_
     save_file({k: v for k, v in stored.items() if k != key}, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrimError, match=r"cannot be loaded again|missing keys"):
         quantized.compare(out, model)
+
+
+def test_the_checkpoint_is_loaded_again_and_compared_on_the_device_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a model on a GPU; here the device is one that any machine has, and that computes nothing."""
+    asked, given = list[torch.device](), list[torch.device]()
+
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def eval(self) -> Any:
+            return self
+
+        def get_input_embeddings(self) -> nn.Module:
+            return nn.Embedding(8, 2)
+
+        def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            given.append(input_ids.device)
+            return SimpleNamespace(logits=torch.arange(32.0))
+
+    def load(folder: Path, *, device_map: dict[str, torch.device], **_: Any) -> Any:
+        asked.append(device_map[""])
+        return Elsewhere(), dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+
+    monkeypatch.setattr(quantized, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=load))
+    assert quantized.compare(tmp_path, Elsewhere()) == 0
+    assert {device.type for device in (*asked, *given)} == {"meta"}
+
+
+def test_rows_longer_than_the_context_are_met_before_the_work_and_cut_where_asked(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = h.save_task(tmp_path / "task")
+    rows = [json.loads(line) for line in (task / "test.jsonl").read_text().splitlines()]
+    long = [row | {"question": f"{row['question']} " * 20} for row in rows]
+    (task / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    words = ["export", str(source), "--to", "int8", "--task", str(task), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized.loading, "load_model", lambda *_, **__: pytest.fail("quantized"))
+        assert "8 of 8 rows do not fit the context of 128 tokens" in h.line(capsys, *words)
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*words, "--truncate"]) == 0
+    assert "; --truncate, 8 reported rows: prompts cut from the left: 8, " in capsys.readouterr().out
+    said = h.line(capsys, "export", str(source), "--to", "int8", "--truncate")
+    assert "--truncate is for the rows of --task: leave it out, or add --task" in said
 
 
 def test_what_cannot_be_quantized_is_one_line_and_leaves_nothing(

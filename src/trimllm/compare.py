@@ -67,7 +67,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     """Whatever would end every row, or be met after hours of training: model, tasks, text, names, shares, lengths.
 
     Returns:
-        Lines that the user should see, and SHA-256 of the data by option.
+        Lines that the user should see, and SHA-256 of data and base by option.
 
     Raises:
         InputError: for the first of these that cannot be used.
@@ -84,12 +84,11 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     for each in wanted:
         if each.keep is not None:
             _ = job.Job(command, each, Path(command.output)).drops
-    context = encoding.context_length(config)
-    if command.sequence is not None and command.sequence > context:
-        raise InputError(f"--sequence {command.sequence}: the model takes at most {context} tokens: ask for less")
+    cell.lengths(command, encoding.context_length(config))
     path = models.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
-    names, notes, digests = set(), list[str](), dict[str, str]()
+    names, notes = set(), list[str]()
+    digests = {"--model": mark} if (mark := weights_mark(path)) else {}
     saved = models.saved_dtype(path, command) or models.DTYPES["float32"]
     slower = [arithmetic.evaluation_note(saved, command.dtype, models.device_of(command.device))]
     if trains:
@@ -147,19 +146,30 @@ def check_model(command: CompareConfig) -> Any:
     return config
 
 
+def weights_mark(path: str) -> str:
+    """SHA-256 of the safetensors files in the folder of the base, and of an adapter's base; empty where there are none:
+    on the Hub, or pickled."""
+    from trimllm.blocks import adapters
+    from trimllm.checkpoints import loading
+
+    parts = [path, *filter(None, [adapters.base_of(path)])]
+    return " ".join(loading.fingerprint(part) for part in parts if loading.weight_files(Path(part)))
+
+
 def finished(root: Path) -> list[dict[str, Any]]:
     """All rows that are there, also of earlier calls, in the order of the table."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in (root / "cells").glob("*/row.json")]
     order = list(METHODS)
     rows.sort(key=lambda row: (order.index(row["method"]), -(row["keep"] or 0)))
-    return [row | {"title": Cell(METHODS[row["method"]], row["keep"]).title} for row in rows]
+    made = [Cell(METHODS[row["method"]], row["keep"]) for row in rows]
+    return [row | {"title": each.title, "source": each.method.source} for row, each in zip(rows, made, strict=True)]
 
 
 def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareConfig:
     """Make the folder this comparison's own; its settings, with the methods and shares of earlier calls.
 
     Raises:
-        InputError: see `compare`; or if its data, by these SHA-256, changed.
+        InputError: see `compare`; or if its data or base, by these SHA-256, changed.
     """
     settings, digests = root / "config.yaml", root / "data.json"
     before = json.loads(digests.read_text(encoding="utf-8")) if digests.exists() else {}

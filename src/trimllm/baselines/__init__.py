@@ -44,6 +44,8 @@ def _arxiv(number: str) -> str:
 
 _SAJJAD, _SHORTENED, _TRIMLLM = _arxiv("2004.03844"), _arxiv("2402.02834"), _arxiv("2412.11242")
 _COMPRESSOR = ("llmcompressor",)
+_BITSANDBYTES: dict[str, Any] = {"needs": ("bitsandbytes",), "extra": "quantize"}
+_PEFT: dict[str, Any] = {"needs": ("peft",), "extra": "peft"}
 
 METHODS = {
     method.name: method
@@ -53,8 +55,8 @@ METHODS = {
         Method("full-long", "full fine-tuning, all blocks", "plain", "", cuts=False),
         Method("trim", "TrimLLM, blocks", "trimmed", _TRIMLLM),
         Method("trim-pair", "TrimLLM, pairs", "trimmed", _TRIMLLM),
-        Method("trim-int8", "TrimLLM, then int8", "quantized", _TRIMLLM, after=("trim",), needs=("bitsandbytes",)),
-        Method("trim-int4", "TrimLLM, then int4", "quantized", _TRIMLLM, after=("trim",), needs=("bitsandbytes",)),
+        Method("trim-int8", "TrimLLM, then int8", "quantized", _TRIMLLM, after=("trim",), **_BITSANDBYTES),
+        Method("trim-int4", "TrimLLM, then int4", "quantized", _TRIMLLM, after=("trim",), **_BITSANDBYTES),
         Method("one-shot", "one-shot, by the same scan", "one_shot", _TRIMLLM),
         Method("shortgpt", "ShortGPT (block influence)", "one_shot", _arxiv("2403.03853")),
         Method("angular", "angular distance (a run)", "one_shot", _arxiv("2403.17887")),
@@ -75,12 +77,12 @@ METHODS = {
             cuts=False,
             after=(),
         ),
-        Method("llm-pruner", "LLM-Pruner (channels and heads)", "llm_pruner", _arxiv("2305.11627"), needs=("peft",)),
+        Method("llm-pruner", "LLM-Pruner (channels and heads)", "llm_pruner", _arxiv("2305.11627"), **_PEFT),
         Method("sparsegpt", "SparseGPT 2:4", "compressor", _arxiv("2301.00774"), keeps=False, needs=_COMPRESSOR),
         Method("wanda", "Wanda 2:4", "compressor", _arxiv("2306.11695"), keeps=False, needs=_COMPRESSOR),
         Method("gptq", "GPTQ int4", "compressor", _arxiv("2210.17323"), keeps=False, needs=_COMPRESSOR),
         Method("awq", "AWQ int4", "compressor", _arxiv("2306.00978"), keeps=False, needs=_COMPRESSOR),
-        Method("llm-int8", "LLM.int8()", "quantized", _arxiv("2208.07339"), keeps=False, needs=("bitsandbytes",)),
+        Method("llm-int8", "LLM.int8()", "quantized", _arxiv("2208.07339"), keeps=False, **_BITSANDBYTES),
     )
 }
 """By name, in the order of the table."""

@@ -66,9 +66,8 @@ def measure(command: CompareConfig, cell: Cell, root: Path) -> dict[str, Any]:
     import torch
     import transformers
 
+    from trimllm import memory
     from trimllm.baselines.job import Job
-    from trimllm.bench import benching
-    from trimllm.checkpoints import models
 
     transformers.utils.logging.disable_progress_bar()
     if command.threads:
@@ -76,26 +75,19 @@ def measure(command: CompareConfig, cell: Cell, root: Path) -> dict[str, Any]:
     job = Job(command, cell, root)
     for name in cell.method.after:
         job.check_earlier(name)
-    before = benching.resident("VmRSS")
     module = importlib.import_module(f"trimllm.baselines.{cell.method.module}")
     job.folder.mkdir(parents=True, exist_ok=True)
     product: Product = module.run(job)
-    device = models.device_of(command.device)
-    if device.type == "cuda":
-        peak: int | None = torch.cuda.max_memory_allocated(device)
-    else:
-        most = benching.resident("VmHWM")
-        peak = None if most is None or before is None else most - before
-    if cell.method.module == "trimmed" and job.every_depth_at_once and len(command.keep) > 1:
-        peak = None  # one run makes several rows
+    memory.free()
+    found = evaluate(job, product)
+    memory.free()  # the processes that measure the speed share the device with this one
     made = {key: value for key, value in asdict(product).items() if key != "checkpoint"}
     return {
         "status": "done",
         "checkpoint": relative(product.checkpoint, root),
         **made,
-        "making_peak_bytes": peak,
         "conditions": conditions(command),
-        **evaluate(job, product),
+        **found,
         "speed": speed(command, product),
     }
 
@@ -152,11 +144,11 @@ def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
 
     base = models.path_of(command.model)
     context = encoding.context_length(models.config_of(base, trust_remote_code=command.trust_remote_code))
-    sequence = command.sequence or min(512, context)
+    sequence, new_tokens = lengths(command, context)
     settings = BenchConfig(
         models=(base, str(product.checkpoint)),
         sequence=sequence,
-        new_tokens=min(command.new_tokens, sequence - 1),
+        new_tokens=new_tokens,
         repeats=command.repeats,
         attention=command.attention,
         device=command.device,
@@ -166,7 +158,22 @@ def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
     )
     row: dict[str, Any] = tables.record(settings, *benching.measure(settings))["rows"][1]
     wanted = ("prefill_tokens_per_second", "decode_tokens_per_second", "ratio", "peak_bytes", "read_bytes_per_step")
-    return {"sequence": sequence, **{name: row[name] for name in wanted}}
+    return {"sequence": sequence, "new_tokens": new_tokens, **{name: row[name] for name in wanted}}
+
+
+def lengths(command: CompareConfig, context: int) -> tuple[int, int]:
+    """Tokens of a row that the speed is measured on, and how many of them are decoded one by one.
+
+    Raises:
+        InputError: if the row exceeds the context, or nothing is left of it for a prompt.
+    """
+    sequence = command.sequence or min(512, context)
+    if sequence > context:
+        raise InputError(f"--sequence {sequence}: the model takes at most {context} tokens: ask for less")
+    new_tokens = command.new_tokens or min(64, sequence // 2)
+    if new_tokens >= sequence:
+        raise InputError(f"--new-tokens {new_tokens} leave no prompt in --sequence {sequence}: ask for less")
+    return sequence, new_tokens
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def run(job: Job) -> Product:
         InputError: if the model has no layers that the method takes.
         TrimError: if llm-compressor cannot compress it, or what it saved is not what it made.
     """
-    name, started = job.cell.method.name, time.perf_counter()
+    name = job.cell.method.name
     source = job.earlier("full")
     loaded = job.load(source, training=False)
     layers = linears(loaded.model)
@@ -52,8 +52,10 @@ def run(job: Job) -> Product:
     size = 4 if sparse else group_size(widths)
     if sparse and any(width % 4 for width in widths):
         raise InputError(f"2:4 sparsity needs rows of a multiple of 4 weights, this model has rows of {min(widths)}")
+    started = time.perf_counter()
     rows = calibration(job, loaded)
     compress(loaded.model, loaded.tokenizer, recipe(name, size, ignored), rows)
+    seconds = time.perf_counter() - started
     if sparse:
         target = save_sparse(job, source, layers)
         said = "the zeros are stored: without kernels for 2:4 nothing is smaller or faster"
@@ -63,7 +65,7 @@ def run(job: Job) -> Product:
         said += "; transformers unpacks them on first use: less on disk, not in memory, and no faster"
     count = sum(len(batch["input_ids"]) for batch in rows)
     said += f"; calibrated on {count} rows of train and domain text"
-    return Product(target, compress_seconds=time.perf_counter() - started, note=said)
+    return Product(target, compress_seconds=seconds, note=said)
 
 
 def linears(model: Any) -> dict[str, nn.Linear]:
@@ -95,7 +97,8 @@ def recipe(name: str, size: int, ignored: list[str]) -> list[Any]:
     if name in ("sparsegpt", "wanda"):
         kind = SparseGPTModifier if name == "sparsegpt" else WandaPruningModifier
         return [kind(sparsity=0.5, mask_structure="2:4", **exact)]
-    # GPTQ rounds to symmetric ranges, AWQ to ranges with a zero point, as published.
+    # GPTQ rounds to symmetric ranges, as its common checkpoints and the kernels of engines have them (the paper's are
+    # asymmetric), AWQ to ranges with a zero point, as published.
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": size, "symmetric": name == "gptq"}
     groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ignored}
     if name == "gptq":

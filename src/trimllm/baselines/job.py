@@ -160,8 +160,7 @@ class Job:
         seed = command.seed * 1000 + stage
         plan = self.plan(loaded, epochs, seed)
         if parameters is None:
-            embeddings = stage == 0 or command.train_embeddings
-            parameters = sparse.freeze(model, whole(decoder.depth(model)), None, embeddings=embeddings)
+            parameters = sparse.freeze(model, whole(decoder.depth(model)), None)
         pad = loaded.tokenizer.pad_token_id
         with self.console.progress(self.cell.name) as show:
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 from trimllm.baselines.job import Job, Product
 from trimllm.checkpoints import models
+from trimllm.run import model_card
 
 
 def run(job: Job) -> Product:
@@ -16,6 +19,8 @@ def run(job: Job) -> Product:
         report = job.tune(loaded, job.command.warmup_epochs, stage=0)
         loaded.model.save_pretrained(job.folder / "trained")
         loaded.tokenizer.save_pretrained(job.folder / "trained")
+        for file in model_card.terms(models.origin(job.command.model)):  # rows that are cut from it carry them on
+            shutil.copy(file, job.folder / "trained")
     else:
         loaded = job.load(job.full)
         report = job.tune(loaded, job.epochs, stage=1)

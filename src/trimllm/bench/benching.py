@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trimllm import memory
 from trimllm.bench import reads, shapes, timing
-from trimllm.blocks import decoder
+from trimllm.blocks import adapters, decoder
 from trimllm.checkpoints import arithmetic, backends, loading, models, room
 from trimllm.config import BenchConfig
 from trimllm.errors import InputError, TrimError
@@ -50,13 +50,11 @@ class Manner:
 # ---- in the process of one model -------------------------------------------------------------------------------------
 
 _HERE: dict[str, Any] = {}
-"""The model of this process, its runners by batch size, and its memory before it was loaded."""
+"""The model of this process, its runner, and its memory before it was loaded."""
 
 
 def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[str, Any]:
     """Load the model, and change it; what is known of it without running it: layers, parameters, bytes.
-
-    What the change alone needed does not count as the model's memory.
 
     Raises:
         InputError: if it cannot be used, or its context is too short.
@@ -65,6 +63,7 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
         torch.set_num_threads(command.threads)
     device, dtype = models.device_of(command.device), models.DTYPES.get(command.dtype)
     _wake(device)
+    _forget_peak(device)
     _HERE["before"] = resident("VmRSS")
     ways: dict[str, Any] = {"trust_remote_code": command.trust_remote_code, "attention": command.attention}
     if name.startswith(shapes.PREFIX):
@@ -88,11 +87,9 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     known["slowdown"] = arithmetic.slowdown(model.dtype, model.device) if plain else 1.0
     if change is not None:
         change(model)
-        _forget_peak(model.device)
     return known | {
         "device": str(model.device),
         "disk_bytes": disk_bytes(path, command.allow_pickle) if path else None,
-        "loaded_bytes": _peak(),
         "stored_bytes": reads.stored_bytes(model),
     }
 
@@ -109,12 +106,13 @@ def parameters(model: Any, *, trust_remote_code: bool = False) -> int:
 def prepare(command: BenchConfig, batch: int, once: bool = False) -> None:
     """Make the runner for a batch size; runners for others go, with their caches.
 
+    What loading, a change of the model or another batch size needed does not count as memory while decoding.
+
     Raises:
         InputError: if the model cannot decode with the asked cache, or compiled.
     """
     _HERE.pop("runner", None)
-    if _HERE["model"].device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(_HERE["model"].device)
+    _forget_peak(_HERE["model"].device)
     sizes = {"batch": batch, "prompt": command.sequence - command.new_tokens, "new": command.new_tokens, "once": once}
     _HERE["runner"] = timing.runner(_HERE["model"], cache=command.cache, compiled=command.compile, **sizes)
 
@@ -126,8 +124,8 @@ def run(limit: float = math.inf) -> timing.Pass:
 
 
 def finish(batch: int, sequence: int) -> tuple[int | None, reads.Footprint]:
-    """Peak memory in bytes since the model was loaded, and what a decode step reads: the row's last, or the first
-    behind a prompt that is read once."""
+    """Peak memory in bytes while decoding (the weights included), and what a decode step reads: the row's last, or the
+    first behind a prompt that is read once."""
     peak, runner = _peak(), _HERE["runner"]
     if runner.once:
         cache = runner.prompt_cache()
@@ -144,14 +142,16 @@ def _wake(device: torch.device) -> None:
 
 
 def disk_bytes(path: str, allow_pickle: bool) -> int:
-    """Size of the weight files that were loaded: of a directory, or of the Hub's local copy."""
+    """Size of the weight files that were loaded: of a directory, or of the Hub's local copy; of an adapter its base's,
+    too."""
+    base = adapters.base_of(path)
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(path, local_files_only=True))
     files = loading.weight_files(folder) or ([*folder.glob("*.bin"), *folder.glob("*.pt")] if allow_pickle else [])
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in files) + (disk_bytes(base, allow_pickle) if base else 0)
 
 
 def _peak() -> int | None:

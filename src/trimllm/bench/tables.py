@@ -84,7 +84,7 @@ def report(found: dict[str, Any]) -> str:
                 f"{model['parameters'] / 1e6:.2f}",
                 model["dtype"],
                 _mb(model["disk_bytes"]),
-                _mb(model["loaded_bytes"]),
+                _mb(model["stored_bytes"]),
                 _mb(row["peak_bytes"]),
                 "-" if row["cache_bytes_per_token"] is None else row["cache_bytes_per_token"],
                 _mb(row["cache_bytes"]),
@@ -114,8 +114,8 @@ def report(found: dict[str, Any]) -> str:
             f"{found['sequence']}, {found['repeats']} rounds in turn; milliseconds: p50 / p90 / p99",
             "",
             table([*byte_columns, "MB read a step", "GB/s"], size),
-            f"memory: {memory}; cache: growth at token {found['sequence']} and size there, per sequence; "
-            "read: weights + cache; ideal: by bytes read",
+            f"loaded: the weights as the model holds them; peak: {memory} while decoding;\ncache: growth at token "
+            f"{found['sequence']} and size there, per sequence; read: weights + cache; ideal: by bytes read",
         ]
     )
 

@@ -191,8 +191,8 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
     sequence: Annotated[int, Field(gt=1)] | None = None
     """Length of a row in tokens when its last token is decoded (default: 512, or the model's context)."""
-    new_tokens: Positive = 64
-    """Tokens decoded one by one at the end of the row, for the speed."""
+    new_tokens: Positive | None = None
+    """Tokens decoded one by one at the end of the row, for the speed (default: 64, at most half of the row)."""
     repeats: Positive = 5
     """Rounds of the speed; in each, the base and the method's model have their turn."""
     baselines_python: str | None = None
@@ -202,6 +202,8 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
     def _methods_train_everything(self) -> CompareConfig:
         if self.cache_frozen_prefix != "off":
             raise ValueError("--cache-frozen-prefix is for frozen blocks, and most methods train all: leave it out")
+        if not self.train_embeddings:
+            raise ValueError("--no-train-embeddings is for frozen blocks, and most methods train all: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -229,6 +231,8 @@ class ExportConfig(Settings):
     """With --to gguf: type of the matrices (default: f16)."""
     task: str | None = None
     """With --to int8 or int4: also evaluate the quantized model on this task (as `trimllm eval` does)."""
+    truncate: bool = False
+    """With --task: cut rows that exceed the context, as `trimllm eval` does. Without it such rows are an error."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off: such a model is refused."""
     output: str | None = None
@@ -242,6 +246,8 @@ class ExportConfig(Settings):
             raise ValueError("--quant is for --to gguf: leave it out")
         if self.task is not None and self.to not in ("int8", "int4"):
             raise ValueError("--task is for --to int8 and int4: leave it out")
+        if self.truncate and self.task is None:
+            raise ValueError("--truncate is for the rows of --task: leave it out, or add --task")
         return self
 
 

@@ -21,7 +21,7 @@ from trimllm import config, files
 from trimllm.blocks.layout import plan_record, whole
 from trimllm.checkpoints import folders, loading, models
 from trimllm.errors import InputError, TrimError, one_line
-from trimllm.evaluation import inputs
+from trimllm.evaluation import encoding, inputs
 from trimllm.handover import copy_companions
 from trimllm.run import model_card
 
@@ -33,7 +33,8 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     """Quantize the checkpoint in `folder` to the directory `target`.
 
     Raises:
-        InputError: if bitsandbytes is missing, `target` is in use, or the model is quantized or has nothing to be so.
+        InputError: if bitsandbytes is missing, `target` is in use, the model is quantized or has nothing to be so, or
+            reported rows of --task do not fit its context.
         TrimError: if what was written is not smaller, or differs from the quantized model in memory.
     """
     if find_spec("bitsandbytes") is None:
@@ -45,6 +46,10 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
         raise InputError(f"{command.source} is quantized already: give the unquantized checkpoint")
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
     data = inputs.task_data(_evaluation(command, folder), tokenizer, reported_only=True) if command.task else None
+    notes = list[str]()
+    if data is not None:  # rows that do not fit are met before the work
+        encoded = encoding.encode(tokenizer, data.test, encoding.context_length(stock), truncate=command.truncate)
+        notes = encoding.row_notes(reported=encoded)
     dtype = torch.float16 if stock.dtype == torch.float16 else torch.bfloat16
     kept, head = _too_odd(stock, own_code) if command.to == "int4" else ([], [])
     quantization = _settings(command.to, dtype, [*head, *kept] if kept else None)
@@ -81,7 +86,7 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
         text = model_card.quantized(folder, command.source, command.to, share, sizes, results, measured)
         (scratch / "README.md").write_text(text, encoding="utf-8")
     odd = f", {' and '.join(kept)} in 16 bits: sizes not multiples of {COLUMNS} and {ROWS}" if kept else ""
-    accuracy = f"; {measured}" if measured else ""
+    accuracy = "".join(f"; {line}" for line in (measured, *notes) if line)
     return (
         f"{command.to}, {sizes[1] / 1e6:.2f} MB instead of {sizes[0] / 1e6:.2f} ({share:.0%} of the weights quantized"
         f"{odd}), reloaded and compared (largest logit difference: {difference:.2g}){accuracy}"
@@ -90,7 +95,8 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
 
 def _evaluation(command: config.ExportConfig, folder: Path) -> config.EvalConfig:
     assert command.task is not None
-    return config.EvalConfig(model=str(folder), task=command.task, trust_remote_code=command.trust_remote_code)
+    shared: dict[str, Any] = {"truncate": command.truncate, "trust_remote_code": command.trust_remote_code}
+    return config.EvalConfig(model=str(folder), task=command.task, **shared)
 
 
 def _bytes(folder: Path) -> int:
@@ -136,21 +142,22 @@ def _share(model: nn.Module) -> float:
 
 
 def compare(folder: Path, model: Any, *, trust_remote_code: bool = False) -> float:
-    """The largest difference of logits between the checkpoint, loaded again, and the quantized model in memory."""
+    """The largest difference of logits between the checkpoint, loaded again on the model's device, and the quantized
+    model in memory."""
     try:
         with loading.quiet():
             load: Any = AutoModelForCausalLM.from_pretrained
             ways: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
-            fresh, info = load(folder, device_map={"": "cpu"}, output_loading_info=True, **ways)
+            fresh, info = load(folder, device_map={"": model.device}, output_loading_info=True, **ways)
     except Exception as error:
         raise TrimError(f"the checkpoint in {folder} cannot be loaded again: {one_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise TrimError(f"the checkpoint in {folder} is wrong: {what.replace('_', ' ')}, such as {min(info[what])}")
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0)).to(model.device)
     with torch.no_grad():
-        mine, other = (each.eval()(input_ids=ids, use_cache=False).logits.float() for each in (model, fresh))
+        mine, other = (each.eval()(input_ids=ids, use_cache=False).logits.float().cpu() for each in (model, fresh))
     difference = float((mine - other).abs().max())
     if not (torch.isfinite(other).all() and difference <= 1e-3 * float(mine.std())):
         raise TrimError(f"the checkpoint in {folder} is not the quantized model: logits differ by {difference:.3g}")

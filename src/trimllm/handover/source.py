@@ -69,14 +69,16 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
     model: Any = loading.load_model(folder, trust_remote_code=own_code)
     models.cast(model, dtype or model.dtype)
     layout = rundir.load_layout(plan["blocks"])
+    # A relative name in the plan is of the folder where the run began; from here it may lead elsewhere, or to the Hub.
+    origin = stored.model if isinstance(plan["base"], str) else plan["base"] | {"adapter": stored.model}
     return export.save_trimmed(
         model,
         target,
         tokenizer=tokenizer,
         layout=layout,
         base=plan["base"],
-        card=model_card.depth_of_run(named, plan["base"], layout, _stages(run, command.depth)),
-        companions=model_card.terms(plan["base"]),
+        card=model_card.depth_of_run(named, origin, layout, _stages(run, command.depth)),
+        companions=model_card.terms(origin),
     )
 
 

@@ -111,16 +111,18 @@ def data_of(run: RunDir) -> dict[str, str]:
 
 
 def same_data(before: dict[str, str], now: dict[str, str], config: TrimConfig | CompareConfig, whose: str) -> None:
-    """Raises InputError if --task, --text or a task of --also is not what the run or comparison `whose` began with.
+    """Raises InputError if --task, --text, a task of --also or the weights of --model are not what the run or
+    comparison `whose` began with.
 
     `before` and `now` are SHA-256 by option (`--task`, `--also NAME`); what one of them lacks is not compared.
     """
-    values = {"--task": config.task, "--text": config.text}
+    values = {"--model": config.model, "--task": config.task, "--text": config.text}
     for option in sorted(before.keys() & now.keys()):
         if before[option] != now[option]:
             named = f"{option} {values[option]}" if option in values else option
+            what = "weights" if option == "--model" else "rows"
             raise InputError(
-                f"{named}: its rows are not those that {whose} began with: give those, or another --output"
+                f"{named}: its {what} are not those that {whose} began with: give those, or another --output"
             )
 
 
@@ -141,7 +143,8 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
 
 
 def check_space(output: str | Path, needed: int) -> None:
-    """Raises InputError if the disk cannot hold so many bytes more."""
+    """Raises InputError if the disk cannot hold so many bytes in all, of which some may be there."""
+    needed -= sum(file.stat().st_size for file in Path(output).rglob("*.safetensors"))
     parent = Path(output).absolute()
     while not parent.exists():
         parent = parent.parent
