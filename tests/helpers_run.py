@@ -19,6 +19,7 @@ from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
 from trimllm.console import Console
 from trimllm.evaluation import fluency
+from trimllm.run import progressive
 from trimllm.run.progressive import trim
 from trimllm.tasks import world
 
@@ -172,6 +173,13 @@ def weights_hash(folder: Path) -> str:
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it. (A real SIGKILL: benchmarks/kill_resume.py.)"""
+
+
+def floor_ends(monkeypatch: Any, stages: int) -> None:
+    """The stage of this number (1-based) is the first that falls below the floor."""
+    monkeypatch.setattr(progressive.Run, "_above_floor", lambda run: len(run.journal.of("stage")) < stages)
+    good = progressive.Run._good
+    monkeypatch.setattr(progressive.Run, "_good", lambda run, all_: good(run, all_[: stages - 1]))
 
 
 def kill_at(monkeypatch: Any, owner: Any, name: str, call: int, *, after: bool = False) -> None:

@@ -151,8 +151,8 @@ def test_states_are_read_in_chunks_as_they_are_at_once(llama, tokenizer, monkeyp
     _, made, _ = prepared(llama, tokenizer)
     every = halves_of(llama)
     at_once = [lens.logit_lens(llama, made, every), lens.promotion(llama, made, every)]
-    monkeypatch.setattr(lens, "CHUNK", 1)
-    monkeypatch.setattr(lens, "LEAST_STATES", 5)
+    monkeypatch.setattr(evaluate, "LOGITS", 1)
+    monkeypatch.setattr(evaluate, "LEAST_PLACES", 5)
     for one, other in zip(
         at_once, [lens.logit_lens(llama, made, every), lens.promotion(llama, made, every)], strict=True
     ):

@@ -20,6 +20,7 @@ from trimllm.bench import benching, tables, timing
 from trimllm.checkpoints import arithmetic, models, room
 from trimllm.checkpoints.loading import load_model
 from trimllm.compare import check
+from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation import inputs
 from trimllm.run import progressive
@@ -307,6 +308,18 @@ def test_a_bench_says_what_emulation_costs(base: Path, capsys: Any, monkeypatch:
 
 
 KNOWN = [("one", "float32", 1.0), ("two", "bfloat16", 6.0), ("three", "bfloat16", 7.0)]
+
+
+@pytest.mark.parametrize(("own", "mixed"), [(True, "bf16"), (False, "no")])
+def test_a_gpu_that_would_emulate_bfloat16_trains_without(own: bool, mixed: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(models, "training_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **asked: asked)
+    settings = TrimConfig(model="demo", task="demo_law", output="x")
+    assert models.accelerator(settings) == {"cpu": False, "mixed_precision": mixed}
+    asked = settings.model_copy(update={"mixed_precision": "bf16"})
+    assert models.accelerator(asked)["mixed_precision"] == "bf16"
 
 
 def test_another_precision_in_the_same_process_is_refused_in_one_line(base: Path, task: Path, tmp_path: Path) -> None:

@@ -262,6 +262,7 @@ IDLE = [
         for words, message in (
             (["--sparse-update", "off", "--train-ratio", "0.5"], "--train-ratio 0.5 is for some of the blocks, and"),
             (["--text-ratio", "3"], "--text-ratio 3.0 is for --text: leave it out, or add --text"),
+            (["--text", "demo_law", "--text-ratio", "0"], "--text demo_law is not trained on with --text-ratio 0"),
         )
     ),
     *(
@@ -270,6 +271,13 @@ IDLE = [
             "--resolution 2.0 finds out how many calibration rows are held out, and --calibration-size",
         )
         for command in (TRIM, COMPARE, SCAN, EVAL)
+    ),
+    *(
+        (
+            [*command, "--strategy", "bi", "--tie-tolerance", "2"],
+            "--tie-tolerance 2.0 is for scan+norm and scan+loss, and --strategy bi has nothing that breaks ties",
+        )
+        for command in (TRIM, SCAN)
     ),
     ([*EVAL, "--max-new-tokens", "9"], "--max-new-tokens 9 is for --generate: leave it out, or add --generate"),
 ]
@@ -289,6 +297,9 @@ def test_options_without_effect_are_refused(capsys, words, message):
         [*TRIM, "--max-params", "9", "--depth", "3", "--drops-per-stage", "2", "--sparse-update", "dynamic"],
         [*TRIM, "--text", "demo_law", "--text-ratio", "3", "--train-ratio", "0.5"],
         [*TRIM, "--text-ratio", "0", "--resolution", "2"],
+        [*TRIM, "--tie-tolerance", "2"],
+        [*TRIM, "--strategy", "loss", "--schedule", "recover", "--tie-tolerance", "2"],
+        [*TRIM, "--strategy", "scan", "--scan", "racing", "--tie-tolerance", "2"],
         [*EVAL, "--generate", "--max-new-tokens", "9"],
         [*EVAL, "--calibration-size", "50"],
     ],
@@ -296,6 +307,18 @@ def test_options_without_effect_are_refused(capsys, words, message):
 )
 def test_options_with_an_effect_are_taken(words):
     cli.parse(words)
+
+
+def test_lists_that_begin_with_a_negative_number_are_lists():
+    assert cli.parse([*TRIM, "--protect", "-1,0"]).protect == (-1, 0)
+    assert cli.parse([*TRIM, "--protect", "-1"]).protect == (-1,)
+    assert cli.parse(["drop", "--model", "demo", "--layers", "-2,-1", "--output", "x"]).layers == (-2, -1)
+
+
+@pytest.mark.parametrize("words", [["--epochs-per-drop", "inf"], ["--text", "demo_law", "--text-ratio", "inf"]])
+def test_infinite_numbers_are_refused(capsys, words):
+    assert f"{words[-2]} inf: " in (line := refusal(capsys, *TRIM, *words))
+    assert "finite" in line
 
 
 @pytest.mark.parametrize("command", [TRIM, SCAN, ["compare", *TRIM[1:]]], ids=lambda value: value[0])

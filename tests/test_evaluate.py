@@ -15,7 +15,7 @@ import torch
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding, evaluate
 from trimllm.evaluation.encoding import encode_pair
-from trimllm.evaluation.evaluate import Scorer, Scores, judge, score_items
+from trimllm.evaluation.evaluate import Scorer, Scores, judge
 from trimllm.evaluation.generation import generate
 from trimllm.tasks.items import Item
 
@@ -124,9 +124,43 @@ def test_dropout_neither_hides_shared_prompts_nor_is_left_off(tokenizer, questio
 
 def test_batch_size_changes_nothing(tokenizer, questions):
     model = tiny.build("llama", depth=2)
-    tables = [score_items(model, tokenizer, questions, token_budget=budget) for budget in (1, 64, 4096)]
+    tables = [Scorer(model, tokenizer, questions, token_budget=budget).score(model).loglik for budget in (1, 64, 4096)]
     assert_close(tables[0], tables[1], 1e-5)
     assert_close(tables[0], tables[2], 1e-5)
+
+
+@pytest.mark.parametrize(("made_in", "asked_in"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_model_that_was_cast_since_is_scored_as_by_a_scorer_of_its_own(made_in, asked_in, tokenizer, questions):
+    model = tiny.build("llama", depth=2)
+    scorer = Scorer(model.to(made_in), tokenizer, questions)
+    assert scorer.branches
+    cast = copy.deepcopy(model).to(asked_in)
+    assert scorer.score(cast) == Scorer(cast, tokenizer, questions).score(cast)
+
+
+def test_outcomes_of_other_rows_are_an_error(tokenizer, questions):
+    model = tiny.build("llama", depth=2)
+    scorer = Scorer(model, tokenizer, questions)
+    pieces = [evaluate.batch_pieces(model, batch) for batch in scorer.batches]
+    assert evaluate.gather(pieces, scorer.encoded) == scorer.score(model)
+    for wrong in (pieces[1:], [*pieces, pieces[0]]):
+        with pytest.raises(ValueError, match=r"item \d+: outcomes of .* tokens per continuation, but there are"):
+            evaluate.gather(wrong, scorer.encoded)
+
+
+def test_memory_that_ends_while_shared_prompts_are_tried_does_not_forbid_them(tokenizer, questions, monkeypatch):
+    model, forward = tiny.build("llama", depth=2), evaluate.batch_pieces
+    expected = Scorer(model, tokenizer, questions).score(model)
+
+    def tight(model, batch):
+        if len(batch.real) > 1:
+            raise torch.OutOfMemoryError
+        return forward(model, batch)
+
+    monkeypatch.setattr(evaluate, "batch_pieces", tight)
+    scorer = Scorer(model, tokenizer, questions)
+    assert scorer.branches
+    assert_close(scorer.score(model).loglik, expected.loglik)
 
 
 def test_tokens_and_greedy_are_those_of_the_naive_forward(tokenizer, questions):
@@ -276,7 +310,7 @@ def test_a_metric_that_does_not_fit_is_an_error():
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_generation_in_batches_equals_generation_alone(family, tokenizer, questions):
     model = tiny.build(family, depth=2).train()
-    together = generate(model, tokenizer, questions, max_new_tokens=5, batch_size=4)
+    together = generate(model, tokenizer, questions, max_new_tokens=5)
     assert model.training
     model.eval()
     for item, answer in zip(questions, together, strict=True):
@@ -287,6 +321,29 @@ def test_generation_in_batches_equals_generation_alone(family, tokenizer, questi
                 break
         tail = ids[len(encode_pair(tokenizer, item.prompt, " x")[0]) :]
         assert answer == tokenizer.decode(tail, skip_special_tokens=True).strip()
+
+
+def test_generation_in_batches_of_any_size_is_the_same_also_where_memory_ends(tokenizer, questions, monkeypatch):
+    model = tiny.build("gpt2", depth=2).eval()
+    expected = generate(model, tokenizer, questions, max_new_tokens=5)
+    work, sizes, room = model.generate, [], 10**6
+
+    def tight(*, input_ids, **more):
+        if input_ids.numel() > room:
+            raise torch.OutOfMemoryError
+        sizes.append(len(input_ids))
+        return work(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(model, "generate", tight)
+    assert generate(model, tokenizer, questions, max_new_tokens=5, token_budget=1) == expected
+    assert sizes == [1] * len(questions)
+    sizes.clear()
+    room = 3 * max(len(encode_pair(tokenizer, item.prompt, " x")[0]) for item in questions)
+    assert generate(model, tokenizer, questions, max_new_tokens=5) == expected
+    assert 1 < max(sizes) <= 3
+    room = 1
+    with pytest.raises(TrimError, match=r"out of memory: one row of \d+ tokens does not fit the device"):
+        generate(model, tokenizer, questions, max_new_tokens=5)
 
 
 def test_generation_cuts_prompts_from_the_left_and_refuses_to_cut_all(tokenizer):

@@ -48,6 +48,33 @@ def test_a_folder_appears_whole_or_not_at_all(error: BaseException, tmp_path: Pa
     assert names(tmp_path) == ["a", "a/b", "a/b/out", "a/b/out/more", "a/b/out/weights"]
 
 
+def test_all_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, wait, settled = tmp_path / "new", os.fsync, set()
+
+    def waiting(descriptor: int) -> None:
+        settled.add((os.fstat(descriptor).st_ino, target.exists()))
+        wait(descriptor)
+
+    monkeypatch.setattr(folders.os, "fsync", waiting)
+    with folders.appearing(target) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("x")
+        (folder / "other").write_text("y")
+    parts = [target, *target.rglob("*")]
+    assert len(parts) == 4
+    assert settled == {*((path.stat().st_ino, False) for path in parts), (tmp_path.stat().st_ino, True)}
+
+
+def test_a_file_system_that_cannot_wait_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(folders.os, "fsync", refused)
+    with folders.appearing(tmp_path / "new") as folder:
+        (folder / "file").write_text("x")
+    assert (tmp_path / "new" / "file").read_text() == "x"
+
+
 def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     fill(out, "old")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -153,6 +154,15 @@ def test_too_little_space_is_said_before_the_run(tmp_path):
     with pytest.raises(InputError, match=r"GiB free, about .* GiB needed"):
         rundir.check_space(tmp_path / "a" / "b", 2**62)
     rundir.check_space(tmp_path / "a" / "b", 1)
+
+
+def test_weights_that_stand_there_need_no_more_space(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "model.safetensors").write_bytes(b"x" * 900)
+    rundir.check_space(tmp_path, 1000)
+    with pytest.raises(InputError, match="GiB free"):
+        rundir.check_space(tmp_path, 1001)
 
 
 def test_layers_of_a_layout():

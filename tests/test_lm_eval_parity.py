@@ -176,7 +176,7 @@ def test_prompts_continuations_and_answers_are_the_harnesss(name, harness):
 @pytest.mark.parametrize("name", YAML)
 def test_log_likelihoods_acc_and_acc_norm_are_the_harnesss(name, harness, model, tokenizer):
     items = items_of(name)
-    ours = evaluate.score_items(model, tokenizer, items)
+    ours = evaluate.Scorer(model, tokenizer, items).score(model).loglik
     theirs = [[float(reply[0][0]) for reply in sample["resps"]] for sample in harness["samples"][name]]
     worst = max(abs(a - b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True))
     print(f"{name}: largest difference {worst:.1e} of {sum(map(len, ours))} log-likelihoods")

@@ -253,17 +253,17 @@ def test_only_the_last_checkpoint_of_an_unfinished_run_holds_state(base, task, t
 
 
 def test_a_run_that_a_floor_ends_keeps_no_state_either(base, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(progressive.targets, "floor", lambda _, values: 101 if len(values) == 3 else 0)
+    h.floor_ends(monkeypatch, 3)
     output = tmp_path / "run"
-    h.run(base, task, output, **CARRIED | {"min_accuracy": 1, "keep_checkpoints": True})
+    h.run(base, task, output, **CARRIED | {"min_accuracy": 0, "keep_checkpoints": True})
     assert RunDir(output).kept_depths() == [4, 3, 2]
     assert h.result(output)["depth"] == 3
     assert not list(output.rglob(optimizer_state.FOLDER))
 
 
 def test_state_that_a_kill_left_in_a_finished_run_goes_when_it_is_asked_again(base, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(progressive.targets, "floor", lambda _, values: 101 if len(values) == 3 else 0)
-    output, settings = tmp_path / "run", CARRIED | {"min_accuracy": 1}
+    h.floor_ends(monkeypatch, 3)
+    output, settings = tmp_path / "run", CARRIED | {"min_accuracy": 0}
     with monkeypatch.context() as patch:
         h.kill_at(patch, progressive.Run, "_forget", 1)
         with pytest.raises(h.Killed):

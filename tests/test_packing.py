@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from trimllm.evaluation import evaluate
 from trimllm.training import losses, packing
 from trimllm.training.packing import ALONE, Example, Way, arrange, deal, find_way, pack
 
@@ -76,8 +77,8 @@ def test_packed_rows_give_the_loss_and_gradients_of_single_rows(family):
 def test_logits_in_chunks_give_the_same_loss_and_gradients(family, monkeypatch):
     model = tiny.build(family, 4)
     packed = pack(ROWS[:4], ALONE, 0)
-    monkeypatch.setattr(losses, "LEAST_PLACES", 3)
-    monkeypatch.setattr(losses, "CHUNK", 4 * 64)
+    monkeypatch.setattr(evaluate, "LEAST_PLACES", 3)
+    monkeypatch.setattr(evaluate, "LOGITS", 4 * 64)
     places = losses.places_at_once(model, packed)
     assert places == 4
     same(ours(model, packed, places), ours(model, packed))
@@ -101,6 +102,23 @@ def test_a_model_whose_logits_depend_on_more_than_the_decoders_output_computes_t
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, out: out + len(seen))
     assert losses.places_at_once(model, pack(ROWS[:1], ALONE, 0)) > 10**9
+
+
+def test_memory_that_ends_in_a_try_is_not_taken_for_a_result_that_is_not_exact(monkeypatch):
+    model, short = tiny.build("llama", 2), sorted(ROWS, key=lambda row: row.inputs)[0]
+    forward = model.forward
+
+    def tight(*, input_ids, **named):
+        if input_ids.numel() > room:
+            raise torch.OutOfMemoryError
+        return forward(input_ids=input_ids, **named)
+
+    monkeypatch.setattr(model, "forward", tight)
+    room = max(row.inputs for row in ROWS)
+    assert find_way(model, ROWS, 0) == (ALONE, "memory ended when packed rows were tried")
+    room = short.inputs - 1
+    with pytest.raises(torch.OutOfMemoryError):
+        losses.places_at_once(model, pack([short], ALONE, 0))
 
 
 def test_a_family_that_lets_packed_rows_see_each_other_is_found_out(monkeypatch):

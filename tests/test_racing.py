@@ -201,7 +201,7 @@ def test_run_by_races(tmp_path, monkeypatch):
 def test_table_of_a_race_says_which_accuracies_are_foreseen():
     units_, ones = units("block", whole(2)), np.ones(2)
     base, seen, foreseen = (evaluate.estimate(share, n, "acc") for share, n in ((1.0, 24), (0.5, 24), (0.25, 8)))
-    result = scan.ScanResult(units_, base, [seen, foreseen], ones, ones, ones, 0.0, running=(0,))
+    result = scan.ScanResult(units_, base, [seen, foreseen], ones, ones, ones, ones, 0.0, running=(0,))
     record = scan.table(result, result.evidence(np.arange(2.0), 2), "scan+norm", ["block 0", "block 1"])
     assert ["n" in row for row in record["units"]] == [False, True]
     lines = commands.scan_table(record | {"metric": "acc"}).splitlines()

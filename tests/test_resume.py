@@ -18,8 +18,9 @@ from trimllm.config import DemoConfig, TrimConfig
 from trimllm.console import Console
 from trimllm.demo.demo import demo
 from trimllm.errors import InputError, TrimError
+from trimllm.evaluation import encoding
 from trimllm.importance import scan
-from trimllm.run import account, deciding, placing, progressive, recording, rundir, targets
+from trimllm.run import account, deciding, placing, progressive, recording, rundir
 from trimllm.run.progressive import trim
 from trimllm.training import train
 
@@ -135,6 +136,20 @@ def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path, 
     for one, other in zip(tables[0]["units"], tables[1]["units"], strict=True):
         assert one["value"] == other["value"]
         assert one["norm"] == pytest.approx(other["norm"], rel=1e-5)
+
+
+def test_scan_that_another_kind_of_device_began_is_not_continued(base, task, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "ENOUGH", {"cpu": 40})  # where this machine puts rows of other lengths together
+        h.kill_at(patch, scan, "_part", 2)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, depth=4)
+    assert (output / "scans" / "scan-000.jsonl").exists()
+    h.run(base, task, output, depth=4, resume=True)
+    h.run(base, task, tmp_path / "straight", depth=4)
+    tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, tmp_path / "straight")]
+    assert [table | {"seconds": 0} for table in tables[:1]] == [table | {"seconds": 0} for table in tables[1:]]
 
 
 def test_scan_that_asked_all_choices_is_not_continued_with_right_ones_alone(base, task, tmp_path, monkeypatch):
@@ -447,7 +462,7 @@ def test_row_of_the_saved_model_is_measured_anew_when_the_run_went_on_after_it(b
 def test_saved_model_that_a_lowered_floor_replaces_is_measured(base, task, tmp_path, monkeypatch):
     output, floor = tmp_path / "run", {"depth": 4, "min_accuracy": 0}
     with monkeypatch.context() as patch:
-        patch.setattr(targets, "floor", lambda _, values: 101 if len(values) > 1 else 0)
+        h.floor_ends(patch, 2)
         h.kill_at(patch, account, "result", 1)
         with pytest.raises(h.Killed):
             h.run(base, task, output, **floor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -203,8 +204,19 @@ def naive_activations(model, scorer):
     streams = [reference.stream(model, row.ids) for row in rows(scorer.encoded, branches=False)]
     joined = [torch.cat([one[key] for one in streams]).double() for key in range(DEPTH + 1)]
     norms = [float(joined[i + 1].norm(dim=-1).mean()) for i in range(DEPTH)]
-    cosine = lambda a, b: float(torch.nn.functional.cosine_similarity(joined[a], joined[b], dim=-1).mean())  # noqa: E731
-    return norms, [cosine(i, i + 1) for i in range(DEPTH)], [cosine(i, i + 2) for i in range(DEPTH - 1)]
+    right = [row.ids for row in rows([one.right_only() for one in scorer.encoded])]
+    lasts = [reference.stream(model, ids) for ids in right]
+
+    def cosine(a, b):
+        return float(torch.nn.functional.cosine_similarity(joined[a], joined[b], dim=-1).mean())
+
+    def angle(i):
+        """Between the ends of two blocks' run, at the last token, averaged over the rows; in half turns."""
+        ends = [[one[key].double().reshape(-1, one[key].shape[-1])[-1] for key in (i, i + 2)] for one in lasts]
+        return sum(math.acos(a @ b / (a.norm() * b.norm())) for a, b in ends) / len(ends) / math.pi
+
+    runs = range(DEPTH - 1)
+    return norms, [cosine(i, i + 1) for i in range(DEPTH)], [cosine(i, i + 2) for i in runs], [angle(i) for i in runs]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
@@ -212,13 +224,17 @@ def naive_activations(model, scorer):
 def test_activations_are_means_over_the_real_tokens_of_all_samples(family, budget, tokenizer, questions):
     model = tiny.build(family, DEPTH)
     scorer = Scorer(model, tokenizer, questions, branches=False)
-    norms, cosines, runs = naive_activations(model, scorer)
+    norms, cosines, runs, angles = naive_activations(model, scorer)
     result, _ = run(model, tokenizer, questions, trials=False, run=2, budget=budget, branches=False)
+    shared, _ = run(model, tokenizer, questions, trials=False, run=2, budget=budget)
     assert result.trials == []
     assert result.norm == pytest.approx(norms, rel=1e-5)
     assert result.cosine == pytest.approx(cosines, abs=1e-5)
     assert result.run_cosine[:-1] == pytest.approx(runs, abs=1e-5)
     assert np.isnan(result.run_cosine[-1])
+    for one in (result, shared):
+        assert one.run_angle[:-1] == pytest.approx(angles, abs=1e-4)
+        assert np.isnan(one.run_angle[-1])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -294,7 +310,7 @@ def test_finished_parts_are_not_computed_again_and_give_the_same_result(tokenize
             assert counts[0] - before == check + (count - len(known)) * batch
             assert again.trials == full.trials
             assert again.base == full.base
-            for name in ("norm", "cosine", "run_cosine"):
+            for name in ("norm", "cosine", "run_cosine", "run_angle"):
                 np.testing.assert_array_equal(getattr(again, name), getattr(full, name))
     assert fresh == [1]
 

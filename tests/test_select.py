@@ -15,7 +15,6 @@ from trimllm.importance.scores import Evidence
 from trimllm.importance.select import (
     choose,
     droppable,
-    most_important,
     protected,
     tolerance_points,
     touches,
@@ -115,11 +114,6 @@ def test_protection_follows_original_blocks_through_repacked_ones():
     ]
     assert touches(Unit("attention", 2), layout) == {4}
     assert touches(Unit("mlp", 2), layout) == {5}
-
-
-def test_the_most_important_are_named_in_order_ties_to_the_shallower():
-    assert most_important(np.array([1.0, 5, 3, 5, 3]), 3) == [1, 2, 3]
-    assert most_important(np.array([1.0, 2]), 0) == []
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import helpers_run as h
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -229,6 +230,21 @@ def test_smallest_depth_not_below_the_floor_is_exported(
     assert all(torch.equal(tensor, saved[depth][name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_floor_raised_on_the_way_takes_a_depth_that_meets_it_or_says_that_it_is_gone(
+    base, task, tmp_path, scripted, monkeypatch
+):
+    scripted({5: 90, 4: 82, 3: 80, 2: 90})
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, progressive.Run, "_stage", 4)
+        with pytest.raises(h.Killed):
+            h.run(base, task, tmp_path / "run", depth=2, min_accuracy=70)
+    gone = r"a floor of 85\.0 on the calibration set: .* gone; there are those of 4 layers: 82\.0, 3 layers: 80\.0"
+    with pytest.raises(InputError, match=gone):
+        h.run(base, task, tmp_path / "run", depth=2, min_accuracy=85, resume=True)
+    model, _ = h.run(base, task, tmp_path / "run", depth=2, min_accuracy=81, resume=True)
+    assert decoder.depth(model) == 4
+
+
 def test_floor_above_the_fine_tuned_model_is_an_error_that_says_so(base, task, tmp_path, scripted):
     scripted({5: 50})
     with pytest.raises(TrimError, match=r"only 50\.0 on the calibration set, below the floor of 90\.0"):
@@ -280,8 +296,9 @@ def test_strategy_runs_and_drops_what_its_table_calls_least_important(base, task
 def test_ties_go_by_the_score_that_breaks_them_in_what_is_dropped_and_in_what_trains(
     base, task, tmp_path, strategy, breaker, capsys
 ):
-    ties = {"tie_tolerance": 50, "train_ratio": 0.6, "depth": 4, "strategy": strategy}
-    progressive.trim(**h.settings(base, task, tmp_path / "run", **ties, **NO_TRAINING))
+    ties = {"tie_tolerance": 50} if "+" in strategy else {}
+    asked = {"train_ratio": 0.6, "depth": 4, "strategy": strategy}
+    progressive.trim(**h.settings(base, task, tmp_path / "run", **ties, **asked, **NO_TRAINING))
     table = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())
     units = table["units"]
     (dropped,) = table["dropped"]
@@ -481,8 +498,8 @@ def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path,
 def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, task, tmp_path, monkeypatch):
     order = deciding.Decider._order
 
-    def worst(self, layout, *scanned):
-        found = order(self, layout, *scanned)
+    def worst(self, model, layout, *scanned):
+        found = order(self, model, layout, *scanned)
         return [3, *found] if len(layout) == h.DEPTH else found
 
     monkeypatch.setattr(deciding.Decider, "_order", worst)
@@ -493,6 +510,26 @@ def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, tas
     assert second["trains"]
     assert set(second["trains"]) <= {0, 1, 2}
     assert h.journal(tmp_path / "run", "stage")[-1]["train"]["steps"] > 0
+
+
+def test_blocks_that_may_not_go_are_the_first_to_train(base, task, tmp_path):
+    h.run(base, task, tmp_path / "run", depth=4, strategy="last", train_ratio=0.4, protect=(3,), **NO_TRAINING)
+    (drop,) = h.journal(tmp_path / "run", "drop")
+    assert drop["units"] == ["block 4"]
+    assert drop["trains"] == [0, 3]
+
+
+def test_with_angular_the_blocks_of_the_run_that_goes_are_the_last_to_train(base, task, tmp_path, monkeypatch):
+    measured = scores.Evidence.__init__
+
+    def lowest_at_two(self, *arguments, **more):
+        measured(self, *arguments, **more | {"run_angle": np.array([0.3, 0.2, 0.1, np.nan, np.nan])})
+
+    monkeypatch.setattr(scores.Evidence, "__init__", lowest_at_two)
+    h.run(base, task, tmp_path / "run", depth=2, drops_per_stage=3, strategy="angular", train_ratio=0.4, **NO_TRAINING)
+    drop = h.journal(tmp_path / "run", "drop")[0]
+    assert drop["units"] == ["block 2"]
+    assert drop["trains"] == [0, 1]
 
 
 def test_filled_is_always_as_many_blocks_as_were_asked_for(base, task, tmp_path):

@@ -133,8 +133,7 @@ def parse(arguments: list[str]) -> settings.Settings:
     Raises:
         InputError: in one line, for anything that cannot be used.
     """
-    if not arguments:
-        arguments = ["--help"]
+    arguments = _negative_lists(arguments or ["--help"])
     name = arguments[0]
     if name == "--version":
         print(f"trimllm {version('trimllm')}")
@@ -157,6 +156,17 @@ def parse(arguments: list[str]) -> settings.Settings:
         raise InputError(_unknown_option(name, str(error))) from None
     parsed = getattr(root, name)
     return COMMANDS[name](**parsed.model_dump(exclude={"config"}))
+
+
+def _negative_lists(arguments: list[str]) -> list[str]:
+    """`--protect -1,0` as `--protect=-1,0`: argparse takes what begins with a dash, and is no number, for an option."""
+    out: list[str] = []
+    for argument in arguments:
+        if out and out[-1].startswith("--") and re.fullmatch(r"-\d+(,-?\d+)+", argument):
+            out[-1] += f"={argument}"
+        else:
+            out.append(argument)
+    return out
 
 
 def _read(arguments: list[str], under: dict[str, Any]) -> Any:

@@ -279,7 +279,7 @@ def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.T
     from trimllm.tasks import metrics
 
     lengths: dict[str, Any] = {"max_new_tokens": command.max_new_tokens, "max_length": command.max_length}
-    answers = generate(loaded.model, loaded.tokenizer, data.test, **lengths)
+    answers = generate(loaded.model, loaded.tokenizer, data.test, **lengths, token_budget=command.eval_batch_size)
     pairs = [
         (answer, item.references or (item.target.strip(),)) for answer, item in zip(answers, data.test, strict=True)
     ]

@@ -12,7 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 T = TypeVar("T")
 
 
-def ended(error: RuntimeError) -> bool:
+def ended(error: Exception) -> bool:
     """Whether the error says that memory ended; the CPU's allocator has no class of its own for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 

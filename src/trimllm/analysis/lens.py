@@ -27,11 +27,6 @@ from trimllm.evaluation.evaluate import Evaluation, Scorer
 from trimllm.importance import activations
 from trimllm.importance.scores import Array
 
-CHUNK = 2**22
-"""Logits (states x vocabulary) that are read at once: 16 MiB in float32."""
-LEAST_STATES = 256
-"""States that are read at once, however large the vocabulary."""
-
 
 def questions(scorer: Scorer) -> list[Encoded]:
     """The scorer's items that have a prompt, each with its right continuation only.
@@ -164,7 +159,7 @@ def _read(model: Any, several: Sequence[torch.Tensor], tokens: torch.Tensor) -> 
     """What the tail reads from each of several states (k, hidden) about `tokens` (k,): (3, k) probability, whether it
     is the most likely one, and logit less the mean over the vocabulary."""
     hidden = torch.cat([states.to(tokens.device) for states in several], dim=-2)
-    count = max(LEAST_STATES, CHUNK // decoder.text_config(model).vocab_size)
+    count = evaluate.chunk(decoder.text_config(model).vocab_size)
     found = []
     for states, ids in zip(hidden.split(count, dim=-2), tokens.repeat(len(several)).split(count), strict=True):
         logits = probes.tail_logits(model, states).to(ids.device)

@@ -203,8 +203,24 @@ def appearing(target: str | Path, *, needed: int = 0, overwrite: bool = False) -
         with _locked(folder):
             yield folder
             folder.chmod(0o777 & ~_umask())
+            for path in (*folder.rglob("*"), folder):
+                _settle(path)
             _rename(folder, place, overwrite)
+            _settle(place.parent)
         made.clear()
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk: a loss of power takes what is not, whatever a
+    journal says of it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that cannot wait
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _rename(folder: Path, place: Path, overwrite: bool) -> None:

@@ -79,9 +79,10 @@ def accelerator(settings: TrimConfig) -> Any:
     if settings.device != "auto" and wanted.type == "cuda" and wanted.index is not None:
         torch.cuda.set_device(wanted)
     on_cpu = wanted.type == "cpu"
-    mixed = "no" if on_cpu or settings.dtype != "auto" or not torch.cuda.is_available() else "bf16"
-    if settings.mixed_precision != "auto":
-        mixed = settings.mixed_precision
+    mixed = settings.mixed_precision
+    if mixed == "auto":  # GPUs before Ampere emulate bfloat16
+        own = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        mixed = "bf16" if own and not on_cpu and settings.dtype == "auto" else "no"
     try:
         return Accelerator(cpu=on_cpu, mixed_precision=mixed)
     except ValueError as error:

@@ -32,7 +32,7 @@ ANALYSIS_ITEMS = 64
 class Settings(BaseModel):
     """Base of all settings: unknown names and wrong types are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def idle(self) -> dict[str, str]:
         """Settings that were given and would have no effect beside the others: by name, why, with the remedy."""
@@ -155,6 +155,16 @@ class ScoreSettings(StrategySettings):
     eval_batch_size: Positive | None = None
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
 
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        broken = "+" in self.strategy or self.scan == "racing" or getattr(self, "schedule", None) == "recover"
+        if self.tie_tolerance is not None and not broken:
+            found["tie_tolerance"] = (
+                f"--tie-tolerance {self.tie_tolerance} is for scan+norm and scan+loss, and --strategy "
+                f"{self.strategy} has nothing that breaks ties: leave one of them out"
+            )
+        return found
+
     @model_validator(mode="after")
     def _races_are_for_accuracy(self) -> ScoreSettings:
         if self.scan == "racing" and self.strategy not in ("scan+norm", "scan"):
@@ -190,7 +200,8 @@ class TrainSettings(Settings):
     train_embeddings: bool = True
     """Embeddings, final norm and output head train too (as published)."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """Training computes in bf16 on float32 weights; auto: on a CUDA GPU (CPUs with AVX512-BF16 or AMX gain too)."""
+    """Training computes in bf16 on float32 weights; auto: on a CUDA GPU that has it (CPUs with AVX512-BF16 or AMX gain
+    too)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cache_frozen_prefix: Literal["off", "memory", "disk"] = "off"
@@ -201,6 +212,8 @@ class TrainSettings(Settings):
         found = super().idle()
         if self.text is None and self.text_ratio not in (0.0, TEXT_RATIO):
             found["text_ratio"] = f"--text-ratio {self.text_ratio} is for --text: leave it out, or add --text"
+        if self.text is not None and not self.text_ratio:
+            found["text"] = f"--text {self.text} is not trained on with --text-ratio 0: leave one of them out"
         if self.sparse_update == "off" and self.train_ratio != TRAIN_RATIO:
             found["train_ratio"] = (
                 f"--train-ratio {self.train_ratio} is for some of the blocks, and with --sparse-update off all of them "

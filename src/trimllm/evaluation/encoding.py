@@ -7,6 +7,7 @@ model cannot do that exactly, `branches=False` gives one row per continuation.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ class Branch:
     item: int
     choice: int
     targets: tuple[int, ...]
+    right: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,22 @@ class Row:
 class Batch:
     """Tensors of one forward. `where` (k,) are flat indices into (rows * length); `targets` (k,) what follows there;
     `owners` lists (item, choice), each once, and `segment` (k,) says which of them a target belongs to (windows of one
-    document may share a batch); `real` (rows, length) marks what is not padding."""
+    document may share a batch); `last` are the flat indices of each right continuation's last input id; `real`
+    (rows, length) marks what is not padding."""
 
     inputs: dict[str, torch.Tensor]
     real: torch.Tensor
     where: torch.Tensor
     targets: torch.Tensor
     segment: torch.Tensor
+    last: torch.Tensor
     owners: tuple[tuple[int, int], ...]
 
     def to(self, device: torch.device | str) -> Batch:
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        real, where, targets, segment = (t.to(device) for t in (self.real, self.where, self.targets, self.segment))
-        return Batch(inputs, real, where, targets, segment, self.owners)
+        tensors = (self.real, self.where, self.targets, self.segment, self.last)
+        real, where, targets, segment, last = (tensor.to(device) for tensor in tensors)
+        return Batch(inputs, real, where, targets, segment, last, self.owners)
 
 
 def context_length(model_config: Any, limit: int | None = None) -> int:
@@ -217,7 +222,7 @@ def rows(encoded: Sequence[Encoded], *, branches: bool = True) -> list[Row]:
     """Input rows. A continuation's last id is only predicted, never an input."""
     out = []
     for one in encoded:
-        owned = [Branch(one.item, choice, ids) for choice, ids in enumerate(one.continuations)]
+        owned = [Branch(one.item, choice, ids, choice == one.answer) for choice, ids in enumerate(one.continuations)]
         groups = [owned] if branches else [[branch] for branch in owned]
         for group in groups:
             ids = list(one.prompt)
@@ -237,6 +242,7 @@ class Batches(Sequence[Batch]):
     """Rows of similar length together, at most `token_budget` tokens with padding (at least one row each).
 
     Each batch is built when it is asked for: the masks of branched rows, (length, length) each, are too much to keep.
+    They are of `dtype`, which must be the model's.
     """
 
     def __init__(
@@ -248,7 +254,7 @@ class Batches(Sequence[Batch]):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._pad_id, self._dtype, self._device = pad_id, dtype, device
+        self._pad_id, self.dtype, self._device = pad_id, dtype, device
         self._groups: list[list[Row]] = []
         self._fits = sys.maxsize
         enough = ENOUGH.get(torch.device(device).type, token_budget)
@@ -273,12 +279,19 @@ class Batches(Sequence[Batch]):
             return [self[one] for one in range(len(self))[number]]
         return self._made(self._groups[number])
 
+    def digest(self) -> str:
+        """SHA-256 of which rows each batch holds, in their order."""
+        held = hashlib.sha256()
+        for group in self._groups:
+            held.update(repr([(row.ids, row.prompt_length, row.branches) for row in group]).encode())
+        return held.hexdigest()
+
     def longest(self) -> Batch:
         """A batch of the longest row alone."""
         return self._made(self._groups[0][:1])
 
     def _made(self, group: Sequence[Row]) -> Batch:
-        return _batch(group, self._pad_id, self._dtype).to(self._device)
+        return _batch(group, self._pad_id, self.dtype).to(self._device)
 
     def compute(self, number: int, work: Callable[[Batch], T]) -> list[T]:
         """What `work` gives for a batch; where memory ends, for two halves of it, and so on down to single rows.
@@ -314,6 +327,7 @@ def _batch(group: Sequence[Row], pad_id: int, dtype: torch.dtype) -> Batch:
     where: list[int] = []
     targets: list[int] = []
     segment: list[int] = []
+    last: list[int] = []
     owners: dict[tuple[int, int], int] = {}
     for number, row in enumerate(group):
         ids[number, : len(row.ids)] = torch.tensor(row.ids)
@@ -324,11 +338,13 @@ def _batch(group: Sequence[Row], pad_id: int, dtype: torch.dtype) -> Batch:
             where += [number * length + place for place in (row.prompt_length - 1, *inner)]
             targets += branch.targets
             segment += [owners.setdefault((branch.item, branch.choice), len(owners))] * len(branch.targets)
+            last += where[-1:] if branch.right else []
             begin = inner.stop
     inputs = {"input_ids": ids, "attention_mask": real.long()}
     if any(sum(len(branch.targets) > 1 for branch in row.branches) > 1 for row in group):
         inputs |= _branched(group, length, real, dtype)
-    return Batch(inputs, real, torch.tensor(where), torch.tensor(targets), torch.tensor(segment), tuple(owners))
+    numbers = [torch.tensor(each, dtype=torch.long) for each in (where, targets, segment, last)]
+    return Batch(inputs, real, numbers[0], numbers[1], numbers[2], numbers[3], tuple(owners))
 
 
 def _branched(group: Sequence[Row], length: int, real: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimllm import memory
 from trimllm.blocks import decoder, families
 from trimllm.checkpoints.arithmetic import name_of
 from trimllm.errors import InputError, TrimError
@@ -27,6 +28,11 @@ from trimllm.tasks.items import Item
 
 TOKEN_BUDGET = 4096
 """Tokens of one evaluation batch, padding included."""
+
+LOGITS = 2**22
+"""Of a chunk, where not all logits are held at once: 16 MiB in float32."""
+LEAST_PLACES = 256
+"""Places of a chunk, however large the vocabulary: fewer would read the head's weights too often."""
 
 UNFIT = (TrimError, LookupError, TypeError, ValueError, RuntimeError)
 """What a forward pass raises in a model that cannot take a short cut that is tried on it."""
@@ -75,6 +81,11 @@ class Evaluation:
         """What goes into result files: everything but the per-item outcomes."""
         kept = {key: value for key, value in vars(self).items() if key != "correct" and value is not None}
         return kept | {"perplexity": self.perplexity}
+
+
+def chunk(vocabulary: int) -> int:
+    """Places of which a chunk holds the logits."""
+    return max(LEAST_PLACES, LOGITS // vocabulary)
 
 
 @contextmanager
@@ -160,16 +171,26 @@ def add_up(pieces: Iterable[Pieces]) -> Pieces:
 
 
 def gather(pieces: Iterable[Pieces], encoded: Sequence[Encoded]) -> Scores:
-    """Put the outcomes of batches together, windows of one document added up; items in ascending order."""
+    """Put the outcomes of batches together, windows of one document added up; items in ascending order.
+
+    Raises:
+        ValueError: if they are not those of `encoded`, every row once.
+    """
     summed: dict[int, list[list[Any]]] = {}
+    due: dict[int, list[int]] = {}
     for one in encoded:
         summed.setdefault(one.item, [[0.0, 0, True] for _ in one.continuations])
+        before = due.get(one.item, [0] * len(one.continuations))
+        due[one.item] = [count + len(ids) for count, ids in zip(before, one.continuations, strict=True)]
     for outcome in pieces:
         for (item, choice), (loglik, tokens, greedy) in outcome.items():
             cell = summed[item][choice]
             cell[0] += loglik
             cell[1] += tokens
             cell[2] = cell[2] and greedy
+    for item, row in summed.items():
+        if (found := [cell[1] for cell in row]) != due[item]:
+            raise ValueError(f"item {item}: outcomes of {found} tokens per continuation, but there are {due[item]}")
     table = [summed[item] for item in sorted(summed)]
     columns = [tuple(tuple(cell[i] for cell in row) for row in table) for i in range(3)]
     return Scores(*columns)
@@ -246,23 +267,27 @@ class Scorer:
         """Whether shared prompts and single rows give the same scores, up to the rounding of the dtype."""
         tolerance = 2e-4 if model.dtype == torch.float32 else 0.3
         try:
-            with evaluating(model):
-                shared, single = (
-                    gather([batch_pieces(model, batch) for batch in self._batches(model, sample, way)], sample)
-                    for way in (True, False)
-                )
-        except UNFIT:
+            shared, single = (self._scores(model, self._batches(model, sample, way), sample) for way in (True, False))
+        except UNFIT as error:
+            if memory.ended(error):
+                raise
             return False
         pairs = zip(np.concatenate(shared.loglik), np.concatenate(single.loglik), strict=True)
         return all(abs(a - b) <= tolerance * max(1.0, abs(b) / 20) for a, b in pairs)
 
     def score(self, model: Any, share: Share = ALONE) -> Scores:
-        """Scores of all items; the model must be the one it was made for, or a trimmed one of it."""
+        """Scores of all items; the model must be the one it was made for, or a trimmed one of it, in any dtype."""
+        same = model.dtype == self.batches.dtype
+        batches = self.batches if same else self._batches(model, self.encoded, self.branches)
+        return self._scores(model, batches, self.encoded, share)
+
+    @staticmethod
+    def _scores(model: Any, batches: Batches, encoded: Sequence[Encoded], share: Share = ALONE) -> Scores:
+        work = partial(batch_pieces, model)
         with evaluating(model):
-            numbers = range(share.rank, len(self.batches), share.world)
-            work = partial(batch_pieces, model)
-            mine = [pieces for number in numbers for pieces in self.batches.compute(number, work)]
-            return gather(share.gather(mine), self.encoded)
+            numbers = range(share.rank, len(batches), share.world)
+            mine = [pieces for number in numbers for pieces in batches.compute(number, work)]
+            return gather(share.gather(mine), encoded)
 
     def evaluate(self, model: Any, metric: str, share: Share = ALONE) -> Evaluation:
         """Score and judge all items."""
@@ -337,11 +362,6 @@ def _standard_error(hits: np.ndarray, groups: Sequence[str | None]) -> float:
         return binomial
     clustered = math.sqrt(sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / n
     return max(binomial, clustered)
-
-
-def score_items(model: Any, tokenizer: Any, items: Sequence[Item], **settings: Any) -> list[list[float]]:
-    """Summed log-likelihood in nats of every continuation of every item; `settings` are those of `Scorer`."""
-    return [list(row) for row in Scorer(model, tokenizer, items, **settings).score(model).loglik]
 
 
 def evaluate(model: Any, tokenizer: Any, items: Sequence[Item], metric: str, **settings: Any) -> Evaluation:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from trimllm.errors import InputError
+from trimllm import memory
+from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.evaluation.evaluate import evaluating
 from trimllm.tasks.items import Item
+
+ROWS = 16
+"""Rows of a batch, unless a budget of tokens says how many."""
 
 
 @torch.no_grad()
@@ -22,33 +27,54 @@ def generate(
     *,
     max_new_tokens: int = 128,
     max_length: int | None = None,
-    batch_size: int = 16,
+    token_budget: int | None = None,
 ) -> list[str]:
     """Greedy continuations of the items' prompts, decoded, cut at EOS; prompts are cut from the left to fit the
     context, or `max_length` if that is less.
 
+    `token_budget` is of a batch, answers and padding included (default: 16 rows, whatever their length). Where memory
+    ends, batches become smaller.
+
     Raises:
         InputError: if `max_new_tokens` leave no room for a prompt.
+        TrimError: if not even one row fits into memory.
     """
     context = encoding.context_length(model.config, max_length)
     space = context - max_new_tokens
     if space < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens} fill the {context} tokens of a row: ask for fewer")
     prompts = [encoding.encode_pair(tokenizer, item.prompt, " x")[0][-space:] for item in items]
-    order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    answers = [""] * len(items)
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    waiting = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
+    answers, most = [""] * len(items), len(items) if token_budget else ROWS
     with evaluating(model):
-        for begin in range(0, len(order), batch_size):
-            group = order[begin : begin + batch_size]
-            length = max(len(prompts[i]) for i in group)
-            ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in group])
-            mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
-            out = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
-            )
-            for row, i in zip(out[:, length:], group, strict=True):
+        while waiting:
+            longest = len(prompts[waiting[0]]) + max_new_tokens
+            rows = min(most, max(1, token_budget // longest)) if token_budget else most
+            group = waiting[:rows]
+            found = memory.attempt(partial(_rows, model, [prompts[i] for i in group], greedy))
+            if found is None:
+                if len(group) == 1:
+                    raise TrimError(
+                        f"out of memory: one row of {longest} tokens does not fit the device: cut rows with "
+                        "--max-length or --max-new-tokens, or use a device with more memory"
+                    )
+                most = len(group) // 2
+                continue
+            for i, row in zip(group, found, strict=True):
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            waiting = waiting[len(group) :]
     return answers
+
+
+def _rows(model: Any, prompts: Sequence[Sequence[int]], greedy: GenerationConfig) -> torch.Tensor:
+    """What follows each prompt: ids (rows, at most the new tokens)."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[greedy.pad_token_id] * (length - len(one)) + [*one] for one in prompts])
+    mask = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in prompts])
+    made: torch.Tensor = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
+    )
+    return made[:, length:]

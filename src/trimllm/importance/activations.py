@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -49,26 +50,31 @@ def ends(unit: Unit) -> tuple[float, float]:
 def sums(
     stream: dict[float, torch.Tensor], batch: Batch, candidates: Sequence[Unit], run: int
 ) -> dict[str, list[float]]:
-    """Sums over unpadded tokens: norm of the stream behind each unit, cosine over the unit, cosine over a run."""
+    """Sums over unpadded tokens: norm of the stream behind each unit, cosine over the unit, cosine over a run; and over
+    right continuations: the angle over a run at the last input token, in half turns."""
     depth = max(stream)
 
-    def tokens(key: float) -> torch.Tensor | None:
+    def at(key: float, chosen: torch.Tensor) -> torch.Tensor | None:
         hidden = stream.get(key)
         if hidden is None:
             return None
         hidden = hidden[0] if hidden.dim() == 4 else hidden  # AltUp carries several streams, the first is the main one
-        return hidden.reshape(-1, hidden.shape[-1])[batch.real.flatten()].float()
+        return hidden.reshape(-1, hidden.shape[-1])[chosen].float()
 
-    def cosine(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
-        if a is None or b is None:
-            return float("nan")
-        return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).sum())
+    def cosine(begin: float, end: float, chosen: torch.Tensor) -> torch.Tensor:
+        before, behind = at(begin, chosen), at(end, chosen)
+        if before is None or behind is None or end > depth:
+            return torch.tensor(math.nan)
+        return torch.nn.functional.cosine_similarity(before, behind, dim=-1)
 
-    found: dict[str, list[float]] = {"norm": [], "cosine": [], "run_cosine": []}
+    real = batch.real.flatten()
+    found: dict[str, list[float]] = {"norm": [], "cosine": [], "run_cosine": [], "run_angle": []}
     for unit in candidates:
         begin, end = ends(unit)
-        before, behind = tokens(begin), tokens(end)
-        found["norm"].append(float("nan") if behind is None else float(behind.norm(dim=-1).sum()))
-        found["cosine"].append(cosine(before, behind))
-        found["run_cosine"].append(cosine(before, tokens(begin + run)) if begin + run <= depth else float("nan"))
+        behind = at(end, real)
+        found["norm"].append(math.nan if behind is None else float(behind.norm(dim=-1).sum()))
+        found["cosine"].append(float(cosine(begin, end, real).sum()))
+        found["run_cosine"].append(float(cosine(begin, begin + run, real).sum()))
+        angle = cosine(begin, begin + run, batch.last).clamp(-1, 1).arccos() / math.pi
+        found["run_angle"].append(float(angle.sum()))
     return found

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimllm import memory
 from trimllm.blocks import decoder, families
 from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
@@ -37,8 +38,10 @@ class Part:
     trials: list[Pieces]
     """Per candidate, {} for one that is not in the race any more; empty if only activations were measured."""
     tokens: int
+    sequences: int
+    """Right continuations; of a document, its windows."""
     sums: dict[str, list[float]]
-    """Sums over unpadded tokens, one number per candidate: `norm`, `cosine`, `run_cosine`."""
+    """See `activations.sums`; one number per candidate."""
 
     def dump(self) -> dict[str, Any]:
         def flat(pieces: Pieces) -> list[list[Any]]:
@@ -48,6 +51,7 @@ class Part:
             "base": flat(self.base),
             "trials": [flat(t) for t in self.trials],
             "tokens": self.tokens,
+            "sequences": self.sequences,
             "sums": self.sums,
         }
 
@@ -56,9 +60,8 @@ class Part:
         def pieces(rows: Sequence[Sequence[Any]]) -> Pieces:
             return {(row[0], row[1]): (row[2], row[3], row[4]) for row in rows}
 
-        return cls(
-            pieces(record["base"]), [pieces(t) for t in record["trials"]], record["tokens"], dict(record["sums"])
-        )
+        counts = record["tokens"], record["sequences"]
+        return cls(pieces(record["base"]), [pieces(t) for t in record["trials"]], *counts, dict(record["sums"]))
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class ScanResult:
     norm: Array
     cosine: Array
     run_cosine: Array
+    run_angle: Array
     seconds: float
     notes: tuple[str, ...] = field(default=())
     running: tuple[int, ...] | None = None
@@ -97,7 +101,7 @@ class ScanResult:
     def eligible(self, allowed: Collection[int], strategy: str) -> set[int]:
         """Those of the `allowed` candidates that may go first: no race stopped them; for angular, their run fits."""
         found = set(allowed) if self.running is None else set(allowed) & set(self.running)
-        return {i for i in found if parts_of(strategy)[0] != "angular" or np.isfinite(self.run_cosine[i])}
+        return {i for i in found if parts_of(strategy)[0] != "angular" or np.isfinite(self.run_angle[i])}
 
     def evidence(self, position: Array, depth: int, seed: int = 0, **extra: Array) -> Evidence:
         """What the scores need; `position` (n,) are the candidates' places in the original model of `depth` blocks."""
@@ -109,7 +113,7 @@ class ScanResult:
             loss=np.array([trial.loss for trial in self.trials]) if tried else None,
             norm=self.norm,
             cosine=self.cosine,
-            run_cosine=self.run_cosine,
+            run_angle=self.run_angle,
             seed=seed,
             **extra,
         )
@@ -272,11 +276,9 @@ def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: l
     def judged(pieces: list[Pieces]) -> Evaluation:
         return evaluate.judge(scorer.items, evaluate.gather(pieces, scorer.encoded), metric)
 
-    tokens = sum(part.tokens for part in ordered)
-    means = {
-        name: np.sum([part.sums[name] for part in ordered], axis=0) / tokens
-        for name in ("norm", "cosine", "run_cosine")
-    }
+    tokens, sequences = (sum(getattr(part, name) for part in ordered) for name in ("tokens", "sequences"))
+    over = {"norm": tokens, "cosine": tokens, "run_cosine": tokens, "run_angle": sequences}
+    means = {name: np.sum([part.sums[name] for part in ordered], axis=0) / count for name, count in over.items()}
     tried = [judged([part.trials[i] for part in ordered]) for i in range(len(candidates))] if trials else []
     return ScanResult(candidates, judged([part.base for part in ordered]), tried, **means, seconds=0.0)
 
@@ -284,7 +286,8 @@ def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: l
 @torch.no_grad()
 def _part(model: Any, batch: Batch, candidates: list[Unit], *, tried: Sequence[int], run: int, resume: bool) -> Part:
     base, stream = activations.keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in candidates))
-    part = Part(base, [], int(batch.real.sum()), activations.sums(stream, batch, candidates, run))
+    measured = activations.sums(stream, batch, candidates, run)
+    part = Part(base, [], int(batch.real.sum()), len(batch.last), measured)
     if tried:
         part.trials = [
             _trial(model, batch, unit, stream, resume) if i in tried else {} for i, unit in enumerate(candidates)
@@ -298,7 +301,8 @@ def _together(parts: Sequence[Part]) -> Part:
         return parts[0]
     trials = [evaluate.add_up(part.trials[i] for part in parts) for i in range(len(parts[0].trials))]
     sums = {name: np.sum([part.sums[name] for part in parts], axis=0).tolist() for name in parts[0].sums}
-    return Part(evaluate.add_up(part.base for part in parts), trials, sum(part.tokens for part in parts), sums)
+    tokens, sequences = sum(part.tokens for part in parts), sum(part.sequences for part in parts)
+    return Part(evaluate.add_up(part.base for part in parts), trials, tokens, sequences, sums)
 
 
 def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tensor], resume: bool) -> Pieces:
@@ -322,7 +326,9 @@ def _resumes_exactly(model: Any, batch: Batch) -> bool:
         with trial(model, whole(depth), resume_from=depth // 2) as injection:
             injection.hidden = stream[depth // 2]
             again = evaluate.batch_pieces(model, batch)
-    except evaluate.UNFIT:
+    except evaluate.UNFIT as error:
+        if memory.ended(error):
+            raise
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     return all(abs(base[owner][0] - again[owner][0]) <= tolerance * max(1.0, abs(base[owner][0])) for owner in base)

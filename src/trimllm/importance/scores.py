@@ -34,11 +34,12 @@ class Evidence:
     loss: Array | None = None
     """(n,) nats per target token when the unit is deleted."""
     norm: Array | None = None
-    """(n,) Frobenius norm of the unit's activations per token."""
+    """(n,) L2 norm of the stream behind the unit, averaged over tokens."""
     cosine: Array | None = None
     """(n,) mean cosine between the residual stream before and after the unit."""
-    run_cosine: Array | None = None
-    """(n,) cosine over the run of as many blocks as are still to drop that starts at the unit, NaN where none fits."""
+    run_angle: Array | None = None
+    """(n,) angle at the last token over the run of as many blocks as are still to drop that starts at the unit, in half
+    turns; NaN where none fits."""
     taylor: Array | None = None
     """(n,) sum of |weight * gradient| over the unit's parameters."""
     magnitude: Array | None = None
@@ -57,7 +58,9 @@ def s_scan(accuracy: Array, delta: float = DELTA) -> Array:
 def s_norm(norm: Array) -> Array:
     """Activation norm: 100 * min_j ||x_j|| / ||x_i||, in (0, 100]; the largest norm scores lowest.
 
-    `norm` is per token, averaged over the unpadded positions of all samples. Source: TrimLLM (arXiv 2412.11242).
+    `norm` is per token, averaged over the unpadded positions of all samples. Source: TrimLLM (arXiv 2412.11242), which
+    has the Frobenius norm: the root of the summed squares, in which the few tokens of huge activations that most models
+    have (the first one) would outweigh all others.
     """
     return 100.0 * norm.min() / norm
 
@@ -67,14 +70,14 @@ def block_influence(cosine: Array) -> Array:
     return 1.0 - cosine
 
 
-def angular(run_cosine: Array) -> Array:
-    """arccos(cos) / pi between the input of block l and the output of block l + n - 1, n the blocks still to drop.
+def angular(run_angle: Array) -> Array:
+    """arccos(cos) / pi between the input of block l and the output of block l + n - 1, at the last token of a sequence,
+    averaged over sequences; n are the blocks still to drop.
 
     Source: The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), eq. 7. The method removes one
     contiguous run, so a start whose run does not fit never goes first.
     """
-    distance = np.arccos(np.clip(run_cosine, -1.0, 1.0)) / np.pi
-    return np.where(np.isnan(distance), np.inf, distance)
+    return np.where(np.isnan(run_angle), np.inf, run_angle)
 
 
 def loss_ablation(loss: Array) -> Array:
@@ -140,7 +143,7 @@ SCORES: dict[str, Score] = {
     "scan": Score(("accuracy",), _of("accuracy", s_scan), "accuracy after trial deletion (TrimLLM)"),
     "norm": Score(("norm",), _of("norm", s_norm), "activation norm (TrimLLM)"),
     "bi": Score(("cosine",), _of("cosine", block_influence), "block influence (ShortGPT)"),
-    "angular": Score(("run_cosine",), _of("run_cosine", angular), "angular distance of a run (Gromov et al.)"),
+    "angular": Score(("run_angle",), _of("run_angle", angular), "angular distance of a run (Gromov et al.)"),
     "loss": Score(("loss",), _of("loss", loss_ablation), "loss after trial deletion (SLEB)"),
     "perplexity": Score(
         ("loss",), _of("loss", perplexity_ablation), "perplexity after trial deletion (Shortened LLaMA)"

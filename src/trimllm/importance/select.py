@@ -100,9 +100,3 @@ def touches(unit: Unit, layout: Layout) -> set[int]:
     else:
         held = [getattr(layout[i], unit.kind)]
     return {source for source in held if source is not None}
-
-
-def most_important(values: Array, count: int) -> list[int]:
-    """Places of the `count` largest values, ascending; ties go to the shallower block."""
-    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
-    return sorted(order[:count])

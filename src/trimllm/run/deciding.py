@@ -119,7 +119,7 @@ class Decider:
         tried: list[Joint] = []
         if self.config.schedule == "recover":
             choices, tried = self._together(model, layout, result, evidence, choices[0], parts, share)
-        order = self._order(layout, result, evidence)
+        order = self._order(model, layout, result, evidence)
         return Decision(choices, order, result, evidence, tried, time.perf_counter() - started)
 
     def _race(self, model: Any, layout: Layout) -> Race | None:
@@ -129,7 +129,7 @@ class Decider:
 
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         depth, (scorer, metric) = decoder.depth(model), self.asked
-        way = {"budget": self.config.eval_batch_size, "metric": metric}
+        way = {"batches": scorer.batches.digest(), "metric": metric}
         records = share.from_first(lambda: files.read_lines(parts))
         same = [record for record in records if "batch" in record and way.items() <= record.items()]
         finished = {record["batch"]: scan.Part.load(record) for record in same}
@@ -147,7 +147,7 @@ class Decider:
                 self.config.unit,
                 length=self.length,
                 trials=bool(needed & {"accuracy", "loss"}),
-                run=max(1, depth - self.wanted) if self.wanted else 1,
+                run=self._run(depth),
                 race=self._race(model, layout),
                 finished=finished,
                 on_part=keep,
@@ -237,23 +237,30 @@ class Decider:
         trial_ = result.trials[index]
         return self._harmless(result, Joint((index,), trial_.value, trial_.loss))
 
-    def _order(self, layout: Layout, result: ScanResult, evidence: Evidence) -> list[int]:
+    def _order(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[int]:
         """Original indices of the present blocks' attentions, those most likely to stay first.
 
-        Ties go by the score that breaks them, and by the norm where the strategy has none.
+        Blocks that may not go come before all others. Of the rest, one that goes with several runs is as likely to stay
+        as the least important of them. Ties go by the score that breaks them, by the norm where the strategy has none.
         """
-        blocks = {i: unit for i, unit in enumerate(result.candidates) if unit.kind == "block"}
+        free = self.droppable(model, layout, result.candidates)
+        open_ = {place for i in free for place in result.candidates[i].blocks}
         decides, *breaks = scores.parts(self.config.strategy)
         decider = scores.importance(decides, evidence)
         breaker = scores.importance(breaks[0] if breaks else "norm", evidence)
-        # A block in several runs goes with the least important of them.
-        rank = {
-            place: min((decider[i], breaker[i]) for i, unit in blocks.items() if place in unit.blocks)
-            for place in range(len(layout))
-            if any(place in unit.blocks for unit in blocks.values())
-        }
-        order = sorted(rank, key=lambda place: (-rank[place][0], -rank[place][1], place))
+        together = max(self.length, self._run(len(layout)) if decides == "angular" else 1)
+        blocks = {i: unit.index for i, unit in enumerate(result.candidates) if unit.kind == "block"}
+        rank = {}
+        for place in range(len(layout)):
+            runs = [(decider[i], breaker[i]) for i, begin in blocks.items() if begin <= place < begin + together]
+            if runs or place not in open_:
+                rank[place] = (place not in open_, *min(runs, default=(0.0, 0.0)))
+        order = sorted(rank, key=lambda place: ([-value for value in rank[place]], place))
         return [source for place in order if (source := layout[place].attention) is not None]
+
+    def _run(self, depth: int) -> int:
+        """Blocks in the runs that angular compares: as many as are still to go."""
+        return max(1, depth - self.wanted) if self.wanted else 1
 
     def record(self, decision: Decision, layout: Layout) -> dict[str, Any]:
         """What the journal keeps of a decision; `layout` is the one that was scanned."""

@@ -168,10 +168,13 @@ class Run:
         mixed = 1 + config.text_ratio if self.text_rows else 1
         self.epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
         self.pad_id = self.calibration.pad_id
-        copies = 3 + (config.distill > 0)  # two checkpoints, the result, and a teacher
+        copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
+        if config.keep_checkpoints:
+            copies = 2 + sum(left for left, _ in self.ahead) / depth
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         state = 2 * optimizer_state.most_bytes(config, model) if self._keeps_state() else 0  # while the new is written
-        rundir.check_space(config.output, copies * weights + state)
+        if rundir.happened(self.dir, "done") is None:
+            rundir.check_space(config.output, round(copies * weights) + state)
         return data
 
     def _keeps_state(self) -> bool:
@@ -413,9 +416,26 @@ class Run:
 
     # ---- the product
 
+    def _good(self, stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The last stage that meets the floor.
+
+        Raises:
+            InputError: if a floor that was raised since asks for one whose weights are gone.
+        """
+        limit = targets.floor(self.config, [stage["calibration"]["value"] for stage in stages])
+        good = [stage for stage in stages if stage["calibration"]["value"] >= limit]
+        here = [stage for stage in stages if len(stage["layout"]) in self.dir.kept_depths()]
+        if not good or good[-1] not in here:
+            known = ", ".join(f"{len(one['layout'])} layers: {one['calibration']['value']:.1f}" for one in here)
+            raise InputError(
+                f"a floor of {limit:.1f} on the calibration set: the weights of a depth that meets it are gone; there "
+                f"are those of {known}: lower --min-accuracy or give a larger --max-drop, or start another run"
+            )
+        return good[-1]
+
     def _finish(self, state: State, fingerprint: str, data: TaskData) -> tuple[Any, History]:
         stages = self.journal.of("stage")
-        good = stages[-1] if self._above_floor() else stages[-2]
+        good = self._good(stages)
         depth, layout = len(good["layout"]), rundir.load_layout(good["layout"])
         model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(depth))
         models.cast(model, self.save_dtype)

@@ -14,13 +14,10 @@ from typing import Any
 
 import torch
 
+from trimllm import memory
 from trimllm.evaluation import evaluate
 from trimllm.training.packing import Packed, target_logits
 
-CHUNK = 2**22
-"""Logits (places x vocabulary) in one chunk: 16 MiB in float32."""
-LEAST_PLACES = 256
-"""Target places in one chunk, however large the vocabulary: fewer would read the head's weights too often."""
 Loss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """Logits (k, vocabulary), targets (k,) and the number of the first of these places -> the loss summed over them."""
 TOLERANCE = 1e-4
@@ -106,9 +103,11 @@ def places_at_once(model: Any, packed: Packed) -> int:
     try:
         with evaluate.evaluating(model):
             apart = logits_of(model, *decode(model, packed)) - (whole := target_logits(model, packed))
-    except (*evaluate.UNFIT, AttributeError):
+    except (*evaluate.UNFIT, AttributeError) as error:
+        if memory.ended(error):
+            raise
         return everything
     tolerance = TOLERANCE if model.dtype == torch.float32 else 0.05
     if not apart.abs().max() <= tolerance * whole.abs().max().clamp(min=1):
         return everything
-    return max(LEAST_PLACES, CHUNK // whole.shape[-1])
+    return evaluate.chunk(whole.shape[-1])

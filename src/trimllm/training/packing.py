@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from trimllm import memory
 from trimllm.blocks import decoder, families
 from trimllm.evaluation import encoding, evaluate
 
@@ -172,7 +173,9 @@ def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way,
         for way in (Way(limit), Way(limit, model.dtype)):
             try:
                 together = _logprobs(model, lay_out([sample], pad_id, model.device, way.mask))
-            except evaluate.UNFIT:
+            except evaluate.UNFIT as error:
+                if memory.ended(error):
+                    return ALONE, "memory ended when packed rows were tried"
                 continue
             if float((together - alone).abs().max()) <= tolerance:
                 return way, None
