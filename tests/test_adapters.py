@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import build
+from transformers import AutoTokenizer
 
 from trimllm import cli
 from trimllm.blocks import adapters
@@ -204,6 +205,17 @@ def test_drop_merges_says_so_and_records_base_and_adapter(
     reference = PeftModel.from_pretrained(load_model(base), adapter)
     assert torch.allclose(logits(load_model(out)), bypassed(reference, {1}), atol=1e-5)
     assert len(load_tokenizer(adapter)) == len(load_tokenizer(base)), "the adapter has none of its own"
+
+
+def test_an_adapter_on_the_hub_brings_its_own_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, there = [], {"adapter_config.json", "tokenizer_config.json"}
+    monkeypatch.setattr(adapters, "base_of", lambda name: "someone/base" if name == "someone/adapter" else None)
+    monkeypatch.setattr(adapters, "cached_file", lambda _, file, **more: file if file in there else None)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **more: asked.append(name))
+    load_tokenizer("someone/adapter")
+    there.discard("tokenizer_config.json")
+    load_tokenizer("someone/adapter")
+    assert asked == ["someone/adapter", "someone/base"]
 
 
 def test_streaming_an_adapter_is_refused(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

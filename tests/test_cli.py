@@ -262,7 +262,6 @@ IDLE = [
         for words, message in (
             (["--sparse-update", "off", "--train-ratio", "0.5"], "--train-ratio 0.5 is for some of the blocks, and"),
             (["--text-ratio", "3"], "--text-ratio 3.0 is for --text: leave it out, or add --text"),
-            (["--text", "demo_law", "--text-ratio", "0"], "--text demo_law is not trained on with --text-ratio 0"),
         )
     ),
     *(
@@ -271,6 +270,14 @@ IDLE = [
             "--resolution 2.0 finds out how many calibration rows are held out, and --calibration-size",
         )
         for command in (TRIM, COMPARE, SCAN, EVAL)
+    ),
+    ([*TRIM, "--text", "demo_law", "--text-ratio", "0"], "--text demo_law is not trained on with --text-ratio 0"),
+    *(
+        (
+            [*command, "--strategy", "scan", "--scan", "racing", "--tie-tolerance", "2"],
+            "--tie-tolerance 2.0 is for scan+norm and scan+loss, and --strategy scan has nothing that breaks ties",
+        )
+        for command in (TRIM, SCAN)
     ),
     *(
         (
@@ -299,7 +306,7 @@ def test_options_without_effect_are_refused(capsys, words, message):
         [*TRIM, "--text-ratio", "0", "--resolution", "2"],
         [*TRIM, "--tie-tolerance", "2"],
         [*TRIM, "--strategy", "loss", "--schedule", "recover", "--tie-tolerance", "2"],
-        [*TRIM, "--strategy", "scan", "--scan", "racing", "--tie-tolerance", "2"],
+        [*COMPARE, "--text", "demo_law", "--text-ratio", "0"],
         [*EVAL, "--generate", "--max-new-tokens", "9"],
         [*EVAL, "--calibration-size", "50"],
     ],
@@ -312,6 +319,8 @@ def test_options_with_an_effect_are_taken(words):
 def test_lists_that_begin_with_a_negative_number_are_lists():
     assert cli.parse([*TRIM, "--protect", "-1,0"]).protect == (-1, 0)
     assert cli.parse([*TRIM, "--protect", "-1"]).protect == (-1,)
+    with pytest.raises(InputError, match="-1,0"):
+        cli.parse([*TRIM[:-2], "--output=o", "-1,0"])
     assert cli.parse(["drop", "--model", "demo", "--layers", "-2,-1", "--output", "x"]).layers == (-2, -1)
 
 

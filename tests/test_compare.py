@@ -56,6 +56,7 @@ def world(tmp_path_factory: Any) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("world")
     base = save_base(folder / "base", DEPTH)
     (base / "LICENSE").write_text("Apache License")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
     return base, save_task(folder / "task")
 
 
@@ -163,6 +164,8 @@ def test_figures_are_those_of_the_checkpoints(whole: Any, world: tuple[Path, Pat
         assert row["disk_bytes"] == (checkpoint / "model.safetensors").stat().st_size
         assert row["tokens"] == 0 if name == "base" else row["tokens"] > 0
         assert (checkpoint / "LICENSE").read_text() == "Apache License"
+        if name in ("trim", "shortgpt"):
+            assert "\nlicense: mit\n" in (checkpoint / "README.md").read_text()
     assert output / rows["base"]["checkpoint"] == world[0]
     assert rows["trim"]["parameters"] == rows["shortgpt"]["parameters"] < rows["base"]["parameters"]
 

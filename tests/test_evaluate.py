@@ -163,6 +163,21 @@ def test_memory_that_ends_while_shared_prompts_are_tried_does_not_forbid_them(to
     assert_close(scorer.score(model).loglik, expected.loglik)
 
 
+def test_where_memory_has_no_room_for_shared_prompts_the_note_says_so(tokenizer, questions, monkeypatch):
+    model, forward = tiny.build("llama", depth=2), evaluate.batch_pieces
+    expected = Scorer(model, tokenizer, questions).score(model)
+
+    def tight(model, batch):
+        if "position_ids" in batch.inputs:
+            raise torch.OutOfMemoryError
+        return forward(model, batch)
+
+    monkeypatch.setattr(evaluate, "batch_pieces", tight)
+    scorer = Scorer(model, tokenizer, questions)
+    assert scorer.note == "choices are scored one by one: memory has no room for shared prompts of llama"
+    assert_close(scorer.score(model).loglik, expected.loglik)
+
+
 def test_tokens_and_greedy_are_those_of_the_naive_forward(tokenizer, questions):
     model = tiny.build("llama", depth=2)
     greedy = []
@@ -242,6 +257,22 @@ def test_an_item_that_a_narrow_dtype_cannot_score_is_named(tokenizer, questions,
     monkeypatch.setattr(evaluate, "target_logprobs", overflowing)
     with pytest.raises(TrimError, match=r"for 1 of \d+ continuations in a batch \(the first: item 3 of its set\)"):
         made.score(model)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_taken_and_a_row_with_one_of_them_is_not(tokenizer, questions):
+    model = tiny.build("llama", depth=2)
+    surplus = model.get_input_embeddings().weight.shape[0] - len(tokenizer) + 2
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens([f"<image{n}>" for n in range(surplus)], special_tokens=True)
+    more.pad_token = f"<image{surplus - 1}>"
+    expected = Scorer(model, tokenizer, questions).score(model)
+    assert Scorer(model, more, questions).score(model) == expected
+    answers = [generate(model, each, questions, max_new_tokens=2) for each in (tokenizer, more)]
+    assert answers[0] == answers[1]
+    item = Item("r:1", f"what <image{surplus - 1}>", (" a", " b"))
+    for ask in (lambda: Scorer(model, more, [item]), lambda: generate(model, more, [item], max_new_tokens=2)):
+        with pytest.raises(InputError, match=rf"a row holds '<image{surplus - 1}>', token \d+, and the model"):
+            ask()
 
 
 def test_nothing_to_evaluate_is_an_error(tokenizer):
@@ -344,6 +375,22 @@ def test_generation_in_batches_of_any_size_is_the_same_also_where_memory_ends(to
     room = 1
     with pytest.raises(TrimError, match=r"out of memory: one row of \d+ tokens does not fit the device"):
         generate(model, tokenizer, questions, max_new_tokens=5)
+
+
+def test_what_stands_behind_an_answers_end_is_a_token_that_is_not_read(tokenizer, questions, monkeypatch):
+    model, without = tiny.build("gpt2", depth=1), copy.deepcopy(tokenizer)
+    without.pad_token = None
+    seen = []
+
+    def at_once(*, input_ids, generation_config, **more):
+        seen.append(generation_config.pad_token_id)
+        return input_ids
+
+    monkeypatch.setattr(model, "generate", at_once)
+    for each in (tokenizer, without):
+        generate(model, each, questions[:1], max_new_tokens=3)
+    assert seen == [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
 def test_generation_cuts_prompts_from_the_left_and_refuses_to_cut_all(tokenizer):

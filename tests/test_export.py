@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import build
+from transformers import GenerationConfig
 
 from trimllm.blocks.layout import Block
 from trimllm.blocks.surgery import drop_layers
@@ -98,6 +99,17 @@ def test_training_mode_and_generation_config_are_left_alone(tmp_path: Path) -> N
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert saved["max_new_tokens"] == 7
     assert not any(saved.get(name) for name in ("dola_layers", "assistant_early_exit", "cache_implementation"))
+
+
+def test_an_inconsistent_generation_config_as_it_was_published_is_saved(tmp_path: Path) -> None:
+    model = trimmed()
+    settings = {"temperature": 0.6, "top_p": 0.9, "cache_implementation": "hybrid"}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    save_trimmed(model, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"]) == (0.6, 0.9)
+    assert "cache_implementation" not in saved
 
 
 def test_target_in_use_is_refused_and_an_earlier_export_only_replaced_on_request(tmp_path: Path) -> None:

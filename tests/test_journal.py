@@ -7,14 +7,16 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import helpers_run as h
 import pytest
 import yaml
 
 from trimllm import files
 from trimllm.blocks.layout import Block, whole_layers
+from trimllm.checkpoints import loading
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.run import journal, placing, rundir
+from trimllm.run import journal, placing, progressive, rundir
 
 
 def test_events_come_back_in_order_with_their_values(tmp_path):
@@ -163,6 +165,18 @@ def test_weights_that_stand_there_need_no_more_space(tmp_path, monkeypatch):
     rundir.check_space(tmp_path, 1000)
     with pytest.raises(InputError, match="GiB free"):
         rundir.check_space(tmp_path, 1001)
+
+
+@pytest.mark.parametrize(("changes", "copies"), [({"depth": 1}, 4), ({"depth": 4}, 3), ({"max_params": 1}, 3)], ids=str)
+def test_space_is_asked_for_every_depth_that_is_kept_and_not_of_a_finished_run(tmp_path, monkeypatch, changes, copies):
+    base, task, asked = h.save_base(tmp_path / "base"), h.save_task(tmp_path / "task"), []
+    monkeypatch.setattr(progressive.rundir, "check_space", lambda _, needed: asked.append(needed))
+    run = {"keep_checkpoints": True, "optimizer_state": "fresh", "warmup_epochs": 0, "epochs_per_drop": 0, **changes}
+    h.run(base, task, tmp_path / "run", **run)
+    weights = sum(parameter.nbytes for parameter in loading.load_model(base).parameters())
+    assert asked == [copies * weights]
+    h.run(base, task, tmp_path / "run", **run, resume=True)
+    assert len(asked) == 1
 
 
 def test_layers_of_a_layout():

@@ -70,18 +70,6 @@ def test_scan_in_halves_is_the_scan(tokenizer, questions):
         assert np.allclose(getattr(found, name), getattr(expected, name), atol=1e-5, equal_nan=True)
 
 
-def test_memory_that_ends_in_a_resumed_forward_is_not_taken_for_a_model_that_cannot_resume(
-    tokenizer, questions, monkeypatch
-):
-    def tight(*arguments, **named):
-        raise CUDA
-
-    scorer = Scorer(model := tiny.build("llama", 4), tokenizer, questions)
-    monkeypatch.setattr(scan, "trial", tight)
-    with pytest.raises(torch.OutOfMemoryError):
-        scan.scan(model, scorer, "acc")
-
-
 def test_windows_of_one_document_in_several_pieces_are_added_up(tokenizer):
     from trimllm.tasks import Item
 

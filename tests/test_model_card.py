@@ -93,7 +93,10 @@ def test_a_kept_depth_carries_the_terms_of_a_base_that_was_named_from_another_fo
     monkeypatch.setattr(model_card, "hf_hub_download", lambda *_: pytest.fail("asked the Hub"))
     assert cli.main(["export", "../run", "--depth", "3", "--output", "three"]) == 0
     assert has_terms(Path("three"))
-    assert loaded(Path("three/README.md").read_text()).data.license == "apache-2.0"
+    card = loaded(Path("three/README.md").read_text())
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model is None
+    assert "Base: `base`" in card.text
 
 
 @pytest.mark.parametrize("more", [[], ["--streaming"]], ids=["in memory", "streaming"])

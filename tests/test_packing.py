@@ -105,8 +105,8 @@ def test_a_model_whose_logits_depend_on_more_than_the_decoders_output_computes_t
 
 
 def test_memory_that_ends_in_a_try_is_not_taken_for_a_result_that_is_not_exact(monkeypatch):
-    model, short = tiny.build("llama", 2), sorted(ROWS, key=lambda row: row.inputs)[0]
-    forward = model.forward
+    model = tiny.build("llama", 2)
+    forward, room = model.forward, max(row.inputs for row in ROWS)
 
     def tight(*, input_ids, **named):
         if input_ids.numel() > room:
@@ -114,11 +114,7 @@ def test_memory_that_ends_in_a_try_is_not_taken_for_a_result_that_is_not_exact(m
         return forward(input_ids=input_ids, **named)
 
     monkeypatch.setattr(model, "forward", tight)
-    room = max(row.inputs for row in ROWS)
     assert find_way(model, ROWS, 0) == (ALONE, "memory ended when packed rows were tried")
-    room = short.inputs - 1
-    with pytest.raises(torch.OutOfMemoryError):
-        losses.places_at_once(model, pack([short], ALONE, 0))
 
 
 def test_a_family_that_lets_packed_rows_see_each_other_is_found_out(monkeypatch):

@@ -152,6 +152,21 @@ def test_scan_that_another_kind_of_device_began_is_not_continued(base, task, tmp
     assert [table | {"seconds": 0} for table in tables[:1]] == [table | {"seconds": 0} for table in tables[1:]]
 
 
+@pytest.mark.parametrize("call", [2, 4, 6])
+def test_race_that_another_kind_of_device_began_is_not_continued(base, tmp_path, monkeypatch, call):
+    task, output = h.save_task(tmp_path / "task", train=80), tmp_path / "run"
+    race = {"depth": 4, "scan": "racing", "calibration_size": 40, "eval_batch_size": 400}
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "ENOUGH", {})
+        h.kill_at(patch, scan, "_part", call)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output, **race)
+    h.run(base, task, output, **race, resume=True)
+    h.run(base, task, tmp_path / "straight", **race)
+    tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, tmp_path / "straight")]
+    assert [table["units"] for table in tables[:1]] == [table["units"] for table in tables[1:]]
+
+
 def test_scan_that_asked_all_choices_is_not_continued_with_right_ones_alone(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -162,7 +162,7 @@ def _negative_lists(arguments: list[str]) -> list[str]:
     """`--protect -1,0` as `--protect=-1,0`: argparse takes what begins with a dash, and is no number, for an option."""
     out: list[str] = []
     for argument in arguments:
-        if out and out[-1].startswith("--") and re.fullmatch(r"-\d+(,-?\d+)+", argument):
+        if out and re.fullmatch(r"--[a-z-]+", out[-1]) and re.fullmatch(r"-\d+(,-?\d+)+", argument):
             out[-1] += f"={argument}"
         else:
             out.append(argument)

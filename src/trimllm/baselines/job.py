@@ -17,7 +17,7 @@ from trimllm.checkpoints import arithmetic, export, models, room
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
 from trimllm.errors import InputError
-from trimllm.evaluation import inputs
+from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.files import read_lines
 from trimllm.run import model_card, progressive, rundir
@@ -161,7 +161,7 @@ class Job:
         plan = self.plan(loaded, epochs, seed)
         if parameters is None:
             parameters = sparse.freeze(model, whole(decoder.depth(model)), None)
-        pad = loaded.tokenizer.pad_token_id
+        pad = encoding.pad_id(loaded.tokenizer, model.get_input_embeddings().weight.shape[0])
         with self.console.progress(self.cell.name) as show:
 
             def step(done: int, total: int, loss: float, speed: float) -> None:
@@ -176,7 +176,7 @@ class Job:
                 command,
                 self.accelerator,
                 seed=seed,
-                pad_id=0 if pad is None else pad,
+                pad_id=pad,
                 folder=self.folder,
                 on_step=step,
                 say=self.console.say,

@@ -19,8 +19,9 @@ def run(job: Job) -> Product:
         report = job.tune(loaded, job.command.warmup_epochs, stage=0)
         loaded.model.save_pretrained(job.folder / "trained")
         loaded.tokenizer.save_pretrained(job.folder / "trained")
-        for file in model_card.terms(models.origin(job.command.model)):  # rows that are cut from it carry them on
-            shutil.copy(file, job.folder / "trained")
+        base = models.origin(job.command.model)
+        for file in filter(None, (*model_card.terms(base), model_card.card_of(base))):  # whose licence cuts of it name
+            shutil.copyfile(file, job.folder / "trained" / file.name)
     else:
         loaded = job.load(job.full)
         report = job.tune(loaded, job.epochs, stage=1)

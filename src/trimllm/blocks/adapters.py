@@ -57,10 +57,11 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
-def _has_safetensors(name: str) -> bool:
+def has_file(name: str, file: str) -> bool:
+    """Whether an adapter, in a folder or on the Hub, has a file of that name."""
     if Path(name).is_dir():
-        return (Path(name) / "adapter_model.safetensors").exists()
-    return bool(cached_file(name, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False))
+        return (Path(name) / file).exists()
+    return bool(cached_file(name, file, _raise_exceptions_for_missing_entries=False))
 
 
 def merge(model: nn.Module, name: str | Path, *, allow_pickle: bool = False) -> nn.Module:
@@ -79,7 +80,7 @@ def merge(model: nn.Module, name: str | Path, *, allow_pickle: bool = False) -> 
             "unquantized base in its adapter_config.json"
         )
     before = set(vars(model))
-    if not (allow_pickle or _has_safetensors(os.fspath(name))):
+    if not (allow_pickle or has_file(os.fspath(name), "adapter_model.safetensors")):
         raise InputError(
             f"cannot use adapter {str(name)!r}: it has no adapter_model.safetensors; if you trust its source, give "
             "--allow-pickle (in Python: allow_pickle=True)"

@@ -6,7 +6,6 @@ report = save_trimmed(model, "out/llama-12")
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from trimllm.blocks.decoder import depth
 from trimllm.blocks.layout import Layout, plan_record, whole
 from trimllm.checkpoints import folders, verification
 from trimllm.checkpoints.loading import quiet
+from trimllm.checkpoints.streaming import REFERS_TO_LAYERS
 from trimllm.checkpoints.verification import Report, weight_bytes
 from trimllm.errors import InputError, TrimError
 
@@ -78,26 +78,16 @@ def save_trimmed(
 
 
 def _write(model: nn.Module, folder: Path, tokenizer: Any, layout: Layout, base: Any, card: str | None) -> None:
-    original = getattr(model, "generation_config", None)
-    try:
-        if original is not None:
-            model.generation_config = _portable(original)
-        with quiet():
-            model.save_pretrained(folder)  # type: ignore[operator]
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-    finally:
-        if original is not None:
-            model.generation_config = original
+    with quiet():
+        model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        # In the file, not in the object: transformers refuses to save an inconsistent one that was changed.
+        kept = json.loads(generation.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in kept.items() if name not in REFERS_TO_LAYERS}
+        generation.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     (folder / "plan.json").write_text(json.dumps(plan_record(layout, base), indent=2) + "\n", encoding="utf-8")
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _portable(generation_config: Any) -> Any:
-    """The generation config less what refers to layers of the untrimmed model."""
-    portable = copy.deepcopy(generation_config)
-    portable.dola_layers = None
-    portable.assistant_early_exit = None
-    portable.cache_implementation = None
-    return portable

@@ -112,7 +112,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
         InputError: if there is none.
     """
     name = os.path.expanduser(path_or_id)
-    if (base := adapters.base_of(name)) is not None and not (Path(name) / "tokenizer_config.json").exists():
+    if (base := adapters.base_of(name)) is not None and not adapters.has_file(name, "tokenizer_config.json"):
         name = base
     if base is None or name == base:
         check_path(name)

@@ -133,9 +133,6 @@ def load(
             "the result with trimllm export --to int8 or int4"
         )
     tokenizer = loading.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > vocabulary:
-        raise InputError(f"the tokenizer of {settings.model} has {len(tokenizer)} tokens, its model only {vocabulary}")
     backends.probe(model, settings.attention, training=training)
     _check_causal(model, settings.model)
     if base is not None:
@@ -143,6 +140,9 @@ def load(
     else:
         mark = loading.fingerprint(path if any(Path(path).glob("*.safetensors")) else model)
     notes = [f"{settings.model} is an adapter: merged into its base {base}"] if base is not None else []
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        notes.append(f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {vocabulary:,} of them")
     saved = saved_dtype(path, settings) or model.dtype
     if evaluating and (slow := arithmetic.asked_note(settings.dtype, device)):
         notes.append(slow)

@@ -103,7 +103,7 @@ class EvalConfig(TaskSettings, ModelSettings):
     output: str | None = None
     """JSON file for the result."""
     eval_batch_size: Positive | None = None
-    """Most tokens per batch (default: 4096; less where memory ends)."""
+    """Most tokens per batch (default: 4096, with --generate 16 rows; less where memory ends)."""
     generate: bool = False
     """Generation tasks: also generate, and report exact match, ROUGE-L and repetition."""
     max_new_tokens: Positive = NEW_TOKENS
@@ -203,7 +203,10 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
         if self.cache_frozen_prefix != "off":
             raise ValueError("--cache-frozen-prefix is for frozen blocks, and most methods train all: leave it out")
         if not self.train_embeddings:
-            raise ValueError("--no-train-embeddings is for frozen blocks, and most methods train all: leave it out")
+            raise ValueError(
+                "--no-train-embeddings is for frozen blocks, and most methods train all: leave it out (a comparison "
+                "that was begun with it cannot go on: give another --output)"
+            )
         return self
 
     @model_validator(mode="after")

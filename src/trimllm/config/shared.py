@@ -62,8 +62,8 @@ class ModelName(Settings):
 
 class LoadSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights in memory; auto: float32 to train (bf16 mixed precision on a GPU), else as saved (float32 to
-    scan and evaluate where a CPU emulates 16 bits and memory has room)."""
+    """Dtype of the weights in memory; auto: float32 to train (in bf16 mixed precision on a GPU that has bf16), else as
+    saved (float32 to scan and evaluate where a CPU emulates 16 bits and memory has room)."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one (to train: CUDA only)."""
     attention: str = "auto"
@@ -157,8 +157,7 @@ class ScoreSettings(StrategySettings):
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
-        broken = "+" in self.strategy or self.scan == "racing" or getattr(self, "schedule", None) == "recover"
-        if self.tie_tolerance is not None and not broken:
+        if self.tie_tolerance is not None and "+" not in self.strategy:
             found["tie_tolerance"] = (
                 f"--tie-tolerance {self.tie_tolerance} is for scan+norm and scan+loss, and --strategy "
                 f"{self.strategy} has nothing that breaks ties: leave one of them out"
@@ -212,8 +211,6 @@ class TrainSettings(Settings):
         found = super().idle()
         if self.text is None and self.text_ratio not in (0.0, TEXT_RATIO):
             found["text_ratio"] = f"--text-ratio {self.text_ratio} is for --text: leave it out, or add --text"
-        if self.text is not None and not self.text_ratio:
-            found["text"] = f"--text {self.text} is not trained on with --text-ratio 0: leave one of them out"
         if self.sparse_update == "off" and self.train_ratio != TRAIN_RATIO:
             found["train_ratio"] = (
                 f"--train-ratio {self.train_ratio} is for some of the blocks, and with --sparse-update off all of them "

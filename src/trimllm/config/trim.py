@@ -36,7 +36,8 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     target_speedup: Annotated[float, Field(gt=1)] | None = None
     """Stop when decoding at batch 1 is so many times as fast as the base (measured)."""
     min_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
-    """Floor in percent on the calibration set: the first depth below it ends the run, the one before is the result."""
+    """Floor in percent on the calibration set: the first depth below it ends the run, the last one not below is the
+    result."""
     max_drop: Annotated[float, Field(ge=0)] | None = None
     """Floor in points below the best calibration accuracy so far."""
     min_depth: Positive = 1
@@ -81,6 +82,10 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
+        if self.schedule == "recover":  # sets of drops are judged within it
+            found.pop("tie_tolerance", None)
+        if self.text is not None and not self.text_ratio:
+            found["text"] = f"--text {self.text} is not trained on with --text-ratio 0: leave one of them out"
         if not self.one_shot:
             return found
         if self.drops_per_stage != 1:

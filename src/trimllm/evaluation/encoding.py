@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar, overload
@@ -133,6 +133,29 @@ def encode_pair(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[in
     return before, both[len(before) :]
 
 
+def pad_id(tokenizer: Any, vocabulary: int, without: int = 0) -> int:
+    """What fills rows: the tokenizer's own padding, if a model of so many embeddings knows it."""
+    own = tokenizer.pad_token_id
+    return own if own is not None and own < vocabulary else without
+
+
+def check_vocabulary(tokenizer: Any, rows: Iterable[Sequence[int]], vocabulary: int) -> None:
+    """Tokenizers may have tokens that their model has no embedding for (Gemma 3 1B's has one for images).
+
+    Raises:
+        InputError: if one of them is in a row.
+    """
+    if len(tokenizer) <= vocabulary:
+        return
+    for ids in rows:
+        if (largest := max(ids, default=0)) >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise InputError(
+                f"a row holds {token!r}, token {largest}, and the model has embeddings for {vocabulary} tokens: "
+                "take it out of the row, or mend the tokenizer"
+            )
+
+
 def encode(
     tokenizer: Any, items: Sequence[Item], max_length: int, *, truncate: bool = False, room: int = 0
 ) -> list[Encoded]:
@@ -232,6 +255,10 @@ def rows(encoded: Sequence[Encoded], *, branches: bool = True) -> list[Row]:
     return out
 
 
+class NoRoomError(TrimError):
+    """One row alone does not fit into memory."""
+
+
 ENOUGH = {"cpu": 256}
 """Tokens with which a batch keeps a kind of device busy; above that, rows are only put together if they are alike."""
 ALIKE = 0.9
@@ -279,12 +306,9 @@ class Batches(Sequence[Batch]):
             return [self[one] for one in range(len(self))[number]]
         return self._made(self._groups[number])
 
-    def digest(self) -> str:
-        """SHA-256 of which rows each batch holds, in their order."""
-        held = hashlib.sha256()
-        for group in self._groups:
-            held.update(repr([(row.ids, row.prompt_length, row.branches) for row in group]).encode())
-        return held.hexdigest()
+    def digest(self, number: int) -> str:
+        """SHA-256 of the rows that a batch holds, in their order."""
+        return hashlib.sha256(repr(self._groups[number]).encode()).hexdigest()
 
     def longest(self) -> Batch:
         """A batch of the longest row alone."""
@@ -299,7 +323,7 @@ class Batches(Sequence[Batch]):
         From then on batches are cut to the size that fitted.
 
         Raises:
-            TrimError: if not even one row fits.
+            NoRoomError: if not even one row fits.
         """
         found: list[T] = []
         waiting = [self._groups[number]]
@@ -311,7 +335,7 @@ class Batches(Sequence[Batch]):
                 found.append(value)
                 continue
             if len(group) == 1:
-                raise TrimError(
+                raise NoRoomError(
                     f"out of memory: one row of {len(group[0].ids)} tokens does not fit the device: cut rows with "
                     "--max-length and --truncate, or use a device with more memory"
                 )

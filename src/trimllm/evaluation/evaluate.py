@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import memory
 from trimllm.blocks import decoder, families
 from trimllm.checkpoints.arithmetic import name_of
 from trimllm.errors import InputError, TrimError
@@ -223,7 +222,10 @@ class Scorer:
         self.encoded = encoding.encode(tokenizer, self.items, limit, truncate=truncate)
         self.note: str | None = None
         self.token_budget = token_budget
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        rows = (ids for one in self.encoded for ids in (one.prompt, *one.continuations))
+        encoding.check_vocabulary(tokenizer, rows, vocabulary)
+        self.pad_id = encoding.pad_id(tokenizer, vocabulary)
         self.branches = self._decide(model) if branches is None else branches
         self.batches = self._batches(model, self.encoded, self.branches)
 
@@ -258,22 +260,23 @@ class Scorer:
             return False
         largest = max(many, key=lambda one: sum(map(len, one.continuations)))
         sample = [*many[:2], *by_length[-2:], largest]
-        if not families.branching(decoder.text_config(model)) or not self._branching_agrees(model, sample):
-            self.note = f"choices are scored one by one: shared prompts are not exact for {model.config.model_type}"
-            return False
-        return True
+        exact = families.branching(decoder.text_config(model))
+        why = self._branching_fails(model, sample) if exact else "shared prompts are not exact for"
+        if why:
+            self.note = f"choices are scored one by one: {why} {model.config.model_type}"
+        return why is None
 
-    def _branching_agrees(self, model: Any, sample: list[Encoded]) -> bool:
-        """Whether shared prompts and single rows give the same scores, up to the rounding of the dtype."""
+    def _branching_fails(self, model: Any, sample: list[Encoded]) -> str | None:
+        """Why shared prompts and single rows do not give the same scores, up to the rounding of the dtype."""
         tolerance = 2e-4 if model.dtype == torch.float32 else 0.3
         try:
             shared, single = (self._scores(model, self._batches(model, sample, way), sample) for way in (True, False))
         except UNFIT as error:
-            if memory.ended(error):
-                raise
-            return False
+            tight = isinstance(error, encoding.NoRoomError)
+            return "memory has no room for shared prompts of" if tight else "shared prompts are not exact for"
         pairs = zip(np.concatenate(shared.loglik), np.concatenate(single.loglik), strict=True)
-        return all(abs(a - b) <= tolerance * max(1.0, abs(b) / 20) for a, b in pairs)
+        close = all(abs(a - b) <= tolerance * max(1.0, abs(b) / 20) for a, b in pairs)
+        return None if close else "shared prompts are not exact for"
 
     def score(self, model: Any, share: Share = ALONE) -> Scores:
         """Scores of all items; the model must be the one it was made for, or a trimmed one of it, in any dtype."""

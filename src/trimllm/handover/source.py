@@ -69,8 +69,8 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
     model: Any = loading.load_model(folder, trust_remote_code=own_code)
     models.cast(model, dtype or model.dtype)
     layout = rundir.load_layout(plan["blocks"])
-    # A relative name in the plan is of the folder where the run began; from here it may lead elsewhere, or to the Hub.
-    origin = stored.model if isinstance(plan["base"], str) else plan["base"] | {"adapter": stored.model}
+    origin = {"name": plan["base"]} if isinstance(plan["base"], str) else plan["base"]
+    origin = origin | {"place": placing.place(origin["name"], command.source)}
     return export.save_trimmed(
         model,
         target,

@@ -52,7 +52,6 @@ def sums(
 ) -> dict[str, list[float]]:
     """Sums over unpadded tokens: norm of the stream behind each unit, cosine over the unit, cosine over a run; and over
     right continuations: the angle over a run at the last input token, in half turns."""
-    depth = max(stream)
 
     def at(key: float, chosen: torch.Tensor) -> torch.Tensor | None:
         hidden = stream.get(key)
@@ -61,9 +60,8 @@ def sums(
         hidden = hidden[0] if hidden.dim() == 4 else hidden  # AltUp carries several streams, the first is the main one
         return hidden.reshape(-1, hidden.shape[-1])[chosen].float()
 
-    def cosine(begin: float, end: float, chosen: torch.Tensor) -> torch.Tensor:
-        before, behind = at(begin, chosen), at(end, chosen)
-        if before is None or behind is None or end > depth:
+    def cosine(before: torch.Tensor | None, behind: torch.Tensor | None) -> torch.Tensor:
+        if before is None or behind is None:
             return torch.tensor(math.nan)
         return torch.nn.functional.cosine_similarity(before, behind, dim=-1)
 
@@ -71,10 +69,10 @@ def sums(
     found: dict[str, list[float]] = {"norm": [], "cosine": [], "run_cosine": [], "run_angle": []}
     for unit in candidates:
         begin, end = ends(unit)
-        behind = at(end, real)
+        before, behind = at(begin, real), at(end, real)
+        angle = cosine(at(begin, batch.last), at(begin + run, batch.last)).clamp(-1, 1).arccos() / math.pi
         found["norm"].append(math.nan if behind is None else float(behind.norm(dim=-1).sum()))
-        found["cosine"].append(float(cosine(begin, end, real).sum()))
-        found["run_cosine"].append(float(cosine(begin, begin + run, real).sum()))
-        angle = cosine(begin, begin + run, batch.last).clamp(-1, 1).arccos() / math.pi
+        found["cosine"].append(float(cosine(before, behind).sum()))
+        found["run_cosine"].append(float(cosine(before, at(begin + run, real)).sum()))
         found["run_angle"].append(float(angle.sum()))
     return found

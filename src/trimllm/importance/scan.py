@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm import memory
 from trimllm.blocks import decoder, families
 from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
@@ -34,6 +33,8 @@ from trimllm.parallel import ALONE, Share
 class Part:
     """What one batch contributed: plain numbers, so that a journal can keep it and a resumed scan need not redo it."""
 
+    rows: str
+    """Digest of the batch's rows: under the same number, another device or attention may have others."""
     base: Pieces
     trials: list[Pieces]
     """Per candidate, {} for one that is not in the race any more; empty if only activations were measured."""
@@ -48,6 +49,7 @@ class Part:
             return [[*owner, *values] for owner, values in pieces.items()]
 
         return {
+            "rows": self.rows,
             "base": flat(self.base),
             "trials": [flat(t) for t in self.trials],
             "tokens": self.tokens,
@@ -61,7 +63,8 @@ class Part:
             return {(row[0], row[1]): (row[2], row[3], row[4]) for row in rows}
 
         counts = record["tokens"], record["sequences"]
-        return cls(pieces(record["base"]), [pieces(t) for t in record["trials"]], *counts, dict(record["sums"]))
+        trials = [pieces(each) for each in record["trials"]]
+        return cls(record["rows"], pieces(record["base"]), trials, *counts, dict(record["sums"]))
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,9 @@ def scan(
 
     `trials=False` measures activations only. `run` is the number of blocks of the runs that `angular` compares.
     With `race`, candidates that cannot win are stopped on the way (multiple choice only; see `racing`).
-    `finished` holds parts of an earlier, interrupted scan; `on_part` receives each new one, on every process of
-    `share`. Units without which the family's layers could not stand are no candidates; the notes name them.
+    `finished` holds parts of an earlier, interrupted scan, which are taken where their rows are still those of the
+    batch; `on_part` receives each new one, on every process of `share`. Units without which the family's layers could
+    not stand are no candidates; the notes name them.
     """
     started = time.perf_counter()
     candidates, notes = _candidates(model, units(unit, whole(decoder.depth(model)), length))
@@ -183,11 +187,12 @@ def scan(
         def work(batches: Batches, first: int, tried: Sequence[int]) -> list[Part]:
             """The parts of `batches`, numbered from `first` on, with trials of these candidates."""
             numbers = range(first, first + len(batches))
-            todo = [number for number in numbers if number not in parts or not _covers(parts[number], tried)]
+            rows = {number: batches.digest(number - first) for number in numbers}
+            todo = [number for number in numbers if not _covers(parts.get(number), rows[number], tried)]
             for begin in range(0, len(todo), share.world):
                 mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
                 part_of = partial(_part, model, candidates=candidates, tried=tried, run=run, resume=resume)
-                made = [(n, _together(batches.compute(n - first, part_of))) for n in mine]
+                made = [(n, _together(rows[n], batches.compute(n - first, part_of))) for n in mine]
                 for number, part in share.gather(made):
                     parts[number] = part
                     if on_part:
@@ -204,8 +209,10 @@ def scan(
     return replace(result, seconds=time.perf_counter() - started, notes=(*notes, *result.notes))
 
 
-def _covers(part: Part, tried: Sequence[int]) -> bool:
-    """Whether an earlier, interrupted scan tried these candidates in this part."""
+def _covers(part: Part | None, rows: str, tried: Sequence[int]) -> bool:
+    """Whether an earlier, interrupted scan tried these candidates on these rows."""
+    if part is None or part.rows != rows:
+        return False
     return not tried or (bool(part.trials) and all(part.trials[i] for i in tried))
 
 
@@ -287,7 +294,7 @@ def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: l
 def _part(model: Any, batch: Batch, candidates: list[Unit], *, tried: Sequence[int], run: int, resume: bool) -> Part:
     base, stream = activations.keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in candidates))
     measured = activations.sums(stream, batch, candidates, run)
-    part = Part(base, [], int(batch.real.sum()), len(batch.last), measured)
+    part = Part("", base, [], int(batch.real.sum()), len(batch.last), measured)
     if tried:
         part.trials = [
             _trial(model, batch, unit, stream, resume) if i in tried else {} for i, unit in enumerate(candidates)
@@ -295,14 +302,14 @@ def _part(model: Any, batch: Batch, candidates: list[Unit], *, tried: Sequence[i
     return part
 
 
-def _together(parts: Sequence[Part]) -> Part:
-    """The part of a batch that was computed in pieces."""
+def _together(rows: str, parts: Sequence[Part]) -> Part:
+    """The part of a batch, with the digest of its rows, that was computed in pieces."""
     if len(parts) == 1:
-        return parts[0]
+        return replace(parts[0], rows=rows)
     trials = [evaluate.add_up(part.trials[i] for part in parts) for i in range(len(parts[0].trials))]
     sums = {name: np.sum([part.sums[name] for part in parts], axis=0).tolist() for name in parts[0].sums}
     tokens, sequences = sum(part.tokens for part in parts), sum(part.sequences for part in parts)
-    return Part(evaluate.add_up(part.base for part in parts), trials, tokens, sequences, sums)
+    return Part(rows, evaluate.add_up(part.base for part in parts), trials, tokens, sequences, sums)
 
 
 def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tensor], resume: bool) -> Pieces:
@@ -326,9 +333,7 @@ def _resumes_exactly(model: Any, batch: Batch) -> bool:
         with trial(model, whole(depth), resume_from=depth // 2) as injection:
             injection.hidden = stream[depth // 2]
             again = evaluate.batch_pieces(model, batch)
-    except evaluate.UNFIT as error:
-        if memory.ended(error):
-            raise
+    except evaluate.UNFIT:
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     return all(abs(base[owner][0] - again[owner][0]) <= tolerance * max(1.0, abs(base[owner][0])) for owner in base)

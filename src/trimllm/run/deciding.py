@@ -129,14 +129,13 @@ class Decider:
 
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         depth, (scorer, metric) = decoder.depth(model), self.asked
-        way = {"batches": scorer.batches.digest(), "metric": metric}
         records = share.from_first(lambda: files.read_lines(parts))
-        same = [record for record in records if "batch" in record and way.items() <= record.items()]
+        same = [record for record in records if "rows" in record and record["metric"] == metric]
         finished = {record["batch"]: scan.Part.load(record) for record in same}
 
         def keep(batch: int, part: scan.Part) -> None:
             if share.first:
-                files.append_line(parts, {"batch": batch, **way, **part.dump()})
+                files.append_line(parts, {"batch": batch, "metric": metric, **part.dump()})
 
         needed = scores.needs(self.config.strategy)
         with console.progress(f"scan of {depth} layers") as show:

@@ -22,7 +22,8 @@ from trimllm.tasks import TaskData
 from trimllm.tasks.catalog import find_builtin
 
 Origin = str | dict[str, str]
-"""A base by the name the user gave, or with keys `name` and, where one was merged, `adapter`."""
+"""A base by the name the user gave, or with keys `name` and, where one was merged, `adapter`; `place` is where the base
+lies, if the name does not lead there from here."""
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "likelihood": "likelihood"}
 """The Hub's names of our metrics."""
@@ -195,7 +196,7 @@ def _card(path: Path) -> Any:
 
 def licence(base: str) -> Licence:
     """The licence of a base, from its card, its config or its licence file; `other` where none of them says it."""
-    if (path := _file(base, "README.md")) is not None:
+    if (path := card_of(base)) is not None:
         data = _card(path).data
         if data.license:
             more = {k: v for k in ("license_name", "license_link") if (v := data.get(k))}
@@ -222,11 +223,16 @@ def licence(base: str) -> Licence:
 
 def terms(base: Origin) -> list[Path]:
     """The licence and notice files of a base, as far as it has some and they can be had."""
-    name = _named(base)["name"]
+    name = _place(base)
     folder = Path(models.path_of(name))
     if folder.is_dir():
         return sorted(path for pattern in folders.TERMS for path in folder.glob(pattern) if path.is_file())
     return [path for file in (*LICENCE_FILES, "NOTICE") if (path := _file(name, file)) is not None]
+
+
+def card_of(base: Origin) -> Path | None:
+    """The card of a base, if it has one that can be had."""
+    return _file(_place(base), "README.md")
 
 
 def _file(base: str, name: str) -> Path | None:
@@ -248,18 +254,23 @@ def _named(base: Origin) -> dict[str, str]:
     return {"name": base} if isinstance(base, str) else base
 
 
+def _place(base: Origin) -> str:
+    named = _named(base)
+    return named.get("place", named["name"])
+
+
 def _on_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def _data(base: Origin, task: str | None, results: list[EvalResult], name: str | None = None) -> ModelCardData:
     named = _named(base)
-    terms = licence(named["name"])
+    terms = licence(_place(base))
     spec = find_builtin(task) if task else None
     hub = spec.source.hub if spec is not None and spec.source is not None else None
     more: dict[str, Any] = dict(terms.more)
     return ModelCardData(
-        base_model=named["name"] if _on_hub(named["name"]) else None,
+        base_model=named["name"] if _on_hub(_place(base)) else None,
         license=terms.id,
         **more,
         library_name="transformers",
@@ -282,7 +293,7 @@ def _origin(base: Origin) -> str:
     lines = [f"Base: `{named['name']}`{adapter}"]
     if "sha256" in named:
         lines.append(f"Base weights: SHA-256 {named['sha256']}")
-    return "  \n".join([*lines, licence(named["name"]).sentence])
+    return "  \n".join([*lines, licence(_place(base)).sentence])
 
 
 def _kept(layout: Layout) -> str:

@@ -33,6 +33,12 @@ def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> di
     return placed
 
 
+def place(name: str, output: str | Path) -> str:
+    """Where a path that the run in `output` was given lies, seen from here."""
+    folder = begun(Path(output) / CONFIG)
+    return name if folder is None or folder == os.getcwd() else _whole(name, output, folder)
+
+
 def same(name: str, before: Any, now: Any) -> bool:
     """Whether two values of a setting, both seen from here, are equal or lead to the same file."""
     if name not in PATHS:

@@ -107,7 +107,9 @@ class Run:
         self._check_room()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
-        asked = {"--task": data.digest(), "--text": training_rows.digest(self.text_rows)}
+        asked = {"--task": data.digest()}
+        if self.config.text_ratio:
+            asked["--text"] = training_rows.digest(self.text_rows)
         rundir.same_data(rundir.data_of(self.dir), asked, self.config, f"the run in {self.config.output}")
         self.journal = Journal(
             self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.main
@@ -169,8 +171,8 @@ class Run:
         self.epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
         self.pad_id = self.calibration.pad_id
         copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
-        if config.keep_checkpoints:
-            copies = 2 + sum(left for left, _ in self.ahead) / depth
+        if config.keep_checkpoints:  # of every depth; embeddings, which are never cut, make them larger than that
+            copies = max(copies, 2 + sum(left for left, _ in self.ahead) / depth)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         state = 2 * optimizer_state.most_bytes(config, model) if self._keeps_state() else 0  # while the new is written
         if rundir.happened(self.dir, "done") is None:
@@ -283,11 +285,11 @@ class Run:
             else:
                 self._drop(state)
         self.console.say(
-            "end of the drops: the last one fell below the accuracy floor; the depth before it is the result"
+            "end of the drops: the last one fell below the accuracy floor; the last depth that does not is the result"
         )
 
     def _above_floor(self) -> bool:
-        """Whether the last stage's calibration accuracy is acceptable; if not, the depth before it is the result."""
+        """Whether the last stage's calibration accuracy is acceptable."""
         values = [stage["calibration"]["value"] for stage in self.journal.of("stage")]
         limit = targets.floor(self.config, values)
         if values[-1] >= limit:
@@ -427,9 +429,10 @@ class Run:
         here = [stage for stage in stages if len(stage["layout"]) in self.dir.kept_depths()]
         if not good or good[-1] not in here:
             known = ", ".join(f"{len(one['layout'])} layers: {one['calibration']['value']:.1f}" for one in here)
+            why = "the weights of the depth that meets it are gone" if good else "no depth meets it"
             raise InputError(
-                f"a floor of {limit:.1f} on the calibration set: the weights of a depth that meets it are gone; there "
-                f"are those of {known}: lower --min-accuracy or give a larger --max-drop, or start another run"
+                f"a floor of {limit:.1f} on the calibration set: {why}; there are those of {known}: lower "
+                "--min-accuracy or give a larger --max-drop, or start another run"
             )
         return good[-1]
 

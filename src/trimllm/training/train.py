@@ -206,7 +206,8 @@ def _ways(
     way, reason = _packing(models, plan, pad_id)
     if reason:
         say(f"  rows are batched by length, not packed: {reason}")
-    sample = [row for row in first if row.targets][:1]
+    # All logits of the sample are held at once, which is what chunks are to spare: few, but more than one.
+    sample = sorted((row for row in first if row.targets), key=lambda row: (row.targets < 2, row.targets))[:1]
     places = 1
     if sample:
         packed = packing.pack(sample, packing.ALONE, pad_id, accelerator.device)

@@ -24,14 +24,17 @@ def examples(
     """The rows of a task's items, and those of --text, which have `text_length` tokens or the context's.
 
     Raises:
-        InputError: if there is nothing to train on, or a row does not fit the context.
+        InputError: if there is nothing to train on, or a row does not fit the context or the model's vocabulary.
     """
     longest = encoding.context_length(model_config, settings.max_length)
     rows = task_examples(tokenizer, items, longest, truncate=settings.truncate)
     if not rows:
         raise InputError("there are no training rows left after the calibration set was held out: give more rows")
     texts = load_text(settings.text) if settings.text else []
-    return rows, text_examples(tokenizer, texts, min(longest, text_length))
+    text_rows = text_examples(tokenizer, texts, min(longest, text_length))
+    vocabulary = model_config.get_text_config(decoder=True).vocab_size
+    encoding.check_vocabulary(tokenizer, (row.ids for row in (*rows, *text_rows)), vocabulary)
+    return rows, text_rows
 
 
 def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, truncate: bool = False) -> list[Example]:
