@@ -138,6 +138,13 @@ def test_webqs_accepts_every_listed_answer():
     assert render("webqs", ROWS["webqs"]).references == ("Paris", "France")
 
 
+def test_an_index_is_no_text_where_choices_are_numbers():
+    row = ROWS["arc_easy"] | {"choices": {"text": ["1", "2", "0"], "label": ["A", "B", "C"]}, "answerKey": "B"}
+    assert render("arc_easy", row).target == " 2"
+    numbers = {"distractor1": "3", "distractor2": "4", "distractor3": "5", "correct_answer": "6"}
+    assert render("sciq", ROWS["sciq"] | numbers).target == " 6"
+
+
 def test_builtin_task_reads_local_files(tmp_path):
     rows = [ROWS["sciq"] | {"question": f"Which part has number {n}?"} for n in range(12)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:10]))

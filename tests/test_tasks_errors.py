@@ -1,9 +1,13 @@
 """Bad input is one line that names the value, the place and the remedy."""
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from trimllm.errors import InputError
 from trimllm.tasks import load_task, load_text
@@ -45,6 +49,10 @@ def write(tmp_path, *rows, name="data.jsonl"):
             "FILE:2: field 'answer' 'a' names choice 1 by text and choice 0 by letter; "
             "say which with answer_as in a task YAML",
         ),
+        (
+            {**GOOD, "choices": ["no", "yes"], "answer": True},
+            "FILE:2: field 'answer' is 'True', which is no index, letter or text of the choices 'no', 'yes'",
+        ),
         ({**GOOD, "choices": []}, "FILE:2: field 'choices' is empty; fill it in or drop the row"),
         ({**GOOD, "choices": ["a", ""]}, "FILE:2: field 'choices' has an empty entry; fill it in or drop the row"),
         ({**GOOD, "choices": 3}, 'FILE:2: field \'choices\' must be a list such as ["yes", "no"], not int'),
@@ -58,6 +66,13 @@ def write(tmp_path, *rows, name="data.jsonl"):
 )
 def test_bad_choice_row(tmp_path, row, expected):
     assert message(write(tmp_path, GOOD, row, *[GOOD] * 8)) == expected
+
+
+@pytest.mark.parametrize("answer", [1, 1.0, "1"])
+def test_an_index_that_is_the_text_of_another_choice(tmp_path, answer):
+    rows = [{"question": f"q {n}", "choices": ["1", "0"], "answer": answer} for n in range(9)]
+    said = message(write(tmp_path, *rows))
+    assert "field 'answer' '1' names choice 0 by text and choice 1 by index; say which with answer_as" in said
 
 
 @pytest.mark.parametrize(
@@ -91,6 +106,16 @@ def test_unknown_columns_are_listed_with_what_is_recognized(tmp_path):
     assert said.endswith("rename the columns or name them in a task YAML (--task my.yaml)")
 
 
+@pytest.mark.parametrize(("names", "answer"), [("first second", "B"), ("opt1 opt2", 2), ("a b", "1"), ("a b", 1)])
+def test_columns_of_choices_that_are_not_known_are_named(tmp_path, names, answer):
+    rows = [{"question": f"q {n}", **dict.fromkeys(names.split(), "red"), "answer": answer, "n": n} for n in range(9)]
+    assert message(write(tmp_path, *rows)) == (
+        f"data: every 'answer' is a letter or a small number (such as '{answer}'), and nothing reads the columns "
+        f"{', '.join(names.split())}: if they are choices, name them A, B, C ... or option_a, option_b ... "
+        "(answers by letter, by text, or by index from 0); if not, drop them"
+    )
+
+
 def test_label_that_train_does_not_have(tmp_path):
     write(tmp_path, *({"text": f"t {n}", "label": "ab"[n % 2]} for n in range(10)), name="train.jsonl")
     write(tmp_path, {"text": "t", "label": "zz"}, name="test.jsonl")
@@ -117,6 +142,14 @@ def test_files_that_cannot_be_read(tmp_path):
     assert message(latin) == "FILE is not UTF-8 text (byte 13); convert it to UTF-8"
     (tmp_path / "half.jsonl.xz").write_bytes(b"\xfd7zXZ\x00\x00")
     assert message(tmp_path / "half.jsonl.xz").startswith("cannot read FILE: ")
+    for ending, whole in {".xz": lzma, ".gz": gzip, ".bz2": bz2, ".zst": zstandard}.items():
+        path = tmp_path / f"damaged.jsonl{ending}"
+        packed = whole.compress(b"".join(b'{"text": "row %d"}\n' % number for number in range(999)))
+        for data in (b'{"text": "not compressed"}\n', packed[:30] + b"damage" * 20 + packed[150:]):
+            path.write_bytes(data)
+            said = message(path)
+            assert said.startswith("cannot read FILE: ")
+            assert said.endswith(f"; check that it is a whole {ending} file")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     assert message(tmp_path / "x.parquet").startswith("cannot read FILE: ")
     (tmp_path / "folder").mkdir()

@@ -55,6 +55,27 @@ def test_choices_in_lettered_columns(tmp_path, answer):
         assert {item.target for item in task.train} == {" green"}
 
 
+@pytest.mark.parametrize("names", ["a b c", "option_a option_b option_c", "opa opb opc", "choiceA choiceB choiceC"])
+@pytest.mark.parametrize("answer", ["B", "b", "green"])
+def test_columns_of_choices_by_other_names(tmp_path, names, answer):
+    cells = dict(zip(names.split(), ("red", "green", "blue"), strict=True))
+    rows = [{"question": f"q {n}", **cells, "topic": "colour", "answer": answer} for n in range(9)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert {(item.continuations, item.target) for item in task.train} == {((" red", " green", " blue"), " green")}
+
+
+def test_a_and_b_beside_a_number_are_no_choices(tmp_path):
+    rows = [{"question": f"Is {n} more than 4?", "a": n, "b": 4, "answer": int(n > 4)} for n in range(9)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert (task.kind, {item.target for item in task.train}) == ("generation", {" 0", " 1"})
+
+
+@pytest.mark.parametrize("row", [{"answer": "7"}, {"answer": "Blue"}, {"answer": "Y", "note": ""}])
+def test_further_columns_are_no_choices_where_answers_are_words_or_larger_numbers(tmp_path, row):
+    rows = [{"question": f"q {n}", "topic": "colour", "note": "easy", **row} for n in range(9)]
+    assert load_task(jsonl(tmp_path / "q.jsonl", rows)).train[0].target == f" {row['answer']}"
+
+
 def test_lettered_choices_may_end_sooner(tmp_path):
     table = "question,A,B,C,answer\n" + "".join(f"q {n},red,green,{'blue' * (n % 2)},B\n" for n in range(12))
     (tmp_path / "q.csv").write_text(table)
@@ -72,6 +93,21 @@ def test_answers_are_read_one_way_in_all_rows(tmp_path):
     assert {item.target for item in letters.train} == {" O", " A"}
     texts = load_task(jsonl(tmp_path / "texts.jsonl", [*rows, {**rows[0], "answer": "AB"}]))
     assert {item.target for item in texts.train} >= {" A", " B"}
+
+
+def test_truth_values_are_texts_and_no_indices(tmp_path):
+    rows = [{"question": f"q {n}", "choices": [True, False], "answer": n % 3 > 0} for n in range(9)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    parts = (task.train, task.calibration, task.test)
+    assert {int(item.prompt.split()[2]): item.target for part in parts for item in part} == {
+        n: f" {n % 3 > 0}" for n in range(9)
+    }
+
+
+def test_whole_numbers_kept_as_floats_are_read_one_way_in_all_rows(tmp_path):
+    rows = [{"question": f"q {n}", "choices": ["1", "0", "x"], "answer": float(n % 3)} for n in range(9)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert {item.target for part in (task.train, task.calibration, task.test) for item in part} == {" 1", " 0", " x"}
 
 
 def test_context_stands_before_the_question_and_keeps_its_questions_together(tmp_path):
@@ -301,6 +337,13 @@ def test_formats_give_the_same_items(tmp_path):
     ]
 
 
+def test_a_csv_cell_may_hold_a_long_document(tmp_path):
+    context = "word " * 40_000
+    table = "context,prompt,completion\n" + "".join(f"{context},say {n},it is {n}\n" for n in range(9))
+    (tmp_path / "q.csv").write_text(table)
+    assert first(tmp_path / "q.csv")[1].target == " it is 0"
+
+
 def test_zstandard(tmp_path):
     import zstandard
 
@@ -321,6 +364,18 @@ def test_folder_by_file_names(tmp_path):
     assert len(task.test) == 6
     assert task.notes[0] == "not used: extra.jsonl (no train, valid or test in its name)"
     assert task.notes[1] == "validation: 4 rows not used (calibration is held out of train)"
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("name", ["data.{}", "my-data.v2_{}", "{}.v2", "a.b.{}-00000-of-00001"])
+def test_a_split_anywhere_in_a_file_name_is_kept_apart(tmp_path, name, ending):
+    write = gzip.open if ending.endswith(".gz") else open
+    for part, rows in (("train", QUESTIONS[:10]), ("valid", QUESTIONS[10:14]), ("test", QUESTIONS[14:])):
+        with write(tmp_path / (name.format(part) + ending), "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(tmp_path)
+    assert len(task.train) + len(task.calibration) == 10
+    assert {item.prompt for item in task.test} == {f"Question: {row['question']}\nAnswer:" for row in QUESTIONS[14:]}
 
 
 def test_test_split_without_answers_gives_way_to_validation(tmp_path):
@@ -359,7 +414,7 @@ def test_a_test_set_without_usable_rows_is_held_out_of_train_or_said(tmp_path):
     jsonl(tmp_path / "train.jsonl", QUESTIONS)
     jsonl(tmp_path / "test.jsonl", QUESTIONS[:4])
     files = "source: {files: {train: train.jsonl, test: test.jsonl}}"
-    spec = f"kind: choice\nprompt: '{{{{ question }}}}'\nchoices: choices\nanswer: answer\n{files}\n"
+    spec = f"kind: choice\nprompt: '{{{{ question }}}}'\nchoices: choices\nanswer: answer\nanswer_as: index\n{files}\n"
     (tmp_path / "own.yaml").write_text(spec + "where: question not in asked | default([])\n")
     rows = [{**row, "asked": [row["question"]]} for row in QUESTIONS[:4]]
     jsonl(tmp_path / "test.jsonl", rows)

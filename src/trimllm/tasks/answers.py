@@ -14,18 +14,14 @@ READINGS: tuple[Reading, ...] = ("index", "letter", "text")
 
 
 def answer_index(answer: Any, choices: tuple[str, ...], answer_as: AnswerAs, place: str, field: str = "answer") -> int:
-    """Index into `choices`. Numbers are indices; strings are tried as text, letter and index.
+    """Index into `choices`. The answer is tried as text, letter and index; a truth value (`true`) as text only.
 
     `answer_as` (index, letter or text) says which of these it is; "auto" does not. `field` is what the user calls it.
 
     Raises:
         InputError: if the answer is out of range, names no choice, or names two different ones.
     """
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
-    if isinstance(answer, int) and answer_as in ("auto", "index"):
-        return _in_range(int(answer), choices, place, field)
-    text = "" if answer is None else str(answer).strip()
+    text = written(answer)
     if not text:
         raise InputError(f"{place}: field '{field}' is empty; fill it in or drop the row")
     readings = _readings(text, choices)
@@ -45,15 +41,22 @@ def common_reading(rows: Iterable[tuple[Any, Any]]) -> AnswerAs:
     common = set(READINGS)
     for answer, choices in rows:
         texts = tuple(str(choice) for choice in read_list(choices))
-        fits = _readings(str(answer).strip(), texts)
+        fits = _readings(written(answer), texts)
         common &= {kind for kind, index in fits.items() if 0 <= index < len(texts)}
     return next(iter(common)) if len(common) == 1 else "auto"
 
 
 def names_one(answer: Any, choices: list[Any]) -> bool:
     """Whether an answer can be meant as one of two or more choices."""
-    readings = _readings(str(answer).strip(), tuple(map(str, choices)))
+    readings = _readings(written(answer), tuple(map(str, choices)))
     return len(choices) > 1 and any(0 <= index < len(choices) for index in readings.values())
+
+
+def written(answer: Any) -> str:
+    """An answer as text; 2.0 is 2, since whole numbers with gaps between them are often kept as floats."""
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    return "" if answer is None else str(answer).strip()
 
 
 def read_list(value: Any) -> list[Any]:

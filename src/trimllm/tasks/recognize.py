@@ -9,14 +9,14 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from trimllm.errors import InputError
-from trimllm.tasks.answers import common_reading, names_one
+from trimllm.tasks.answers import common_reading, names_one, written
 from trimllm.tasks.chat import has_template
 from trimllm.tasks.rows import Row, blank
 from trimllm.tasks.spec import TaskSpec
 
 RECOGNIZED = (
-    "messages | question, choices (or A, B ...), answer | text, label | prompt, completion | instruction, output | "
-    "question (or input), answer_text (or answer) | text"
+    "messages | question, choices (or A, B ... or option_a, option_b ...), answer | text, label | prompt, completion | "
+    "instruction, output | question (or input), answer_text (or answer) | text"
 )
 """The column sets, in the order they are looked for; further columns are ignored (`context` is used where it is)."""
 
@@ -26,6 +26,13 @@ _INPUT = "{% if input is defined and input %}\n{{ input }}{% endif %}"
 _GLUED = (
     "{{ '' if prompt[-1:].isspace() or completion[:1].isspace() else ' ' }}{{ completion | required('completion') }}"
 )
+
+_OPTIONS = [
+    [before + letter for letter in letters]
+    for before in ("option_", "option", "opt_", "opt", "op", "choice_", "choice", "")
+    for letters in (string.ascii_uppercase, string.ascii_lowercase)
+]
+"""Names of columns that hold a choice each, in the order they are looked for."""
 
 _PASSAGES = 10
 """Fewer different contexts than this, each in more rows than this on average, are instructions, not passages."""
@@ -63,6 +70,7 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
         prompt = f"Question: {_required('instruction')}{_INPUT}\nAnswer:"
         return TaskSpec(name=name, kind="generation", prompt=prompt, target=_required("output"))
     if columns.question and columns.answer:
+        _refuse_unread_choices(name, columns, rows)
         return _answers(name, columns)
     if "text" in present:
         return TaskSpec(name=name, kind="text", target="{{ text }}")
@@ -126,13 +134,16 @@ def _choice(name: str, columns: Columns, rows: Iterable[Row]) -> TaskSpec:
 
 
 def _lettered_choice(name: str, question: str, rows: Collection[Row]) -> TaskSpec | None:
-    """Choices in columns of their own, A, B, C ...; those that a row leaves empty at the end it does not have. None
+    """Choices in columns of their own (A, B, C ...); those that a row leaves empty at the end it does not have. None
     where there are no such columns, or most answers are something else."""
     present = {column for row in rows for column in row.values}
-    letters = list(takewhile(present.__contains__, string.ascii_uppercase))
+    found = (list(takewhile(present.__contains__, options)) for options in _OPTIONS)
+    letters = next((options for options in found if len(options) > 1), [])
     answer = next((column for column in ("answer", "label") if column in present), "")
     asked = [(row.values.get(answer), [v for x in letters if not blank(v := row.values.get(x))]) for row in rows]
-    if 2 * sum(names_one(*each) for each in asked) <= len(asked):
+    if letters[:1] == ["a"]:  # with numbers for answers, a and b may as well be what a sum adds
+        asked = [each for each in asked if _worded(each[0])]
+    if 2 * sum(names_one(*each) for each in asked) <= len(rows):
         return None
     listed = ", ".join(f"{letter} | default(none)" for letter in letters)
     return TaskSpec(
@@ -144,6 +155,34 @@ def _lettered_choice(name: str, question: str, rows: Collection[Row]) -> TaskSpe
         answer_as=common_reading(asked),
         group=_GROUP,
     )
+
+
+def _refuse_unread_choices(name: str, columns: Columns, rows: Collection[Row]) -> None:
+    """Letters or small numbers as answers beside texts that nothing reads: choices in columns of other names.
+
+    Raises:
+        InputError: if there are two or more such columns.
+    """
+    cells = [(column, value) for row in rows for column, value in row.values.items()]
+    read = {columns.question, columns.answer, "context"}
+    unread = list(dict.fromkeys(column for column, value in cells if column not in read and _worded(value)))
+    answers = {written(value) for column, value in cells if column == columns.answer and not blank(value)}
+    short = {*string.ascii_letters, *map(str, range(len(unread) + 1))}
+    if columns.answer == "answer" and len(unread) > 1 and answers and answers <= short:
+        raise InputError(
+            f"{name}: every 'answer' is a letter or a small number (such as {min(answers)!r}), and nothing reads the "
+            f"columns {', '.join(unread)}: if they are choices, name them A, B, C ... or option_a, option_b ... "
+            "(answers by letter, by text, or by index from 0); if not, drop them"
+        )
+
+
+def _worded(value: Any) -> bool:
+    """Whether a cell is text, and no number."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return isinstance(value, str) and not blank(value)
+    return False
 
 
 def _answers(name: str, columns: Columns) -> TaskSpec:

@@ -12,6 +12,8 @@ from trimllm.errors import InputError
 
 COMPRESSED = (".xz", ".gz", ".bz2", ".zst")
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_LONGEST_CELL = 2**31 - 1
+"""Characters: the most that Python's csv can be told to take on every platform (by default 131,072)."""
 
 
 class Row(NamedTuple):
@@ -55,8 +57,8 @@ def read_rows(path: Path) -> list[Row]:
         raise InputError(f"{path} does not exist; check the path") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except (OSError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {_line(error)}; check that it is a whole {kind} file") from error
+    except _damages() as error:
+        raise InputError(f"cannot read {path}: {_line(error)}; check that it is a whole {path.suffix} file") from error
     if not rows:
         raise InputError(f"{path} has no rows; give a file with at least one")
     return rows
@@ -100,6 +102,19 @@ def _open(path: Path) -> IO[str]:
     return open(path, encoding="utf-8-sig", newline="" if ending in (".csv", ".tsv") else None)
 
 
+def _damages() -> tuple[type[Exception], ...]:
+    """What reading raises where the disk fails, or bytes are damaged or of another format."""
+    import lzma
+    import zlib
+
+    errors = (OSError, EOFError, zlib.error, lzma.LZMAError)
+    try:
+        import zstandard
+    except ImportError:
+        return errors
+    return *errors, zstandard.ZstdError
+
+
 def _json_lines(path: Path, file: IO[str]) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
         if not line.strip():
@@ -135,6 +150,7 @@ def _object(place: str, value: Any) -> dict[str, Any]:
 
 
 def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_CELL)
     reader: Any = csv.DictReader(file, delimiter=delimiter, restkey=None, restval=None, strict=True)
     try:
         header = [name for name in reader.fieldnames or () if name]

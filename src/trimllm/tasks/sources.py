@@ -76,8 +76,8 @@ def unused_files(path: Path) -> list[Path]:
 
 
 def part_of(path: Path) -> str | None:
-    """The part a file name speaks of (`train`, `books_valid`, `test-00000-of-00001`), if any."""
-    words = re.split(r"[^a-z]+", path.name.lower().split(".")[0])
+    """The part a file name speaks of first (`train`, `books_valid`, `data.test`, `test-00000-of-00001`), if any."""
+    words = re.split(r"[^a-z]+", path.name.lower())
     return next((PARTS[word] for word in words if word in PARTS), None)
 
 
