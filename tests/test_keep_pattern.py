@@ -54,6 +54,27 @@ def test_period_counts_every_list_and_every_index():
     assert families.period(config) is None, "one layer alone has no experts"
 
 
+@pytest.mark.parametrize(
+    ("name", "depth", "period"),
+    [
+        ("qwen2_moe", 6, 2),
+        ("recurrent_gemma", 6, 3),
+        ("jamba", 12, 6),
+        ("jamba", 6, None),
+        ("deepseek_v2", 6, None),
+        ("gpt_neo", 6, 2),
+    ],
+)
+def test_period_counts_every_rule_that_goes_by_the_index(name, depth, period):
+    model = tiny.build(name, depth)
+    assert families.period(model.config) == period
+    if period:
+        kinds = [rule.read(model.config)[:-period] for rule in families.rules(model.config)]
+        trimllm.apply_layout(model, remove(whole(depth), Unit("block", 1, period)))
+        assert families.period(model.config) in (period, None)
+        assert kinds == [rule.read(model.config) for rule in families.rules(model.config)]
+
+
 @pytest.mark.parametrize("start", range(5))
 def test_wherever_a_run_begins_the_pattern_is_what_it_was(start, monkeypatch):
     monkeypatch.setitem(tiny.CONFIGS, "gemma2", {**tiny.CONFIGS["gemma2"], "layer_types": ALTERNATE})

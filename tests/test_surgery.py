@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from tiny import build
+from tiny import COMMON, CUT_ONLY, GPT2, VOCAB, build, randomize
+from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from trimllm.blocks import families, legality
 from trimllm.blocks.decoder import blocks, depth, halves, mid_block, parameters_of, text_config
@@ -238,6 +240,85 @@ def test_unknown_rule_is_refused_instead_of_guessed(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(families.PER_LAYER, "no_rope_layers")
     model = build("smollm3")
     assert "use_rope" in str(refusal(model, without(whole(6), [1])))
+
+
+def mllama() -> Any:
+    """Six layers, of which 1 and 4 attend to images, and are skipped where there are none."""
+    torch.manual_seed(0)
+    config = MllamaTextConfig(**COMMON, num_hidden_layers=6, cross_attention_layers=[1, 4])
+    return randomize(MllamaForCausalLM(config))
+
+
+def test_lists_that_modules_took_from_the_config_follow_the_layers() -> None:
+    model, layout = mllama(), without(whole(6), [0, 1])
+    trimmed = drop_layers(mllama(), [0, 1])
+    assert trimmed.model.cross_attention_layers == trimmed.config.cross_attention_layers == [2]
+    before = logits(model)
+    with trial(model, layout):
+        assert model.model.cross_attention_layers == [2]
+        assert torch.equal(logits(model), logits(trimmed))
+    assert model.model.cross_attention_layers == [1, 4]
+    assert torch.equal(logits(model), before)
+
+
+def test_layer_that_attends_to_images_cannot_come_first() -> None:
+    assert "layer 1 attends to images" in str(refusal(mllama(), without(whole(6), [0])))
+    assert refusal(mllama(), without(whole(6), [1])) is None
+
+
+def test_list_per_layer_of_the_decoder_without_a_rule_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(families.INDICES, "rope_scaling_layers")
+    model = build("molmo2")
+    assert "no rule says what becomes of rope_types in its decoder" in str(refusal(model, without(whole(6), [0])))
+    assert refusal(model, without(whole(6), [5])) is None
+
+
+def test_numbers_of_layers_in_dicts_are_compared() -> None:
+    model = build("zamba2")
+    assert "layer_dic is {1: 0, 4: 1}, and the config can only" in str(refusal(model, without(whole(6), [0])))
+    assert refusal(model, without(whole(6), [5])) is None
+
+
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "hy_v4"])
+def test_layer_whose_choice_of_tokens_others_reuse_goes_after_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CUT_ONLY, name, {**CUT_ONLY[name], "index_topk": 3})
+    model = build(name)
+    message = r"layer 2 computes the choice of tokens that layers \[3\] reuse: keep it"
+    with pytest.raises(InputError, match=message), trial(model, without(whole(6), [2])):
+        pass
+    with pytest.raises(InputError, match=message):
+        drop_layers(model, [0, 1, 2])
+    with trial(model, without(whole(6), [2, 3])):
+        expected = logits(model)
+    assert torch.equal(logits(drop_layers(model, [2, 3])), expected)
+    assert text_config(model).indexer_types == ["full", "shared"] * 2
+
+
+def test_source_of_keys_and_values_moves_with_its_layer() -> None:
+    model = build("mistral_large4")
+    assert "layer 3 computes the keys and values that layers [4] reuse" in str(refusal(model, without(whole(6), [3])))
+    drop_layers(model, [2])
+    assert text_config(model).kv_source_layers == [0, 0, 2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "reason"),
+    [
+        (
+            "rwkv",
+            {"vocab_size": VOCAB, "hidden_size": 32, "context_length": 64},
+            "scales its weights by the layer's n",
+        ),
+        ("openai-gpt", {k: v for k, v in GPT2.items() if k != "n_inner"}, "it computes without a cache"),
+    ],
+)
+def test_family_that_cannot_be_cut_says_why(kind: str, values: dict[str, Any], reason: str) -> None:
+    config = AutoConfig.for_model(kind, num_hidden_layers=6, **values)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match=f"model type '{kind}' cannot be cut: .*{reason}"):
+        drop_layers(model, [2])
+    with pytest.raises(InputError, match=reason), trial(model, without(whole(6), [2])):
+        pass
 
 
 def test_a_cut_is_judged_once_but_for_what_the_model_alone_can_say(monkeypatch: pytest.MonkeyPatch) -> None:

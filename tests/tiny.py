@@ -81,6 +81,7 @@ LINEAR = {
     "linear_conv_kernel_dim": 4,
     "shared_expert_intermediate_size": 16,
 }
+ZAMBA = {**PLAIN, "num_key_value_heads": 4, "mamba_d_state": 8, "mamba_expand": 2, "use_mamba_kernels": False}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 
 
@@ -89,6 +90,15 @@ def _cycle(*kinds: Any) -> Any:
 
 
 SLIDING = {"sliding_window": 4, "layer_types": _cycle("sliding_attention", "full_attention", "full_attention")}
+DSA = {
+    **MLA,
+    "qk_rope_head_dim": 8,
+    "n_group": 1,
+    "index_topk": 64,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "indexer_types": _cycle("full", "shared"),
+}
 HYBRID = {"layer_types": _cycle("linear_attention", "full_attention", "linear_attention")}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -339,6 +349,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granite_swa": {**NO_HEAD_DIM, **SLIDING},
     "xglm": {"vocab_size": VOCAB, "d_model": 32, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64},
     "biogpt": PLAIN,
+    "granitemoe_swa": {**NO_HEAD_DIM, **MOE, **SLIDING},
 }
 """Family (a model type, with a variant after a dash) -> values of its config; a function is called with the depth."""
 
@@ -373,14 +384,90 @@ TOWERS: dict[str, dict[str, Any]] = {
 }
 """Vision-language models whose text decoder is cut: model type -> values of its config."""
 
+CUT_ONLY: dict[str, dict[str, Any]] = {
+    "falcon_mamba": {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 8},
+    "glm_moe_dsa": {**COMMON, **DSA},
+    "hy_v4": {**COMMON, **DSA},
+    "modernbert-decoder": {**NO_HEAD_DIM, **SLIDING, "local_attention": 8},
+    "xlstm": {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_heads": 1,
+        "qk_dim_factor": 1.0,
+        "chunk_size": 8,
+        "num_blocks": lambda depth: depth,
+        "chunkwise_kernel": "chunkwise--native_autograd",
+        "sequence_kernel": "native_sequence__native",
+        "step_kernel": "native",
+    },
+    "zamba": {
+        **ZAMBA,
+        "n_mamba_heads": 2,
+        "mamba_dt_rank": 2,
+        "layers_block_type": _cycle("linear_attention", "hybrid", "hybrid"),
+    },
+    "zamba2": {
+        **ZAMBA,
+        "n_mamba_heads": 4,
+        "chunk_size": 8,
+        "adapter_rank": 4,
+        "use_shared_attention_adapter": True,
+        "layers_block_type": _cycle("linear_attention", "hybrid", "linear_attention"),
+    },
+    "mistral_large4": {
+        "vision_config": {"model_type": "pixtral", **VISION, "head_dim": 8},
+        "text_config": {
+            **COMMON,
+            **DSA,
+            "indexer_types": _cycle("full"),
+            "kv_source_layers": [0, 0, 2, 3, 3, 5],
+            "no_rope_layers": _cycle(1),
+        },
+    },
+    "molmo2": {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "image_default_input_size": [8, 8],
+            "image_patch_size": 4,
+            "image_num_pos": 4,
+        },
+        "adapter_config": {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "text_hidden_size": 32,
+            "vision_feature_layer": [-1, -2],
+        },
+        "text_config": {
+            **COMMON,
+            "additional_vocab_size": 2,
+            "rope_scaling_layers": [1, 4],
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+        },
+    },
+}
+"""Families and vision-language models of which whole blocks are cut; nothing else is tested of them."""
+
 
 SINCE = {"gemma3n_text": "5.6.0", "gemma4_text": "5.5.2", "nemotron_h": "5.6.0", "dbrx": "5.15.0"}
 """The first release of transformers that has the family as it is tested here, where its name came earlier."""
 
 
+def model_type(family: str) -> str:
+    """The model type of a family: its name without the variant."""
+    return family if family in CONFIG_MAPPING else family.partition("-")[0]
+
+
 def absent(family: str) -> str | None:
     """Why the installed transformers cannot build this family, or None."""
-    have, kind = transformers.__version__, family.partition("-")[0]
+    have, kind = transformers.__version__, model_type(family)
     if kind not in CONFIG_MAPPING:
         return f"transformers {have} has no {kind}"
     if Version(have) < Version(SINCE.get(family, "0")):
@@ -395,24 +482,24 @@ def build(family: str, depth: int = 6, seed: int = 0) -> PreTrainedModel:
     """
     if reason := absent(family):
         pytest.skip(reason)
-    if family in TOWERS:
-        return _build_tower(family, depth, seed)
-    values = {k: v(depth) if callable(v) else v for k, v in CONFIGS[family].items()}
+    entries = {**CONFIGS, **TOWERS, **CUT_ONLY}[family]
+    if "text_config" in entries:
+        return _build_tower(family, entries, depth, seed)
+    values = {k: v(depth) if callable(v) else v for k, v in entries.items()}
     name = "n_layers" if family.startswith(("mpt", "dbrx")) else "num_hidden_layers"
     name = {"gpt_neo": "num_layers", "xglm": "num_layers"}.get(family, name)
-    config = AutoConfig.for_model(family.partition("-")[0], **{name: depth}, **values)
+    config = AutoConfig.for_model(model_type(family), **{name: depth}, **values)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return randomize(model, seed)
 
 
-def _build_tower(family: str, depth: int, seed: int) -> PreTrainedModel:
-    values = TOWERS[family]
+def _build_tower(family: str, values: dict[str, Any], depth: int, seed: int) -> PreTrainedModel:
     text = {k: v(depth) if callable(v) else v for k, v in values["text_config"].items()}
     tokens = {"image_token_id": 63, "image_token_index": 63, "video_token_id": 62, "vision_start_token_id": 61}
     config = AutoConfig.for_model(
         family,
-        vision_config=values["vision_config"],
+        **{name: value for name, value in values.items() if name != "text_config"},
         text_config={**text, "num_hidden_layers": depth},
         **(
             tokens | {"boi_token_index": 60, "eoi_token_index": 59, "mm_tokens_per_image": 4, "vision_end_token_id": 58}

@@ -21,11 +21,19 @@ def text_config(model: nn.Module) -> Any:
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
 
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The text decoder: where transformers takes something without blocks for it, such as an output layer, the base."""
+    found: nn.Module = model.get_decoder()  # type: ignore[operator]
+    if any(isinstance(module, nn.ModuleList) for module in found.modules()):
+        return found
+    return model.base_model  # type: ignore[return-value]
+
+
 def container(model: nn.Module) -> tuple[nn.Module, str]:
     """The module that owns the list of decoder blocks, and the list's name in it."""
     config = text_config(model)
     row = families.family(config)
-    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    decoder = text_decoder(model)
     if row.layers is not None:
         parent, _, name = row.layers.rpartition(".")
         owner = decoder.get_submodule(parent)
@@ -115,6 +123,14 @@ def parameters_of(model: nn.Module, half: str, i: int) -> list[nn.Parameter]:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """The numbers, flags and names among a module's attributes: what it took from the config or from its index."""
-    plain = (bool, int, float, str, type(None))
-    return {name: v for name, v in module.__dict__.items() if not name.startswith("_") and isinstance(v, plain)}
+    """The numbers, flags and names among a module's attributes, also in lists, tuples and dicts: what it took from the
+    config or from its index."""
+    return {name: value for name, value in module.__dict__.items() if not name.startswith("_") and _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_plain, [*value, *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return isinstance(value, bool | int | float | str | None)

@@ -3,7 +3,8 @@
 Two tables. `FAMILIES` says what a decoder block of a `model_type` is made of. The field tables (`PER_LAYER`, `INDICES`,
 `LEADING`, `TRAILING`, ...) say what happens to a config entry when layers go; names of config fields mean the same in
 every family, so those tables are shared. A family without a row is cut by the general rules (whole blocks only), and
-`legality.refusal` compares what the new config builds with what the layout needs, so nothing is cut on a guess.
+`legality.refusal` compares what the new config builds with what the layout needs, in every block and in the lists of
+the module that owns them. What it cannot see is a field in none of these tables that the forward pass reads itself.
 """
 
 from __future__ import annotations
@@ -118,8 +119,7 @@ FAMILIES: dict[str, Family] = {
     **_rows("lfm2 lfm2_moe", LFM2),
     **_rows("biogpt xglm", OPT),
     **_rows("mamba mamba2 falcon_mamba", MAMBA),
-    **_rows("bamba nemotron_h recurrent_gemma xlstm zamba zamba2", RECURRENT),
-    "rwkv": replace(RECURRENT, cache_argument="state"),
+    **_rows("nemotron_h recurrent_gemma zamba zamba2", RECURRENT),
     "afmoe": Family(
         attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
         mlp=("pre_mlp_layernorm", "mlp", "post_mlp_layernorm"),
@@ -180,6 +180,7 @@ FAMILIES: dict[str, Family] = {
         branching=False,
     ),
     "olmo_hybrid": replace(RECURRENT, own_cache=True),
+    "openai-gpt": replace(GENERAL, reason="it computes without a cache, and a saved model is checked with one"),
     "opt": replace(OPT, variants=(("do_layer_norm_before", False, OPT_POST_NORM),)),
     "phi3": Family(
         attention=("input_layernorm", "self_attn", "resid_attn_dropout"),
@@ -189,7 +190,11 @@ FAMILIES: dict[str, Family] = {
         mlp=("post_attention_layernorm", "mlp", "dropout"),
         variants=(("use_parallel_residual", True, {"whole": PARALLEL}),),
     ),
+    "rwkv": replace(
+        RECURRENT, reason="transformers scales its weights by the layer's number at the first forward pass"
+    ),
     "vaultgemma": Family(mlp=("pre_feedforward_layernorm", "mlp")),
+    "xlstm": replace(MAMBA, own_cache=True),
 }
 
 
@@ -244,11 +249,19 @@ INDICES: dict[str, str] = {
     "full_attn_idxs": "attention",
     "cross_attention_layers": "attention",
     "attn_layer_indices": "attention",
+    "rope_scaling_layers": "attention",
+    "hybrid_layer_ids": "attention",
 }
 """Lists of layer indices: each becomes the new place of that layer."""
 
+SOURCES: dict[str, str] = {"kv_source_layers": "attention"}
+"""Lists with the number of the layer, for each, whose keys and values it uses: the kept entries, as new places."""
+
 LEADING: dict[str, str] = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
 """How many of the first layers are special: those that remain are counted."""
+
+COUNTS: tuple[str, ...] = ("num_blocks",)
+"""Other names for the number of layers."""
 
 TRAILING: dict[str, str] = {"num_kv_shared_layers": "attention"}
 """How many of the last layers are special: those that remain are counted."""
@@ -271,30 +284,45 @@ def places(layout: Layout, half: str) -> list[int]:
     return found
 
 
-def _sparse_step(config: Any, layout: Layout) -> dict[str, Any]:
-    """`decoder_sparse_step` is a period, counted by index: write the dense layers out instead."""
+@dataclass(frozen=True)
+class Rule:
+    """An implicit rule that counts by index."""
+
+    half: str
+    read: Callable[[Any], list[Any]]
+    """Config -> what each layer is."""
+    write: Callable[[list[Any]], dict[str, Any]]
+    """What each layer is to be -> entries of the config, in the form that the family has for it."""
+
+
+def _dense(config: Any) -> list[bool]:
+    """`decoder_sparse_step` is a period; layers of `mlp_only_layers` are dense in any case."""
     step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
-    was_dense = [i in dense or (i + 1) % step != 0 for i in places(layout, "mlp")]
-    return {"decoder_sparse_step": 1, "mlp_only_layers": [p for p, is_dense in enumerate(was_dense) if is_dense]}
+    return [i in dense or (i + 1) % step != 0 for i in range(config.num_hidden_layers)]
 
 
-def _attention_types(config: Any, layout: Layout) -> dict[str, Any]:
+def _write_dense(dense: list[bool]) -> dict[str, Any]:
+    return {"decoder_sparse_step": 1, "mlp_only_layers": [p for p, is_dense in enumerate(dense) if is_dense]}
+
+
+def _write_attention_types(kinds: list[str]) -> dict[str, Any]:
     """`attention_types` is the run-length form of `attention_layers`."""
-    kinds = [config.attention_layers[i] for i in places(layout, "attention")]
     return {"attention_layers": kinds, "attention_types": [[[kind], 1] for kind in kinds]}
 
 
-def _block_types(config: Any, layout: Layout) -> dict[str, Any]:
-    """`block_types` is a cycle."""
+def _cycle(config: Any) -> list[str]:
     cycle = config.block_types
-    return {"block_types": [cycle[i % len(cycle)] for i in places(layout, "attention")]}
+    return [cycle[i % len(cycle)] for i in range(config.num_hidden_layers)]
 
 
-def _moe_interval(config: Any, layout: Layout) -> dict[str, Any]:
+def _sparse(config: Any) -> list[bool]:
     """Layers from `moe_layer_start_index` to `moe_layer_end_index`, every `moe_layer_interval`-th, are sparse."""
     start, end, step = config.moe_layer_start_index, config.moe_layer_end_index, config.moe_layer_interval
     end = config.num_hidden_layers - 1 if end == -1 else end
-    sparse = [(i + 1) % step == 0 and start <= i <= end for i in places(layout, "mlp")]
+    return [(i + 1) % step == 0 and start <= i <= end for i in range(config.num_hidden_layers)]
+
+
+def _write_sparse(sparse: list[bool]) -> dict[str, Any]:
     if not any(sparse):
         return {"moe_layer_start_index": len(sparse), "moe_layer_end_index": len(sparse), "moe_layer_interval": 1}
     first, last = sparse.index(True), len(sparse) - 1 - sparse[::-1].index(True)
@@ -304,13 +332,15 @@ def _moe_interval(config: Any, layout: Layout) -> dict[str, Any]:
     raise InputError(_irregular("sparse MLP layers", sparse))
 
 
-def _period(kind: str, half: str) -> Callable[[Any, Layout], dict[str, Any]]:
+def _period(kind: str, half: str) -> Rule:
     """`{kind}_layer_period` and `{kind}_layer_offset`: layer i is special where i % period == offset."""
+    names = (f"{kind}_layer_period", f"{kind}_layer_offset")
 
-    def rewrite(config: Any, layout: Layout) -> dict[str, Any]:
-        names = (f"{kind}_layer_period", f"{kind}_layer_offset")
+    def read(config: Any) -> list[bool]:
         period, offset = (getattr(config, name) for name in names)
-        special = [i % period == offset for i in places(layout, half)]
+        return [i % period == offset for i in range(config.num_hidden_layers)]
+
+    def write(special: list[bool]) -> dict[str, Any]:
         depth = len(special)
         for candidate in range(1, depth + 2):
             for start in range(candidate):
@@ -318,7 +348,7 @@ def _period(kind: str, half: str) -> Callable[[Any, Layout], dict[str, Any]]:
                     return dict(zip(names, (candidate, start), strict=True))
         raise InputError(_irregular(f"layers of kind {kind!r}", special))
 
-    return rewrite
+    return Rule(half, read, write)
 
 
 def _irregular(what: str, pattern: Sequence[bool]) -> str:
@@ -329,15 +359,28 @@ def _irregular(what: str, pattern: Sequence[bool]) -> str:
     )
 
 
-REWRITES: dict[str, Callable[[Any, Layout], dict[str, Any]]] = {
-    "decoder_sparse_step": _sparse_step,
-    "attention_types": _attention_types,
-    "block_types": _block_types,
-    "moe_layer_interval": _moe_interval,
+RULES: dict[str, Rule] = {
+    "decoder_sparse_step": Rule("mlp", _dense, _write_dense),
+    "attention_types": Rule("attention", lambda config: config.attention_layers, _write_attention_types),
+    "block_types": Rule("attention", _cycle, lambda kinds: {"block_types": kinds}),
+    "moe_layer_interval": Rule("mlp", _sparse, _write_sparse),
     "attn_layer_period": _period("attn", "attention"),
     "expert_layer_period": _period("expert", "mlp"),
 }
-"""Implicit rules that count by index, each rewritten in the form the family's config has for it."""
+"""Implicit rules that count by index, by the field that gives them."""
+
+WRITTEN_OUT: dict[str, str] = {"attn_layer_period": "layers_block_type"}
+"""Rules that do not apply where the config holds this list."""
+
+
+def rules(config: Any) -> list[Rule]:
+    """The implicit rules that this config follows."""
+    values = config.__dict__
+    return [
+        rule
+        for name, rule in RULES.items()
+        if values.get(name) is not None and not values.get(WRITTEN_OUT.get(name, ""))
+    ]
 
 
 def config_updates(config: Any, layout: Layout) -> dict[str, Any]:
@@ -362,12 +405,19 @@ def config_updates(config: Any, layout: Layout) -> dict[str, Any]:
         if isinstance(values.get(name), list | tuple):
             chosen = set(values[name])
             updates[name] = [p for p, i in enumerate(places(layout, half)) if i in chosen]
+    for name, half in SOURCES.items():
+        if isinstance(values.get(name), list | tuple):
+            moved = {i: p for p, i in enumerate(places(layout, half))}
+            updates[name] = [moved[values[name][i]] for i in places(layout, half)]
     for name, half in LEADING.items():
         if isinstance(values.get(name), int):
             updates[name] = sum(i < values[name] for i in places(layout, half))
     for name, half in TRAILING.items():
         if isinstance(values.get(name), int):
             updates[name] = sum(i >= depth - values[name] for i in places(layout, half))
+    for name in COUNTS:
+        if values.get(name) == depth:
+            updates[name] = len(layout)
     for name in BY_TYPE:
         value, kinds = values.get(name), values.get("layer_types")
         if value and kinds and set(value) <= set(kinds):
@@ -375,11 +425,22 @@ def config_updates(config: Any, layout: Layout) -> dict[str, Any]:
     for name in ZEROED:
         if values.get(name):
             updates[name] = 0
-    for name, rewrite in REWRITES.items():
-        if values.get(name) is not None:
-            updates |= rewrite(config, layout)
+    for rule in rules(config):
+        was = rule.read(config)
+        updates |= rule.write([was[i] for i in places(layout, rule.half)])
     updates["num_hidden_layers"] = len(layout)
     return updates
+
+
+def per_layer_lists(attributes: dict[str, Any], config: Any, layout: Layout) -> dict[str, Any]:
+    """New values of those attributes of the blocks' owner that are lists with one entry per layer, not of `config`."""
+    return {
+        name: type(value)(value[i] for i in places(layout, "attention"))
+        for name, value in attributes.items()
+        if isinstance(value, list | tuple)
+        and len(value) == config.num_hidden_layers
+        and value != config.__dict__.get(name)
+    }
 
 
 def period(config: Any) -> int | None:
@@ -391,7 +452,12 @@ def period(config: Any) -> int | None:
     depth, values = config.num_hidden_layers, config.to_dict()
     lists = [value for name in PER_LAYER if isinstance(value := values.get(name), list) and len(value) == depth]
     named = [value for name in INDICES if isinstance(value := values.get(name), list)]
-    kinds = [tuple(str(entry[i]) for entry in lists) + tuple(i in entry for entry in named) for i in range(depth)]
+    lists += [rule.read(config) for rule in rules(config)]
+    first = [value for name in LEADING if isinstance(value := values.get(name), int)]
+    kinds = [
+        (*(str(entry[i]) for entry in lists), *(i in entry for entry in named), *(i < count for count in first))
+        for i in range(depth)
+    ]
     periods = [p for p in range(1, depth // 2 + 1) if all(kinds[i] == kinds[i % p] for i in range(depth))]
     return periods[0] if periods else None
 
@@ -415,16 +481,19 @@ def illegal(config: Any, layout: Layout) -> str | None:
         return f"model type {config.model_type!r} cannot be cut: {row.reason}"
     if row.since and _release(have := metadata.version("transformers")) < _release(row.since):  # slow to find out
         return f"model type {config.model_type!r} needs transformers {row.since} or newer: {have} computes it wrongly"
+    first = places(layout, "attention")[0]
+    if first in (config.__dict__.get("cross_attention_layers") or ()):
+        return f"layer {first} attends to images, and the cache counts tokens in the first layer: keep one before it"
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
-        return None
+        return _lost_source(config, layout)
     kept = [kinds[i] for i in places(layout, "attention")]
     if row.last_layer and kept[-1] != row.last_layer:
         return f"the last layer of model type {config.model_type!r} must be of type {row.last_layer}: keep one last"
     if any(kind in ATTENTION_TYPES for kind in kinds) and not any(kind in ATTENTION_TYPES for kind in kept):
         attention = [i for i, kind in enumerate(kinds) if kind in ATTENTION_TYPES]
         return f"no attention layer would remain, and the cache needs one: keep one of the layers {attention}"
-    return _lost_producer(config, layout)
+    return _lost_producer(config, layout) or _lost_source(config, layout)
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -449,4 +518,18 @@ def _lost_producer(config: Any, layout: Layout) -> str | None:
         if producers and producers[-1] not in kept:
             users = [i for i in kept if i >= first_shared and config.layer_types[i] == kind]
             return f"layer {producers[-1]} computes the keys and values that layers {users} reuse: keep it"
+    return None
+
+
+def _lost_source(config: Any, layout: Layout) -> str | None:
+    """Why a layer would lack what it takes from one layer before it, named by the config, or None."""
+    kept, values = places(layout, "attention"), config.__dict__
+    indexers = values.get("indexer_types") or ()
+    full = [max((j for j in range(i + 1) if indexers[j] != "shared"), default=i) for i in range(len(indexers))]
+    taken = {"choice of tokens": full, "keys and values": values.get("kv_source_layers") or ()}
+    for what, sources in taken.items():
+        for i in kept:
+            if sources and (source := sources[i]) not in kept:
+                users = [user for user in kept if sources[user] == source]
+                return f"layer {source} computes the {what} that layers {users} reuse: keep it"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from trimllm.blocks.decoder import (
     INDEX_NAMES,
     REFERENCE_NAMES,
     blocks,
+    container,
     depth,
     plain_attributes,
     repackable,
@@ -56,8 +57,8 @@ def refusal(model: Any, layout: Layout) -> str | None:
     """Why `apply_layout` would refuse, or None.
 
     Builds the model from its config before and after the cut, without weights, and compares block by block: the shape
-    of every weight, and every number and flag that a module took from the config or from its index. A rule that no
-    config entry can express shows as a difference.
+    of every weight, and every number, flag and list that a module took from the config or from its index; then what the
+    owner of the blocks holds. A rule that no config entry can express shows as a difference.
     """
     try:
         check_layout(model, layout, bypass=False)
@@ -97,22 +98,34 @@ def _built_refusal(model: Any, layout: Layout) -> str | None:
         after = _built_facts(type(model), wanted)
     except Exception as error:
         return f"a model of type {kind!r} cannot be built for this cut: {one_line(error)}"
-    return _difference(families.family(text_config(model)), before, after, layout)
+    reason = _difference(families.family(text_config(model)), before.blocks, after.blocks, layout)
+    return reason or _stale(text_config(model), before.owner, after.owner, layout)
 
 
 Facts = dict[str, Any]
-_BUILT: dict[tuple[type, str], tuple[Facts, ...]] = {}
 
 
-def _built_facts(model_class: Any, config: Any) -> tuple[Facts, ...]:
-    """Facts of each block of the model that this config builds, without weights. The latest few are kept."""
+class Built(NamedTuple):
+    """What a config builds."""
+
+    blocks: tuple[Facts, ...]
+    owner: Facts
+    """lists and dicts of the module that owns the blocks"""
+
+
+_BUILT: dict[tuple[type, str], Built] = {}
+
+
+def _built_facts(model_class: Any, config: Any) -> Built:
+    """Facts of the model that this config builds, without weights. The latest few are kept."""
     key = (model_class, config.to_json_string(use_diff=False))
     if key not in _BUILT:
         with torch.device("meta"):
             built = model_class(config.__class__.from_dict(config.to_diff_dict()))
         while len(_BUILT) >= 4:
             del _BUILT[next(iter(_BUILT))]
-        _BUILT[key] = tuple(_facts(block) for block in blocks(built))
+        text = text_config(built)
+        _BUILT[key] = Built(tuple(_facts(block, text) for block in blocks(built)), _held(container(built)[0], text))
     return _BUILT[key]
 
 
@@ -132,6 +145,18 @@ def _difference(row: families.Family, old: tuple[Facts, ...], new: tuple[Facts, 
                     f"layer {source} cannot become layer {place}: its {key.replace('@', '')} is "
                     f"{expected.get(key)}, and the config can only give {found.get(key)} there"
                 )
+    return None
+
+
+def _stale(config: Any, old: Facts, new: Facts, layout: Layout) -> str | None:
+    """Why what the owner of the blocks holds would not be what it holds after a load, or None."""
+    expected = old | families.per_layer_lists(old, config, layout)
+    for name in sorted(expected.keys() | new.keys()):
+        if expected.get(name) != new.get(name):
+            return (
+                f"model type {config.model_type!r} cannot be cut to the layers {families.places(layout, 'attention')}: "
+                f"no rule says what becomes of {name} in its decoder"
+            )
     return None
 
 
@@ -160,8 +185,24 @@ def _exempt(row: families.Family) -> tuple[str, ...]:
     )
 
 
-def _facts(block: nn.Module) -> Facts:
-    """What a block took from config and index: shapes of its weights, and its modules' types, numbers and flags."""
+def _copied(name: str, value: Any, config: Any) -> bool:
+    """Whether a module's attribute is an entry of the config as a whole: surgery keeps the two alike."""
+    return isinstance(value, list | tuple | dict) and value == config.__dict__.get(name)
+
+
+def _held(owner: nn.Module, config: Any) -> Facts:
+    """The lists and dicts of the module that owns the blocks, but for those that the config or transformers gives."""
+    return {
+        name: value
+        for name, value in plain_attributes(owner).items()
+        if isinstance(value, list | tuple | dict)
+        and name != "all_tied_weights_keys"
+        and not _copied(name, value, config)
+    }
+
+
+def _facts(block: nn.Module, config: Any) -> Facts:
+    """What a block took from config and index: shapes of its weights, its modules' types, numbers, flags and lists."""
     facts: Facts = {}
     for name, parameter in [*block.named_parameters(), *block.named_buffers()]:
         facts[name] = tuple(parameter.shape)
@@ -169,6 +210,6 @@ def _facts(block: nn.Module) -> Facts:
         prefix = f"{path}." if path else ""
         facts[f"{prefix}@type"] = type(module).__name__
         for name, value in plain_attributes(module).items():
-            if name not in (*INDEX_NAMES, "training"):
+            if name not in (*INDEX_NAMES, "training") and not _copied(name, value, config):
                 facts[f"{prefix}@{name}"] = value
     return facts

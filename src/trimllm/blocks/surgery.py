@@ -18,7 +18,16 @@ from torch import nn
 
 from trimllm.blocks import adapters, families
 from trimllm.blocks.changes import Changes
-from trimllm.blocks.decoder import INDEX_NAMES, REFERENCE_NAMES, blocks, container, depth, text_config
+from trimllm.blocks.decoder import (
+    INDEX_NAMES,
+    REFERENCE_NAMES,
+    blocks,
+    container,
+    depth,
+    plain_attributes,
+    text_config,
+    text_decoder,
+)
 from trimllm.blocks.layout import Layout, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.errors import InputError
@@ -69,7 +78,7 @@ def apply_layout(model: nn.Module, layout: Layout) -> nn.Module:
         owner, name = container(model)
         kept = assemble(model, layout, changes)
         install(owner, name, kept, changes)
-        describe(model, layout, changes)
+        describe(model, owner, layout, changes)
     except BaseException:
         changes.undo()
         raise
@@ -121,8 +130,18 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def describe(model: nn.Module, layout: Layout, changes: Changes) -> None:
-    """Make every config of the text decoder say what `layout` needs."""
+def describe(model: nn.Module, owner: nn.Module, layout: Layout, changes: Changes) -> None:
+    """Make every config of the text decoder, and the lists that its modules hold, say what `layout` needs."""
+    main = text_config(model)
+    for name, value in families.per_layer_lists(plain_attributes(owner), main, layout).items():
+        changes.put(owner.__dict__, name, value)
+    for name, value in families.config_updates(main, layout).items():
+        old = main.__dict__.get(name)
+        if isinstance(old, list | tuple | dict):
+            for module in owner.modules():
+                copy = module.__dict__.get(name)
+                if type(copy) is type(old) and copy == old:
+                    changes.put(module.__dict__, name, value)
     for config in _configs(model):
         changes.snapshot(config.__dict__)
         families.update_config(config, layout)
@@ -159,7 +178,7 @@ def _rename_device_map(model: nn.Module, owner: nn.Module, name: str, layout: La
 
 def _cut_weights(model: nn.Module, layout: Layout, changes: Changes) -> None:
     """Keep the kept layers' slices of weights with one slice per layer (an embedding's columns, a linear's rows)."""
-    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    decoder = text_decoder(model)
     kept = families.places(layout, "attention")
     count = depth(model)
     for name in families.family(text_config(model)).per_layer_weights:

@@ -17,7 +17,16 @@ from torch import nn
 
 from trimllm.blocks import families
 from trimllm.blocks.changes import Changes
-from trimllm.blocks.decoder import HALVES, blocks, container, depth, half_names, plain_attributes, text_config
+from trimllm.blocks.decoder import (
+    HALVES,
+    blocks,
+    container,
+    depth,
+    half_names,
+    plain_attributes,
+    text_config,
+    text_decoder,
+)
 from trimllm.blocks.layout import Block, Layout
 from trimllm.blocks.legality import check_layout
 from trimllm.blocks.surgery import assemble, describe, install
@@ -111,7 +120,7 @@ def trial(model: nn.Module, layout: Layout, resume_from: int = 0) -> Iterator[In
             computed = [injection, *computed]
         _select_slices(model, effective, changes)
         install(owner, name, computed, changes)
-        describe(model, effective, changes)
+        describe(model, owner, effective, changes)
         yield injection
     finally:
         changes.undo()
@@ -131,7 +140,7 @@ def _bypass(model: nn.Module, layout: Layout, shells: list[nn.Module], changes: 
 def _select_slices(model: nn.Module, layout: Layout, changes: Changes) -> None:
     """On trial, keep the kept layers' slices of what per-layer weights give, instead of cutting the weights."""
     row = families.family(text_config(model))
-    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    decoder = text_decoder(model)
     kept, count = families.places(layout, "attention"), depth(model)
 
     def select(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

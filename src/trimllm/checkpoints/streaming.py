@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from trimllm.blocks import families
-from trimllm.blocks.decoder import blocks, depth, text_config
+from trimllm.blocks.decoder import blocks, depth, text_config, text_decoder
 from trimllm.blocks.layout import Layout, plan_record, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.checkpoints import folders, shards
@@ -253,7 +253,7 @@ def _plan(old: Skeleton, tensors: Sequence[Tensor], numbering: Numbering, layout
 
 def _per_layer(old: Skeleton, tensors: Sequence[Tensor]) -> dict[str, int]:
     """Names on disk of weights with one slice per layer -> the dimension of the slices."""
-    decoder: nn.Module = old.model.get_decoder()  # type: ignore[operator]
+    decoder = text_decoder(old.model)
     found = {}
     for name in families.family(text_config(old.model)).per_layer_weights:
         module = decoder._modules.get(name)
