@@ -73,7 +73,7 @@ def trace(
     """
     row = families.family(decoder.text_config(model))
     kind = model.config.model_type
-    if any(model.get_decoder()._modules.get(name) is not None for name in row.per_layer_weights):
+    if any(decoder.text_decoder(model)._modules.get(name) is not None for name in row.per_layer_weights):
         raise InputError(f"causal tracing: the blocks of {kind} also see the tokens by embeddings of their own")
     modes = ["tracing_state", "tracing_output"] if units[0].kind == "block" else ["tracing_output"]
     modes = modes[:1] if row.normed_residual else modes

@@ -161,7 +161,7 @@ class Job:
         plan = self.plan(loaded, epochs, seed)
         if parameters is None:
             parameters = sparse.freeze(model, whole(decoder.depth(model)), None)
-        pad = encoding.pad_id(loaded.tokenizer, model.get_input_embeddings().weight.shape[0])
+        pad = encoding.pad_id(loaded.tokenizer, model)
         with self.console.progress(self.cell.name) as show:
 
             def step(done: int, total: int, loss: float, speed: float) -> None:

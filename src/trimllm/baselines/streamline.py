@@ -48,7 +48,7 @@ def run(job: Job) -> Product:
     note = f"blocks {start} to {gone[-1]} (cosine {cosine:.3f}) became one"
     steps = job.plan(loaded, job.epochs * SHARE, job.command.seed * 1000) if job.epochs else []
     if steps:
-        pad = encoding.pad_id(loaded.tokenizer, model.get_input_embeddings().weight.shape[0])
+        pad = encoding.pad_id(loaded.tokenizer, model)
         replacement, errors = train_replacement(model, start, length, steps, job.trim_settings(keep=0.5), pad)
         decoder.blocks(model)[start].load_state_dict(replacement.state_dict())
         note += f"; its mean squared error went from {errors[0]:.3g} to {errors[-1]:.3g} in training"

@@ -133,25 +133,30 @@ def encode_pair(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[in
     return before, both[len(before) :]
 
 
-def pad_id(tokenizer: Any, vocabulary: int, without: int = 0) -> int:
-    """What fills rows: the tokenizer's own padding, if a model of so many embeddings knows it."""
+def vocabulary(model: Any) -> int:
+    """Tokens that the model has embeddings for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def pad_id(tokenizer: Any, model: Any, without: int = 0) -> int:
+    """What fills rows: the tokenizer's own padding, if the model has an embedding for it."""
     own = tokenizer.pad_token_id
-    return own if own is not None and own < vocabulary else without
+    return own if own is not None and own < vocabulary(model) else without
 
 
-def check_vocabulary(tokenizer: Any, rows: Iterable[Sequence[int]], vocabulary: int) -> None:
+def check_vocabulary(tokenizer: Any, rows: Iterable[Sequence[int]], known: int) -> None:
     """Tokenizers may have tokens that their model has no embedding for (Gemma 3 1B's has one for images).
 
     Raises:
         InputError: if one of them is in a row.
     """
-    if len(tokenizer) <= vocabulary:
+    if len(tokenizer) <= known:
         return
     for ids in rows:
-        if (largest := max(ids, default=0)) >= vocabulary:
+        if (largest := max(ids, default=0)) >= known:
             token = tokenizer.convert_ids_to_tokens(largest)
             raise InputError(
-                f"a row holds {token!r}, token {largest}, and the model has embeddings for {vocabulary} tokens: "
+                f"a row holds {token!r}, token {largest}, and the model has embeddings for {known} tokens: "
                 "take it out of the row, or mend the tokenizer"
             )
 

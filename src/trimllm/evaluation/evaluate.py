@@ -33,6 +33,8 @@ LOGITS = 2**22
 LEAST_PLACES = 256
 """Places of a chunk, however large the vocabulary: fewer would read the head's weights too often."""
 
+INEXACT = "shared prompts are not exact for"
+
 UNFIT = (TrimError, LookupError, TypeError, ValueError, RuntimeError)
 """What a forward pass raises in a model that cannot take a short cut that is tried on it."""
 
@@ -222,10 +224,9 @@ class Scorer:
         self.encoded = encoding.encode(tokenizer, self.items, limit, truncate=truncate)
         self.note: str | None = None
         self.token_budget = token_budget
-        vocabulary = model.get_input_embeddings().weight.shape[0]
         rows = (ids for one in self.encoded for ids in (one.prompt, *one.continuations))
-        encoding.check_vocabulary(tokenizer, rows, vocabulary)
-        self.pad_id = encoding.pad_id(tokenizer, vocabulary)
+        encoding.check_vocabulary(tokenizer, rows, encoding.vocabulary(model))
+        self.pad_id = encoding.pad_id(tokenizer, model)
         self.branches = self._decide(model) if branches is None else branches
         self.batches = self._batches(model, self.encoded, self.branches)
 
@@ -261,7 +262,7 @@ class Scorer:
         largest = max(many, key=lambda one: sum(map(len, one.continuations)))
         sample = [*many[:2], *by_length[-2:], largest]
         exact = families.branching(decoder.text_config(model))
-        why = self._branching_fails(model, sample) if exact else "shared prompts are not exact for"
+        why = self._branching_fails(model, sample) if exact else INEXACT
         if why:
             self.note = f"choices are scored one by one: {why} {model.config.model_type}"
         return why is None
@@ -273,10 +274,10 @@ class Scorer:
             shared, single = (self._scores(model, self._batches(model, sample, way), sample) for way in (True, False))
         except UNFIT as error:
             tight = isinstance(error, encoding.NoRoomError)
-            return "memory has no room for shared prompts of" if tight else "shared prompts are not exact for"
+            return "memory has no room for shared prompts of" if tight else INEXACT
         pairs = zip(np.concatenate(shared.loglik), np.concatenate(single.loglik), strict=True)
         close = all(abs(a - b) <= tolerance * max(1.0, abs(b) / 20) for a, b in pairs)
-        return None if close else "shared prompts are not exact for"
+        return None if close else INEXACT
 
     def score(self, model: Any, share: Share = ALONE) -> Scores:
         """Scores of all items; the model must be the one it was made for, or a trimmed one of it, in any dtype."""

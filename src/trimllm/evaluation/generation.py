@@ -44,9 +44,8 @@ def generate(
     if space < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens} fill the {context} tokens of a row: ask for fewer")
     prompts = [encoding.encode_pair(tokenizer, item.prompt, " x")[0][-space:] for item in items]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    encoding.check_vocabulary(tokenizer, prompts, vocabulary)
-    pad = encoding.pad_id(tokenizer, vocabulary, tokenizer.eos_token_id or 0)  # also what stands behind an answer's end
+    encoding.check_vocabulary(tokenizer, prompts, encoding.vocabulary(model))
+    pad = encoding.pad_id(tokenizer, model, tokenizer.eos_token_id or 0)  # also what stands behind an answer's end
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
     waiting = sorted(range(len(items)), key=lambda i: -len(prompts[i]))

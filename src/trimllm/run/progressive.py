@@ -426,7 +426,8 @@ class Run:
         """
         limit = targets.floor(self.config, [stage["calibration"]["value"] for stage in stages])
         good = [stage for stage in stages if stage["calibration"]["value"] >= limit]
-        here = [stage for stage in stages if len(stage["layout"]) in self.dir.kept_depths()]
+        kept = self.dir.kept_depths()
+        here = [stage for stage in stages if len(stage["layout"]) in kept]
         if not good or good[-1] not in here:
             known = ", ".join(f"{len(one['layout'])} layers: {one['calibration']['value']:.1f}" for one in here)
             why = "the weights of the depth that meets it are gone" if good else "no depth meets it"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trimllm.blocks.decoder import text_decoder
 from trimllm.evaluation import evaluate
 from trimllm.training.packing import Packed, target_logits
 
@@ -60,7 +61,7 @@ def decode(model: Any, packed: Packed) -> tuple[torch.Tensor, Any]:
     def keep(_module: Any, _args: Any, output: Any) -> None:
         found.append(output)
 
-    handle = model.get_decoder().register_forward_hook(keep)
+    handle = text_decoder(model).register_forward_hook(keep)
     try:
         with evaluate.head_only_at(model, packed.where[:0]):
             model(**packed.inputs, use_cache=False)
@@ -75,7 +76,7 @@ def logits_of(model: Any, hidden: torch.Tensor, output: Any) -> torch.Tensor:
     `output` they stand in for."""
     chunk = copy.copy(output)
     chunk.last_hidden_state = hidden[None]
-    with _decoder_returns(model.get_decoder(), chunk):
+    with _decoder_returns(text_decoder(model), chunk):
         ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits[0]
 
