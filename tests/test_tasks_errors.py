@@ -39,7 +39,7 @@ def write(tmp_path, *rows, name="data.jsonl"):
         ({**GOOD, "answer": ""}, "FILE:2: field 'answer' is empty; fill it in or drop the row"),
         ({**GOOD, "answer": 2}, "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1)"),
         ({**GOOD, "answer": -1}, "FILE:2: field 'answer' is -1, but there are 2 choices (0 to 1)"),
-        ({**GOOD, "answer": "C"}, "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1)"),
+        ({**GOOD, "answer": "C"}, "FILE:2: field 'answer' is C, but there are 2 choices (A to B)"),
         (
             {**GOOD, "answer": "cc"},
             "FILE:2: field 'answer' is 'cc', which is no index, letter or text of the choices 'a', 'b'",

@@ -33,7 +33,14 @@ def answer_index(answer: Any, choices: tuple[str, ...], answer_as: AnswerAs, pla
     if len(set(readings.values())) > 1:
         both = " and ".join(f"choice {index} by {kind}" for kind, index in readings.items())
         raise InputError(f"{place}: field '{field}' {text!r} names {both}; say which with answer_as in a task YAML")
-    return _in_range(next(iter(readings.values())), choices, place, field)
+    index = next(iter(readings.values()))
+    if not 0 <= index < len(choices):
+        last = chr(ord("A") + len(choices) - 1) if "letter" in readings else len(choices) - 1
+        first = "A" if "letter" in readings else 0
+        raise InputError(
+            f"{place}: field '{field}' is {text}, but there are {len(choices)} choices ({first} to {last})"
+        )
+    return index
 
 
 def common_reading(rows: Iterable[tuple[Any, Any]]) -> AnswerAs:
@@ -91,11 +98,3 @@ def _shown(choices: tuple[str, ...]) -> str:
     return ", ".join(repr(choice) for choice in choices[:5]) + (
         f" and {len(choices) - 5} more" if len(choices) > 5 else ""
     )
-
-
-def _in_range(index: int, choices: tuple[str, ...], place: str, field: str) -> int:
-    if not 0 <= index < len(choices):
-        raise InputError(
-            f"{place}: field '{field}' is {index}, but there are {len(choices)} choices (0 to {len(choices) - 1})"
-        )
-    return index
