@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trimllm.errors import InputError, one_line
+from trimllm.offline import hub_or_cache
 
 REMEDY = "merge it first, with `model = model.merge_and_unload()`"
 
@@ -28,7 +29,8 @@ def base_of(name: str | Path) -> str | None:
     """
     if _is_path(os.fspath(name)) and not Path(name).is_dir():
         return None
-    path = find_adapter_config_file(os.fspath(name))
+    with hub_or_cache(os.fspath(name)):
+        path = find_adapter_config_file(os.fspath(name))
     if path is None:
         return None
     try:
@@ -61,7 +63,8 @@ def has_file(name: str, file: str) -> bool:
     """Whether an adapter, in a folder or on the Hub, has a file of that name."""
     if Path(name).is_dir():
         return (Path(name) / file).exists()
-    return bool(cached_file(name, file, _raise_exceptions_for_missing_entries=False))
+    with hub_or_cache(name):
+        return bool(cached_file(name, file, _raise_exceptions_for_missing_entries=False))
 
 
 def merge(model: nn.Module, name: str | Path, *, allow_pickle: bool = False) -> nn.Module:
@@ -86,11 +89,13 @@ def merge(model: nn.Module, name: str | Path, *, allow_pickle: bool = False) -> 
             "--allow-pickle (in Python: allow_pickle=True)"
         )
     try:
-        wrapped: Any = PeftModel.from_pretrained(model, os.fspath(name))
+        with hub_or_cache(os.fspath(name)):
+            wrapped: Any = PeftModel.from_pretrained(model, os.fspath(name))
         if not hasattr(wrapped.base_model, "merge_and_unload"):
             kind = wrapped.active_peft_config.peft_type.value
             raise InputError(f"cannot use adapter {str(name)!r}: one of kind {kind} is no change of weights")
-        fit = wrapped.load_adapter(os.fspath(name), "default")
+        with hub_or_cache(os.fspath(name)):
+            fit = wrapped.load_adapter(os.fspath(name), "default")
     except InputError:
         raise
     except Exception as error:

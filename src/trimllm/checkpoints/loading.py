@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trimllm.blocks import adapters
 from trimllm.checkpoints import backends, shards
 from trimllm.errors import InputError, one_line
+from trimllm.offline import hub_or_cache
 
 TOKENIZER_FILES = ("*tokenizer*", "vocab*", "*.model", "*.codes", "*.tiktoken", "tekken*")
 """Some releases of transformers make up an empty tokenizer where a folder has none of these."""
@@ -75,7 +76,7 @@ def load_model(
     if Path(name).is_dir():
         check_folder(Path(name))
     try:
-        with quiet():
+        with quiet(), hub_or_cache(name):
             load: Any = AutoModelForCausalLM.from_pretrained
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             quantized = quantization is not None or getattr(config, "quantization_config", None) is not None
@@ -120,7 +121,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise InputError(f"cannot load a tokenizer from {name!r}: the folder has none; save one beside the model")
     try:
-        with quiet():
+        with quiet(), hub_or_cache(name):
             return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InputError(f"cannot load a tokenizer from {name!r}: {one_line(error)}") from error

@@ -15,6 +15,7 @@ from trimllm.blocks import adapters
 from trimllm.checkpoints import arithmetic, backends, loading, room
 from trimllm.config import ModelSettings, TrimConfig
 from trimllm.errors import InputError
+from trimllm.offline import hub_or_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEMO = Path(__file__).parents[1] / "demo" / "base"
@@ -223,7 +224,8 @@ def config_of(path: str, *, trust_remote_code: bool = False) -> Any:
     name = adapters.base_of(path) or path
     loading.check_path(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with hub_or_cache(name):
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InputError(loading.explain(name, error)) from error
 

@@ -16,6 +16,7 @@ from trimllm.blocks.layout import Layout, whole_layers
 from trimllm.checkpoints import folders, models
 from trimllm.checkpoints.loading import quiet
 from trimllm.config import TrimConfig
+from trimllm.offline import hub_or_cache
 from trimllm.run.account import depth_table
 from trimllm.run.targets import LATE_SHARE
 from trimllm.tasks import TaskData
@@ -241,7 +242,8 @@ def _file(base: str, name: str) -> Path | None:
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     try:
-        return Path(hf_hub_download(base, name))
+        with hub_or_cache():
+            return Path(hf_hub_download(base, name))
     except Exception:  # not there, no access, no network, not an id: in each case nothing is known from it
         return None
 

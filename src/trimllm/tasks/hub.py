@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trimllm.errors import InputError
+from trimllm.offline import hub_or_cache
 from trimllm.tasks.rows import Row
 from trimllm.tasks.spec import Source
 
@@ -17,7 +18,8 @@ def read_hub(source: Source, split: str, task: str) -> list[Row]:
 
     name = f"{source.hub}/{source.config}" if source.config else str(source.hub)
     try:
-        data = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+        with hub_or_cache():
+            data = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
     except Exception as error:  # whatever the Hub client raises, the remedy is the same
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(

@@ -1,0 +1,43 @@
+"""The Hugging Face Hub where no network is: found out once, not by every file's retries (80 s and more each)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import constants, get_session
+
+AGAIN = 60.0
+"""Seconds for which a Hub that gave no answer is not asked again."""
+
+_missed = float("-inf")
+
+
+@contextmanager
+def hub_or_cache(name: str = "") -> Iterator[None]:
+    """While files of the Hub are asked for: if it does not answer, work offline, as with `HF_HUB_OFFLINE=1`.
+
+    What was downloaded before is then taken from the cache, and anything else is missed at once. Nothing is asked
+    where `name` is a folder or file of this machine.
+    """
+    before = constants.HF_HUB_OFFLINE
+    if not before and not (name and Path(name).exists()):
+        constants.HF_HUB_OFFLINE = not _answers()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers() -> bool:
+    global _missed
+    if time.monotonic() < _missed + AGAIN:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # whatever this release's client raises where it gets no answer
+        _missed = time.monotonic()
+        return False
+    return True

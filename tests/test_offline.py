@@ -1,0 +1,71 @@
+"""Without a network nobody waits: neither for what was downloaded before nor for a name that was mistyped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from trimllm import offline
+from trimllm.checkpoints import loading
+from trimllm.errors import InputError
+
+
+class Network:
+    """What a client sees: a Hub that answers, or none."""
+
+    answers = False
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, float]] = []
+
+    def head(self, url: str, *, timeout: float) -> None:
+        self.asked.append((url, timeout))
+        if not self.answers:
+            raise ConnectionError("Name or service not known")
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    made = Network()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(offline, "get_session", lambda: made)
+    monkeypatch.setattr(offline, "_missed", float("-inf"))
+    return made
+
+
+def test_without_a_network_no_file_is_waited_for(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    def retried(*_: Any, **__: Any) -> None:
+        raise AssertionError("a file was asked for, with its retries")
+
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", retried)
+    for _ in range(2):
+        with pytest.raises(InputError, match="no such folder, nor is it in the cache of the hub, out of reach"):
+            loading.load_model("modls/llama")
+    assert network.asked == [(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)], "asked once"
+    assert not constants.is_offline_mode(), "as it was before"
+
+
+def test_the_hub_is_asked_again_when_the_network_may_be_back(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    with offline.hub_or_cache():
+        assert constants.is_offline_mode()
+    network.answers = True
+    monkeypatch.setattr(offline, "AGAIN", 0.0)
+    with offline.hub_or_cache():
+        assert not constants.is_offline_mode()
+
+
+def test_what_is_on_this_machine_is_no_reason_to_ask(network: Network, tmp_path: Path) -> None:
+    with offline.hub_or_cache(str(tmp_path)):
+        pass
+    assert not network.asked
+
+
+def test_who_works_offline_is_left_alone(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with offline.hub_or_cache("modls/llama"):
+        pass
+    assert not network.asked
+    assert constants.is_offline_mode()
