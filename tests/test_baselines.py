@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from trimllm.baselines import METHODS, Cell, compressor, layer_drop, llm_pruner, one_shot, streamline, trimmed, width
 from trimllm.baselines.job import Job
 from trimllm.blocks import decoder
+from trimllm.blocks.layout import whole, without
 from trimllm.config import CompareConfig
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
@@ -196,6 +197,19 @@ def test_streamline_finds_the_run_with_the_largest_cosine(job_of, length):
     start, cosine = streamline.find_run(job, loaded, length)
     assert start == int(sums.argmax())
     assert cosine == pytest.approx(float(sums.max()) / tokens, abs=1e-5)
+
+
+def test_a_run_that_surgery_refuses_is_not_chosen(job_of, monkeypatch):
+    job = job_of("streamline")
+    loaded = job.load(job.full)
+    best, _ = streamline.find_run(job, loaded, 2)
+    lost = without(whole(decoder.depth(loaded.model)), [best + 1])
+    one = SimpleNamespace(refusal=lambda _, layout: "no period" if layout == lost else None)
+    monkeypatch.setattr(streamline, "legality", one)
+    assert streamline.find_run(job, loaded, 2)[0] != best
+    monkeypatch.setattr(streamline, "legality", SimpleNamespace(refusal=lambda *_: "no period"))
+    with pytest.raises(InputError, match="no run of 2 blocks can become one"):
+        streamline.find_run(job, loaded, 2)
 
 
 def reference_error(model, block, start, length, rows):

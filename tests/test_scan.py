@@ -14,8 +14,8 @@ import reference
 import tiny
 import torch
 
-from trimllm.blocks import decoder, families
-from trimllm.blocks.layout import Unit, units, whole
+from trimllm.blocks import decoder, families, legality
+from trimllm.blocks.layout import Unit, remove, units, whole
 from trimllm.errors import InputError
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.encoding import rows
@@ -136,6 +136,37 @@ def test_layers_that_others_need_are_no_candidates_and_the_rest_is_scanned(token
         expected = reference.logliks(reference.deleted(model, candidate), tokenizer, questions)
         for row, other in zip(found, expected, strict=True):
             assert row == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize(("family", "depth"), [("jamba", 6), ("zamba2", 6), ("nemotron_h", 6), ("llama", 4)])
+def test_candidates_are_the_cuts_that_surgery_takes(family, depth, tokenizer, questions):
+    model = tiny.build(family, depth)
+    whole_model = whole(depth)
+    legal = [u for u in units("block", whole_model) if legality.refusal(model, remove(whole_model, u)) is None]
+    result, _ = run(model, tokenizer, questions)
+    assert result.candidates == legal
+    assert sum("must stay" in note for note in result.notes) == depth - len(legal)
+
+
+def test_streams_beside_each_other_are_one_wide_stream(tokenizer, questions):
+    """Hyper-connections carry (rows, tokens, streams, hidden); with as many rows as streams, too."""
+    model = tiny.build("hy_v4", DEPTH)
+    streams = model.config.hc_mult
+    (alone, _), (together, _) = (run(model, tokenizer, questions[:streams], budget=b, trials=False) for b in (1, 10**6))
+    np.testing.assert_allclose(alone.norm, together.norm, rtol=1e-4)
+    np.testing.assert_allclose(alone.cosine, together.cosine, rtol=1e-4)
+    assert np.isfinite(alone.norm).all()
+
+
+def test_progress_counts_batches_that_are_done_not_those_of_other_rows(tokenizer, questions):
+    model = tiny.build("llama", DEPTH)
+    scorer = Scorer(model, tokenizer, questions, token_budget=60)
+    found, steps = {}, []
+    scan.scan(model, scorer, "acc", on_part=found.__setitem__)
+    count = len(scorer.batches)
+    stale = {n: replace(found[n % count], rows="other rows") for n in range(3 * count)}
+    scan.scan(model, scorer, "acc", finished=stale, progress=lambda done, of: steps.append((done, of)))
+    assert steps == [(n, count) for n in range(1, count + 1)]
 
 
 def test_a_family_without_halves_or_without_cuts_is_refused_with_the_reason(tokenizer, questions):

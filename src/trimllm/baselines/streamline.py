@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from trimllm.baselines.job import Job, Product
-from trimllm.blocks import decoder, families
+from trimllm.blocks import decoder, families, legality
 from trimllm.blocks.layout import whole, without
 from trimllm.blocks.surgery import drop_layers
 from trimllm.checkpoints import models
@@ -68,10 +68,10 @@ def find_run(job: Job, loaded: models.Loaded, length: int) -> tuple[int, float]:
     """
     scorer, metric = job.calibration(loaded)
     found = scan(loaded.model, scorer, metric, trials=False, run=length)
-    depth, config = decoder.depth(loaded.model), decoder.text_config(loaded.model)
+    depth = decoder.depth(loaded.model)
     cosines = dict(zip((unit.index for unit in found.candidates), found.run_cosine.tolist(), strict=True))
     refused = {
-        start: families.illegal(config, without(whole(depth), range(start + 1, start + length)))
+        start: legality.refusal(loaded.model, without(whole(depth), range(start + 1, start + length)))
         for start, cosine in cosines.items()
         if np.isfinite(cosine)
     }

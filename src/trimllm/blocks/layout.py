@@ -40,6 +40,11 @@ class Unit(NamedTuple):
         return f"{self.kind} {self.index}" if self.length == 1 else f"blocks {self.index}-{self.blocks[-1]}"
 
     @property
+    def bypassed(self) -> bool:
+        """Whether the unit can only be bypassed: no stock block is without one of its sub-layers."""
+        return self.kind in ("attention", "mlp")
+
+    @property
     def blocks(self) -> range:
         """Places of the blocks of which the unit holds a part."""
         return range(self.index, self.index + (2 if self.kind == "pair" else self.length))

@@ -57,7 +57,10 @@ def sums(
         hidden = stream.get(key)
         if hidden is None:
             return None
-        hidden = hidden[0] if hidden.dim() == 4 else hidden  # AltUp carries several streams, the first is the main one
+        if (
+            hidden.dim() == 4
+        ):  # streams: those of hyper-connections are one wide stream, the first of AltUp's is the main one
+            hidden = hidden.flatten(2) if hidden.shape[:2] == batch.real.shape else hidden[0]
         return hidden.reshape(-1, hidden.shape[-1])[chosen].float()
 
     def cosine(before: torch.Tensor | None, behind: torch.Tensor | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimllm.blocks import decoder, families
+from trimllm.blocks import decoder, families, legality
 from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
 from trimllm.errors import InputError
@@ -198,7 +198,7 @@ def scan(
                     if on_part:
                         on_part(number, part)
                 if progress:
-                    progress(len(parts), max(len(parts), numbers.stop))
+                    progress(numbers.stop - max(0, len(todo) - begin - share.world), numbers.stop)
             return [parts[number] for number in numbers]
 
         everyone = range(len(candidates)) if trials and race is None else ()
@@ -269,13 +269,18 @@ def _candidates(model: Any, every: Sequence[Unit]) -> tuple[list[Unit], list[str
     """Those of `every` unit that may go, and notes on those that may not.
 
     Raises:
-        InputError: if none may go; says why.
+        InputError: if none may go, or no pair of those asked for; says why.
     """
-    intact = whole(decoder.depth(model))
-    refused = {u: families.illegal(decoder.text_config(model), remove(intact, u)) for u in every}
+    intact, config = whole(decoder.depth(model)), decoder.text_config(model)
+    refused = {
+        u: families.illegal(config, remove(intact, u)) if u.bypassed else legality.refusal(model, remove(intact, u))
+        for u in every
+    }
     candidates = [u for u, reason in refused.items() if reason is None]
-    if not candidates:
-        raise InputError(next(reason for reason in refused.values() if reason))
+    shifted = [reason for u, reason in refused.items() if u.kind == "pair"]
+    for reasons in (list(refused.values()), shifted):
+        if reasons and all(reasons):
+            raise InputError(str(reasons[0]))
     return candidates, [f"{u} must stay: {reason}" for u, reason in refused.items() if reason]
 
 
