@@ -24,7 +24,7 @@ def answer_index(answer: Any, choices: tuple[str, ...], answer_as: AnswerAs, pla
     text = written(answer)
     if not text:
         raise InputError(f"{place}: field '{field}' is empty; fill it in or drop the row")
-    readings = _readings(text, choices)
+    readings = _readings(answer, choices)
     if answer_as != "auto":
         readings = {answer_as: readings[answer_as]} if answer_as in readings else {}
     if not readings:
@@ -48,14 +48,14 @@ def common_reading(rows: Iterable[tuple[Any, Any]]) -> AnswerAs:
     common = set(READINGS)
     for answer, choices in rows:
         texts = tuple(str(choice) for choice in read_list(choices))
-        fits = _readings(written(answer), texts)
+        fits = _readings(answer, texts)
         common &= {kind for kind, index in fits.items() if 0 <= index < len(texts)}
     return next(iter(common)) if len(common) == 1 else "auto"
 
 
 def names_one(answer: Any, choices: list[Any]) -> bool:
     """Whether an answer can be meant as one of two or more choices."""
-    readings = _readings(written(answer), tuple(map(str, choices)))
+    readings = _readings(answer, tuple(map(str, choices)))
     return len(choices) > 1 and any(0 <= index < len(choices) for index in readings.values())
 
 
@@ -76,12 +76,14 @@ def read_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else []
 
 
-def _readings(text: str, choices: tuple[str, ...]) -> dict[Reading, int]:
-    """Every way the string can be meant."""
+def _readings(answer: Any, choices: tuple[str, ...]) -> dict[Reading, int]:
+    """Every way the answer can be meant."""
     readings: dict[Reading, int] = {}
-    stripped = [choice.strip() for choice in choices]
-    if text in stripped:
-        readings["text"] = stripped.index(text)
+    stripped, text = [choice.strip() for choice in choices], written(answer)
+    for literal in (str(answer).strip(), text):  # of choices 0.5, 1.0 an answer 1.0 is the second
+        if literal and literal in stripped:
+            readings["text"] = stripped.index(literal)
+            break
     if len(text) == 1 and "A" <= text.upper() <= "Z":
         readings["letter"] = ord(text.upper()) - ord("A")
     if text.removeprefix("-").isdecimal():
