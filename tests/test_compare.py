@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from helpers_run import Killed, fast, save_base, save_task, with_own_code
+from transformers import AutoTokenizer
 
 from trimllm import cli, compare, memory
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job, plain
@@ -638,6 +639,11 @@ def wrong(world: tuple[Path, Path], folder: Path) -> dict[str, tuple[dict[str, A
     (bare / "model.safetensors").unlink()
     encoder = shutil.copytree(base, folder / "encoder")
     (encoder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    wider = shutil.copytree(base, folder / "wider")
+    tokenizer = AutoTokenizer.from_pretrained(wider)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(wider)
+    image = rows_file(folder / "image", *[question(f"{n} <image> words") for n in range(40)])
     same = shutil.copytree(task, folder / "other" / "task")
     long = rows_file(folder / "long", *[question(f"{n} words " * 100) for n in range(40)])
     return {
@@ -658,15 +664,22 @@ def wrong(world: tuple[Path, Path], folder: Path) -> dict[str, tuple[dict[str, A
         "no such device": ({"device": "cuda:99"}, "--device cuda:99: there is no such device here"),
         "unknown attention": ({"attention": "flashy"}, "--attention flashy: "),
         "long rows for the speed": ({"sequence": 100_000}, "--sequence 100000: the model takes at most 128 tokens"),
-        "no room for a prompt": ({"new_tokens": 16}, "--new-tokens 16 leave no prompt in --sequence 16: ask for less"),
+        "no room for a prompt": ({"new_tokens": 16}, "--new-tokens 16 leave no prompt in --sequence 16: ask for less$"),
+        "a token of no embedding": ({"model": str(wider), "also": (image,)}, "a row holds '<image>', token"),
     }
+
+
+def test_a_comparison_that_was_begun_with_too_many_new_tokens_goes_on_nowhere(world: Any, tmp_path: Path) -> None:
+    command = settings(world, tmp_path / "begun", new_tokens=16, resume=True)
+    with pytest.raises(InputError, match="leave no prompt in --sequence 16: ask for less in a new --output"):
+        cell.lengths(command, 128)
 
 
 WRONG = (
     *("unknown task", "no such file", "no training rows", "long prompts", "unknown task of --also"),
     *("broken file in --also", "long prompts in --also", "two tasks of a name", "no such model", "torn weights"),
     *("no weights", "no language model", "no such text", "nothing to drop", "no such device", "unknown attention"),
-    *("long rows for the speed", "no room for a prompt"),
+    *("long rows for the speed", "no room for a prompt", "a token of no embedding"),
 )
 
 

@@ -172,7 +172,8 @@ def lengths(command: CompareConfig, context: int) -> tuple[int, int]:
         raise InputError(f"--sequence {sequence}: the model takes at most {context} tokens: ask for less")
     new_tokens = command.new_tokens or min(64, sequence // 2)
     if new_tokens >= sequence:
-        raise InputError(f"--new-tokens {new_tokens} leave no prompt in --sequence {sequence}: ask for less")
+        where = " in a new --output" if command.resume else ""  # what was begun keeps its number
+        raise InputError(f"--new-tokens {new_tokens} leave no prompt in --sequence {sequence}: ask for less{where}")
     return sequence, new_tokens
 
 

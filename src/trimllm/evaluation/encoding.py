@@ -144,6 +144,11 @@ def pad_id(tokenizer: Any, model: Any, without: int = 0) -> int:
     return own if own is not None and own < vocabulary(model) else without
 
 
+def rows_of(encoded: Iterable[Encoded]) -> Iterator[tuple[int, ...]]:
+    """Their prompts and continuations."""
+    return (ids for one in encoded for ids in (one.prompt, *one.continuations))
+
+
 def check_vocabulary(tokenizer: Any, rows: Iterable[Sequence[int]], known: int) -> None:
     """Tokenizers may have tokens that their model has no embedding for (Gemma 3 1B's has one for images).
 

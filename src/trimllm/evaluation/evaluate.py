@@ -224,8 +224,7 @@ class Scorer:
         self.encoded = encoding.encode(tokenizer, self.items, limit, truncate=truncate)
         self.note: str | None = None
         self.token_budget = token_budget
-        rows = (ids for one in self.encoded for ids in (one.prompt, *one.continuations))
-        encoding.check_vocabulary(tokenizer, rows, encoding.vocabulary(model))
+        encoding.check_vocabulary(tokenizer, encoding.rows_of(self.encoded), encoding.vocabulary(model))
         self.pad_id = encoding.pad_id(tokenizer, model)
         self.branches = self._decide(model) if branches is None else branches
         self.batches = self._batches(model, self.encoded, self.branches)

@@ -34,7 +34,7 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
 
     Raises:
         InputError: if bitsandbytes is missing, `target` is in use, the model is quantized or has nothing to be so, or
-            reported rows of --task do not fit its context.
+            reported rows of --task do not fit its context or vocabulary.
         TrimError: if what was written is not smaller, or differs from the quantized model in memory.
     """
     if find_spec("bitsandbytes") is None:
@@ -49,6 +49,8 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     notes = list[str]()
     if data is not None:  # rows that do not fit are met before the work
         encoded = encoding.encode(tokenizer, data.test, encoding.context_length(stock), truncate=command.truncate)
+        known = stock.get_text_config(decoder=True).vocab_size
+        encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), known)
         notes = encoding.row_notes(reported=encoded)
     dtype = torch.float16 if stock.dtype == torch.float16 else torch.bfloat16
     kept, head = _too_odd(stock, own_code) if command.to == "int4" else ([], [])
