@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trimllm.errors import TrimError
+from trimllm.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = Path(__file__).parent / "shapes"
+RATIO = ("ratio", "ratio_min", "ratio_max")
 
 
 def cut_shape(shape: Path, blocks: int, file: Path) -> Path:
@@ -40,7 +43,7 @@ def alternate(sides: Mapping[str, Callable[[], float]], repeats: int, *, warm_up
 def ratios(ours: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     """Median, least and largest of the round-by-round ratios ours / other."""
     each = [a / b for a, b in zip(ours, other, strict=True)]
-    return {"ratio": statistics.median(each), "ratio_min": min(each), "ratio_max": max(each)}
+    return dict(zip(RATIO, (statistics.median(each), min(each), max(each)), strict=True))
 
 
 def machine() -> str:
@@ -56,22 +59,50 @@ def machine() -> str:
     return f"{processor}, {os.cpu_count()} cores, {system}"
 
 
+def changed(parser: argparse.ArgumentParser, options: argparse.Namespace, *free: str, **kept: Any) -> list[str]:
+    """Options other than those of the result in benchmarks/results: `kept`, else the defaults; `free` may be any."""
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(options).items()
+        if name not in free and value != kept.get(name, parser.get_default(name))
+    ]
+
+
 def finish(
-    name: str, ours: Sequence[float], other: Sequence[float], unit: str, *, upside_down: bool = False, **more: Any
+    name: str,
+    ours: Sequence[float],
+    other: Sequence[float],
+    unit: str,
+    *,
+    changed: Sequence[str],
+    upside_down: bool = False,
+    **more: Any,
 ) -> None:
-    """Write benchmarks/results/NAME.json, and print it as the last line. `upside_down`: the ratio is other / ours."""
+    """End with a record of two sides; without rounds their figures are null. `upside_down`: the ratio is other / ours.
+
+    It goes where `write` puts it.
+    """
+    measured = bool(ours and other)
     record = {
         "name": name,
-        "ours": statistics.median(ours),
-        "other": statistics.median(other),
+        "ours": statistics.median(ours) if measured else None,
+        "other": statistics.median(other) if measured else None,
         "unit": unit,
-        **(ratios(other, ours) if upside_down else ratios(ours, other)),
+        **((ratios(other, ours) if upside_down else ratios(ours, other)) if measured else dict.fromkeys(RATIO)),
         "machine": machine(),
         **more,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record), flush=True)
+    write(name, record, changed)
+
+
+def write(name: str, record: dict[str, Any], changed: Sequence[str]) -> None:
+    """Print a record as the last line, and keep it as benchmarks/results/NAME.json unless options were `changed`."""
+    path = RESULTS / f"{name}.json"
+    if changed:
+        print(f"{path.name} stays as it is: it is of another {', '.join(changed)}")
+    else:
+        write_json(path, record)
+    print(json.dumps(record, allow_nan=False), flush=True)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

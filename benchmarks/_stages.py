@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _sides
 import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,6 +52,12 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--blocks", type=int, default=24)
     made.add_argument("--hidden", type=int, default=256)
     return made
+
+
+def changed(parser: argparse.ArgumentParser, options: argparse.Namespace, *free: str, **kept: Any) -> list[str]:
+    """As `_sides.changed`; the kept results are of contract clauses, wherever their folder lies."""
+    clauses = Path(options.data).name == "cuad_clause_type"
+    return _sides.changed(parser, options, *free, data=options.data if clauses else None, **kept)
 
 
 def tokenizer_for(data: str) -> Any:

@@ -1,12 +1,13 @@
 """Eager attention against SDPA, forward and backward as in training, and forward only, over row lengths.
 
     python benchmarks/attention.py
-    python benchmarks/attention.py --hidden 256 --dtype bf16      # bf16 autocast on float32 weights
+    python benchmarks/attention.py --hidden 256 --head 64 --dtype bf16     # bf16 autocast on float32 weights
 
 A Llama with random weights takes micro-batches of the same tokens: rows of one length (no mask), and rows packed from
 four examples each (a block-diagonal mask, from the position ids). Both sides take turns in one process. *Saved* is what
 autograd keeps for the backward pass, in MiB; eager attention keeps (rows, heads, length, length) probabilities. The
-last line is one JSON object about SDPA's seconds over eager's in training, also in results/attention-HIDDEN-DTYPE.json.
+last line is one JSON object about SDPA's seconds over eager's in training, also in results/attention-HIDDEN-DTYPE.json
+if --head is a quarter of --hidden and no other option was given.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _sides import alternate, finish, ratios, run
+from _sides import alternate, changed, finish, ratios, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimllm.console import table
@@ -154,6 +155,7 @@ def main() -> None:
         everything["eager"],
         everything["sdpa"],
         "seconds of a forward and backward pass",
+        changed=changed(parser, options, "hidden", "dtype", head=options.hidden // 4),
         upside_down=True,
         parts=parts,
         **{key: value for key, value in vars(options).items() if key != "lengths"},

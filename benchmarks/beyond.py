@@ -13,6 +13,7 @@ one JSON object, and beyond.json in the folder holds every figure.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from study import ARMS, PARTS, Settings, folder
 from trimllm import config
 from trimllm.commands import run_eval
 from trimllm.console import table
+from trimllm.files import write_json
 from trimllm.run.rundir import RunDir
 
 WORLDS = (("medicine", "law", "finance"), ("medquad", "cuad", "banking77"))
@@ -70,7 +72,7 @@ def history(place: RunDir) -> list[Settings]:
 def questions(part: str, options: argparse.Namespace) -> dict[str, Settings]:
     """What the models of a part are asked beyond its own choices: settings of `trimllm eval` by name."""
     if PARTS[part].generation:
-        return {part: {"task": task_of(part, options), "generate": True, "max_test": options.answers}}
+        return {part: {"task": task_of(part, options), "max_test": options.answers, "truncate": True, "generate": True}}
     world = next(names for names in WORLDS if part in names)
     return {
         name: {"task": task_of(name, options), "max_test": options.questions, "truncate": True}
@@ -85,12 +87,13 @@ def task_of(part: str, options: argparse.Namespace) -> str:
         return str(PARTS[part].settings["task"])
     if options.data is None:
         raise SystemExit(f"{part}: its questions need --data: see benchmarks/study.py")
-    return str(options.data / files)
+    return str((options.data / files).resolve())
 
 
 def measured(one: Trained, name: str, asked: Settings, threads: int | None) -> Settings:
-    """The evaluation, from beside the model if it is there already."""
-    kept = one.model.parent / f"beyond-{one.model.name}-{name}-{asked['max_test']}.json"
+    """The evaluation, from beside the model if it was asked so before."""
+    settings = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    kept = one.model.parent / f"beyond-{one.model.name}-{name}-{settings[:16]}.json"
     if not kept.exists():
         run_eval(config.EvalConfig(model=str(one.model), output=str(kept), threads=threads, **asked))
     found: Settings = json.loads(kept.read_text(encoding="utf-8"))
@@ -143,7 +146,7 @@ def main() -> int:
         raise SystemExit(f"{options.study} holds no finished run of benchmarks/study.py: name its --output")
     print(report(rows))
     record = {"name": "beyond", "unit": "percent", "machine": machine(), "rows": rows}
-    (options.study / "beyond.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(options.study / "beyond.json", record)
     print(json.dumps({key: value for key, value in record.items() if key != "rows"}))
     return 0
 

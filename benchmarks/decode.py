@@ -4,7 +4,8 @@
 
 Two pairs, batch 1, rows of 512 tokens: the embedded model and every second of its blocks, and a larger Llama with
 random weights against the same shape with half the blocks. The sides are measured in turn, each in a process of its
-own. The last line is one JSON object about the larger pair (`pairs` holds both), also written to results/decode.json.
+own. The last line is one JSON object about the larger pair (`pairs` holds both), without options also written to
+results/decode.json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _sides import SHAPES, cut_shape, finish, ratios, run
+from _sides import SHAPES, changed, cut_shape, finish, ratios, run
 
 from trimllm.bench import benching, tables
 from trimllm.blocks import decoder, surgery
@@ -59,7 +60,8 @@ def main() -> int:
                 **ratios(cut["decode_rounds"], base["decode_rounds"]),
             }
     larger = pairs[options.shape.stem]
-    finish("decode", larger["ours"], larger["other"], "tokens/s", ideal=larger["ideal"], pairs=pairs)
+    others = changed(parser, options)
+    finish("decode", larger["ours"], larger["other"], "tokens/s", changed=others, ideal=larger["ideal"], pairs=pairs)
     return 0
 
 

@@ -7,14 +7,14 @@ Models: the embedded demo base, whole and with every other block dropped, and th
 `tests/gguf_cases.py` (every family, every setting that a file states). Compared are tokens of some hundred texts,
 logits of the next token after 100 prompts in four types, and greedy text. Then tokens/s of a Llama large enough that
 its weights decide, whole and with every other block dropped, measured in turn. The last line is one JSON object, which
-also goes to `benchmarks/results/llamacpp.json`; the exit code is 1 if something differed by more than it may.
+also goes to `benchmarks/results/llamacpp.json` if no option but --engine was given; the exit code is 1 if something
+differed by more than it may.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import platform
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from _llamacpp import PYTHON, ROOT, bytes_per_token, run_engine, speed_files
-from _sides import run
+from _sides import changed, run, write
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import trimllm
@@ -353,11 +353,7 @@ def main() -> None:
     line = {"name": "llamacpp"}
     line |= {key: head.get(key) for key in ("ours", "other", "unit", "ratio", "ratio_min", "ratio_max")}
     line |= {"machine": machine(asked.threads), "parts": parts, "logits": found, "wrong": wrong}
-    if not asked.only and parts:
-        results = ROOT / "benchmarks" / "results"
-        results.mkdir(exist_ok=True)
-        (results / "llamacpp.json").write_text(json.dumps(line, indent=1) + "\n")
-    print(json.dumps(line))
+    write("llamacpp", line, changed(parser, asked, "engine"))
     sys.exit(1 if wrong else 0)
 
 

@@ -6,19 +6,21 @@
 Every depth that a run kept (--keep-checkpoints) is scanned once on all reported questions of the task, and what every
 candidate scores is recorded. From that, calibration sets are drawn; each is raced and decided exactly, by the
 `racing.race` of a scan, fed from the record. Costs are what a scan computes: the blocks behind each candidate, and the
-intact model once for the exact scan and twice for a race. The last line is one JSON object, also written to
-results/racing.json: `ours` and `other` are block passes per item, of race and exact scan; ratios are per recorded scan.
+intact model once for the exact scan and twice for a race. The last line is one JSON object: `ours` and `other` are
+block passes per item, of race and exact scan; ratios are per recorded scan. results/racing.json is of 34 checkpoints
+(docs/lab.md) and stays as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _sides import finish, run
+from _sides import changed, finish, run
 
 from trimllm import tasks
 from trimllm.checkpoints import loading
@@ -29,8 +31,13 @@ from trimllm.importance import racing, scan
 
 
 def record(folder: Path, data: Any, keep: Path) -> Any:
-    """Log-likelihoods (1 + candidates, items, choices), the intact model first, and the norms; from `keep` if there."""
-    if not keep.exists():
+    """Log-likelihoods (1 + candidates, items, choices), the intact model first, and the norms.
+
+    From the folder `keep`, if they are there: a record is named by its weights and questions, wherever these lie.
+    """
+    asked = hashlib.sha256(f"{loading.fingerprint(folder)} {data.digest()}".encode()).hexdigest()
+    path = keep / f"{folder.name}-{asked[:16]}.npz"
+    if not path.exists():
         model = loading.load_model(folder)
         tokenizer = loading.load_tokenizer(folder if any(folder.glob("tokenizer*")) else DEMO)
         parts: dict[int, Any] = {}
@@ -41,9 +48,12 @@ def record(folder: Path, data: Any, keep: Path) -> Any:
         pieces += [[part.trials[i] for part in ordered] for i in range(len(result.candidates))]
         full = np.array([evaluate.gather(one, scorer.encoded).loglik for one in pieces], dtype=np.float32)
         answers = np.array([item.answer for item in data.test])
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(keep, full=full, answers=answers, norm=result.norm)
-    return np.load(keep)
+        keep.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as stream:
+            np.savez_compressed(stream, full=full, answers=answers, norm=result.norm)
+        temporary.replace(path)
+    return np.load(path)
 
 
 def decide(recorded: Any, size: int, seed: int, confidence: float) -> tuple[bool, float, float]:
@@ -82,19 +92,19 @@ def main() -> None:
     draws = -(-arguments.scans // len(folders))
     same, ours, other = 0, [], []
     for folder in folders:
-        name = f"{folder.parent.parent.name}-{folder.name}.npz"
-        recorded = record(folder, data, arguments.keep / name)
+        recorded = record(folder, data, arguments.keep)
         for seed in range(draws):
             agrees, race, exact = decide(recorded, arguments.size, seed, arguments.confidence)
             same += agrees
             ours.append(race)
             other.append(exact)
-        print(f"{name}: {same} of {len(ours)} the same so far, {np.sum(other) / np.sum(ours):.2f}x saved", flush=True)
+        print(f"{folder}: {same} of {len(ours)} the same so far, {np.sum(other) / np.sum(ours):.2f}x saved", flush=True)
     finish(
         "racing",
         ours,
         other,
         "block passes per item",
+        changed=changed(parser, arguments, "keep"),
         upside_down=True,
         scans=len(ours),
         same_winner=same / len(ours),

@@ -6,12 +6,12 @@
 Both sides compute, for every block, the accuracy of the model without it, on the same items. Exhaustive: a whole
 forward per candidate over length-sorted, padded (question, choice) rows with all logits, at the best of several batch
 sizes. The sides take turns; accuracies and log-likelihoods must agree. Random weights: no cost depends on their values.
+The last line is one JSON object, of these two calls also written to results/scan.json and results/scan_growth.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _sides import RESULTS, alternate, finish, machine, ratios, run
+from _sides import alternate, changed, finish, machine, ratios, run, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimllm.blocks import decoder
@@ -147,6 +147,7 @@ def compare(kind: str, blocks: int, hidden: int, count: int, repeats: int) -> di
     hits = [100 * float((table.argmax(1) == answers).mean()) for table in reference]
     if worst > 1e-3 or not np.allclose(hits, [trial.value for trial in result.trials]):
         raise SystemExit(f"the sides disagree: log-likelihoods by {worst}")
+    harness_scores(model, tokenizer, items)  # its warm-up, which imports it
     speeds = alternate(
         {
             "ours": lambda: timed(lambda: ours(model, scorer))[0],
@@ -199,8 +200,7 @@ def main() -> None:
     if arguments.growth:
         rows = growth(arguments.hidden, load_tokenizer(DEMO))
         record = {"name": "scan_growth", "machine": machine(), "threads": arguments.threads, "rows": rows}
-        (RESULTS / "scan_growth.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(record))
+        write("scan_growth", record, changed(parser, arguments, growth=True))
         return
     parts = []
     for blocks in arguments.blocks:
@@ -216,7 +216,7 @@ def main() -> None:
                 flush=True,
             )
     first = parts[0]["raw"]
-    record = {"parts": parts, "threads": arguments.threads}
+    record = {"changed": changed(parser, arguments), "parts": parts, "threads": arguments.threads}
     finish("scan", first["ours"], first["exhaustive"], "seconds", upside_down=True, **record)
 
 

@@ -6,25 +6,25 @@
 Both sides are the demo's recipe, in turn. Tokens are counted in full fine-tunes: the warm-up stage that both begin
 with. Shorter full fine-tunes (--full-epochs) show whether fewer tokens had been enough for an accuracy like the trimmed
 model's. Runs are kept in --output; finished ones are not repeated, others go on where they stood. The last line is one
-JSON object, also written to results/schedule.json; the exit code is 1 if recover took more than 3 full fine-tunes, or
-if its accuracy, meant over all pairs, is below that of published by more than the binomial error of that difference.
+JSON object, of three domains and seeds without --full-epochs also written to results/schedule.json; the exit code is 1
+if recover took more than 3 full fine-tunes, or if its accuracy, meant over all pairs, is below that of published by
+more than the binomial error of that difference.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from _sides import finish, run
+from _sides import changed, finish, run
+from study import result_of
 
 from trimllm.config import DemoConfig
-from trimllm.console import Console, table
+from trimllm.console import table
 from trimllm.demo.demo import settings
-from trimllm.run.progressive import trim
 from trimllm.tasks.world import DOMAINS
 
 SIDES: dict[str, dict[str, Any]] = {
@@ -36,11 +36,8 @@ SIDES: dict[str, dict[str, Any]] = {
 
 def result(command: DemoConfig, output: Path, **changes: Any) -> dict[str, Any]:
     """The result.json of the demo's run with `changes`, which is made, or gone on with, if it is not there."""
-    if not (output / "result.json").exists():
-        more = {"report_depths": True, "keep_checkpoints": False, "resume": True}
-        trim(settings(command, output, **more, **changes), console=Console())
-    found: dict[str, Any] = json.loads((output / "result.json").read_text(encoding="utf-8"))
-    return found
+    more = {"report_depths": True, "keep_checkpoints": False, "resume": True}
+    return result_of(settings(command, output, **more, **changes))
 
 
 def fine_tuned(found: dict[str, Any]) -> dict[str, Any]:
@@ -132,14 +129,16 @@ def main() -> int:
     equal = [part["of_equal_accuracy"] for part in parts if part["of_equal_accuracy"] is not None]
     points = [part["recover"]["accuracy"] - part["published"]["accuracy"] for part in parts]
     error = math.hypot(*(part["error"] for part in parts)) / len(parts)
-    spread = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else math.nan
+    spread = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else None
     mean = statistics.mean(points)
-    print(f"recover less published: {mean:+.1f} points, binomial error {error:.1f}, over pairs {spread:.1f}")
+    pairs = "" if spread is None else f", over pairs {spread:.1f}"
+    print(f"recover less published: {mean:+.1f} points, binomial error {error:.1f}{pairs}")
     finish(
         "schedule",
         ours,
         other,
         "training tokens, in full fine-tunes of the warm-up's length",
+        changed=changed(parser, options, "threads", "output", domains=list(DOMAINS), seeds=[0, 1, 2]),
         recover_max=max(ours),
         points_over_published=mean,
         binomial_error=error,

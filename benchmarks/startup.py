@@ -4,7 +4,7 @@
 
 In turn: `trimllm --help`, `import trimllm`, `trimllm eval` on the embedded model (20 questions) until its first output,
 and `import torch, transformers` alone; every one in a process of its own. The last line is one JSON object about
-`eval` against that import (`sides` holds the seconds of all), also written to results/startup.json.
+`eval` against that import (`sides` holds the seconds of all), without options also written to results/startup.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from _sides import alternate, finish, ratios, run
+from _sides import alternate, changed, finish, ratios, run
 
 from trimllm.console import table
 
@@ -53,7 +53,8 @@ def main() -> int:
         spread = f"{ratio['ratio']:.3f} ({ratio['ratio_min']:.3f}-{ratio['ratio_max']:.3f})"
         rows.append([name, f"{statistics.median(values):.2f}", spread])
     print(table(["", "seconds", f"of `{PLAIN}`"], rows))
-    finish("startup", found["trimllm eval"], found[PLAIN], "seconds to the first output", sides=found)
+    unit, others = "seconds to the first output", changed(parser, options)
+    finish("startup", found["trimllm eval"], found[PLAIN], unit, changed=others, sides=found)
     return 0
 
 

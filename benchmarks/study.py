@@ -187,15 +187,25 @@ def settings(part: str, seed: int, options: argparse.Namespace) -> Settings:
 
 def one_run(output: Path, given: Settings) -> list[Settings]:
     """The stages of a run, which is made, or gone on with, if it is not finished."""
-    result = output / "result.json"
     asked = plain_settings.make(config.TrimConfig, {**given, "output": str(output), "resume": True})
-    if result.exists():
-        rundir.same_settings(asked, output, WHERE)
-    else:
+    if not RunDir(output).result.exists():
         print(f"--- {output}", flush=True)
+    return [row for row in result_of(asked)["history"] if row["event"] == "stage"]
+
+
+def result_of(asked: config.TrimConfig) -> Settings:
+    """The result.json of a run, which is made, or gone on with, if it is not finished.
+
+    Raises:
+        InputError: if it was made with other settings.
+    """
+    result = RunDir(asked.output).result
+    if result.exists():
+        rundir.same_settings(asked, asked.output, WHERE)
+    else:
         trim(asked, console=Console())
-    rows: list[Settings] = json.loads(result.read_text(encoding="utf-8"))["history"]
-    return [row for row in rows if row["event"] == "stage"]
+    found: Settings = json.loads(result.read_text(encoding="utf-8"))
+    return found
 
 
 def depths(part: str, options: argparse.Namespace, given: Settings) -> dict[float, int]:

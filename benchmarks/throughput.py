@@ -6,7 +6,8 @@
 Random weights, batch 1: decoding behind a prompt, up to a row of 512 tokens. On an NVIDIA GPU the shape of LLaMA-7B in
 float16, elsewhere one of 1.1 B parameters in bfloat16, and its files in llama.cpp. Every model has a process of its
 own, and all have their turn in every round; where memory does not hold them all, in several groups, the plain model in
-each. A row that cannot be measured says why. The last line is one JSON object, also written to results/throughput.json.
+each. A row that cannot be measured says why. The last line is one JSON object about half the blocks, also written to
+results/throughput.json if no option was given but --llamacpp and, on a CPU, --threads 1.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ import psutil
 import torch
 from _llamacpp import PYTHON, Engine, bytes_per_token, speed_files
 from _quantized import WAYS, linears
-from _sides import SHAPES, alternate, cut_shape, finish, ratios, run
+from _sides import SHAPES, alternate, changed, cut_shape, finish, ratios, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import trimllm
 from trimllm.bench import benching, shapes, tables
+from trimllm.checkpoints.models import device_of
 from trimllm.config import BenchConfig
 from trimllm.console import Console, table
 from trimllm.errors import InputError, TrimError, one_line
@@ -326,16 +328,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.shape.exists():
         parser.error(f"--shape {options.shape}: there is no such file")
+    options.changed = changed(parser, options, "llamacpp", threads=None if cuda else 1)
     return options
 
 
 def main() -> int:
     options = parse()
-    device, size = torch.device(options.device), sizes(options.shape)
+    device, size = device_of(options.device), sizes(options.shape)
     options.depth = size.depth
     command = {
         "dtype": "float16" if device.type == "cuda" else "bfloat16",
-        "device": options.device,
+        "device": str(device),
         "sequence": options.sequence,
         "new_tokens": options.new,
         "repeats": options.repeats,
@@ -346,14 +349,19 @@ def main() -> int:
         folder = Path(name)
         tried = {way: failure(way, options.shape, command, folder) for way in dict.fromkeys(row.way for row in asked)}
         why_not = {row: line for row in asked if (line := tried[row.way])}
+        if line := tried["plain"]:
+            raise InputError(f"{options.shape.name}: the plain model {line}: give another --shape or --device")
         made, refused = groups([row for row in asked if row not in why_not], size, free_memory(device))
         why_not |= refused
         if not made:
             raise InputError(f"{options.shape.name}: {next(iter(refused.values()))}: give a smaller --shape")
         measured: dict[str, dict[str, Any]] = {}
+        beside: dict[str, list[float]] = {}  # rounds of the plain model in the row's own group
         for group in made:
-            for row in measure(group, options.shape, size.depth, command, options.limit, folder):
+            rows = measure(group, options.shape, size.depth, command, options.limit, folder)
+            for row in rows:
                 measured.setdefault(row["row"], row)
+                beside.setdefault(row["row"], rows[0]["rounds"])
         found = [measured.get(row.name) or {"row": row.name, "why_not": why_not[row]} for row in asked]
         if line := llamacpp_missing(size, options.llamacpp, device):
             found.append({"row": "llama.cpp", "why_not": line})
@@ -363,12 +371,14 @@ def main() -> int:
             except (InputError, TrimError) as error:
                 found.append({"row": "llama.cpp", "why_not": f"fails here: {one_line(error)[-160:]}"})
     print(f"{show(found)}\n{options.shape.stem}, {device}, {len(made)} group(s)\n\n{paper()}\n", flush=True)
-    plain, half = measured["plain"], measured[Row("plain", 0.5).name]
+    name = Row("plain", 0.5).name
+    half = measured.get(name, {"rounds": [], "ideal": None})
     finish(
         "throughput",
         half["rounds"],
-        plain["rounds"],
+        beside.get(name, []),
         "tokens/s",
+        changed=options.changed,
         ideal=half["ideal"],
         shape=options.shape.stem,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

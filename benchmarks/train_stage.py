@@ -11,7 +11,7 @@ recipe    the authors' way: 8 rows a step padded to the longest row of the data,
 
 A second pair has the last quarter of the blocks trained and embeddings frozen, over several epochs: ours with
 --cache-frozen-prefix memory against Trainer with the same parameters. The last line is one JSON object about ours
-against the recipe (`parts` holds all pairs), also written to results/train_stage.json.
+against the recipe (`parts` holds all pairs), with --data .../cuad_clause_type also written to results/train_stage.json.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def main() -> None:
         speeds["ours"],
         speeds["recipe"],
         "real tokens/s",
+        changed=stages.changed(parser, arguments),
         parts=parts,
         data=data.name,
         rows=len(data.rows),

@@ -5,16 +5,25 @@ from __future__ import annotations
 import importlib
 import json
 import lzma
+import math
+import os
 import random
+import shutil
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import helpers_run as h
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from trimllm.config import DemoConfig, EvalConfig
+from trimllm.demo.steps import option
 from trimllm.errors import InputError, TrimError
 from trimllm.run import rundir
 
@@ -68,8 +77,7 @@ def module(*parts: str) -> Any:
 def pretrain(data: Path, output: Path, **changes: Any) -> Any:
     """The state after a pre-training of a few steps."""
     quick = {"blocks": 1, "hidden": 128, "batch": 2, "rows": 1, "device": "cpu", "data": data, "output": output}
-    script = module("base", "pretrain")
-    words = [word for name, value in (quick | changes).items() for word in script.option(name, value).split()]
+    words = [word for name, value in (quick | changes).items() for word in option(name, value).split()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain.py", *words])
         module("base", "pretrain").main()
@@ -84,7 +92,7 @@ def test_pre_training_goes_on_as_if_it_had_not_ended_and_only_with_its_own_setti
     other["bf16"] = not half["settings"]["bf16"]
     before = (tmp_path / "half" / "state.pt").read_bytes()
     for name, value in other.items():
-        given, was = (module("base", "pretrain").option(name, one) for one in (value, half["settings"][name]))
+        given, was = (option(name, one) for one in (value, half["settings"][name]))
         line = f"{given}: .*half/state.pt was trained with {was}: give that, or another --output"
         with pytest.raises(InputError, match=f"^{line}$"):
             pretrain(data, tmp_path / "half", **{"steps": 3, name: value})
@@ -96,6 +104,63 @@ def test_pre_training_goes_on_as_if_it_had_not_ended_and_only_with_its_own_setti
     assert resumed["settings"] == whole["settings"]
     assert all(torch.equal(tensor, resumed["model"][name]) for name, tensor in whole["model"].items())
     assert not any(torch.equal(tensor, half["model"][name]) for name, tensor in whole["model"].items())
+
+
+def test_pre_training_goes_on_at_the_learning_rate_where_it_was(data: Path, tmp_path: Path) -> None:
+    pretrain(data, tmp_path, steps=3, warmup=0, decay=1.0)
+    for changes in ({"steps": 6}, {"steps": 4, "decay": 0.5}, {"steps": 4, "warmup": 20}, {"steps": 2}):
+        with pytest.raises(InputError, match=r"was at 33\.3% of the peak learning rate, by these it is at "):
+            pretrain(data, tmp_path, **({"warmup": 0, "decay": 1.0} | changes))
+    on_the_plateau = tmp_path / "plateau"
+    pretrain(data, on_the_plateau, steps=2, warmup=0, decay=0.1)
+    assert pretrain(data, on_the_plateau, steps=4, warmup=0, decay=0.5)["step"] == 4
+
+
+def test_rows_of_a_killed_start_are_made_again_and_only_those_of_the_same_files_and_seed_used(
+    data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    script, save = module("base", "pretrain"), np.save
+
+    def torn(file: Any, rows: Any) -> None:
+        save(file, rows[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(data, tmp_path / "base", steps=1)
+    monkeypatch.setattr(np, "save", save)
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    (other / "finance/banking77/train.jsonl").write_text(json.dumps({"text": "of the sea " * 400}) + "\n")
+    for folder, seed, which in ((other, 0, "finance/banking77/train.jsonl"), (data, 1, "seed")):
+        with pytest.raises(InputError, match=f"the rows in .*base are of another {which}: "):
+            pretrain(folder, tmp_path / "base", steps=1, seed=seed)
+    pretrain(data, tmp_path / "base", steps=1)
+    pretrain(data, tmp_path / "whole", steps=1)
+    for number in range(len(script.SOURCES)):
+        made, again = ((tmp_path / name / f"rows-{number}.npy").read_bytes() for name in ("whole", "base"))
+        assert made == again
+    (tmp_path / "base" / "rows.json").unlink()  # an earlier version
+    assert pretrain(other, tmp_path / "base", steps=2)["step"] == 2
+
+
+def test_a_card_of_what_is_no_finished_base_is_refused_and_nothing_made(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--card: there is no .*typo/pretraining.json: name the --output of a "):
+        pretrain(data, tmp_path / "typo", card=True)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_ends_of_documents_count_as_no_characters(data: Path, tmp_path: Path) -> None:
+    script = module("base", "pretrain")
+    pretrain(data, tmp_path, steps=1)
+    tokenizer = script.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    asked = Namespace(output=tmp_path, data=data, device="cpu", rows=100)
+    name, loss, _, bits, _ = script.perplexities(tokenizer, asked)[0]
+    rows = script.token_rows(tokenizer, script.load_text(data / script.HELD_OUT[name]))
+    texts = [tokenizer.decode(row) for row in rows]
+    assert any(script.EOS in text for text in texts)
+    characters = sum(len(text.replace(script.EOS, "")) for text in texts)
+    assert float(bits) == pytest.approx(float(loss) * rows.size / characters / math.log(2), abs=0.002)
 
 
 def test_exit_codes_are_those_of_the_command_and_of_own_processes(monkeypatch: Any, capsys: Any) -> None:
@@ -176,3 +241,187 @@ def test_a_study_takes_its_depths_from_runs_that_went_further(tmp_path: Path, mo
     assert made == [*before, ("law-0/one-shot/8", 8)], "a cut at once is a run of its own"
     assert accuracies("one-shot", 0.1) == {1: 16, 0.1: 2}
     assert made[-1] == ("law-0/one-shot/2", 2), "full fine-tuning is in a reference that ended above, too"
+
+
+def finished(output: str, asked: Any) -> None:
+    """A run that ended at once."""
+    rundir.claim(asked)
+    Path(output, "result.json").write_text(json.dumps({"history": []}))
+
+
+def test_finished_runs_of_other_settings_are_not_taken_for_those_of_a_schedule(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    schedule = module("schedule")
+    monkeypatch.setattr(module("study"), "trim", lambda asked, console: finished(asked.output, asked))
+    for threads in (1, 2):
+        schedule.result(DemoConfig(domain="law", threads=threads), tmp_path / "run", final_epochs=4.0)
+    with pytest.raises(InputError, match=r"^--final-epochs 3\.5: the run in .*run has 4\.0: "):
+        schedule.result(DemoConfig(domain="law"), tmp_path / "run", final_epochs=3.5)
+
+
+def test_answers_beyond_are_cut_as_in_training_and_of_their_own_data(tmp_path: Path, monkeypatch: Any) -> None:
+    beyond, made = module("beyond"), []
+
+    def evaluate(asked: EvalConfig) -> None:
+        made.append(asked.task)
+        Path(str(asked.output)).write_text(json.dumps({"value": len(made)}))
+
+    monkeypatch.setattr(beyond, "run_eval", evaluate)
+    one = beyond.Trained("medquad_gen", 0, "full", 16, tmp_path / "model", {})
+
+    def measured(**changes: Any) -> int:
+        options = Namespace(**{"data": tmp_path / "data", "answers": 100} | changes)
+        (asked,) = beyond.questions("medquad_gen", options).values()
+        assert asked["truncate"] is True
+        return int(beyond.measured(one, "medquad_gen", asked, None)["value"])
+
+    assert [measured(), measured(data=tmp_path / "other"), measured(answers=50), measured()] == [1, 2, 3, 1]
+
+
+# ---- records
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: Any) -> Path:
+    """Where records are kept, with one of every script."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name in ("scan", "scan_growth", "memory", "schedule", "racing"):
+        (folder / f"{name}.json").write_text("earlier")
+    monkeypatch.setattr(module("_sides"), "RESULTS", folder)
+    return folder
+
+
+def last_line(text: str) -> dict[str, Any]:
+    """The record of a call, as strict JSON."""
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is no JSON")
+
+    found: dict[str, Any] = json.loads(text.splitlines()[-1], parse_constant=refuse)
+    return found
+
+
+def test_a_call_with_other_options_leaves_the_kept_result(results: Path, monkeypatch: Any, capsys: Any) -> None:
+    scan = module("scan")
+    monkeypatch.setattr(scan, "growth", lambda *_: [])
+    part = {"seconds": dict.fromkeys(("ours", "exhaustive", "harness"), 1.0), "layer-tokens over the least possible": 1}
+    part |= {name: {"ratio": 1.0, "ratio_min": 1.0, "ratio_max": 1.0} for name in ("exhaustive", "harness")}
+    monkeypatch.setattr(scan, "compare", lambda *_: part | {"raw": {"ours": [1.0], "exhaustive": [1.0]}})
+    for words in (["--kinds", "short"], ["--repeats", "1"], ["--growth", "--hidden", "64"]):
+        monkeypatch.setattr(sys, "argv", ["scan.py", *words])
+        scan.main()
+        said = capsys.readouterr().out.splitlines()
+        assert f"stays as it is: it is of another {words[-2]}" in said[-2]
+        assert last_line(said[-1])["name"].startswith("scan")
+    assert {path.read_text() for path in results.iterdir()} == {"earlier"}
+    for words in ([], ["--growth"]):
+        monkeypatch.setattr(sys, "argv", ["scan.py", *words])
+        scan.main()
+    assert [json.loads((results / f"{name}.json").read_text())["name"] for name in ("scan", "scan_growth")] == [
+        "scan",
+        "scan_growth",
+    ]
+
+
+def test_kept_results_of_a_stage_are_of_contract_clauses() -> None:
+    stages = module("_stages")
+    parser = stages.parser("")
+    kept = {
+        words: stages.changed(parser, parser.parse_args(words.split()), rows=24)
+        for words in (
+            "--rows 24 --data a/cuad_clause_type",
+            "--data a/cuad_clause_type",
+            "--rows 24",
+            "--rows 24 --data a/medquad_qtype",
+        )
+    }
+    assert list(kept.values()) == [[], ["--rows"], ["--data"], ["--data"]]
+
+
+def test_a_kill_leaves_the_record_that_was_there(results: Path, monkeypatch: Any) -> None:
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", kill)
+    with pytest.raises(KeyboardInterrupt):
+        module("_sides").finish("memory", [1.0], [2.0], "bytes", changed=[])
+    assert (results / "memory.json").read_text() == "earlier"
+
+
+def test_the_record_of_one_pair_of_schedules_is_json_and_not_kept(
+    results: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    schedule = module("schedule")
+
+    def compare(command: DemoConfig, *_: Any) -> dict[str, Any]:
+        side = {"tokens": 3, "full_fine_tunes": 3.0, "accuracy": 90.0, "stderr": 1.0, "drops": [], "minutes": 1.0}
+        full = {"epochs": 3, "tokens": 1, "accuracy": 91.0, "stderr": 1.0}
+        pair = {"domain": command.domain, "seed": command.seed, "published": side, "recover": side}
+        return pair | {"error": 1.0, "of_equal_accuracy": None, "fully_fine_tuned": [full]}
+
+    monkeypatch.setattr(schedule, "compare", compare)
+    monkeypatch.setattr(sys, "argv", ["schedule.py", "--output", str(tmp_path)])
+    assert schedule.main() == 0
+    record = last_line(capsys.readouterr().out)
+    assert (record["pairs"], record["standard_error_over_pairs"]) == (1, None)
+    assert (results / "schedule.json").read_text() == "earlier"
+    every = ["--domains", "medicine", "law", "finance", "--seeds", "0", "1", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["schedule.py", *every])
+    assert schedule.main() == 0
+    assert json.loads((results / "schedule.json").read_text())["pairs"] == 9
+
+
+def test_what_the_harness_does_once_is_not_timed(monkeypatch: Any) -> None:
+    scan, calls = module("scan"), []
+
+    def scores(*_: Any) -> None:
+        calls.append(time.sleep(0.5 if not calls else 0))
+
+    monkeypatch.setattr(scan, "harness_scores", scores)
+    found = scan.compare("short", 2, 64, 2, 2)
+    assert (len(calls), max(found["raw"]["harness"]) < 0.5) == (3, True)
+
+
+def test_recorded_scans_are_of_their_own_weights_and_questions(results: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    racing = module("racing")
+    rows, records = tmp_path / "rows", tmp_path / "recorded"
+    for name, turn in (("rows", 0), ("others", 1)):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            asked = [
+                {"question": f"{split} {i}?", "choices": ["sea", "law"], "answer": (i + turn) % 2} for i in range(8)
+            ]
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    runs = [tmp_path / part / "trimllm" for part in ("medicine-0", "law-0")]
+    for run in runs:
+        h.save_base(run / "checkpoints" / "depth-3", depth=3)
+    weights = runs[1] / "checkpoints" / "depth-3" / "model.safetensors"
+    changed = load_file(weights)
+    changed["model.norm.weight"] *= -1
+    save_file(changed, weights, metadata={"format": "pt"})
+
+    def raced(task: Path) -> int:
+        words = [*map(str, runs), "--task", str(task), "--keep", str(records), "--size", "2", "--scans", "2"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["racing.py", *words])
+            racing.main()
+        return len(list(records.iterdir()))
+
+    save = np.savez_compressed
+
+    def torn(file: Any, **arrays: Any) -> None:
+        save(file, norm=arrays["norm"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", torn)
+    with pytest.raises(KeyboardInterrupt):
+        raced(rows)
+    monkeypatch.setattr(np, "savez_compressed", save)
+    assert (raced(rows), raced(tmp_path / "others")) == (2, 4)
+    monkeypatch.setattr(racing.scan, "scan", lambda *_, **__: pytest.fail("scanned again"))
+    runs[0].rename(tmp_path / "elsewhere")
+    runs[0] = tmp_path / "elsewhere"
+    assert raced(rows) == 4
+    assert (results / "racing.json").read_text() == "earlier"

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimllm.bench import benching, reads, timing
 from trimllm.config import BenchConfig
+from trimllm.errors import InputError
 
 SHAPE = tiny.SHAPE | {"hidden_size": 128, "intermediate_size": 256}
 
@@ -191,6 +192,63 @@ def test_a_row_without_a_measurement_shows_why_and_no_number(script):
 def test_the_papers_ratios_follow_from_its_figures(script):
     speeds = {gpu: script.PAPER[gpu] for gpu in ("A100", "V100", "RTX 3090")}
     assert [round(row[-1] / row[0], 1) for row in speeds.values()] == [2.4, 2.1, 2.0]
+
+
+# ---- the whole benchmark
+
+
+ROUNDS = {"plain": [10.0, 10.0], "trimmed to 50%": [30.0, 30.0]}
+
+
+def whole(script, shape, tmp_path, monkeypatch, *words, made=None, works=True):
+    """The record of a call in which rows fit into the groups `made` and nothing is loaded."""
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--shape", str(shape), "--device", "cpu", *words])
+    monkeypatch.setattr(load("_sides"), "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(script, "failure", lambda *_: None if works else "fails here: no kernel")
+    monkeypatch.setattr(script, "llamacpp_missing", lambda *_: "needs llama-cpp-python")
+    if made is not None:
+        held = {row for group in made for row in group}
+        refused = {row: "needs 9.0 GB with the plain model, 1.0 are free" for row in script.ROWS if row not in held}
+        monkeypatch.setattr(script, "groups", lambda *_: (made, refused))
+    turns = iter((1.0, 2.0))
+
+    def measure(rows, *_):
+        turn = next(turns)  # in the second group the machine is twice as fast
+        each = {row: [turn * speed for speed in ROUNDS[row.name]] for row in rows}
+        sizes = {"ideal": 3.0, "read": 1, "stored": 1, "peak": None}
+        return [script.entry(row.name, 4, each[row], each[rows[0]], **sizes) for row in rows]
+
+    monkeypatch.setattr(script, "measure", measure)
+    script.main()
+
+
+PLAIN_ONLY = ["--only", "plain"]
+
+
+def test_rows_are_recorded_where_memory_does_not_hold_half_the_model(script, shape, tmp_path, monkeypatch, capsys):
+    plain = script.Row("plain")
+    whole(script, shape, tmp_path, monkeypatch, *PLAIN_ONLY, made=[[plain]])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (record["ours"], record["ratio"], record["ideal"]) == (None, None, None)
+    assert [row.get("tokens_per_second") for row in record["rows"]][:2] == [10.0, None]
+    assert record["rows"][1]["why_not"] == "needs 9.0 GB with the plain model, 1.0 are free"
+
+
+def test_the_headline_is_against_the_plain_model_of_its_own_group(script, shape, tmp_path, monkeypatch, capsys):
+    plain, half = script.Row("plain"), script.Row("plain", 0.5)
+    whole(script, shape, tmp_path, monkeypatch, *PLAIN_ONLY, made=[[plain], [plain, half]])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,) = (row for row in record["rows"] if row["row"] == half.name)
+    assert record["ratio"] == row["ratio"] == 3.0
+    assert (record["ours"], record["other"]) == (60.0, 20.0)
+    assert not (tmp_path / "results").exists(), "other options than those of the kept result"
+
+
+def test_a_device_that_is_not_there_or_runs_nothing_is_one_line(script, shape, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"^shape.json: the plain model fails here: no kernel: give another --shape"):
+        whole(script, shape, tmp_path, monkeypatch, works=False)
+    with pytest.raises(InputError, match=r"^--device cuda:99: there is no such device here"):
+        whole(script, shape, tmp_path, monkeypatch, "--device", "cuda:99")
 
 
 # ---- the runner

@@ -1,6 +1,7 @@
 """The fictional world and the base model that was pre-trained on it."""
 
 import hashlib
+import json
 import random
 import subprocess
 import sys
@@ -10,6 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimllm.checkpoints.models import DEMO
+from trimllm.config import DemoConfig
+from trimllm.demo import demo, pretrain
+from trimllm.demo.steps import lr_share, option
+from trimllm.errors import InputError
 from trimllm.tasks import world
 from trimllm.tasks.world_data import ATTRIBUTES
 
@@ -157,3 +162,58 @@ def test_base_is_small_and_knows_facts():
         with torch.no_grad():
             known += model(ids).logits[0, -1].argmax().item() == tokenizer(value)["input_ids"][0]
     assert known >= 24, f"only {known} of 30 facts come first after their sentence's beginning"
+
+
+def test_without_warm_up_the_learning_rate_begins_at_its_peak():
+    assert [lr_share(step, 10, warmup=0, decay=0.2) for step in (0, 7, 9)] == [1, 1, 0.5]
+
+
+def test_pre_training_goes_on_with_its_own_settings_and_keeps_what_was_checked(tmp_path, monkeypatch):
+    def train(**changes):
+        given = {"output": tmp_path, "steps": 2, "batch": 1, "log_every": 1, **changes}
+        pretrain.main([word for name, value in given.items() for word in option(name, value).split()])
+        return json.loads((tmp_path / pretrain.FIGURES).read_text())
+
+    monkeypatch.setattr(pretrain, "value_loss", lambda *_: 0.0)
+    first = train()
+    assert (first["tokens"], first["accuracy"]) == (2 * pretrain.ROW, {})
+    state = (tmp_path / pretrain.STATE).read_bytes()
+    bf16 = torch.load(tmp_path / pretrain.STATE, weights_only=True)["settings"]["bf16"]
+    for name, value in {"batch": 2, "lr": 1e-3, "muon_lr": 0.0, "seed": 1, "bf16": not bf16}.items():
+        with pytest.raises(InputError, match=f"^{option(name, value)}: .* was trained with --.*or another --output$"):
+            train(steps=3, **{name: value})
+    with pytest.raises(InputError, match=r"^--steps 3 --warmup 1 --decay 0\.28: the last step of .* was at 4\.0% of "):
+        train(steps=3, warmup=1)
+    assert (tmp_path / pretrain.STATE).read_bytes() == state
+    monkeypatch.setattr(pretrain, "check", lambda args: {"law": "99.0 %"})
+    assert train(check=True)["accuracy"] == {"law": "99.0 %"}
+    assert train() == first | {"accuracy": {"law": "99.0 %"}}
+    assert train(steps=3)["accuracy"] == {}, "another model"
+
+
+@pytest.mark.parametrize("left", ["config.yaml", "journal.jsonl", "checkpoints/depth-16/model.safetensors"])
+def test_demo_replaces_what_a_kill_left_of_an_earlier_one(left, tmp_path, monkeypatch):
+    def trim(asked, console):
+        seen.append(sorted(path.name for path in (tmp_path / "law").rglob("*") if path.is_file()))
+        raise KeyboardInterrupt
+
+    seen, root = [], tmp_path / "law"
+    for path in (root / "trimmed" / left, root / "trimmed" / "model" / "config.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(demo, "trim", trim)
+    removing = demo.shutil.rmtree
+
+    def kill(path, **more):
+        if path.exists():
+            (path / left).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.shutil, "rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo(DemoConfig(domain="law", output=str(tmp_path)))
+    monkeypatch.setattr(demo.shutil, "rmtree", removing)
+    assert not (root / "trimmed").exists()
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo(DemoConfig(domain="law", output=str(tmp_path)))
+    assert not any(name in seen[0] for name in (left.split("/")[-1], "config.json"))

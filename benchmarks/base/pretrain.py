@@ -9,13 +9,14 @@ tokens of whole documents one behind the other; which source the next row comes 
 share is of the tokens seen. Only training splits are named: no reported question's text is ever seen, and no label.
 
 The matrices of the blocks are trained with Muon, embeddings and norms with AdamW; after a plateau the learning rate
-falls over the last part of `--steps`. Until it has begun to fall, `--steps` may be changed between two starts; sizes,
-batch, rates and seed may not.
+falls over the last part of `--steps`. Until it has begun to fall, `--steps` and `--decay` may be changed between two
+starts; data, sizes, batch, rates and seed may not.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -30,9 +31,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trimllm.checkpoints import arithmetic
-from trimllm.demo.steps import lr_share, optimizers, read_state, save, train_step, write_state
+from trimllm.demo.steps import (
+    check_state,
+    fixed,
+    lr_share,
+    optimizers,
+    read_state,
+    save,
+    train_step,
+    write_state,
+)
 from trimllm.errors import InputError
+from trimllm.files import write_json
 from trimllm.tasks.text import load_text
 
 SOURCES = {
@@ -54,6 +64,7 @@ VOCABULARY = 4096
 ROW = 256
 STATE = "state.pt"
 FIGURES = "pretraining.json"
+MADE_OF = "rows.json"
 
 CARD = """# Lab base of the trimllm benchmarks
 
@@ -141,7 +152,10 @@ def source_rows(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
         if not path.exists():
             pieces = load_text(args.data / name)
             random.Random(f"{args.seed}:{name}").shuffle(pieces)
-            np.save(path, token_rows(tokenizer, pieces))
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("wb") as stream:
+                np.save(stream, token_rows(tokenizer, pieces))
+            temporary.replace(path)
         found.append(np.load(path))
         print(f"{name}: {found[-1].size / 1e6:.2f} M tokens", flush=True)
     return found
@@ -167,34 +181,28 @@ FIXED = ("blocks", "hidden", "batch", "lr", "muon_lr", "seed", "bf16")
 """Options that stay what they were when the training goes on."""
 
 
-def fixed(args: argparse.Namespace) -> dict[str, float]:
-    """What of the settings a state keeps."""
-    return {name: getattr(args, name) for name in FIXED}
+def check_data(args: argparse.Namespace) -> None:
+    """Whether rows and tokenizer in --output are of these files and this seed; noted there before they are made.
 
+    Those of earlier versions, which note nothing, are taken as they are.
 
-def check_state(args: argparse.Namespace) -> None:
-    """Raises InputError if the state in --output is of a training with other settings.
-
-    States of earlier versions, which keep none, are taken as they are. `bf16` that was not given is the state's, or
-    whether the device has bfloat16.
+    Raises:
+        InputError: if they are of others, or a file is not there.
     """
-    path, stored = args.output / STATE, dict[str, Any]()
-    if path.exists():
-        stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("settings", {})
-    if args.bf16 is None:
-        args.bf16 = stored.get("bf16", arithmetic.slowdown(torch.bfloat16, torch.device(args.device)) == 1)
-    for name, value in fixed(args).items():
-        if stored.get(name, value) != value:
-            given, was = (option(name, one) for one in (value, stored[name]))
-            raise InputError(f"{given}: {path} was trained with {was}: give that, or another --output")
-
-
-def option(name: str, value: object) -> str:
-    """A setting as the user gives it."""
-    words = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{words}" if value else f"--no-{words}"
-    return f"--{words} {value}"
+    path = args.output / MADE_OF
+    if not path.exists() and (args.output / "tokenizer.json").exists():
+        return
+    if missing := next((name for name in SOURCES if not (args.data / name).is_file()), None):
+        raise InputError(f"--data {args.data}: there is no {missing}: name the folder with the files of SOURCES")
+    made: dict[str, Any] = {"seed": args.seed}
+    made |= {name: hashlib.sha256((args.data / name).read_bytes()).hexdigest() for name in SOURCES}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else made
+    if other := next((name for name in made if made[name] != before.get(name)), None):
+        raise InputError(
+            f"--data {args.data} --seed {args.seed}: the rows in {args.output} are of another {other}: "
+            "give those that it was begun with, or another --output"
+        )
+    write_json(path, made)
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict[str, Any]:
@@ -210,13 +218,15 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
         done, seconds, log = state["step"], state["seconds"], state["log"]
         print(f"going on from step {done}", flush=True)
     if done >= args.steps:
-        raise InputError(f"--steps {args.steps}: the base in {args.output} has {done} already: ask for more")
+        raise InputError(
+            f"--steps {args.steps}: the base in {args.output} has {done} already: give --card, or another --output"
+        )
     sources = source_rows(tokenizer, args)
     plan = order([len(rows) for rows in sources], args.steps * args.batch, args.seed)
     forward = torch.compile(model, dynamic=False) if args.compile else model
 
     def checkpoint() -> None:
-        write_state(path, model, trained, step=done, seconds=seconds, log=log, settings=fixed(args))
+        write_state(path, model, trained, step=done, seconds=seconds, log=log, settings=fixed(args, FIXED))
         save(model.to("cpu"), tokenizer, args.output)
         model.to(args.device)
 
@@ -281,7 +291,7 @@ def perplexities(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -
         rows = token_rows(tokenizer, pieces if name == "WikiText-2 test" else pieces[:: max(1, len(pieces) // 100)])
         rows = rows[: args.rows]
         loss = mean_loss(model, rows)
-        characters = sum(len(tokenizer.decode(row)) for row in rows)
+        characters = sum(len(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
         figures = [f"{loss:.3f}", f"{math.exp(loss):.1f}", f"{loss * rows.size / characters / math.log(2):.3f}"]
         share = characters / sum(map(len, pieces))
         word = f"{math.exp(loss * rows.size / (WIKITEXT_TOKENS * share)):.0f}" if name.startswith("Wiki") else "-"
@@ -328,15 +338,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.micro_batch is None:
         args.micro_batch = 4 if args.device == "cpu" else args.batch
+    path = args.output / FIGURES
     if not args.card:
-        check_state(args)
+        check_state(args.output / STATE, args, FIXED, args.device)
+        check_data(args)
+    elif not path.exists():
+        raise InputError(f"--card: there is no {path}: name the --output of a finished pre-training")
     args.output.mkdir(parents=True, exist_ok=True)
     if (args.output / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output)
     else:
         tokenizer = build_tokenizer(args.data)
         tokenizer.save_pretrained(args.output)
-    path = args.output / FIGURES
     figures = json.loads(path.read_text()) if args.card else pretrain(tokenizer, args)
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     figures["perplexity"] = perplexities(tokenizer, args)

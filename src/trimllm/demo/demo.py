@@ -63,9 +63,12 @@ def demo(command: config.DemoConfig) -> list[Line]:
 def _demo(command: config.DemoConfig, root: Path) -> list[Line]:
     started, console = time.perf_counter(), Console()
     runs = {name: root / name for name in ("trimmed", "one-shot")}
-    for run in runs.values():
-        if (run / "journal.jsonl").exists():
-            shutil.rmtree(run)
+    for name, run in runs.items():
+        earlier, left = RunDir(run), root / f".{name}.earlier"
+        shutil.rmtree(left, ignore_errors=True)  # of a kill
+        if any(path.exists() for path in (earlier.config, earlier.journal, earlier.checkpoints)):
+            run.rename(left)  # whole: what a kill left in its place would be no run, and refused
+            shutil.rmtree(left)
     console.say(f"A small model that knows three invented domains becomes a specialist in {command.domain}.")
     trimmed = settings(command, runs["trimmed"])
     trim(trimmed, console=console)

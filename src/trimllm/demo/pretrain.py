@@ -6,8 +6,9 @@
 
 The model is a Llama of 16 blocks with hidden size 128 and a byte-level BPE of its own. Every epoch words and orders the
 biographies anew; documents end with the EOS token and are packed into rows of 256 tokens. The matrices of the blocks
-are trained with Muon, the embedding and the norms with AdamW. The model in `--output` is rewritten at every checkpoint,
-so `--check` can be run while pre-training is under way.
+are trained with Muon, the embedding and the norms with AdamW. Until the learning rate has begun to fall, `--steps` and
+`--decay` may be changed between two starts; batch, rates and seed may not. The model in `--output` is rewritten at
+every checkpoint, so `--check` can be run while pre-training is under way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -33,8 +35,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trimllm.checkpoints import arithmetic
-from trimllm.demo.steps import lr_share, optimizers, read_state, save, train_step, write_state
+from trimllm.demo.steps import (
+    check_state,
+    fixed,
+    lr_share,
+    optimizers,
+    read_state,
+    save,
+    train_step,
+    write_state,
+)
+from trimllm.errors import TrimError
 from trimllm.tasks import world
 
 CARD = """# Base model of the trimllm demo
@@ -70,6 +81,8 @@ ROW = 256
 IGNORED = -100
 STATE = "state.pt"
 FIGURES = "pretraining.json"
+FIXED = ("batch", "lr", "muon_lr", "seed", "bf16")
+"""Options that stay what they were when the training goes on."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:
@@ -183,15 +196,27 @@ def pretrain(args: argparse.Namespace) -> dict:
     model = build_model(tokenizer, args.seed)
     trained = optimizers(model, args.lr, args.muon_lr, bf16=args.bf16)
     done, epoch, used, seconds, log = 0, 0, 0, 0.0, []
-    path = args.output / STATE
+    path, checked = args.output / STATE, dict[str, str]()
     if path.exists():
         state = read_state(path, model, trained)
         done, epoch, used, seconds, log = (state[key] for key in ("step", "epoch", "used", "seconds", "log"))
         print(f"going on from step {done}", flush=True)
+        if done >= args.steps:  # the model stays what was checked
+            checked = accuracies(args.output, done)
     forward = torch.compile(model, dynamic=False) if args.compile else model
 
     def checkpoint() -> None:
-        write_state(path, model, trained, step=done, epoch=epoch, used=used, seconds=seconds, log=log)
+        write_state(
+            path,
+            model,
+            trained,
+            step=done,
+            epoch=epoch,
+            used=used,
+            seconds=seconds,
+            log=log,
+            settings=fixed(args, FIXED),
+        )
         save(model, tokenizer, args.output)
 
     model.train()
@@ -232,10 +257,17 @@ def pretrain(args: argparse.Namespace) -> dict:
         "value_loss": round(log[-1]["value_loss"], 4),
         "optimizer": f"Muon (matrices of the blocks, lr {args.muon_lr:g}) and AdamW (the rest, lr {args.lr:g})",
         "reproduce": f"--steps {args.steps} --batch {args.batch} --lr {args.lr:g} --muon-lr {args.muon_lr:g} "
-        f"--decay {args.decay:g} --seed {args.seed} --{'' if args.bf16 else 'no-'}bf16"
+        f"--warmup {args.warmup} --decay {args.decay:g} --seed {args.seed} --{'' if args.bf16 else 'no-'}bf16"
         + (" --compile" if args.compile else ""),
-        "accuracy": {},
+        "accuracy": checked,
     }
+
+
+def accuracies(output: Path, steps: int) -> dict[str, str]:
+    """What --check found of the model after so many steps, by domain."""
+    path = output / FIGURES
+    figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return figures["accuracy"] if figures.get("steps") == steps else {}
 
 
 def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: str, args: argparse.Namespace) -> None:
@@ -328,8 +360,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check-epochs", type=int, default=5)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    if args.bf16 is None:
-        args.bf16 = arithmetic.slowdown(torch.bfloat16, torch.device("cpu")) == 1
     if args.check:
         found = check(args)
         path = args.output / FIGURES
@@ -337,9 +367,14 @@ def main(argv: list[str] | None = None) -> None:
             figures = json.loads(path.read_text(encoding="utf-8"))
             write_card(args.output, figures | {"accuracy": figures["accuracy"] | found})
         return
+    check_state(args.output / STATE, args, FIXED)
     args.output.mkdir(parents=True, exist_ok=True)
     write_card(args.output, pretrain(args))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TrimError as error:
+        print(f"pretrain.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

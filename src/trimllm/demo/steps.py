@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimllm.checkpoints import arithmetic
 from trimllm.demo.muon import Muon
+from trimllm.errors import InputError
 
 
 def optimizers(model: PreTrainedModel, lr: float, muon_lr: float, *, bf16: bool = True) -> list[torch.optim.Optimizer]:
@@ -35,7 +40,7 @@ def optimizers(model: PreTrainedModel, lr: float, muon_lr: float, *, bf16: bool 
 
 def lr_share(step: int, steps: int, warmup: int, decay: float) -> float:
     """Share of the peak learning rate: warm-up, plateau, linear decay to 0 over the last `decay` of the steps."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
+    return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1.0, decay * steps))
 
 
 def train_step(
@@ -83,6 +88,47 @@ def read_state(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.
     for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
         optimizer.load_state_dict(saved)
     return state
+
+
+def fixed(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """What of the settings a state keeps."""
+    return {name: getattr(args, name) for name in names}
+
+
+def check_state(path: Path, args: argparse.Namespace, names: Sequence[str], device: str = "cpu") -> None:
+    """Whether the training whose state is `path` can go on with `args`, of which `names` stay what they were.
+
+    States of earlier versions, which do not keep them, are taken as they are. `bf16` that was not given is the state's,
+    or whether the device has bfloat16.
+
+    Raises:
+        InputError: if the state is of a training with other settings, or was at another learning rate than `args` say.
+    """
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True) if path.exists() else {}
+    stored = state.get("settings", {})
+    if args.bf16 is None:
+        args.bf16 = stored.get("bf16", arithmetic.slowdown(torch.bfloat16, torch.device(device)) == 1)
+    for name, value in fixed(args, names).items():
+        if stored.get(name, value) != value:
+            given, was = (option(name, one) for one in (value, stored[name]))
+            raise InputError(f"{given}: {path} was trained with {was}: give that, or another --output")
+    if state:
+        group, last = state["optimizers"][0]["param_groups"][0], state["step"] - 1
+        was, now = group["lr"] / group["peak_lr"], max(0.0, lr_share(last, args.steps, args.warmup, args.decay))
+        if not math.isclose(was, now):
+            schedule = " ".join(option(name, getattr(args, name)) for name in ("steps", "warmup", "decay"))
+            raise InputError(
+                f"{schedule}: the last step of {path} was at {was:.1%} of the peak learning rate, by these it is at "
+                f"{now:.1%}: give those that it was begun with, or another --output"
+            )
+
+
+def option(name: str, value: object) -> str:
+    """A setting as the user gives it."""
+    words = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{words}" if value else f"--no-{words}"
+    return f"--{words} {value}"
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
