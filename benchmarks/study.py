@@ -24,6 +24,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,10 @@ class Arm:
     from_base: bool = False
     """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
 
+    whole: bool = False
+    """Nothing is dropped: all blocks train on from the common start, for the epochs that others spend behind drops. The
+    control of what training alone gives. (Its run drops a block at the end, as every run must.)"""
+
     own_start: bool = False
     """Fully fine-tunes for itself, `longer` too: it holds out rows that the common start has learnt. What it is less
     than at full depth is less than its own; parts of the demo world only, whose number of rows `longer` is for."""
@@ -97,6 +102,8 @@ class Arm:
         spread: Settings = {"epochs_per_drop": epochs * (1 - self.late), "final_epochs": epochs * self.late * drops}
         if self.from_base:
             spread["final_epochs"] += given["warmup_epochs"]
+        if self.whole:
+            warmup, spread = epochs * drops, {"epochs_per_drop": 0.0, "final_epochs": 0.0}
         return {**given, **spread, "warmup_epochs": warmup, **self.changes}
 
 
@@ -151,6 +158,7 @@ ARMS = {
     "taylor": _peer("taylor"),
     "random": _peer("random"),
     "last": _peer("last"),
+    "full, as long": Arm({"strategy": "last", "one_shot": True}, per_depth=True, whole=True),
     "distilled": Arm({"distill": 0.5}, per_depth=True, late=LATE_SHARE),
     "pairs": Arm({"unit": "pair"}),
     "r=1/8": Arm({"train_ratio": 0.125}),
@@ -190,7 +198,26 @@ def one_run(output: Path, given: Settings) -> list[Settings]:
     asked = plain_settings.make(config.TrimConfig, {**given, "output": str(output), "resume": True})
     if not RunDir(output).result.exists():
         print(f"--- {output}", flush=True)
-    return [row for row in result_of(asked)["history"] if row["event"] == "stage"]
+    return with_costs(row for row in result_of(asked)["history"] if row["event"] == "stage")
+
+
+def with_costs(stages: Iterable[Settings]) -> list[Settings]:
+    """The stages of a run, with what it held and had taken by then beside their accuracies: the blocks of the base that
+    are left (attention and MLP, of a pair from two), tokens and seconds of training, seconds of scans."""
+    found, tokens, seconds, scans = list[Settings](), 0, 0.0, 0.0
+    for stage in stages:
+        train = stage.get("train") or {"tokens": 0, "seconds": 0.0}
+        tokens, seconds = tokens + train["tokens"], seconds + train["seconds"]
+        scans += sum(drop["seconds"] for drop in stage["dropped"])
+        blocks = [(one["attention"], one["mlp"]) for one in stage["layout"]]
+        costs = {
+            "blocks": [a if a == b else [a, b] for a, b in blocks],
+            "tokens": tokens,
+            "train_seconds": round(seconds, 1),
+            "scan_seconds": round(scans, 1),
+        }
+        found.append({**stage, "test": {**stage["test"], **costs}})
+    return found
 
 
 def result_of(asked: config.TrimConfig) -> Settings:
@@ -243,6 +270,9 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
 
         def made(output: Path, depth: int) -> list[Settings]:
             changed = arm.settings(common, wanted[1.0] - depth)
+            if arm.whole:
+                first, *_ = one_run(output, {**changed, "depth": wanted[1.0] - 1, "report_depths": True})
+                return [{**first, "depth": depth}]
             return one_run(output, {**changed, "depth": depth, "report_depths": True})
 
         if arm.per_depth:

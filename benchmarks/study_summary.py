@@ -32,6 +32,7 @@ ARMS = {
     "perplexity": "one-shot by perplexity (Shortened LLaMA)",
     "shortgpt": "one-shot by block influence (ShortGPT)",
     "trimllm": "an epoch after every drop",
+    "full, as long": "all blocks, trained as long as for that share",
 }
 """Arms of the picture, and what they are called there."""
 

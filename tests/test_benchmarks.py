@@ -214,22 +214,33 @@ def test_study_differences_are_paired_by_part_and_seed_and_keep_what_was_measure
 
 
 def test_a_study_takes_its_depths_from_runs_that_went_further(tmp_path: Path, monkeypatch: Any) -> None:
-    study, made = module("study"), []
+    study, made, trained = module("study"), [], {}
 
     def trim(asked: Any, console: Any) -> None:
         made.append((Path(asked.output).relative_to(tmp_path).as_posix(), asked.depth))
+        trained[made[-1][0]] = asked.warmup_epochs, asked.epochs_per_drop, asked.final_epochs
         Path(asked.output).mkdir(parents=True)
         rundir.claim(asked)
         stages = [
-            {"event": "stage", "depth": depth, "test": {"value": depth}} for depth in range(16, asked.depth - 1, -1)
+            {
+                "event": "stage",
+                "depth": depth,
+                "test": {"value": depth},
+                "layout": [{"attention": i, "mlp": i} for i in range(depth)],
+                "train": {"tokens": 100, "seconds": 2.0},
+                "dropped": [{"seconds": 0.5}] * (depth < 16),
+            }
+            for depth in range(16, asked.depth - 1, -1)
         ]
         Path(asked.output, "result.json").write_text(json.dumps({"history": stages}))
 
     monkeypatch.setattr(study, "trim", trim)
 
+    def tests(arm: str, keep: float) -> dict[float, dict[str, Any]]:
+        return study.accuracies("law", 0, arm, Namespace(keep=[keep], output=tmp_path, threads=None))
+
     def accuracies(arm: str, keep: float) -> dict[float, int]:
-        options = Namespace(keep=[keep], output=tmp_path, threads=None)
-        return {share: test["value"] for share, test in study.accuracies("law", 0, arm, options).items()}
+        return {share: test["value"] for share, test in tests(arm, keep).items()}
 
     assert accuracies("one-shot", 0.25) == {1: 16, 0.25: 4}
     assert accuracies("pairs", 0.25) == {1: 16, 0.25: 4}
@@ -241,6 +252,12 @@ def test_a_study_takes_its_depths_from_runs_that_went_further(tmp_path: Path, mo
     assert made == [*before, ("law-0/one-shot/8", 8)], "a cut at once is a run of its own"
     assert accuracies("one-shot", 0.1) == {1: 16, 0.1: 2}
     assert made[-1] == ("law-0/one-shot/2", 2), "full fine-tuning is in a reference that ended above, too"
+    test = tests("one-shot", 0.25)[0.25]
+    costs = [test.pop(name) for name in ("blocks", "tokens", "train_seconds", "scan_seconds")]
+    assert costs == [[0, 1, 2, 3], 1300, 26.0, 6.0], "of all thirteen stages, twelve of them behind a drop"
+    assert accuracies("full, as long", 0.25) == {1: 16, 0.25: 16}
+    assert made[-1] == ("law-0/full-as-long/4", 15), "the least that a run drops, behind all of the training"
+    assert trained["law-0/full-as-long/4"] == (12.0, 0.0, 0.0), "as many epochs as the others behind twelve drops"
 
 
 def finished(output: str, asked: Any) -> None:
