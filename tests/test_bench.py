@@ -3,8 +3,10 @@
 import functools
 import json
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
 
@@ -13,9 +15,10 @@ import torch
 from tiny import SHAPE, build
 from torch.testing._internal.two_tensor import TwoTensor
 
-from trimllm import cli, config
+from trimllm import cli, commands, config
 from trimllm.bench import benching, reads, shapes, tables, timing
 from trimllm.errors import InputError, TrimError
+from trimllm.run import plot
 
 
 def bytes_of(model):
@@ -386,6 +389,39 @@ def test_a_process_that_ends_is_a_line_with_the_model():
         pytest.raises(TrimError, match=r"process of m was ended"),
     ):
         benching._ask(pool, "m", os._exit, 9)
+
+
+def test_ctrl_c_ends_the_process_of_a_model_without_a_traceback(capfd):
+    with benching._pool() as pool:
+        os.kill(pool.submit(os.getpid).result(), signal.SIGINT)
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(os.getpid).result()
+    assert capfd.readouterr().err == ""
+
+
+def test_bench_writes_before_it_prints(tmp_path, monkeypatch):
+    def gone(_):
+        raise OSError("no terminal")
+
+    monkeypatch.setattr(benching, "measure", lambda *_: ())
+    monkeypatch.setattr(tables, "record", lambda *_: {"models": []})
+    monkeypatch.setattr(tables, "report", gone)
+    with pytest.raises(OSError, match="no terminal"):
+        commands.run_bench(config.BenchConfig(models=("demo",), output=str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == {"models": []}
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["demo", "runs/mine/model"], ["demo", "model"]),
+        (["runs/a/model", "runs/b/model/", "runs/b/model/"], ["a/model", "b/model", "b/model"]),
+        (["one/x/model", "two/x/model", "base"], ["one/x/model", "two/x/model", "base"]),
+        (["model", "old/model", "."], ["model", "old/model", "."]),
+    ],
+)
+def test_models_have_names_of_their_own_in_the_picture(paths, names):
+    assert [plot.short_names(paths)[path] for path in paths] == names
 
 
 def test_refusals_name_the_model_once():

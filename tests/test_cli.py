@@ -1,7 +1,10 @@
 """The command line: help, settings from YAML, and one line with exit code 2 for everything that cannot be used."""
 
 import dataclasses
+import errno
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +19,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from trimllm import cli, commands, config, files
+from trimllm import cli, commands, config, console, files
 from trimllm.blocks import legality
 from trimllm.checkpoints import models
 from trimllm.config import plain_settings
@@ -184,6 +187,62 @@ def test_resolved_settings_can_be_read_back(tmp_path):
 def test_bad_yaml_is_one_line(capsys, tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
     assert re.search(message, refusal(capsys, "trim", "--config", tmp_path / "run.yaml"))
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """What writes the stored settings of a run or comparison in `tmp_path / "run"`, and returns them."""
+
+    def write(name):
+        made = cli.COMMANDS[name](model="demo", task="demo_law", output=str(tmp_path / "run"), lr=1e-3)
+        (tmp_path / "run").mkdir()
+        rundir.RunDir(tmp_path / "run").config.write_text(plain_settings.to_yaml(made))
+        return made.model_copy(update={"resume": True})
+
+    return write
+
+
+@pytest.mark.parametrize("name", cli.RESUMABLE)
+def test_a_run_goes_on_with_its_settings_wherever_its_output_is_named(tmp_path, begun, name):
+    wanted, output, path = begun(name), str(tmp_path / "run"), tmp_path / "c.yaml"
+    path.write_text(f"output: {output}\n")
+    assert cli.parse([name, "--config", str(path), "--resume"]) == wanted
+    path.write_text(f"output: {output}\nresume: true\n")
+    assert cli.parse([name, "--config", str(path)]) == wanted
+    with pytest.raises(InputError, match="--model is required"):
+        cli.parse([name, "--config", str(path), "--no-resume"])
+    path.write_text("output: another\nbatch_size: 64\n")
+    assert cli.parse([name, f"--config={path}", "--resume", "--output", output]).lr == 1e-3, "the command line wins"
+    assert cli.parse([name, f"--config={path}", "--resume", "--output", output]).batch_size == 64
+    assert cli.parse([name, "--output", "another", f"--output={output}", "--resume"]) == wanted, "the last one counts"
+
+
+def test_a_yaml_that_names_no_run_to_go_on_with_is_one_line(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("output: no/such/run\n")
+    line = refusal(capsys, "trim", "--config", tmp_path / "c.yaml", "--resume")
+    assert line == "--resume: there is no run in no/such/run: check --output"
+    (tmp_path / "c.yaml").write_text("output: [no]\n")
+    assert "--output" in refusal(capsys, "trim", "--config", tmp_path / "c.yaml", "--resume")
+
+
+def test_a_tilde_is_the_home_folder_in_every_setting_that_is_a_path(tmp_path, monkeypatch, begun):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"output": "~/run", "task": "~/rows", "text": "~/text", "also": ["~/a", "b"], "task_files": {"test": "~/t"}}
+    there = {name: str(tmp_path / name) for name in ("run", "rows", "text", "a", "t")}
+    wanted = {"output": there["run"], "task": there["rows"], "text": there["text"], "also": (there["a"], "b")}
+    wanted |= {"task_files": {"test": there["t"]}}
+    needed = {"model": "demo", "layers": [1], "models": ["demo"], "source": "s", "depth": 2}
+    needed |= {"directory": "d", "repo_id": "a/b", "task": "demo_law"}
+    for kind in cli.COMMANDS.values():
+        required = {
+            name: needed[name] for name, field in kind.model_fields.items() if field.is_required() and name in needed
+        }
+        required |= {"to": "int8"} if kind is config.ExportConfig else {}
+        given = {name: value for name, value in paths.items() if name in kind.model_fields}
+        made = plain_settings.make(kind, required | given)
+        assert {name: getattr(made, name) for name in given} == {name: wanted[name] for name in given}, kind
+    begun("trim")
+    assert cli.parse(["trim", "--output=~/run", "--resume"]).lr == 1e-3
 
 
 def test_yaml_that_is_missing_or_not_text_is_one_line(capsys, tmp_path):
@@ -416,6 +475,113 @@ def test_trim_refuses_before_it_writes_or_computes(base, task, strange, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+PLACES = [
+    "trim --model PLACE --task demo_law --output o",
+    "trim --model BASE --task PLACE/rows.jsonl --output o",
+    "trim --model BASE --task TASK --text PLACE/text.txt --output o",
+    "trim --model BASE --task TASK --output PLACE",
+    "trim --output PLACE --resume",
+    "compare --output PLACE --resume",
+    "compare --model BASE --task TASK --output PLACE",
+    "scan --model PLACE --task TASK --output o",
+    "scan --model BASE --task TASK --output PLACE",
+    "drop --model PLACE --layers 1 --output o",
+    "drop --model PLACE --layers 1 --output o --streaming",
+    "drop --model BASE --layers 1 --output PLACE",
+    "eval --model BASE --task PLACE",
+    "eval --model BASE --task TASK --output PLACE/e.json",
+    "bench PLACE",
+    "bench BASE --output PLACE",
+    "export PLACE --depth 2",
+    "export PLACE --to gguf",
+    "export BASE --to gguf --output PLACE",
+    "push PLACE a/b",
+    "demo --output PLACE",
+]
+
+
+def lock(monkeypatch, place):
+    """As if this user might not look into `place`: no permission binds root."""
+
+    def guarded(look):
+        def denied(path, *arguments, **options):
+            if str(place) in str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return look(path, *arguments, **options)
+
+        return denied
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+
+
+@pytest.mark.parametrize("kind", ["locked", "long"])
+@pytest.mark.parametrize("line", PLACES)
+def test_a_path_that_cannot_be_looked_at_is_one_line(base, task, tmp_path, capsys, monkeypatch, line, kind):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / ("x" * 300 if kind == "long" else "locked")
+    if kind == "locked":
+        lock(monkeypatch, place)
+    named = {"PLACE": str(place), "BASE": str(base), "TASK": str(task)}
+    said = refusal(capsys, *re.sub("PLACE|BASE|TASK", lambda found: named[found[0]], line).split())
+    assert place.name in said
+    assert not re.search("there is no run|holds no run", said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a/b"),
+            2,
+            "trimllm: a/b: Permission denied: check the path\n",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", b"a"),
+            2,
+            "trimllm: a: File name too long: check the path\n",
+        ),
+        (OSError(errno.EIO, "Input/output error", "a"), 1, "trimllm: a: Input/output error: check the path\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "trimllm: No space left on device: free some space\n"),
+        (OSError(errno.EIO, "Input/output error"), 1, "trimllm: Input/output error\n"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(capsys, monkeypatch, error, code, line):
+    def refuse(_):
+        raise error
+
+    monkeypatch.setattr(cli, "run", refuse)
+    assert call(capsys, "tasks") == (code, "", line)
+
+
+def test_an_error_that_is_not_of_the_system_stays_a_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda _: (_ for _ in ()).throw(OSError("a bug")))
+    with pytest.raises(OSError, match="a bug"):
+        cli.main(["tasks"])
+
+
+def test_a_full_disk_behind_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "trimllm", "tasks"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )
+    assert (done.returncode, done.stderr) == (1, "trimllm: No space left on device: free some space\n")
+
+
+def test_what_the_encoding_lacks_is_escaped(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(cli, "run", lambda _: print("\u0437: done"))
+    assert cli.main(["tasks"]) == 0
+    assert out.buffer.getvalue() == b"\\u0437: done\n"
+
+
 def test_row_with_an_answer_out_of_range_is_named(base, tmp_path, capsys):
     rows = [{"question": f"Which {i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(20)]
     rows[6]["answer"] = 2
@@ -643,6 +809,16 @@ def test_eval_prints_and_writes_the_same_numbers(base, task, tmp_path, capsys):
     assert "needs a generation task" in refusal(capsys, "eval", *words, "--generate")
 
 
+def test_eval_writes_before_it_prints(base, task, tmp_path, capsys, monkeypatch):
+    def gone(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(commands, "print", gone, raising=False)
+    words = ["eval", "--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "e.json"]
+    assert refusal(capsys, *words, code=1) == "Input/output error"
+    assert json.loads((tmp_path / "e.json").read_text())["n"] == 8
+
+
 def test_generated_answers_are_judged_against_every_reference(base, tmp_path, capsys, monkeypatch):
     rows = [{"question": f"Name {i}?", "answer": ["the blue whale", "whale"]} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -710,13 +886,58 @@ def test_export_of_an_older_run_takes_the_dtype_of_its_base(task, tmp_path, caps
     assert line.endswith("cannot be read: put the model back there")
 
 
-def test_failure_is_1_and_interruption_is_1(capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["trim", "compare", "bench", "tasks"])
+def test_an_interruption_is_1_and_names_resume_where_there_is_one(capsys, monkeypatch, name):
     def stop(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", stop)
-    code, _, err = call(capsys, "tasks")
-    assert (code, err) == (1, "trimllm: interrupted; a run goes on with --resume\n")
+    monkeypatch.setattr(cli, "parse", stop)
+    remedy = "; it goes on with --resume" if "resume" in cli.COMMANDS[name].model_fields else ""
+    assert call(capsys, name) == (1, "", f"trimllm: interrupted{remedy}\n")
+
+
+# ---- the live line
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A console on a terminal of 40 columns, and the time it reads."""
+    now = [0.0]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    return console.Console(), now
+
+
+def test_a_live_line_fits_the_terminal_and_makes_way_for_a_note(capsys, terminal):
+    shown, now = terminal
+    with shown.progress("bench") as show:
+        now[0] = 1
+        show(1, 4, "a/very/long/path/of/a/model/that/does/not/fit")
+        shown.say("a note")
+    line, note, end = capsys.readouterr().err.split(console.CLEAR)[1:]
+    assert line == "bench  1/4  a/very/long/path/of/a/model"
+    assert (note, end) == ("a note\n", "")
+
+
+def test_time_left_is_that_of_what_is_done_since_the_first_call(capsys, terminal):
+    shown, now = terminal
+    with shown.progress("scan") as show:
+        for seconds, done in (1, 0), (2, 90), (3, 95):
+            now[0] = seconds
+            show(done, 100)
+    with shown.progress("scan") as show:  # 90 of them in an earlier process
+        for seconds, done in (4, 91), (6, 92):
+            now[0] = seconds
+            show(done, 100)
+    lines = list(filter(None, capsys.readouterr().err.split(console.CLEAR)))
+    assert lines == [
+        "scan  0/100",
+        "scan  90/100  0 s left",
+        "scan  95/100  0 s left",
+        "scan  91/100",
+        "scan  92/100  16 s left",
+    ]
 
 
 def test_every_setting_of_a_run_is_documented_and_typed():

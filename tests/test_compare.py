@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 from helpers_run import Killed, fast, save_base, save_task, with_own_code
+from matplotlib.axes import Axes
 from transformers import AutoTokenizer
 
-from trimllm import cli, compare, memory
+from trimllm import cli, compare, compare_report, memory
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job, plain
 from trimllm.checkpoints import folders, models, room
 from trimllm.config import CompareConfig, EvalConfig, plain_settings
@@ -196,6 +197,41 @@ def test_table_shows_the_rows(whole: Any) -> None:
     assert rows["base"]["source"] == ""
     assert rows["trim"]["source"] == "https://arxiv.org/abs/2412.11242"
     assert (output / "compare.png").stat().st_size > 5000
+
+
+def test_table_and_picture_name_the_metric(tmp_path: Path, monkeypatch: Any) -> None:
+    labels: list[str] = []
+    accuracy = {"notes": DONE["accuracy"]["t"] | {"metric": "likelihood"}, "t": DONE["accuracy"]["t"]}
+    row = DONE | {"method": "base", "keep": None, "title": "no training", "accuracy": accuracy}
+    found = {"rows": [row], "settings": {"model": "m", "task": "notes"}}
+    assert "\nnotes: likelihood, t: acc, in percent +- standard error" in compare_report.report(found)
+    monkeypatch.setattr(Axes, "set_ylabel", lambda _, text: labels.append(text))
+    compare_report.compare_plot(found, tmp_path / "compare.png")
+    assert labels == ["likelihood on the reported split (%)"]
+
+
+def test_modules_in_the_users_folder_are_not_those_of_python(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "inspect.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    command = settings(world, tmp_path / "out")
+    compare.claim(command, tmp_path / "out", {})
+    compare.make_row(command, Cell(METHODS["gptq"], None), tmp_path / "out", 2)
+    assert Cell(METHODS["gptq"], None).row(tmp_path / "out")["status"] == "not run"
+
+
+def test_an_interrupted_row_says_nothing(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    compare.claim(settings(world, tmp_path), tmp_path, {})
+    monkeypatch.setattr(cell, "measure", stop)
+    try:
+        assert cell.main([str(tmp_path), "base"]) == 130
+    except KeyboardInterrupt:
+        pytest.fail("a traceback")
+    assert not Cell(METHODS["base"], None).file(tmp_path).exists()
 
 
 def test_resume_keeps_finished_rows_and_adds_others(

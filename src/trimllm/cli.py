@@ -5,10 +5,12 @@ Exit codes: 0 done, 1 failure, 2 bad input. Heavy libraries are imported by the 
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import re
 import sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -24,8 +26,9 @@ from pydantic_settings import (
 )
 
 from trimllm import config as settings
+from trimllm import files
 from trimllm.config import plain_settings
-from trimllm.errors import InputError, TrimError
+from trimllm.errors import InputError, TrimError, one_line
 from trimllm.parallel import another_failed, first_to_fail
 
 
@@ -87,6 +90,8 @@ COMMANDS: dict[str, type[settings.Settings]] = {
 
 RESUMABLE = ("trim", "compare")
 """Commands whose output directory remembers their settings."""
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""Errors of the operating system that are about a path which the user gave."""
 
 
 def _about(kind: type[BaseModel]) -> Any:
@@ -140,7 +145,9 @@ def parse(arguments: list[str]) -> settings.Settings:
         raise SystemExit
     if not name.startswith("-") and name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{_near(name, COMMANDS)}: trimllm --help lists them")
-    beneath = _beneath(name, arguments)
+    given = _configured(name, arguments)
+    stored = _stored(name, arguments, given)
+    beneath = stored | given
     if name in COMMANDS:
         for key in beneath:
             if key not in COMMANDS[name].model_fields:
@@ -149,8 +156,9 @@ def parse(arguments: list[str]) -> settings.Settings:
     try:
         root = _read(arguments, under)
     except ValidationError as error:
-        if name in RESUMABLE and "--resume" in arguments and not beneath:
-            raise InputError(_no_run(arguments)) from None
+        lacking = any(one["type"] == "missing" for one in error.errors())
+        if lacking and not stored and _resumes(name, arguments, given):
+            raise InputError(_no_run(_output(arguments, given))) from None
         raise InputError(f"{plain_settings.explain(error)}: see trimllm {name} --help") from None
     except SettingsError as error:
         raise InputError(_unknown_option(name, str(error))) from None
@@ -183,29 +191,47 @@ def _read(arguments: list[str], under: dict[str, Any]) -> Any:
     return root
 
 
-def _beneath(name: str, arguments: list[str]) -> dict[str, Any]:
-    """Settings from the YAML file, and for `--resume` those of the run."""
-    values: dict[str, Any] = {}
-    if name in RESUMABLE and "--resume" in arguments and (output := _value(arguments, "--output")):
-        from trimllm.run import placing
-
-        values |= placing.stored_settings(output, COMMANDS[name])
+def _configured(name: str, arguments: list[str]) -> dict[str, Any]:
+    """Settings from the YAML file of `--config`."""
     if name in ("trim", "scan", "drop", "eval", "compare") and (path := _value(arguments, "--config")):
-        values |= plain_settings.read_yaml(path)
-    return values
+        return plain_settings.read_yaml(path)
+    return {}
+
+
+def _stored(name: str, arguments: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the run to resume; empty if there is none, or none is to be resumed."""
+    output = _output(arguments, given)
+    if output is None or not _resumes(name, arguments, given):
+        return {}
+    from trimllm.run import placing
+
+    return placing.stored_settings(output, COMMANDS[name])
+
+
+def _output(arguments: list[str], given: dict[str, Any]) -> str | None:
+    """The directory that the command line, or the YAML file, names; what is no text is refused later."""
+    output = _value(arguments, "--output") or given.get("output")
+    return output if isinstance(output, str) else None
+
+
+def _resumes(name: str, arguments: list[str], given: dict[str, Any]) -> bool:
+    """Whether a run goes on, by the command line or the YAML file."""
+    said = [argument == "--resume" for argument in arguments if argument in ("--resume", "--no-resume")]
+    return name in RESUMABLE and (said[-1] if said else given.get("resume") is True)
 
 
 def _value(arguments: list[str], option: str) -> str | None:
-    for place, argument in enumerate(arguments):
-        if argument == option and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(option + "="):
-            return argument.split("=", 1)[1]
-    return None
+    """The last value of an option, which is the one that counts."""
+    found = None
+    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == option and after is not None:
+            found = after
+        elif argument.startswith(option + "="):
+            found = argument.split("=", 1)[1]
+    return found
 
 
-def _no_run(arguments: list[str]) -> str:
-    output = _value(arguments, "--output")
+def _no_run(output: str | None) -> str:
     return f"--resume: there is no run in {output}: check --output" if output else "--resume needs --output DIR"
 
 
@@ -238,8 +264,14 @@ def run(command: settings.Settings) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        run(parse(sys.argv[1:] if arguments is None else arguments))
+        try:
+            run(parse(words))
+        finally:
+            print(end="", flush=True)  # while a full disk can still be said
     except TrimError as error:
         if first_to_fail():
             print(f"trimllm: {error}", file=sys.stderr)
@@ -257,10 +289,32 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"trimllm: out of memory on the device: {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("trimllm: interrupted; a run goes on with --resume", file=sys.stderr)
+        remedy = "; it goes on with --resume" if words and words[0] in RESUMABLE else ""
+        print(f"trimllm: interrupted{remedy}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        return 1
+    except OSError as error:
+        if error.errno is None:  # of a library, and no word of the operating system
+            raise
+        if error.filename is None:
+            _give_up_output()
+        if not isinstance(error, BrokenPipeError) and first_to_fail():
+            print(f"trimllm: {_refused(error)}", file=sys.stderr)
+        return 2 if error.errno in UNUSABLE else 1
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def _refused(error: OSError) -> str:
+    """One line for what the operating system refuses where nothing more is known of it."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    where = "" if name is None else f"{name}: "
+    remedy = ": free some space" if error.errno in files.FULL else ": check the path" if where else ""
+    return f"{where}{error.strerror or one_line(error)}{remedy}"
+
+
+def _give_up_output() -> None:
+    """Drop what standard output still holds: at the end of Python it would be tried, and fail, once more."""
+    with suppress(OSError, ValueError):  # not every stream is a file
+        place = sys.stdout.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), place)

@@ -246,12 +246,17 @@ def run_eval(command: config.EvalConfig) -> None:
         console.say(f"  {note}")
     evaluation = scorer.evaluate(loaded.model, data.metric)
     record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
+    _write_result(command.output, record)
     print(f"{data.name}: {evaluation_line(evaluation)}")
     if command.generate:
         record["generation"] = _generation(command, loaded, data)
+        _write_result(command.output, record)
         print("generated: " + ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items()))
-    if command.output:
-        files.write_json(Path(command.output), record)
+
+
+def _write_result(output: str | None, record: dict[str, Any]) -> None:
+    if output:
+        files.write_json(Path(output), record)
 
 
 def _check_result(path: Path) -> None:
@@ -301,11 +306,12 @@ def run_bench(command: config.BenchConfig) -> None:
         folders.check_writable(output)
     with Console().progress("bench") as show:
         record = tables.record(command, *benching.measure(command, show))
+    if output:
+        files.write_json(output / "bench.json", record)
     print(tables.report(record))
     if note := arithmetic.bench_note(record["models"]):
         Console().say(note)
     if output:
-        files.write_json(output / "bench.json", record)
         bench_plot(record, output / "bench.png")
         print(f"written: {output / 'bench.json'}, {output / 'bench.png'}")
 

@@ -7,6 +7,7 @@ a row that says why.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -232,7 +233,8 @@ def make_row(command: CompareConfig, each: Cell, root: Path, lock: int) -> None:
         code = elsewhere.run(command.baselines_python, arguments, lock)
     else:
         words = [sys.executable, "-m", "trimllm.baselines.cell", *arguments]
-        code = subprocess.run(words, pass_fds=[lock]).returncode
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}  # no module in the user's folder stands before Python's
+        code = subprocess.run(words, env=environment, pass_fds=[lock]).returncode
     if code == 0 and path.exists():
         return
     why = f"its process ended with exit code {code}; what it printed says why"

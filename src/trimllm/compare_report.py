@@ -35,16 +35,17 @@ def record(command: CompareConfig, rows: list[dict[str, Any]]) -> dict[str, Any]
 def report(found: dict[str, Any]) -> str:
     """The table; rows that have no figures say why below it."""
     done = [row for row in found["rows"] if row["status"] == "done"]
-    tasks = list(dict.fromkeys(task for row in done for task in row["accuracy"]))
-    header = ["method", "layers", *tasks, "acc_norm", "M params", "disk MB", "peak MB", "prefill/s", "decode/s"]
+    metrics = {task: found["metric"] for row in done for task, found in row["accuracy"].items()}
+    header = ["method", "layers", *metrics, "acc_norm", "M params", "disk MB", "peak MB", "prefill/s", "decode/s"]
     header += ["of the base's", "M tokens", "train min", "compress min"]
-    lines = [_line(row, tasks) for row in done]
-    out = table(header, lines) if lines else ""
-    out += (
-        "\naccuracy in percent +- standard error on the reported split; speed: tokens a second at batch 1, in turn "
-        "with the base;\npeak: memory while decoding; tokens and minutes: those of the method itself, without what it "
-        "starts from"
-    )
+    out = ""
+    if done:
+        out = table(header, [_line(row, list(metrics)) for row in done])
+        out += (
+            f"\n{', '.join(f'{task}: {metric}' for task, metric in metrics.items())}, in percent +- standard error on "
+            "the reported split; speed: tokens a second at batch 1, in turn with the base;\npeak: memory while "
+            "decoding; tokens and minutes: those of the method itself, without what it starts from"
+        )
     for row in done:
         if row["note"]:
             out += f"\n{row['title']}: {row['note']}"
@@ -76,7 +77,7 @@ def _line(row: dict[str, Any], tasks: list[str]) -> list[Any]:
 
 
 def compare_plot(found: dict[str, Any], path: Path) -> None:
-    """Accuracy on the task against decode speed, a point per row; nothing is drawn of no rows."""
+    """The metric on the task against decode speed, a point per row; nothing is drawn of no rows."""
     done = [row for row in found["rows"] if row["status"] == "done"]
     if not done:
         return
@@ -96,5 +97,5 @@ def compare_plot(found: dict[str, Any], path: Path) -> None:
             )
         settings = found["settings"]
         axes.set_xlabel("decode speed at batch 1, of the base's")
-        axes.set_ylabel("accuracy on the reported split (%)")
+        axes.set_ylabel(f"{next(iter(done[0]['accuracy'].values()))['metric']} on the reported split (%)")
         axes.set_title(f"{settings['model']} on {settings['task']}", fontsize=10)

@@ -5,6 +5,7 @@ On a terminal the live line moves; in a log it is repeated now and then.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 LOG_EVERY = 30.0
 """Seconds between two progress lines where there is no terminal."""
+CLEAR = "\r\x1b[K"
+"""Takes the live line away."""
 
 
 class Console:
@@ -29,28 +32,33 @@ class Console:
     def say(self, text: str) -> None:
         """One line that stays."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print((CLEAR if self.live else "") + text, file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, name: str) -> Iterator[Callable[..., None]]:
-        """Yields `show(done, total, detail)`; the time left is worked out from the share done."""
-        started = last = time.perf_counter()
+        """Yields `show(done, total, detail)`; the time left is worked out from what is done between the first call,
+        which may be behind much that an earlier process did, and this one."""
+        last = time.perf_counter()
+        first: tuple[float, int] | None = None
 
         def show(done: int, total: int, detail: str = "") -> None:
-            nonlocal last
+            nonlocal first, last
             now = time.perf_counter()
+            started, before = first = first or (now, done)
             if self.quiet or now - last < (0.2 if self.live else LOG_EVERY):
                 return
             last = now
-            left = (now - started) / done * (total - done)
-            line = f"{name}  {done}/{total}  {detail}  {clock(left)} left"
-            print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
+            left = f"{clock((now - started) / (done - before) * (total - done))} left" if done > before else ""
+            line = "  ".join(filter(None, [f"{name}  {done}/{total}", detail, left]))
+            if self.live:  # a line that wraps could not be taken away
+                line = CLEAR + line[: shutil.get_terminal_size().columns - 1]
+            print(line, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
         try:
             yield show
         finally:
             if self.live:
-                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+                print(CLEAR, end="", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

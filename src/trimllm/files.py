@@ -21,6 +21,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def there(path: str | Path) -> bool:
+    """Whether a file or folder is there; raises OSError where that may not be known, while `os.path.exists` denies
+    it."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or a kill, sees the old one or the new one."""
     with disk_errors(path):

@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
         if not memory.ended(error):
             raise
         row = {"status": "not run", "why": "out of memory on the device: a smaller --micro-batch-size may help"}
+    except KeyboardInterrupt:  # the comparison, which got it too, says so
+        return 130
     from trimllm import files
 
     files.write_json(cell.file(Path(root)), {"method": name, "keep": cell.keep, **row})

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -204,7 +205,7 @@ def measure(
     total, done = count * (1 + len(batches) * (command.repeats + 3)), 0
     _check(command)  # before any process starts, which takes seconds
     with ExitStack() as stack:
-        pools = [stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in command.models]
+        pools = [stack.enter_context(_pool()) for _ in command.models]
         for pool in pools:
             pool.submit(resident, "VmRSS")  # all start, and import this module, at once: that takes seconds
 
@@ -233,6 +234,12 @@ def measure(
                 for i in range(count)
             ]
     return known, measured
+
+
+def _pool() -> ProcessPoolExecutor:
+    """The process of one model. Ctrl-C, which it gets too, ends it at once and without a traceback."""
+    quiet = (signal.SIGINT, signal.SIG_DFL)
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=signal.signal, initargs=quiet)
 
 
 def _check(command: BenchConfig) -> None:

@@ -32,6 +32,7 @@ from trimllm.config.shared import (
     Several,
     TaskSettings,
     TrainSettings,
+    each_path,
     unknown_strategy,
     without_idle,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "TasksConfig",
     "TrainSettings",
     "TrimConfig",
+    "each_path",
     "unknown_strategy",
     "without_idle",
 ]

@@ -51,12 +51,12 @@ def stored(path: str | Path, kind: type[Settings]) -> dict[str, Any]:
     Raises:
         InputError: see `read_yaml`.
     """
-    return without_idle(kind, FORMER | read_yaml(path)) if os.path.exists(path) else {}
+    return without_idle(kind, FORMER | read_yaml(path)) if files.there(path) else {}
 
 
 def begun(path: str | Path) -> str | None:
     """The folder that relative paths in stored settings start from; None where they do not say."""
-    if not os.path.exists(path):
+    if not files.there(path):
         return None
     first, _, _ = Path(path).read_text(encoding="utf-8").partition("\n")
     return json.loads(first.removeprefix(BEGUN)) if first.startswith(BEGUN) else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ class Settings(BaseModel):
         """Settings that were given and would have no effect beside the others: by name, why, with the remedy."""
         return {}
 
+    @field_validator("output", "task", "text", "also", "task_files", "baselines_python", check_fields=False)
+    @classmethod
+    def _a_tilde_is_the_home_folder(cls, value: Any) -> Any:
+        """A shell expands it at the beginning of a word only, and nothing does in YAML."""
+        return each_path(value, os.path.expanduser)
+
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> Settings:
         for why in self.idle().values():
@@ -46,6 +53,15 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def each_path(value: Any, change: Callable[[str], str]) -> Any:
+    """The strings in the value of a setting, changed."""
+    if isinstance(value, dict):
+        return {part: each_path(one, change) for part, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(each_path(one, change) for one in value)
+    return change(value) if isinstance(value, str) and value else value
 
 
 def without_idle(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:

@@ -269,19 +269,22 @@ def _candidates(model: Any, every: Sequence[Unit]) -> tuple[list[Unit], list[str
     """Those of `every` unit that may go, and notes on those that may not.
 
     Raises:
-        InputError: if none may go, or no pair of those asked for; says why.
+        InputError: if none can go, or pairs are asked for and none can; says why.
     """
-    intact, config = whole(decoder.depth(model)), decoder.text_config(model)
-    refused = {
-        u: families.illegal(config, remove(intact, u)) if u.bypassed else legality.refusal(model, remove(intact, u))
-        for u in every
+    config = decoder.text_config(model)
+    layouts = {u: remove(whole(decoder.depth(model)), u) for u in every}
+    refused = {u: families.illegal(config, layout) for u, layout in layouts.items()}
+    if all(refused.values()):
+        raise InputError(str(next(iter(refused.values()))))
+    if any(u.kind == "pair" for u in every) and (reason := decoder.repackable(model)):
+        raise InputError(f"only whole layers of model type {config.model_type!r} can be dropped: {reason}")
+    exact = {
+        u: reason or (None if u.bypassed else legality.refusal(model, layouts[u])) for u, reason in refused.items()
     }
-    candidates = [u for u, reason in refused.items() if reason is None]
-    shifted = [reason for u, reason in refused.items() if u.kind == "pair"]
-    for reasons in (list(refused.values()), shifted):
-        if reasons and all(reasons):
-            raise InputError(str(reasons[0]))
-    return candidates, [f"{u} must stay: {reason}" for u, reason in refused.items() if reason]
+    if not all(exact.values()):  # where no cut can be saved, what layers are worth is still worth knowing
+        refused = exact
+    notes = [f"{u} must stay: {reason}" for u, reason in refused.items() if reason]
+    return [u for u, reason in refused.items() if reason is None], notes
 
 
 def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: list[Unit], trials: bool) -> ScanResult:

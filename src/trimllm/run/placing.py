@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimllm.config import Settings, TrimConfig
+from trimllm.config import Settings, TrimConfig, each_path
 from trimllm.config.plain_settings import begun, stored, to_yaml
 from trimllm.tasks.catalog import find_builtin
 
@@ -22,6 +21,7 @@ PATHS = ("model", "task", "text", "task_files", "also")
 def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> dict[str, Any]:
     """The settings of the run or comparison in `output`, for `--resume`; empty if there is none yet. Paths to what lies
     where it began, and not here, are whole."""
+    output = os.path.expanduser(output)
     path = Path(output) / CONFIG
     values, folder = stored(path, kind), begun(path)
     if folder is None or folder == os.getcwd():
@@ -29,7 +29,7 @@ def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> di
     placed = dict(values)
     for name in PATHS:
         if name in values:
-            placed[name] = _each(values[name], lambda one: _whole(one, output, folder))
+            placed[name] = each_path(values[name], lambda one: _whole(one, output, folder))
     return placed
 
 
@@ -43,7 +43,7 @@ def same(name: str, before: Any, now: Any) -> bool:
     """Whether two values of a setting, both seen from here, are equal or lead to the same file."""
     if name not in PATHS:
         return bool(before == now)
-    return bool(_each(before, os.path.realpath) == _each(now, os.path.realpath))
+    return bool(each_path(before, os.path.realpath) == each_path(now, os.path.realpath))
 
 
 def to_store(config: Settings, output: str | Path) -> str:
@@ -56,7 +56,7 @@ def to_store(config: Settings, output: str | Path) -> str:
     for name in PATHS:
         if name in before:
             now = config.model_dump(mode="json")[name]
-            whole = _each(now, lambda one: _whole(one, output, os.getcwd()))
+            whole = each_path(now, lambda one: _whole(one, output, os.getcwd()))
             kept[name] = before[name] if same(name, here[name], now) else whole
     return to_yaml(type(config)(**config.model_dump() | kept), folder)
 
@@ -66,12 +66,3 @@ def _whole(name: str, output: str | Path, folder: str) -> str:
     there = os.path.join(folder, name)
     ours = name == "demo" or find_builtin(name) is not None or os.path.realpath(there) == os.path.realpath(output)
     return there if os.path.exists(there) and not ours else name
-
-
-def _each(value: Any, change: Callable[[str], str]) -> Any:
-    """The strings in a value, changed."""
-    if isinstance(value, dict):
-        return {part: _each(one, change) for part, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_each(one, change) for one in value]
-    return change(value) if isinstance(value, str) and value else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,27 @@ def analysis_plot(record: dict[str, Any], path: Path) -> None:
         figure.suptitle(f"{record['model']} on {record['task']}: what may explain the scan", fontsize=10)
 
 
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Of every path as many of its last parts as tell it from the others."""
+    parts = {name: Path(name).parts for name in names}
+
+    def apart(name: str) -> str:
+        for count in range(1, len(parts[name]) + 1):
+            end = parts[name][-count:]
+            if sum(other[-count:] == end for other in parts.values()) == 1:
+                return str(Path(*end))
+        return name
+
+    return {name: apart(name) for name in parts}
+
+
 def bench_plot(record: dict[str, Any], path: Path) -> None:
     """Per batch size: decode speed of every model, and its ratio to the first one's, measured against ideal."""
     rows = record["rows"]
     several = len({row["batch"] for row in rows}) > 1
     places = list(range(len(rows)))
-    names = [Path(row["model"]).name + (f"\nbatch {row['batch']}" if several else "") for row in rows]
+    short = short_names([row["model"] for row in rows])
+    names = [short[row["model"]] + (f"\nbatch {row['batch']}" if several else "") for row in rows]
     ratios = [row["ratio"] for row in rows]
     with picture(path, 1, 2, figsize=(max(7.0, 1.4 * len(rows) + 3), 4)) as (figure, (left, right)):
         spread = [
@@ -111,7 +126,7 @@ def bench_plot(record: dict[str, Any], path: Path) -> None:
         right.scatter(
             places, [r["ideal"] for r in ratios], color="#c44e52", marker="_", s=600, label="ideal (bytes read)"
         )
-        right.set_ylabel(f"speed, times that of {Path(rows[0]['model']).name}")
+        right.set_ylabel(f"speed, times that of {short[rows[0]['model']]}")
         figure.legend(loc="outside upper right", ncols=2, frameon=False)
         for axes in (left, right):
             axes.set_xticks(places, names, rotation=20, ha="right", fontsize=8)
