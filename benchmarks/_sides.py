@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trimllm.errors import TrimError
-from trimllm.files import write_json
+from trimllm.files import finite, write_json
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = Path(__file__).parent / "shapes"
@@ -102,7 +102,7 @@ def write(name: str, record: dict[str, Any], changed: Sequence[str]) -> None:
         print(f"{path.name} stays as it is: it is of another {', '.join(changed)}")
     else:
         write_json(path, record)
-    print(json.dumps(record, allow_nan=False), flush=True)
+    print(json.dumps(finite(record), allow_nan=False), flush=True)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -5,7 +5,7 @@
 Two pairs, batch 1, rows of 512 tokens: the embedded model and every second of its blocks, and a larger Llama with
 random weights against the same shape with half the blocks. The sides are measured in turn, each in a process of its
 own. The last line is one JSON object about the larger pair (`pairs` holds both), without options also written to
-results/decode.json.
+results/decode.json (its record of 2026-11 has three rounds).
 """
 
 from __future__ import annotations

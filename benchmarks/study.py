@@ -193,18 +193,20 @@ def settings(part: str, seed: int, options: argparse.Namespace) -> Settings:
     return given
 
 
-def one_run(output: Path, given: Settings) -> list[Settings]:
-    """The stages of a run, which is made, or gone on with, if it is not finished."""
+def one_run(output: Path, given: Settings, before: Settings | None = None) -> list[Settings]:
+    """The stages of a run, which is made, or gone on with, if it is not finished; `before` is the stage that it starts
+    from, of another run."""
     asked = plain_settings.make(config.TrimConfig, {**given, "output": str(output), "resume": True})
     if not RunDir(output).result.exists():
         print(f"--- {output}", flush=True)
-    return with_costs(row for row in result_of(asked)["history"] if row["event"] == "stage")
+    return with_costs((row for row in result_of(asked)["history"] if row["event"] == "stage"), before)
 
 
-def with_costs(stages: Iterable[Settings]) -> list[Settings]:
-    """The stages of a run, with what it held and had taken by then beside their accuracies: the blocks of the base that
-    are left (attention and MLP, of a pair from two), tokens and seconds of training, seconds of scans."""
-    found, tokens, seconds, scans = list[Settings](), 0, 0.0, 0.0
+def with_costs(stages: Iterable[Settings], before: Settings | None) -> list[Settings]:
+    """The stages of a run, with what is left and what it took beside their accuracies: the blocks of the base
+    (attention and MLP, of a pair from two), tokens and seconds of training and seconds of scans, from the base on."""
+    start = {"tokens": 0, "train_seconds": 0.0, "scan_seconds": 0.0} if before is None else before["test"]
+    found, tokens, seconds, scans = list[Settings](), *(start[x] for x in ("tokens", "train_seconds", "scan_seconds"))
     for stage in stages:
         train = stage.get("train") or {"tokens": 0, "seconds": 0.0}
         tokens, seconds = tokens + train["tokens"], seconds + train["seconds"]
@@ -266,14 +268,15 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
     if not first_arm:
         tuned = RunDir(reference).checkpoint(wanted[1.0])
         place, first = folder(options.output, part, seed, name), stages[:1]
-        common = given if arm.from_base or arm.own_start else {**given, "model": str(tuned)}
+        apart = arm.from_base or arm.own_start
+        common, before = (given, None) if apart else ({**given, "model": str(tuned)}, stages[0])
 
         def made(output: Path, depth: int) -> list[Settings]:
             changed = arm.settings(common, wanted[1.0] - depth)
             if arm.whole:
-                first, *_ = one_run(output, {**changed, "depth": wanted[1.0] - 1, "report_depths": True})
+                first, *_ = one_run(output, {**changed, "depth": wanted[1.0] - 1, "report_depths": True}, before)
                 return [{**first, "depth": depth}]
-            return one_run(output, {**changed, "depth": depth, "report_depths": True})
+            return one_run(output, {**changed, "depth": depth, "report_depths": True}, before)
 
         if arm.per_depth:
             shares = sorted({depth for keep, depth in wanted.items() if keep < 1})

@@ -96,6 +96,8 @@ def draw(found: dict[str, dict[float, list[Run]]], path: Path) -> None:
         axes.axhline(0, color="#8c8c8c", linewidth=1)
         for arm, by in found.items():
             keeps = [keep for keep in sorted(by, reverse=True) if len(by[keep]) > 1]
+            if not keeps:
+                continue
             values = [[run.points for run in by[keep]] for keep in keeps]
             means, errors = [statistics.mean(each) for each in values], [error(each) for each in values]
             label = f"{ARMS.get(arm, arm)} ({min(map(len, values))}-{max(map(len, values))} runs)"

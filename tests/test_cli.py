@@ -574,6 +574,19 @@ def test_a_full_disk_behind_standard_output_is_one_line():
     assert (done.returncode, done.stderr) == (1, "trimllm: No space left on device: free some space\n")
 
 
+@pytest.mark.parametrize(("error", "code"), [(InputError("the reason"), 2), (TrimError("the reason"), 1)])
+def test_a_full_disk_behind_standard_output_hides_no_other_error(monkeypatch, capsys, error, code):
+    def fail(_):
+        print("a line that waits")
+        raise error
+
+    monkeypatch.setattr(cli, "run", fail)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["tasks"]) == code
+    assert capsys.readouterr().err == "trimllm: the reason\n"
+
+
 def test_what_the_encoding_lacks_is_escaped(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", out)
@@ -892,7 +905,7 @@ def test_an_interruption_is_1_and_names_resume_where_there_is_one(capsys, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "parse", stop)
-    remedy = "; it goes on with --resume" if "resume" in cli.COMMANDS[name].model_fields else ""
+    remedy = "; a run that has begun goes on with --resume" if "resume" in cli.COMMANDS[name].model_fields else ""
     assert call(capsys, name) == (1, "", f"trimllm: interrupted{remedy}\n")
 
 
@@ -909,7 +922,7 @@ def terminal(monkeypatch):
     return console.Console(), now
 
 
-def test_a_live_line_fits_the_terminal_and_makes_way_for_a_note(capsys, terminal):
+def test_a_live_line_fits_the_terminal_and_makes_way_for_a_note(capsys, terminal, monkeypatch):
     shown, now = terminal
     with shown.progress("bench") as show:
         now[0] = 1
@@ -917,6 +930,9 @@ def test_a_live_line_fits_the_terminal_and_makes_way_for_a_note(capsys, terminal
         shown.say("a note")
     line, note, end = capsys.readouterr().err.split(console.CLEAR)[1:]
     assert line == "bench  1/4  a/very/long/path/of/a/model"
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda stream: os.terminal_size((20 if stream == 2 else 80, 24)))
+    assert console._columns() == 20, "of the terminal behind standard error, whatever standard output is"
     assert (note, end) == ("a note\n", "")
 
 

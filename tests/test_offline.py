@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from huggingface_hub import constants
 from trimllm import offline
 from trimllm.checkpoints import loading
 from trimllm.errors import InputError
+from trimllm.run import model_card
+from trimllm.tasks.hub import read_hub
+from trimllm.tasks.spec import Source
 
 
 class Network:
@@ -46,6 +50,14 @@ def test_without_a_network_no_file_is_waited_for(network: Network, monkeypatch: 
             loading.load_model("modls/llama")
     assert network.asked == [(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)], "asked once"
     assert not constants.is_offline_mode(), "as it was before"
+
+
+def test_a_data_set_and_what_a_card_wants_are_not_waited_for(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for another try"))
+    with pytest.raises(InputError, match="cannot load split 'train' of nobody/nothing from the Hub"):
+        read_hub(Source(hub="nobody/nothing"), "train", "mine")
+    assert model_card.card_of("modls/llama") is None
+    assert len(network.asked) == 1
 
 
 def test_the_hub_is_asked_again_when_the_network_may_be_back(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:

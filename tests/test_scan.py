@@ -14,8 +14,9 @@ import reference
 import tiny
 import torch
 
-from trimllm.blocks import decoder, families, legality
-from trimllm.blocks.layout import Unit, remove, units, whole
+from trimllm.blocks import decoder, families
+from trimllm.blocks.layout import Unit, units, whole
+from trimllm.blocks.surgery import drop_layers
 from trimllm.errors import InputError
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.encoding import rows
@@ -138,14 +139,39 @@ def test_layers_that_others_need_are_no_candidates_and_the_rest_is_scanned(token
             assert row == pytest.approx(other, abs=1e-4)
 
 
-@pytest.mark.parametrize(("family", "depth"), [("jamba", 6), ("zamba2", 6), ("nemotron_h", 6), ("llama", 4)])
-def test_candidates_are_the_cuts_that_surgery_takes(family, depth, tokenizer, questions):
-    model = tiny.build(family, depth)
-    whole_model = whole(depth)
-    legal = [u for u in units("block", whole_model) if legality.refusal(model, remove(whole_model, u)) is None]
+def cuts(model):
+    """The single blocks that can really be dropped."""
+    found = []
+    for unit in units("block", whole(decoder.depth(model))):
+        try:
+            drop_layers(copy.deepcopy(model), [unit.index])
+        except InputError:
+            continue
+        found.append(unit)
+    return found
+
+
+@pytest.mark.parametrize("family", ["jamba", "zamba2"])
+def test_what_cannot_even_be_tried_is_no_candidate_and_every_cut_is(family, tokenizer, questions):
+    model = tiny.build(family, 6)
     result, _ = run(model, tokenizer, questions)
-    assert result.candidates == legal
-    assert sum("must stay" in note for note in result.notes) == depth - len(legal)
+    assert 0 < len(cuts(model)) < 6
+    assert set(cuts(model)) <= set(result.candidates)
+    assert sum("must stay" in note for note in result.notes) == 6 - len(result.candidates) > 0
+
+
+def test_what_can_be_tried_is_measured_also_where_no_checkpoint_could_hold_it(tokenizer, questions):
+    model = tiny.build("diffllama", DEPTH)
+    assert cuts(model) == [Unit("block", DEPTH - 1)]
+    result, _ = run(model, tokenizer, questions)
+    assert result.candidates == units("block", whole(DEPTH)), "their importance ranks the blocks that train"
+
+
+def test_a_scan_without_trials_measures_blocks_that_cannot_be_tried(tokenizer, questions):
+    model = tiny.build("jamba", 6)
+    result, _ = run(model, tokenizer, questions, trials=False, run=3)
+    assert result.candidates == units("block", whole(6)), "a run of three may begin at a block that cannot go alone"
+    assert np.isfinite(result.run_cosine[:4]).all()
 
 
 def test_streams_beside_each_other_are_one_wide_stream(tokenizer, questions):
@@ -165,6 +191,7 @@ def test_progress_counts_batches_that_are_done_not_those_of_other_rows(tokenizer
     scan.scan(model, scorer, "acc", on_part=found.__setitem__)
     count = len(scorer.batches)
     stale = {n: replace(found[n % count], rows="other rows") for n in range(3 * count)}
+    stale[0] = replace(found[0], trials=found[0].trials[1:])  # of other candidates
     scan.scan(model, scorer, "acc", finished=stale, progress=lambda done, of: steps.append((done, of)))
     assert steps == [(n, count) for n in range(1, count + 1)]
 

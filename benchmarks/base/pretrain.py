@@ -32,12 +32,12 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trimllm.demo.steps import (
-    check_state,
     fixed,
     lr_share,
     optimizers,
     read_state,
     save,
+    settle,
     train_step,
     write_state,
 )
@@ -340,7 +340,7 @@ def main() -> None:
         args.micro_batch = 4 if args.device == "cpu" else args.batch
     path = args.output / FIGURES
     if not args.card:
-        check_state(args.output / STATE, args, FIXED, args.device)
+        settle(args.output / STATE, args, FIXED, args.device)
         check_data(args)
     elif not path.exists():
         raise InputError(f"--card: there is no {path}: name the --output of a finished pre-training")

@@ -91,7 +91,8 @@ COMMANDS: dict[str, type[settings.Settings]] = {
 RESUMABLE = ("trim", "compare")
 """Commands whose output directory remembers their settings."""
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
-"""Errors of the operating system that are about a path which the user gave."""
+"""Errors of the operating system that are about a path which the user gave and no command looked at. (Missing files
+and folders in a file's place are refused by the commands.)"""
 
 
 def _about(kind: type[BaseModel]) -> Any:
@@ -194,7 +195,7 @@ def _read(arguments: list[str], under: dict[str, Any]) -> Any:
 def _configured(name: str, arguments: list[str]) -> dict[str, Any]:
     """Settings from the YAML file of `--config`."""
     if name in ("trim", "scan", "drop", "eval", "compare") and (path := _value(arguments, "--config")):
-        return plain_settings.read_yaml(path)
+        return plain_settings.read_yaml(os.path.expanduser(path))
     return {}
 
 
@@ -217,7 +218,7 @@ def _output(arguments: list[str], given: dict[str, Any]) -> str | None:
 def _resumes(name: str, arguments: list[str], given: dict[str, Any]) -> bool:
     """Whether a run goes on, by the command line or the YAML file."""
     said = [argument == "--resume" for argument in arguments if argument in ("--resume", "--no-resume")]
-    return name in RESUMABLE and (said[-1] if said else given.get("resume") is True)
+    return name in RESUMABLE and (said[-1] if said else str(given.get("resume")).lower() in ("true", "yes", "on", "1"))
 
 
 def _value(arguments: list[str], option: str) -> str | None:
@@ -264,14 +265,22 @@ def run(command: settings.Settings) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
         sys.stdout.reconfigure(errors="backslashreplace")
+    code = _carried_out(sys.argv[1:] if arguments is None else arguments)
     try:
-        try:
-            run(parse(words))
-        finally:
-            print(end="", flush=True)  # while a full disk can still be said
+        print(end="", flush=True)  # while a full disk can still be said
+    except OSError as error:
+        if code == 0:
+            return _refused(error)
+        _give_up_output()
+    return code
+
+
+def _carried_out(words: list[str]) -> int:
+    """The exit code of a command, which says itself what went wrong."""
+    try:
+        run(parse(words))
     except TrimError as error:
         if first_to_fail():
             print(f"trimllm: {error}", file=sys.stderr)
@@ -289,24 +298,29 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"trimllm: out of memory on the device: {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        remedy = "; it goes on with --resume" if words and words[0] in RESUMABLE else ""
+        remedy = "; a run that has begun goes on with --resume" if words and words[0] in RESUMABLE else ""
         print(f"trimllm: interrupted{remedy}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno is None:  # of a library, and no word of the operating system
             raise
-        if error.filename is None:
-            _give_up_output()
-        if not isinstance(error, BrokenPipeError) and first_to_fail():
-            print(f"trimllm: {_refused(error)}", file=sys.stderr)
-        return 2 if error.errno in UNUSABLE else 1
+        return _refused(error)
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
 
 
-def _refused(error: OSError) -> str:
-    """One line for what the operating system refuses where nothing more is known of it."""
+def _refused(error: OSError) -> int:
+    """Say in one line what the operating system refuses, of which nothing more is known; the exit code. A reader of the
+    output who has left knows it."""
+    if error.filename is None:
+        _give_up_output()
+    if not isinstance(error, BrokenPipeError) and first_to_fail():
+        print(f"trimllm: {_system_line(error)}", file=sys.stderr)
+    return 2 if error.errno in UNUSABLE else 1
+
+
+def _system_line(error: OSError) -> str:
     name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
     where = "" if name is None else f"{name}: "
     remedy = ": free some space" if error.errno in files.FULL else ": check the path" if where else ""

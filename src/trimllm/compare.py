@@ -108,9 +108,8 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
         digests["--task" if own else f"--also {data.name}"] = data.digest()
         encode = partial(encoding.encode, tokenizer, max_length=longest, truncate=command.truncate)
         asked = {"reported": encode(data.test), **({"calibration": encode(data.calibration)} if own else {})}
-        known = config.get_text_config(decoder=True).vocab_size
         for encoded in asked.values():
-            encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), known)
+            encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(config))
         sets: dict[str, Sequence[encoding.Cut]] = {**asked}
         if own and trains:
             sets["training"], text = training_rows.examples(command, tokenizer, config, data.train, command.batch_size)

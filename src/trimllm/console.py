@@ -5,6 +5,7 @@ On a terminal the live line moves; in a log it is repeated now and then.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -51,7 +52,7 @@ class Console:
             left = f"{clock((now - started) / (done - before) * (total - done))} left" if done > before else ""
             line = "  ".join(filter(None, [f"{name}  {done}/{total}", detail, left]))
             if self.live:  # a line that wraps could not be taken away
-                line = CLEAR + line[: shutil.get_terminal_size().columns - 1]
+                line = CLEAR + line[: _columns() - 1]
             print(line, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
         try:
@@ -59,6 +60,14 @@ class Console:
         finally:
             if self.live:
                 print(CLEAR, end="", file=sys.stderr, flush=True)
+
+
+def _columns() -> int:
+    """Of the terminal that the live line is on; standard output may be a file."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
 
 
 def clock(seconds: float) -> str:

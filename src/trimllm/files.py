@@ -68,14 +68,15 @@ def parse_yaml(text: str) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of indented JSON; infinite and undefined numbers, which JSON does not know, become null."""
-    write_atomic(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null for infinite and undefined numbers."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -39,7 +39,9 @@ class Settings(BaseModel):
         """Settings that were given and would have no effect beside the others: by name, why, with the remedy."""
         return {}
 
-    @field_validator("output", "task", "text", "also", "task_files", "baselines_python", check_fields=False)
+    @field_validator(
+        "output", "task", "text", "also", "task_files", "baselines_python", "source", "directory", check_fields=False
+    )
     @classmethod
     def _a_tilde_is_the_home_folder(cls, value: Any) -> Any:
         """A shell expands it at the beginning of a word only, and nothing does in YAML."""

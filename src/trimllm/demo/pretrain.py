@@ -36,12 +36,12 @@ from transformers import (
 )
 
 from trimllm.demo.steps import (
-    check_state,
     fixed,
     lr_share,
     optimizers,
     read_state,
     save,
+    settle,
     train_step,
     write_state,
 )
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
             figures = json.loads(path.read_text(encoding="utf-8"))
             write_card(args.output, figures | {"accuracy": figures["accuracy"] | found})
         return
-    check_state(args.output / STATE, args, FIXED)
+    settle(args.output / STATE, args, FIXED)
     args.output.mkdir(parents=True, exist_ok=True)
     write_card(args.output, pretrain(args))
 

@@ -95,11 +95,11 @@ def fixed(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def check_state(path: Path, args: argparse.Namespace, names: Sequence[str], device: str = "cpu") -> None:
-    """Whether the training whose state is `path` can go on with `args`, of which `names` stay what they were.
+def settle(path: Path, args: argparse.Namespace, names: Sequence[str], device: str = "cpu") -> None:
+    """Check that the training whose state is `path` can go on with `args`, of which `names` stay what they were.
 
-    States of earlier versions, which do not keep them, are taken as they are. `bf16` that was not given is the state's,
-    or whether the device has bfloat16.
+    States of earlier versions, which do not keep them, are taken as they are. `args.bf16`, if it was not given, becomes
+    the state's, or whether the device has bfloat16.
 
     Raises:
         InputError: if the state is of a training with other settings, or was at another learning rate than `args` say.

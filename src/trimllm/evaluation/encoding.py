@@ -138,6 +138,11 @@ def vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def vocabulary_of(config: Any) -> int:
+    """The same of the model that a config describes."""
+    return int(config.get_text_config(decoder=True).vocab_size)
+
+
 def pad_id(tokenizer: Any, model: Any, without: int = 0) -> int:
     """What fills rows: the tokenizer's own padding, if the model has an embedding for it."""
     own = tokenizer.pad_token_id

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimllm import memory
 from trimllm.blocks import decoder, families, legality
 from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
@@ -172,14 +173,17 @@ def scan(
     not stand are no candidates; the notes name them.
     """
     started = time.perf_counter()
-    candidates, notes = _candidates(model, units(unit, whole(decoder.depth(model)), length))
+    longest = scorer.batches.longest()
+    candidates, notes = _candidates(
+        model, units(unit, whole(decoder.depth(model)), length), longest if trials else None
+    )
     parts: dict[int, Part] = dict(finished or {})
     notes += [scorer.note] if scorer.note else []
     if race is not None and (metric not in ("acc", "acc_norm") or len(scorer.items) < 2 * racing.SMALLEST):
         notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
         race = None
     with evaluate.evaluating(model):
-        resume = trials and _resumes_exactly(model, scorer.batches.longest())
+        resume = trials and _resumes_exactly(model, longest)
         if trials and not resume:
             kind = model.config.model_type
             notes.append(f"every candidate computes the whole model: {kind} cannot be resumed midway")
@@ -188,7 +192,7 @@ def scan(
             """The parts of `batches`, numbered from `first` on, with trials of these candidates."""
             numbers = range(first, first + len(batches))
             rows = {number: batches.digest(number - first) for number in numbers}
-            todo = [number for number in numbers if not _covers(parts.get(number), rows[number], tried)]
+            todo = [n for n in numbers if not _covers(parts.get(n), rows[n], tried, len(candidates))]
             for begin in range(0, len(todo), share.world):
                 mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
                 part_of = partial(_part, model, candidates=candidates, tried=tried, run=run, resume=resume)
@@ -209,11 +213,11 @@ def scan(
     return replace(result, seconds=time.perf_counter() - started, notes=(*notes, *result.notes))
 
 
-def _covers(part: Part | None, rows: str, tried: Sequence[int]) -> bool:
-    """Whether an earlier, interrupted scan tried these candidates on these rows."""
-    if part is None or part.rows != rows:
+def _covers(part: Part | None, rows: str, tried: Sequence[int], candidates: int) -> bool:
+    """Whether an earlier, interrupted scan tried these of so many candidates on these rows."""
+    if part is None or part.rows != rows or any(len(sums) != candidates for sums in part.sums.values()):
         return False
-    return not tried or (bool(part.trials) and all(part.trials[i] for i in tried))
+    return not tried or (len(part.trials) == candidates and all(part.trials[i] for i in tried))
 
 
 def _race(
@@ -265,26 +269,36 @@ def _race(
     return replace(intact, trials=trials, running=end.running, computed=share, notes=(note,))
 
 
-def _candidates(model: Any, every: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
-    """Those of `every` unit that may go, and notes on those that may not.
+def _candidates(model: Any, every: Sequence[Unit], batch: Batch | None) -> tuple[list[Unit], list[str]]:
+    """Those of `every` unit without which the family's layers can stand, and notes on the others.
+
+    Cuts that no checkpoint could hold are measured nonetheless, since their importance ranks the blocks that train; on
+    `batch`, if it is given, those are left out whose trial deletion does not run.
 
     Raises:
-        InputError: if none can go, or pairs are asked for and none can; says why.
+        InputError: if none is left, or pairs are asked for and none is; says why.
     """
-    config = decoder.text_config(model)
-    layouts = {u: remove(whole(decoder.depth(model)), u) for u in every}
-    refused = {u: families.illegal(config, layout) for u, layout in layouts.items()}
-    if all(refused.values()):
-        raise InputError(str(next(iter(refused.values()))))
-    if any(u.kind == "pair" for u in every) and (reason := decoder.repackable(model)):
-        raise InputError(f"only whole layers of model type {config.model_type!r} can be dropped: {reason}")
-    exact = {
-        u: reason or (None if u.bypassed else legality.refusal(model, layouts[u])) for u, reason in refused.items()
-    }
-    if not all(exact.values()):  # where no cut can be saved, what layers are worth is still worth knowing
-        refused = exact
-    notes = [f"{u} must stay: {reason}" for u, reason in refused.items() if reason]
-    return [u for u, reason in refused.items() if reason is None], notes
+    intact = whole(decoder.depth(model))
+    layouts = {u: remove(intact, u) for u in every}
+    refused = {u: families.illegal(decoder.text_config(model), layout) for u, layout in layouts.items()}
+    for unit, layout in layouts.items():
+        inexact = None if batch is None or refused[unit] or unit.bypassed else legality.refusal(model, layout)
+        if batch is not None and inexact and not _runs(model, batch, unit):
+            refused[unit] = inexact
+    for units_ in (every, [u for u in every if u.kind == "pair"]):
+        if units_ and all(refused[u] for u in units_):
+            raise InputError(str(refused[units_[0]]))
+    return [u for u in every if not refused[u]], [f"{u} must stay: {why}" for u, why in refused.items() if why]
+
+
+def _runs(model: Any, batch: Batch, unit: Unit) -> bool:
+    """Whether the trial deletion of a unit can be computed; where memory ends, the scan itself says so."""
+    try:
+        with evaluate.evaluating(model), torch.no_grad():
+            _trial(model, batch, unit, {}, resume=False)
+    except evaluate.UNFIT as error:
+        return memory.ended(error)
+    return True
 
 
 def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: list[Unit], trials: bool) -> ScanResult:

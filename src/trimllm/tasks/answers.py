@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -80,9 +81,10 @@ def _readings(answer: Any, choices: tuple[str, ...]) -> dict[Reading, int]:
     """Every way the answer can be meant."""
     readings: dict[Reading, int] = {}
     stripped, text = [choice.strip() for choice in choices], written(answer)
-    for literal in (str(answer).strip(), text):  # of choices 0.5, 1.0 an answer 1.0 is the second
-        if literal and literal in stripped:
-            readings["text"] = stripped.index(literal)
+    whole = [choice.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", choice) else choice for choice in stripped]
+    for literal, texts in ((str(answer).strip(), stripped), (text, stripped), (text, whole)):  # 2.0 is 2, 2 is 2.0
+        if literal and literal in texts:
+            readings["text"] = texts.index(literal)
             break
     if len(text) == 1 and "A" <= text.upper() <= "Z":
         readings["letter"] = ord(text.upper()) - ord("A")

@@ -165,12 +165,7 @@ def _refuse_unread_choices(name: str, columns: Columns, rows: Collection[Row]) -
     """
     cells = [(column, value) for row in rows for column, value in row.values.items()]
     read = {columns.question, columns.answer, "context"}
-    texts: dict[str, set[str]] = {}
-    for column, value in cells:
-        if column not in read and _worded(value):
-            texts.setdefault(column, set()).add(value)
-    others = {column: {text for name in texts if name != column for text in texts[name]} for column in texts}
-    unread = [x for x, found in texts.items() if 2 * len(found) > len(rows) or found & others[x]]  # no topic or source
+    unread = list(dict.fromkeys(column for column, value in cells if column not in read and _worded(value)))
     answers = {written(value) for column, value in cells if column == columns.answer and not blank(value)}
     short = {*string.ascii_letters, *map(str, range(len(unread) + 1))}
     if columns.answer == "answer" and len(unread) > 1 and answers and answers <= short:

@@ -32,8 +32,8 @@ def examples(
         raise InputError("there are no training rows left after the calibration set was held out: give more rows")
     texts = load_text(settings.text) if settings.text else []
     text_rows = text_examples(tokenizer, texts, min(longest, text_length))
-    vocabulary = model_config.get_text_config(decoder=True).vocab_size
-    encoding.check_vocabulary(tokenizer, (row.ids for row in (*rows, *text_rows)), vocabulary)
+    known = encoding.vocabulary_of(model_config)
+    encoding.check_vocabulary(tokenizer, (row.ids for row in (*rows, *text_rows)), known)
     return rows, text_rows
 
 
