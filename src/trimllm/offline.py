@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
 AGAIN = 60.0
 """Seconds for which a Hub that gave no answer is not asked again."""
