@@ -1,4 +1,6 @@
-"""Pre-train the lab base, a Llama of 20 blocks, on text that you name: what the comparison and the study trim.
+"""Pre-train a lab base, a Llama of 20 blocks, on text that you name: what the comparison and the study trim.
+
+One that was made so is in benchmarks/base/lab.
 
     python benchmarks/base/pretrain.py --output base --data DATA            # hours on a CPU, minutes on a GPU
     python benchmarks/base/pretrain.py --output base --data DATA            # the same after a kill: goes on
