@@ -36,7 +36,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     made = Network()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(offline, "get_session", lambda: made)
-    monkeypatch.setattr(offline, "_missed", float("-inf"))
+    monkeypatch.setattr(offline, "_known", (float("-inf"), True))
     return made
 
 
@@ -67,6 +67,14 @@ def test_the_hub_is_asked_again_when_the_network_may_be_back(network: Network, m
     monkeypatch.setattr(offline, "AGAIN", 0.0)
     with offline.hub_or_cache():
         assert not constants.is_offline_mode()
+
+
+def test_a_hub_that_answers_is_not_asked_before_every_file(network: Network) -> None:
+    network.answers = True
+    for _ in range(3):
+        with offline.hub_or_cache("owner/model"):
+            assert not constants.is_offline_mode()
+    assert len(network.asked) == 1
 
 
 def test_what_is_on_this_machine_is_no_reason_to_ask(network: Network, tmp_path: Path) -> None:

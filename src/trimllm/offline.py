@@ -11,9 +11,10 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
 AGAIN = 60.0
-"""Seconds for which a Hub that gave no answer is not asked again."""
+"""Seconds after which it is asked again whether the Hub answers."""
 
-_missed = float("-inf")
+_known = (float("-inf"), True)
+"""When it was last asked, and whether it answered."""
 
 
 @contextmanager
@@ -33,12 +34,14 @@ def hub_or_cache(name: str = "") -> Iterator[None]:
 
 
 def _answers() -> bool:
-    global _missed
-    if time.monotonic() < _missed + AGAIN:
-        return False
+    global _known
+    asked, answered = _known
+    if time.monotonic() < asked + AGAIN:
+        return answered
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        answered = True
     except Exception:  # whatever this release's client raises where it gets no answer
-        _missed = time.monotonic()
-        return False
-    return True
+        answered = False
+    _known = (time.monotonic(), answered)
+    return answered

@@ -91,10 +91,9 @@ def merge(model: nn.Module, name: str | Path, *, allow_pickle: bool = False) -> 
     try:
         with hub_or_cache(os.fspath(name)):
             wrapped: Any = PeftModel.from_pretrained(model, os.fspath(name))
-        if not hasattr(wrapped.base_model, "merge_and_unload"):
-            kind = wrapped.active_peft_config.peft_type.value
-            raise InputError(f"cannot use adapter {str(name)!r}: one of kind {kind} is no change of weights")
-        with hub_or_cache(os.fspath(name)):
+            if not hasattr(wrapped.base_model, "merge_and_unload"):
+                kind = wrapped.active_peft_config.peft_type.value
+                raise InputError(f"cannot use adapter {str(name)!r}: one of kind {kind} is no change of weights")
             fit = wrapped.load_adapter(os.fspath(name), "default")
     except InputError:
         raise
