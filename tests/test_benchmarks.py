@@ -260,6 +260,28 @@ def test_a_study_takes_its_depths_from_runs_that_went_further(tmp_path: Path, mo
     assert trained["law-0/full-as-long/4"] == (12.0, 0.0, 0.0), "as many epochs as the others behind twelve drops"
 
 
+def test_a_summary_of_the_study_counts_runs_of_all_files_and_draws_what_has_errors(tmp_path: Path) -> None:
+    summary = module("study_summary")
+    kept = [
+        measured("law", 0, "late, carried", full=80, half=78),
+        measured("law", 1, "late, carried", full=90, half=93),
+    ]
+    kept += [measured("finance", 0, "late, carried", full=50, half=46), measured("cuad", 0, "one-shot", full=9, half=9)]
+    kept += [measured("law", 0, "full, as long", full=80, half=82)]
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps({"raw": kept}))
+    found = summary.load([path, path], ["late, carried", "one-shot", "full, as long"])
+    assert not found["one-shot"], "of another world"
+    by = found["late, carried"][0.5]
+    assert [run.points for run in by] == 2 * [-2, 3, -4]
+    line = summary.row("late, carried", 0.5, by)
+    assert line[:4] == ["late, carried", "50%", "6", "-1.0"]
+    assert line[5:8] == ["2.2", "-4.0", "2 of 6"], "the mean of law is +0.5, that of finance -4"
+    single = {"full, as long": {0.5: found["full, as long"][0.5][:1]}}
+    summary.draw({"late, carried": found["late, carried"], **single}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 0
+
+
 def finished(output: str, asked: Any) -> None:
     """A run that ended at once."""
     rundir.claim(asked)

@@ -196,6 +196,16 @@ def test_progress_counts_batches_that_are_done_not_those_of_other_rows(tokenizer
     assert steps == [(n, count) for n in range(1, count + 1)]
 
 
+def test_parts_of_other_candidates_are_computed_again(tokenizer, questions):
+    model = tiny.build("llama", DEPTH)
+    scorer = Scorer(model, tokenizer, questions)
+    found = {}
+    whole_scan = scan.scan(model, scorer, "acc", trials=False, on_part=found.__setitem__)
+    fewer = {n: replace(part, sums={k: v[1:] for k, v in part.sums.items()}) for n, part in found.items()}
+    again = scan.scan(model, scorer, "acc", trials=False, finished=fewer)
+    np.testing.assert_array_equal(again.norm, whole_scan.norm)
+
+
 def test_a_family_without_halves_or_without_cuts_is_refused_with_the_reason(tokenizer, questions):
     with pytest.raises(InputError, match="run in parallel"):
         run(tiny.build("gpt_neox", DEPTH), tokenizer, questions, "pair")
