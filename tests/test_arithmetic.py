@@ -130,7 +130,7 @@ def test_16_bits_stay_where_memory_has_no_room_for_32(base: Path, monkeypatch: A
     model: Any = load_model(base)
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     have = [needed]
-    monkeypatch.setattr(room, "free", lambda _, swap: pytest.fail("swap is no room") if swap else have[0])
+    monkeypatch.setattr(room, "free_bytes", lambda _, swap: pytest.fail("swap is no room") if swap else have[0])
     assert arithmetic.reason_for_float32(model, "auto") is None
     have = [2 * needed]
     assert arithmetic.reason_for_float32(model, "auto") == f"computed in float32: {EMULATED}"

@@ -527,13 +527,13 @@ def test_a_model_too_large_is_said_before_it_is_loaded(
     in_process(monkeypatch)
     size = room.weights(str(world[0]), None)
     assert size is not None
-    monkeypatch.setattr(room, "free", lambda _: size - 1)
+    monkeypatch.setattr(room, "free_bytes", lambda _: size - 1)
     monkeypatch.setattr(models.loading, "load_model", lambda *_, **__: pytest.fail("loaded"))
     found = go(settings(world, tmp_path / "out", methods=("full",)))
     assert found["full"]["status"] == "not run"
     assert "the weights alone take" in found["full"]["why"]
     monkeypatch.undo()
-    monkeypatch.setattr(room, "free", lambda _: 2 * size)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 2 * size)
     each = Cell(METHODS["full"], None)
     job.Job(settings(world, tmp_path / "out", methods=("full",)), each, tmp_path / "out").load()
     assert "full fine-tuning takes" in capsys.readouterr().err

@@ -311,7 +311,7 @@ def test_the_base_as_it_is_teaches_a_run_without_warm_up(base, task, tmp_path, m
 
 def test_a_model_that_fits_once_but_not_twice_is_refused_before_it_is_loaded(base, task, tmp_path, monkeypatch, capsys):
     needed = room.weights(str(base), torch.float32)
-    monkeypatch.setattr(room, "free", lambda _: 2 * needed - 1)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 2 * needed - 1)
     words = h.arguments(h.settings(base, task, tmp_path / "run", distill=0.25))
     assert cli.main(["trim", *words]) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -290,7 +290,7 @@ def _carried_out(words: list[str]) -> int:
             return 1
         from trimllm import memory
 
-        if not memory.ended(error):
+        if not memory.is_out_of_memory(error):
             raise
         remedy = (
             "a smaller --micro-batch-size or --eval-batch-size, or --gradient-checkpointing; trim goes on with --resume"

@@ -12,7 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 T = TypeVar("T")
 
 
-def ended(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether the error says that memory ended; the CPU's allocator has no class of its own for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
@@ -22,13 +22,13 @@ def attempt(compute: Callable[[], T]) -> T | None:
     try:
         return compute()
     except RuntimeError as error:
-        if not ended(error):
+        if not is_out_of_memory(error):
             raise
-    free()  # outside of the handler: the traceback keeps the tensors alive
+    release()  # outside of the handler: the traceback keeps the tensors alive
     return None
 
 
-def free() -> None:
+def release() -> None:
     """Give back what nothing refers to any more."""
     gc.collect()
     clear_device_cache()

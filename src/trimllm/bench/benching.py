@@ -265,7 +265,7 @@ def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -
     except BrokenProcessPool:
         raise TrimError(f"the process of {name} was ended, perhaps for lack of memory: measure fewer models") from None
     except RuntimeError as error:
-        if not memory.ended(error):
+        if not memory.is_out_of_memory(error):
             raise
         raise TrimError(f"{name}: out of memory on the device: a smaller --batch-size, or fewer models") from None
     except InputError as error:

@@ -74,7 +74,7 @@ def reason_for_float32(model: Any, asked: str, copies: int = 1) -> str | None:
     slowest = max(times, key=lambda kind: times[kind], default=torch.float32)
     if times.get(slowest, 1) == 1:
         return None
-    free = room.free(torch.device("cpu"), swap=False)
+    free = room.free_bytes(torch.device("cpu"), swap=False)
     needed = copies * ACTIVATIONS * sum(4 * one.numel() for one in half)
     if free is not None and needed >= free:
         return None

@@ -22,7 +22,7 @@ STATES = 4
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def free(device: torch.device, *, swap: bool = True) -> int | None:
+def free_bytes(device: torch.device, *, swap: bool = True) -> int | None:
     """Bytes that can still be allocated there, on a CPU in swap space, too; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -81,7 +81,7 @@ def weights_of_config(file: str, dtype: torch.dtype | None, *, trust_remote_code
 
 def check(what: str, needed: int | None, device: torch.device, remedy: str) -> None:
     """Raises InputError if `needed` bytes of weights exceed what is free on the device."""
-    have = free(device)
+    have = free_bytes(device)
     if needed is not None and have is not None and needed > have:
         sizes = f"the weights alone take {needed / GB:.1f} GB, and {have / GB:.1f} GB are free on {device}"
         raise InputError(f"{what}: {sizes}: {remedy}")
@@ -92,7 +92,7 @@ def full_training_note(needed: int | None, device: torch.device, remedy: str) ->
 
     `remedy` lowers weights and states in full precision; only behind it a narrower dtype is named, which rounds steps.
     """
-    have = free(device)
+    have = free_bytes(device)
     if needed is None or have is None or not needed <= have < STATES * needed:  # what cannot be loaded is an error
         return None
     return (

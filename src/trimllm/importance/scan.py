@@ -297,7 +297,7 @@ def _runs(model: Any, batch: Batch, unit: Unit) -> bool:
         with evaluate.evaluating(model), torch.no_grad():
             _trial(model, batch, unit, {}, resume=False)
     except evaluate.UNFIT as error:
-        return memory.ended(error)
+        return memory.is_out_of_memory(error)
     return True
 
 

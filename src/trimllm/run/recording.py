@@ -125,7 +125,7 @@ class Recorder:
         try:
             return self.against_base(saved, "trimmed")
         except RuntimeError as error:
-            if not memory.ended(error):
+            if not memory.is_out_of_memory(error):
                 raise
             self.console.say("the decode speed was not compared: base and result together exceed the device's memory")
             return None

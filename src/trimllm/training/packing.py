@@ -174,7 +174,7 @@ def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way,
             try:
                 together = _logprobs(model, lay_out([sample], pad_id, model.device, way.mask))
             except evaluate.UNFIT as error:
-                if memory.ended(error):
+                if memory.is_out_of_memory(error):
                     return ALONE, "memory ended when packed rows were tried"
                 continue
             if float((together - alone).abs().max()) <= tolerance:

@@ -312,7 +312,7 @@ def _step(
         ways.size = ways.size if less else _half(shares, ways.size)
         for parameter in parameters:
             parameter.grad = None
-        memory.free()
+        memory.release()
         if less:
             say("  out of memory: short rows are computed with SDPA, too, from here on")
             continue
@@ -341,7 +341,7 @@ def _passes(
                 total += losses.backward(model, packed, scale, ways.places, loss_of)
             tokens, cells = tokens + packed.tokens, cells + packed.cells
     except RuntimeError as error:
-        if not memory.ended(error):
+        if not memory.is_out_of_memory(error):
             raise
         if ways.prefix:
             ways.prefix.read = read  # the step is done again
