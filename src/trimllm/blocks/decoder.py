@@ -73,7 +73,7 @@ def half_names(model: nn.Module, half: str, block: nn.Module) -> list[str]:
     return [name for name in names if block._modules.get(name) is not None]
 
 
-def repackable(model: nn.Module) -> str | None:
+def repacking_refused(model: nn.Module) -> str | None:
     """Why halves of blocks cannot be re-packed, or None where they can."""
     config = text_config(model)
     reason = families.whole_only(config)
@@ -116,7 +116,7 @@ def parameters_of(model: nn.Module, half: str, i: int) -> list[nn.Parameter]:
     block = blocks(model)[i]
     if half == "block":
         return list(block.parameters())
-    reason = repackable(model)
+    reason = repacking_refused(model)
     if reason:
         raise InputError(f"the {half} half of layer {i} cannot be told apart: {reason}")
     return [parameter for name in half_names(model, half, block) for parameter in block._modules[name].parameters()]  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from trimllm.blocks.decoder import (
     container,
     depth,
     plain_attributes,
-    repackable,
+    repacking_refused,
     text_config,
 )
 from trimllm.blocks.layout import Layout
@@ -38,7 +38,7 @@ def check_layout(model: nn.Module, layout: Layout, *, bypass: bool) -> None:
         if any(a >= b for a, b in itertools.pairwise(order)):
             raise InputError(f"the layout takes {half} halves in the order {order}: keep the model's order, each once")
     broken = [block for block in layout if block.attention != block.mlp]
-    reason = repackable(model) if broken else None
+    reason = repacking_refused(model) if broken else None
     if reason:
         raise InputError(f"only whole layers of model type {config.model_type!r} can be dropped: {reason}")
     if any(None in block for block in broken):

@@ -48,7 +48,7 @@ class Decision:
     joint: list[Joint]
     """Sets that were tried as a whole (--schedule recover)."""
     seconds: float
-    """All of it took: the scan, scores from weights and gradients, sets that were tried."""
+    """How long the decision took: the scan, scores from weights and gradients, sets that were tried."""
 
 
 class Decider:

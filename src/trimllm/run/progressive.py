@@ -168,7 +168,7 @@ class Run:
         self.decider.check(model)
         self.ahead = targets.stages_ahead(config, depth, self.decider.length)
         mixed = 1 + config.text_ratio if self.text_rows else 1
-        self.epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
+        self.tokens_per_epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
         self.pad_id = self.calibration.pad_id
         copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
         if config.keep_checkpoints:  # of every depth; embeddings, which are never cut, make them larger than that
@@ -217,7 +217,7 @@ class Run:
             say(f"  {note}")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
-        say(account.training_ahead(config, self.ahead, self.epoch))
+        say(account.training_ahead(config, self.ahead, self.tokens_per_epoch))
         may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
         if may_change and (slow := scan.many_choices_note(self.calibration, config.strategy)):
             say(f"  {slow}")
@@ -342,7 +342,7 @@ class Run:
         if (
             warm
             and not config.distill
-            and (time := account.time_ahead(self.ahead, self.epoch, self.journal.events[-1]))
+            and (time := account.time_ahead(self.ahead, self.tokens_per_epoch, self.journal.events[-1]))
         ):
             self.console.say(time)
         state.stages += 1
