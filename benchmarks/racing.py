@@ -44,7 +44,7 @@ def record(folder: Path, data: Any, keep: Path) -> Any:
         scorer = Scorer(model, tokenizer, data.test)
         result = scan.scan(model, scorer, "acc", on_part=lambda number, part: parts.__setitem__(number, part))
         ordered = [parts[number] for number in sorted(parts)]
-        pieces = [[part.base for part in ordered]]
+        pieces = [[part.intact for part in ordered]]
         pieces += [[part.trials[i] for part in ordered] for i in range(len(result.candidates))]
         full = np.array([evaluate.gather(one, scorer.encoded).loglik for one in pieces], dtype=np.float32)
         answers = np.array([item.answer for item in data.test])

@@ -80,7 +80,7 @@ def run_scan(command: config.ScanConfig) -> None:
     names = [describe(unit, whole(depth)) for unit in result.candidates]
     record = scan.table(result, evidence, command.strategy, names)
     choice, reason = _first(command, loaded.model, result, evidence, protected, tolerance)
-    record |= {"model": command.model, "task": data.name, "metric": result.base.metric}
+    record |= {"model": command.model, "task": data.name, "metric": result.intact.metric}
     record["first"] = names[choice.index] if choice else None
     if choice is None:
         first = f"nothing: {reason}"
@@ -88,7 +88,7 @@ def run_scan(command: config.ScanConfig) -> None:
         first = names[choice.index]
     else:
         first = f"{names[choice.index]} ({choice.why})"
-    print(f"intact: {result.base.metric} {result.base}")
+    print(f"intact: {result.intact.metric} {result.intact}")
     print(scan_table(record))
     print(f"{'least important' if command.unit == 'sublayer' else 'would go first'}: {first}")
     files.write_json(output / "scan.json", record)

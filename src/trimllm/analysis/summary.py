@@ -81,7 +81,7 @@ def measure(
                 measures |= look(model, made, units)
             except InputError as error:
                 notes.append(str(error))
-        known = lens.answered(model, scorer, asked, result.base, command.analysis_items)
+        known = lens.answered(model, scorer, asked, result.intact, command.analysis_items)
         traced: dict[str, Array] = {}
         if not known:
             notes.append("causal tracing: the model answers none of the calibration questions")

@@ -162,12 +162,12 @@ def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: 
     names = ", ".join(describe(choice.unit, layout) for choice in choices)
     if found is not None:
         return (
-            f"drop {names}: {len(choices)} at once (joint {found.value:.1f}, intact {result.base.value:.1f}; loss "
-            f"{found.loss:.3f}, intact {result.base.loss:.3f}; {len(tried)} sets tried; "
+            f"drop {names}: {len(choices)} at once (joint {found.value:.1f}, intact {result.intact.value:.1f}; loss "
+            f"{found.loss:.3f}, intact {result.intact.loss:.3f}; {len(tried)} sets tried; "
             f"scan {clock(result.seconds)})"
         )
-    metric = "likelihood " if result.base.metric == "likelihood" else ""
-    intact = f"intact {metric}{result.base.value:.1f}; scan {clock(result.seconds)}"
+    metric = "likelihood " if result.intact.metric == "likelihood" else ""
+    intact = f"intact {metric}{result.intact.value:.1f}; scan {clock(result.seconds)}"
     if len(choices) > 1:
         return f"drop {names} at once ({intact})"
     score = f", {metric}{result.trials[choices[0].index].value:.1f} without it" if result.trials else ""
