@@ -279,7 +279,7 @@ DROP = ["drop", "--model", "demo", "--layers", "1", "--output", "o"]
         ([*TRIM, "--sparse-update", "dinamic"], "(did you mean 'dynamic'?)"),
         ([*TRIM, "--metric", "acc_nrm"], "--metric acc_nrm: must be 'acc', 'acc_norm' or 'likelihood' (did you mean"),
         ([*TRIM, "--task-files", "train"], "--task-files cannot be read"),
-        ([*TRIM, "--strategy", "scan+nrom"], "unknown strategy 'scan+nrom': did you mean 'scan+norm'?"),
+        ([*TRIM, "--strategy", "scan+nrom"], "unknown strategy 'scan+nrom' (did you mean 'scan+norm'?)"),
         (["trim", "--output", "no/such/run", "--resume"], "there is no run in no/such/run"),
         (["drop", "--model", "demo", "--output", "o", "--layers"], "--layers: expected one argument"),
         ([*DROP, "--max-shard-size", "1GB"], "--max-shard-size is for --streaming"),

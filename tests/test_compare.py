@@ -471,7 +471,7 @@ def test_rows_that_failed_are_tried_again(world: tuple[Path, Path], tmp_path: Pa
 
 
 def test_unknown_method_names_the_nearest(world: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--methods shortgtp: unknown method: did you mean 'shortgpt'"):
+    with pytest.raises(InputError, match=r"--methods shortgtp: unknown method \(did you mean 'shortgpt'\?\)"):
         go(settings(world, tmp_path / "out", methods=("shortgtp",)))
     assert not (tmp_path / "out").exists()
 

@@ -560,7 +560,7 @@ def test_domain_text_is_trained_on(base, task, tmp_path):
 
 
 def test_settings_that_do_not_exist_are_input_errors_in_python_too():
-    with pytest.raises(InputError, match="unknown setting 'kep': did you mean 'keep'"):
+    with pytest.raises(InputError, match=r"unknown setting 'kep' \(did you mean 'keep'\?\)"):
         progressive.trim(model="demo", task="demo_law", output="x", kep=0.5)
     with pytest.raises(InputError, match="--task is required"):
         progressive.trim(model="demo", output="x")

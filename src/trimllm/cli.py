@@ -28,7 +28,7 @@ from pydantic_settings import (
 from trimllm import config as settings
 from trimllm import files
 from trimllm.config import plain_settings
-from trimllm.errors import InputError, TrimError, one_line
+from trimllm.errors import InputError, TrimError, did_you_mean, one_line
 from trimllm.parallel import another_failed, first_to_fail
 
 
@@ -145,14 +145,14 @@ def parse(arguments: list[str]) -> settings.Settings:
         print(f"trimllm {version('trimllm')}")
         raise SystemExit
     if not name.startswith("-") and name not in COMMANDS:
-        raise InputError(f"unknown command {name!r}{_near(name, COMMANDS)}: trimllm --help lists them")
+        raise InputError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}: trimllm --help lists them")
     given = _configured(name, arguments)
     stored = _stored(name, arguments, given)
     beneath = stored | given
     if name in COMMANDS:
         for key in beneath:
             if key not in COMMANDS[name].model_fields:
-                raise InputError(f"--config: unknown setting {key!r}{_near(key, COMMANDS[name].model_fields)}")
+                raise InputError(f"--config: unknown setting {key!r}{did_you_mean(key, COMMANDS[name].model_fields)}")
     under: dict[str, Any] = {name: beneath} if beneath else {}
     try:
         root = _read(arguments, under)
@@ -236,13 +236,6 @@ def _no_run(output: str | None) -> str:
     return f"--resume: there is no run in {output}: check --output" if output else "--resume needs --output DIR"
 
 
-def _near(name: str, known: Any) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _unknown_option(name: str, message: str) -> str:
     message = message.removeprefix("error parsing CLI: ")
     if message.startswith("unrecognized arguments: ") and name in COMMANDS:
@@ -250,7 +243,7 @@ def _unknown_option(name: str, message: str) -> str:
         if not given.startswith("-"):
             return f"unexpected argument {given!r}: see trimllm {name} --help"
         options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]
-        return f"unknown option {given}{_near(given, options)}: see trimllm {name} --help"
+        return f"unknown option {given}{did_you_mean(given, options)}: see trimllm {name} --help"
     if found := re.match(r"Parsing error encountered for \w+\.(\w+)", message):
         return f"--{found[1].replace('_', '-')} cannot be read: see trimllm {name} --help for how to write it"
     return f"{message}: see trimllm{f' {name}' if name in COMMANDS else ''} --help"

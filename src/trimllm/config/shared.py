@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from trimllm.errors import did_you_mean
+
 T = TypeVar("T")
 if TYPE_CHECKING:
     Several = tuple[T, ...]
@@ -134,11 +136,8 @@ class TaskSettings(Settings):
 
 def unknown_strategy(name: str) -> str:
     """One line for a strategy that there is not, with the nearest that there is."""
-    import difflib
-
-    near = difflib.get_close_matches(name, STRATEGIES, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(STRATEGIES)}"
-    return f"unknown strategy {name!r}: {hint}"
+    hint = did_you_mean(name, STRATEGIES) or f": use one of {', '.join(STRATEGIES)}"
+    return f"unknown strategy {name!r}{hint}"
 
 
 class StrategySettings(Settings):

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimllm.errors import InputError
+from trimllm.config import RESOLUTION
+from trimllm.errors import InputError, did_you_mean
 from trimllm.tasks.catalog import builtin_tasks, find_builtin
 from trimllm.tasks.items import Item, TaskData
 from trimllm.tasks.recognize import labelled, recognize, without_shared_context
 from trimllm.tasks.render import Renderer
 from trimllm.tasks.rows import Row
 from trimllm.tasks.sources import Files, Parts, file_parts, spec_parts, unused_files
-from trimllm.tasks.spec import TaskSpec, check_metric, nearest, read_spec
+from trimllm.tasks.spec import TaskSpec, check_metric, read_spec
 from trimllm.tasks.splits import split
 from trimllm.tasks.text import PIECE, SMALL_PIECE, cut, piece_for
 
@@ -173,5 +174,5 @@ def _unknown(name: str) -> InputError:
     known = list(builtin_tasks())
     aliases = [alias.lower() for spec in builtin_tasks().values() for alias in spec.aliases]
     return InputError(
-        f"unknown task {name!r}{nearest(name, known + aliases)}: use {', '.join(known)}, a YAML file or own data"
+        f"unknown task {name!r}{did_you_mean(name, known + aliases)}: use {', '.join(known)}, a YAML file or own data"
     )

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from trimllm.errors import InputError
+from trimllm.errors import InputError, did_you_mean
 from trimllm.tasks.hub import read_hub
 from trimllm.tasks.rows import Row, format_of, read_rows
-from trimllm.tasks.spec import Source, TaskSpec, nearest
+from trimllm.tasks.spec import Source, TaskSpec
 
 Files = str | Path | Mapping[str, str | Path | list[str]]
 """Local files: one file, a folder whose file names say the split, or paths by part."""
@@ -50,7 +50,7 @@ def file_parts(files: Files) -> Parts:
     for name, paths in files.items():
         part = PARTS.get(name)
         if part is None:
-            raise InputError(f"unknown split {name!r}{nearest(name, list(PARTS))}: use train, validation or test")
+            raise InputError(f"unknown split {name!r}{did_you_mean(name, PARTS)}: use train, validation or test")
         several = [paths] if isinstance(paths, str | Path) else paths
         parts.setdefault(part, []).extend(row for path in several for row in _rows_at(Path(path)))
     return parts
