@@ -18,7 +18,7 @@ class InputError(TrimError):
     exit_code = 2
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: object) -> str:
     """An error's message on one line, at most 300 characters of it."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 

@@ -60,7 +60,7 @@ class Skeleton:
         except Exception as error:
             raise InputError(f"transformers cannot build this checkpoint's model: {one_line(error)}") from error
         if info["error_msgs"]:
-            raise InputError(f"transformers cannot convert this checkpoint: {one_line(Exception(info['error_msgs']))}")
+            raise InputError(f"transformers cannot convert this checkpoint: {one_line(info['error_msgs'])}")
         return Fit(frozenset(info["missing_keys"]), frozenset(key[0] for key in info["mismatched_keys"]))
 
     def path(self, module: nn.Module) -> str:

@@ -139,7 +139,7 @@ def read_spec(path: Path) -> TaskSpec:
     except OSError as error:
         raise InputError(f"cannot read the task file {path}: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} must be a YAML mapping with the fields {', '.join(TaskSpec.model_fields)}")
     raw.setdefault("name", path.stem)
