@@ -18,8 +18,8 @@ from trimllm.config.commands import (
     TasksConfig,
 )
 from trimllm.config.shared import (
-    ANALYSIS_ITEMS,
-    CONFIDENCE,
+    COARSEST,
+    RESOLUTION,
     STRATEGIES,
     Fraction,
     LoadSettings,
@@ -40,10 +40,10 @@ from trimllm.config.trim import TrimConfig
 
 FORMER = {"schedule": "epoch", "optimizer_state": "fresh"}
 """What held before a setting existed, where that is not its default: for a config.yaml without it."""
+    "RESOLUTION",
 
 __all__ = [
-    "ANALYSIS_ITEMS",
-    "CONFIDENCE",
+    "COARSEST",
     "FORMER",
     "STRATEGIES",
     "BenchConfig",

@@ -28,6 +28,8 @@ See `scores.SCORES`."""
 CONFIDENCE = 0.999
 """Of a race: tried on recorded scans, see docs/lab.md."""
 RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
+COARSEST = 50.0
+"""Most accuracy points that one calibration question may be worth: there are two of them at least."""
 ANALYSIS_ITEMS = 64
 """Questions of causal tracing."""
 
@@ -110,7 +112,7 @@ class TaskSettings(Settings):
     """What is reported and decided on (default: the task's own)."""
     calibration_size: Positive | None = None
     """Rows held out of train on which every decision is taken (default: from --resolution)."""
-    resolution: Annotated[float, Field(gt=0, le=50)] = RESOLUTION
+    resolution: Annotated[float, Field(gt=0, le=COARSEST)] = RESOLUTION
     """Accuracy points one calibration question should be worth; 0.5 asks for 200 rows (at most a fifth of train)."""
     max_train: Positive | None = None
     """Use at most so many training rows (seeded sample)."""

@@ -24,7 +24,7 @@ def load_task(
     *,
     tokenizer: Any = None,
     calibration_size: int | None = None,
-    resolution: float = 0.5,
+    resolution: float = RESOLUTION,
     max_train: int | None = None,
     max_test: int | None = None,
     files: Files | None = None,
