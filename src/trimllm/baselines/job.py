@@ -107,7 +107,7 @@ class Job:
     @cached_property
     def accelerator(self) -> Any:
         """Device and mixed precision of training, as in a run of `trimllm trim`."""
-        return models.accelerator(self.trim_settings(keep=0.5))
+        return models.accelerator(self.command)
 
     # ---- what most methods do
 
@@ -155,7 +155,7 @@ class Job:
     ) -> train.StageReport:
         """Fine-tune in place on the task and the domain text, as a stage of `trimllm trim` does; all parameters
         unless named, at --lr unless another rate is given."""
-        command, model = self.trim_settings(keep=0.5, **({"lr": lr} if lr else {})), loaded.model
+        command, model = self.command.model_copy(update={"lr": lr} if lr else {}), loaded.model
         model.to(self.accelerator.device)
         seed = command.seed * 1000 + stage
         plan = self.plan(loaded, epochs, seed)

@@ -25,7 +25,7 @@ from trimllm.blocks import decoder, families, legality
 from trimllm.blocks.layout import whole, without
 from trimllm.blocks.surgery import drop_layers
 from trimllm.checkpoints import models
-from trimllm.config import TrimConfig
+from trimllm.config import TrainedModel
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.importance.scan import scan
@@ -83,7 +83,7 @@ def find_run(job: Job, loaded: models.Loaded, length: int) -> tuple[int, float]:
 
 
 def train_replacement(
-    model: Any, start: int, length: int, steps: Sequence[Sequence[Example]], settings: TrimConfig, pad_id: int
+    model: Any, start: int, length: int, steps: Sequence[Sequence[Example]], settings: TrainedModel, pad_id: int
 ) -> tuple[torch.nn.Module, list[float]]:
     """A block that maps the input of the run to its output in the intact model, and the error of every step.
 

@@ -13,7 +13,7 @@ import torch
 
 from trimllm.blocks import adapters
 from trimllm.checkpoints import arithmetic, backends, loading, room
-from trimllm.config import ModelSettings, TrimConfig
+from trimllm.config import ModelSettings, TrainedModel
 from trimllm.errors import InputError
 from trimllm.offline import hub_or_cache
 
@@ -68,7 +68,7 @@ def training_device(name: str) -> torch.device:
     return device_of(name)
 
 
-def accelerator(settings: TrimConfig) -> Any:
+def accelerator(settings: TrainedModel) -> Any:
     """The accelerate object of this process: device, mixed precision, number of processes.
 
     Raises:
