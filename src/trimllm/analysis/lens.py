@@ -19,7 +19,7 @@ import torch
 
 from trimllm.analysis import probes
 from trimllm.blocks import decoder, families
-from trimllm.blocks.layout import Unit
+from trimllm.blocks.layout import HALVES, Unit
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, evaluate
 from trimllm.evaluation.encoding import Batch, Batches, Encoded
@@ -136,7 +136,7 @@ def _written(model: Any, batch: Batch, at: torch.Tensor, units: Sequence[Unit]) 
     that and the attention's make up what the block adds.
     """
     parallel = {unit.index for unit in units if decoder.halves(model, unit.index) is None}
-    names = {i: [probes.half_modules(model, half, i)[-1:] for half in decoder.HALVES] for i in parallel}
+    names = {i: [probes.half_modules(model, half, i)[-1:] for half in HALVES] for i in parallel}
     modules = [(i, name) for i, both in names.items() for half in both for name in half]
     with probes.reading(model, modules, at) as outputs:
         states = probes.states_at(activations.keeping_stream(model, batch, mids=True)[1], at)

@@ -64,7 +64,7 @@ def reading(model: Any, modules: Iterable[tuple[int, str]], where: torch.Tensor)
 
     def keep(place: tuple[int, str]) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            written = at_places(first(output), where)  # a copy: some blocks add to this tensor in place
+            written = at_places(decoder.hidden_of(output), where)  # a copy: some blocks add to this tensor in place
             residual = _residual(model, place[1], args)
             found[place] = written if residual is None else written - at_places(residual, where)
 

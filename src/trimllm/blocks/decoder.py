@@ -9,11 +9,11 @@ from torch import nn
 from trimllm.blocks import families
 from trimllm.errors import InputError
 
+from trimllm.blocks.layout import HALVES
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 """Attributes in which modules keep the number of their layer."""
 REFERENCE_NAMES = ("kv_shared_layer_index",)
 """Attributes in which modules keep the number of another layer, whose keys and values they reuse."""
-HALVES = ("attention", "mlp")
 
 
 def text_config(model: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
-from trimllm.blocks.layout import Layout
+from trimllm.blocks.layout import Layout, places
 from trimllm.errors import InputError
 
 
@@ -272,16 +272,6 @@ ZEROED: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", 
 
 BY_TYPE: tuple[str, ...] = ("rope_parameters",)
 """Entries that may be keyed by layer type: those of types that are gone go too (some releases refuse leftovers)."""
-
-
-def places(layout: Layout, half: str) -> list[int]:
-    """For each block of the layout, the block that its `half` comes from; a bypassed half stands where the other is."""
-    other = "mlp" if half == "attention" else "attention"
-    found = []
-    for block in layout:
-        place = getattr(block, half)
-        found.append(getattr(block, other) if place is None else place)
-    return found
 
 
 @dataclass(frozen=True)

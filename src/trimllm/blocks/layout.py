@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from trimllm.errors import InputError
 
+HALVES = ("attention", "mlp")
+"""What a block consists of, in order of execution; the names of the fields of `Block`."""
+
 
 class Block(NamedTuple):
     """One decoder block: where its attention half comes from, and its MLP half. `None` bypasses it (trial only)."""
@@ -42,7 +45,7 @@ class Unit(NamedTuple):
     @property
     def bypassed(self) -> bool:
         """Whether the unit can only be bypassed: no stock block is without one of its sub-layers."""
-        return self.kind in ("attention", "mlp")
+        return self.kind in HALVES
 
     @property
     def blocks(self) -> range:
@@ -101,7 +104,7 @@ def units(kind: str, layout: Layout, length: int = 1) -> list[Unit]:
         shifted = [[Unit("block", i), Unit("pair", i)] for i in range(depth)]
         return [unit for both in shifted for unit in both][:-1]
     if kind == "sublayer":
-        return [Unit(half, i) for i in range(depth) for half in ("attention", "mlp")]
+        return [Unit(half, i) for i in range(depth) for half in HALVES]
     raise InputError(f"unknown unit {kind!r}: use block, pair or sublayer")
 
 
@@ -122,8 +125,18 @@ def halves(unit: Unit) -> set[tuple[str, int]]:
     if unit.kind == "pair":
         return {("mlp", unit.index), ("attention", unit.index + 1)}
     if unit.kind == "block":
-        return {(half, place) for half in ("attention", "mlp") for place in unit.blocks}
+        return {(half, place) for half in HALVES for place in unit.blocks}
     return {(unit.kind, unit.index)}
+
+
+def places(layout: Layout, half: str) -> list[int]:
+    """For each block of the layout, the block that its `half` comes from; a bypassed half stands where the other is."""
+    other = "mlp" if half == "attention" else "attention"
+    found = []
+    for block in layout:
+        place = getattr(block, half)
+        found.append(getattr(block, other) if place is None else place)
+    return found
 
 
 def remove_all(layout: Layout, units: Iterable[Unit]) -> Layout:

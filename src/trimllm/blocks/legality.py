@@ -11,7 +11,6 @@ from torch import nn
 
 from trimllm.blocks import families
 from trimllm.blocks.decoder import (
-    HALVES,
     INDEX_NAMES,
     REFERENCE_NAMES,
     blocks,
@@ -21,7 +20,7 @@ from trimllm.blocks.decoder import (
     repacking_refused,
     text_config,
 )
-from trimllm.blocks.layout import Layout
+from trimllm.blocks.layout import HALVES, Layout, places
 from trimllm.errors import InputError, one_line
 
 
@@ -154,7 +153,7 @@ def _stale(config: Any, old: Facts, new: Facts, layout: Layout) -> str | None:
     for name in sorted(expected.keys() | new.keys()):
         if expected.get(name) != new.get(name):
             return (
-                f"model type {config.model_type!r} cannot be cut to the layers {families.places(layout, 'attention')}: "
+                f"model type {config.model_type!r} cannot be cut to the layers {places(layout, 'attention')}: "
                 f"no rule says what becomes of {name} in its decoder"
             )
     return None

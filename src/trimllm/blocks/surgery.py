@@ -28,7 +28,7 @@ from trimllm.blocks.decoder import (
     text_config,
     text_decoder,
 )
-from trimllm.blocks.layout import Layout, positions, whole, without
+from trimllm.blocks.layout import Layout, places, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.errors import InputError
 
@@ -148,7 +148,7 @@ def describe(model: nn.Module, owner: nn.Module, layout: Layout, changes: Change
 
 
 def _renumber(kept: list[nn.Module], layout: Layout) -> None:
-    moved = {old: place for place, old in enumerate(families.places(layout, "attention"))}
+    moved = {old: place for place, old in enumerate(places(layout, "attention"))}
     for place, block in enumerate(kept):
         for module in block.modules():
             for name in INDEX_NAMES:
@@ -179,7 +179,7 @@ def _rename_device_map(model: nn.Module, owner: nn.Module, name: str, layout: La
 def _cut_weights(model: nn.Module, layout: Layout, changes: Changes) -> None:
     """Keep the kept layers' slices of weights with one slice per layer (an embedding's columns, a linear's rows)."""
     decoder = text_decoder(model)
-    kept = families.places(layout, "attention")
+    kept = places(layout, "attention")
     count = depth(model)
     for name in families.family(text_config(model)).per_layer_weights:
         module = decoder._modules.get(name)

@@ -18,7 +18,6 @@ from torch import nn
 from trimllm.blocks import families
 from trimllm.blocks.changes import Changes
 from trimllm.blocks.decoder import (
-    HALVES,
     blocks,
     container,
     depth,
@@ -27,7 +26,7 @@ from trimllm.blocks.decoder import (
     text_config,
     text_decoder,
 )
-from trimllm.blocks.layout import Block, Layout
+from trimllm.blocks.layout import HALVES, Block, Layout, places
 from trimllm.blocks.legality import check_layout
 from trimllm.blocks.surgery import assemble, describe, install
 
@@ -141,7 +140,7 @@ def _select_slices(model: nn.Module, layout: Layout, changes: Changes) -> None:
     """On trial, keep the kept layers' slices of what per-layer weights give, instead of cutting the weights."""
     row = families.family(text_config(model))
     decoder = text_decoder(model)
-    kept, count = families.places(layout, "attention"), depth(model)
+    kept, count = places(layout, "attention"), depth(model)
 
     def select(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.unflatten(-1, (count, -1))[..., kept, :].flatten(-2)

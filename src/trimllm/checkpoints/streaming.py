@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 from trimllm.blocks import families
 from trimllm.blocks.decoder import blocks, depth, text_config, text_decoder
-from trimllm.blocks.layout import Layout, plan_record, positions, whole, without
+from trimllm.blocks.layout import Layout, places, plan_record, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.checkpoints import folders, shards
 from trimllm.checkpoints.loading import check_folder, explain, no_safetensors, quiet
@@ -198,7 +198,7 @@ def _numbering(
 ) -> Numbering:
     """How names on disk are renumbered. The list of blocks is the path without whose dropped layers transformers would
     miss those layers and nothing else."""
-    kept = tuple(families.places(layout, "attention"))
+    kept = tuple(places(layout, "attention"))
     inside = old.path(blocks(old.model))
     dropped = {f"{inside}.{i}" for i in range(depth(old.model)) if i not in kept}
     rows = "|".join(map(re.escape, sorted(dropped)))

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from trimllm.blocks.layout import HALVES
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError, one_line
 
@@ -100,7 +101,7 @@ def _about(folder: Path, command: ExportConfig, depth: int) -> dict[str, Any]:
     keys: dict[str, Any] = {"general.type": "model", "general.name": f"{name}, {depth} blocks" if kept else name}
     if base:
         keys |= {"general.base_model.count": 1, "general.base_model.0.name": name}
-    for half in ("attention", "mlp") if kept.get("blocks") else ():
+    for half in HALVES if kept.get("blocks") else ():
         keys[f"trimllm.kept.{half}"] = [int(block[half]) for block in kept["blocks"]]
     card = folder / "README.md"
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.exists() else None

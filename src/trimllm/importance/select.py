@@ -92,11 +92,4 @@ def droppable(candidates: Sequence[Unit], layout: Layout, kept: Collection[int])
 
 def touches(unit: Unit, layout: Layout) -> set[int]:
     """Original blocks whose attention or MLP the unit contains."""
-    i = unit.index
-    if unit.kind == "block":
-        held = [half for place in unit.blocks for half in layout[place]]
-    elif unit.kind == "pair":
-        held = [layout[i].mlp, layout[i + 1].attention]
-    else:
-        held = [getattr(layout[i], unit.kind)]
-    return {source for source in held if source is not None}
+    return {getattr(layout[place], half) for half, place in halves(unit)} - {None}
