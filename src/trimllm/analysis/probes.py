@@ -15,11 +15,6 @@ from torch import nn
 from trimllm.blocks import decoder, families
 
 
-def first(output: Any) -> torch.Tensor:
-    """The hidden state in what a module returns."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 def like(output: Any, hidden: torch.Tensor) -> Any:
     """What a module returns, with another hidden state."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -86,7 +81,7 @@ def writing(model: Any, values: Mapping[tuple[int, str], torch.Tensor], where: t
 
     def put(name: str, value: torch.Tensor) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            hidden = first(output).clone(memory_format=torch.contiguous_format)
+            hidden = decoder.hidden_of(output).clone(memory_format=torch.contiguous_format)
             flat = hidden.flatten(-3, -2) if hidden.dim() > 2 else hidden
             residual = _residual(model, name, args)
             whole = value if residual is None else value + at_places(residual, where)

@@ -1,15 +1,17 @@
-"""Where things are in a causal language model: its decoder blocks, and the attention half and the MLP half of each."""
+"""Where things are in a causal language model: its decoder blocks, the attention half and the MLP half of each, and the
+hidden states in what goes in and comes out."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimllm.blocks import families
+from trimllm.blocks.layout import HALVES
 from trimllm.errors import InputError
 
-from trimllm.blocks.layout import HALVES
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 """Attributes in which modules keep the number of their layer."""
 REFERENCE_NAMES = ("kv_shared_layer_index",)
@@ -120,6 +122,20 @@ def parameters_of(model: nn.Module, half: str, i: int) -> list[nn.Parameter]:
     if reason:
         raise InputError(f"the {half} half of layer {i} cannot be told apart: {reason}")
     return [parameter for name in half_names(model, half, block) for parameter in block._modules[name].parameters()]  # type: ignore[union-attr]
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a block, or of a module in it."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a block, or a module in it, returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class LeftError(Exception):
+    """Raised by a hook to leave a forward pass whose rest is not wanted."""
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

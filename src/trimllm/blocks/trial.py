@@ -22,6 +22,8 @@ from trimllm.blocks.decoder import (
     container,
     depth,
     half_names,
+    hidden_argument,
+    hidden_of,
     plain_attributes,
     text_config,
     text_decoder,
@@ -70,10 +72,10 @@ class _Bypassed(nn.Module):
         module = self._original[0]
         if module not in _STRUCTURE:
             output = module(*args, **kwargs)
-            first = output[0] if isinstance(output, tuple) else output
-            _STRUCTURE[module] = (len(output) if isinstance(output, tuple) else 0, first.shape[-1])
+            length = len(output) if isinstance(output, tuple) else 0
+            _STRUCTURE[module] = (length, hidden_of(output).shape[-1])
         length, width = _STRUCTURE[module]
-        stream = args[0] if args else kwargs["hidden_states"]
+        stream = hidden_argument(args, kwargs)
         zeros = args[1] if self._adds_residual else stream.new_zeros(*stream.shape[:-1], width)
         return (zeros, *[None] * (length - 1)) if length else zeros
 

@@ -22,12 +22,12 @@ def keeping_stream(model: Any, batch: Batch, *, mids: bool) -> tuple[Pieces, dic
 
     def keep(key: float) -> Callable[..., None]:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stream[key] = args[0] if args else kwargs["hidden_states"]
+            stream[key] = decoder.hidden_argument(args, kwargs)
 
         return hook
 
     def keep_output(_module: Any, _args: Any, output: Any) -> None:
-        stream[depth] = output[0] if isinstance(output, tuple) else output
+        stream[depth] = decoder.hidden_of(output)
 
     depth = decoder.depth(model)
     with ExitStack() as hooks:

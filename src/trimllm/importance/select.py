@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimllm.blocks.layout import Layout, Unit
+from trimllm.blocks.layout import Layout, Unit, halves
 from trimllm.errors import InputError
 from trimllm.importance import scores
 from trimllm.importance.scores import Array, Evidence

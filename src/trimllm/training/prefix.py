@@ -105,13 +105,13 @@ class Prefix:
         found: list[torch.Tensor] = []
 
         def leave(_module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found.append(args[0] if args else named["hidden_states"])
-            raise _LeftError
+            found.append(decoder.hidden_argument(args, named))
+            raise decoder.LeftError
 
         handle = self._all[self.depth].register_forward_pre_hook(leave, with_kwargs=True)
         try:
             self.model(**packed.inputs, use_cache=False)
-        except _LeftError:
+        except decoder.LeftError:
             pass
         finally:
             handle.remove()
@@ -142,10 +142,6 @@ class Prefix:
             place = self.place[row]
             hidden[number, begin : begin + row.inputs] = self._store[place : place + row.inputs]
         return hidden.to(packed.where.device)
-
-
-class _LeftError(Exception):
-    """Leaves a forward pass whose rest is not wanted."""
 
 
 def no_room(model: Any, uses: Sequence[Example], folder: str | Path | None) -> str | None:
