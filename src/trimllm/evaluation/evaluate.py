@@ -177,22 +177,20 @@ def gather(pieces: Iterable[Pieces], encoded: Sequence[Encoded]) -> Scores:
     Raises:
         ValueError: if they are not those of `encoded`, every row once.
     """
-    summed: dict[int, list[list[Any]]] = {}
     due: dict[int, list[int]] = {}
     for one in encoded:
-        summed.setdefault(one.item, [[0.0, 0, True] for _ in one.continuations])
         before = due.get(one.item, [0] * len(one.continuations))
         due[one.item] = [count + len(ids) for count, ids in zip(before, one.continuations, strict=True)]
-    for outcome in pieces:
-        for (item, choice), (loglik, tokens, greedy) in outcome.items():
-            cell = summed[item][choice]
-            cell[0] += loglik
-            cell[1] += tokens
-            cell[2] = cell[2] and greedy
-    for item, row in summed.items():
-        if (found := [cell[1] for cell in row]) != due[item]:
+    total = add_up(pieces)
+    table: list[list[Any]] = []
+    for item in sorted(due):
+        row = [total.pop((item, choice), (0.0, 0, True)) for choice in range(len(due[item]))]
+        if (found := [tokens for _, tokens, _ in row]) != due[item]:
             raise ValueError(f"item {item}: outcomes of {found} tokens per continuation, but there are {due[item]}")
-    table = [summed[item] for item in sorted(summed)]
+        table.append(row)
+    if total:
+        item, choice = next(iter(total))
+        raise ValueError(f"item {item}: an outcome of continuation {choice}, which is not among those that were asked")
     columns = [tuple(tuple(cell[i] for cell in row) for row in table) for i in range(3)]
     return Scores(*columns)
 
