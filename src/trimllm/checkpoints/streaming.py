@@ -140,7 +140,7 @@ def drop_on_disk(
         raise InputError(reason)
     numbering = _numbering(old, tensors, missing, layout, metadata)
     unused = _unused(old, tensors, missing, numbering)
-    plan = _plan(old, [tensor for tensor in tensors if tensor.name not in unused], numbering, layout)
+    plan = _plan(old, [tensor for tensor in tensors if tensor.name not in unused], numbering)
     new = _new_config(config, layout, numbering, old)
     expected = missing.renamed(numbering)
     problem = problem_of(Skeleton(old.kind, plain_config(new), plan), expected)
@@ -236,7 +236,7 @@ def _unused(old: Skeleton, tensors: Sequence[Tensor], before: Fit, numbering: Nu
     return unused
 
 
-def _plan(old: Skeleton, tensors: Sequence[Tensor], numbering: Numbering, layout: Layout) -> list[Planned]:
+def _plan(old: Skeleton, tensors: Sequence[Tensor], numbering: Numbering) -> list[Planned]:
     """The tensors of the new checkpoint: renamed; those with one slice per layer cut; scales of GPT-2 folded in."""
     per_layer = _per_layer(old, tensors)
     plan = []

@@ -140,7 +140,7 @@ def value_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fl
     rng = random.Random("value loss")
     everyone = [entity for domain in world.DOMAINS for entity in world.entities(domain)]
     pairs = []
-    for _ in range(facts):
+    for _ in range(300):
         entity = rng.choice(everyone)
         attribute = rng.choice(list(entity.facts))
         before, value, _ = world.statement(entity, attribute, rng).rpartition(" " + entity.facts[attribute])
