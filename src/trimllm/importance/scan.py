@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -97,7 +97,7 @@ class ScanResult:
     run_cosine: Array
     run_angle: Array
     seconds: float
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     running: tuple[int, ...] | None = None
     """After a race: the candidates that it did not stop, which saw all items. The others' values are foreseen."""
     computed: float = 1.0

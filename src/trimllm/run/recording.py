@@ -29,7 +29,8 @@ from trimllm.tasks import TaskData
 
 @dataclass
 class Recorder:
-    """Measures the models of one run; every process must call what it offers."""
+    """Measures the models of one run. Every process must call `record` and `size`, which share work between them; the
+    other methods are for the first process alone."""
 
     config: TrimConfig
     console: Console

@@ -161,4 +161,5 @@ def dump_layout(layout: Layout) -> list[dict[str, int | None]]:
 
 
 def load_layout(record: list[dict[str, int | None]]) -> Layout:
+    """The layout that `dump_layout` recorded."""
     return tuple(Block(block["attention"], block["mlp"]) for block in record)

@@ -76,7 +76,8 @@ class Watch(Protocol):
 
 @dataclass
 class _Ways:
-    """How a stage computes its micro-batches; decided at its start, but for the size, which halves if memory ends."""
+    """How a stage computes its micro-batches, decided at its start, and how many tokens it has computed so far. Where
+    memory runs out, `eager` becomes 0, then `size` halves."""
 
     packing: Way
     places: int
@@ -87,7 +88,9 @@ class _Ways:
     """Rows of up to so many tokens are computed with eager attention, while memory lasts."""
     teacher: Teacher | None = None
     tokens: int = 0
+    """Computed so far, without padding."""
     cells: int = 0
+    """Computed so far, padding counted."""
 
 
 def train_stage(
