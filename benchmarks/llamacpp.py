@@ -58,9 +58,6 @@ errors of their blocks, which are independent: with the root of their number."""
 PROMPTS, LONGEST, NEW = 100, 48, 16
 
 
-# ---- models and texts ------------------------------------------------------------------------------------------------
-
-
 def demo(dropped: bool) -> tuple[Any, Any]:
     model, tokenizer = trimllm.load_model(DEMO, dtype=torch.float32), AutoTokenizer.from_pretrained(DEMO)
     if dropped:
@@ -161,9 +158,6 @@ def greedy(model: Any, row: list[int]) -> list[int]:
     return out[0, len(row) :].tolist()
 
 
-# ---- the check -------------------------------------------------------------------------------------------------------
-
-
 def check(names: list[str], python: Path, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """A row per model and type, and what differed by more than it may."""
     found, wrong = [], []
@@ -246,9 +240,6 @@ def ignored_list(python: Path, folder: Path) -> list[str]:
     change = float(np.abs(np.load(folder / "with.npy") - np.load(folder / "without.npy")).max())
     print(f"{name} without its list of windows: logits change by {change:.2g}")
     return [] if change > 0.1 else ["the list of windows makes no difference"]
-
-
-# ---- speed -----------------------------------------------------------------------------------------------------------
 
 
 def speed_models(folder: Path, types: list[str], shape: dict[str, int]) -> dict[str, list[Path]]:

@@ -74,9 +74,6 @@ ROWS = (
 )
 
 
-# ---- what can be measured --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Parameters of a shape."""
@@ -154,9 +151,6 @@ def failure(way: str, shape: Path, command: dict[str, Any], folder: Path) -> str
     return None
 
 
-# ---- transformers ----------------------------------------------------------------------------------------------------
-
-
 def measure(
     rows: Sequence[Row], shape: Path, depth: int, command: dict[str, Any], limit: float, folder: Path
 ) -> list[dict[str, Any]]:
@@ -208,9 +202,6 @@ def entry(
         "stored_bytes": stored,
         "peak_bytes": peak,
     }
-
-
-# ---- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
 def llamacpp(shape: Path, python: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -275,9 +266,6 @@ def llamacpp_missing(size: Sizes, python: Path, device: torch.device) -> str | N
     if (disk := shutil.disk_usage(tempfile.gettempdir()).free) < 3 * both:
         return f"needs {3 * both / 1e9:.1f} GB of disk for its files, {disk / 1e9:.1f} are free"
     return None
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def show(found: Sequence[dict[str, Any]]) -> str:

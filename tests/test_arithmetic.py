@@ -54,9 +54,6 @@ def command(base: Path, task: Path, **changes: Any) -> config.EvalConfig:
     return config.EvalConfig(model=str(base), task=str(task), device="cpu", **changes)
 
 
-# ---- the measurement -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("seconds", "slow"), [(0.004, True), (0.0, False)])
 def test_what_a_dtype_costs_is_measured_by_products_in_it(seconds: float, slow: bool, monkeypatch: Any) -> None:
     work = torch.nn.functional.linear
@@ -85,9 +82,6 @@ def test_only_16_bits_on_a_cpu_are_measured(monkeypatch: Any) -> None:
     monkeypatch.setattr(arithmetic, "_measured", None)
     assert arithmetic.slowdown(torch.float32, CPU) == 1
     assert arithmetic.slowdown(torch.bfloat16, torch.device("cuda")) == 1
-
-
-# ---- one model -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("emulated")
@@ -171,9 +165,6 @@ def test_a_cast_model_is_in_the_dtypes_that_loading_gives(family: str, dtype: to
     found = models.cast(load_model(tmp_path, dtype=torch.float32), dtype).state_dict()
     assert {name: value.dtype for name, value in found.items()} == {name: one.dtype for name, one in wanted.items()}
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
-
-
-# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("emulated")

@@ -54,9 +54,6 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     h.fast(monkeypatch)
 
 
-# ---- equal results ---------------------------------------------------------------------------------------------------
-
-
 def losses(model: Any) -> torch.Tensor:
     """Of rows one by one, and packed as this model can take them."""
     way = packing.find_way(model, rows(), 0)[0]
@@ -112,9 +109,6 @@ def test_what_may_be_cut_does_not_depend_on_it(family: str, tmp_path: Path) -> N
     cut = without(whole(6), [4])
     one, other = (refusal(load_model(tmp_path, attention=name), cut) for name in ("auto", "eager"))
     assert one == other
-
-
-# ---- the option reaches the model, and leaves no trace ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -183,9 +177,6 @@ def test_it_reaches_an_adapters_base(base: Path, tmp_path: Path) -> None:
 
     get_peft_model(load_model(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert load_model(tmp_path, attention="eager").config._attn_implementation == "eager"
-
-
-# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 REFUSED = {
@@ -281,9 +272,6 @@ def test_errors_that_are_not_about_attention_keep_their_own_line(tmp_path: Path)
     with pytest.raises(InputError, match="there is no such folder"):
         load_model(tmp_path / "none", attention="eager")
     assert backends.refusal("sdpa", "m", OSError("disk")) is None
-
-
-# ---- what auto trains with -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

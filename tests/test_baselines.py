@@ -63,9 +63,6 @@ def logits(model):
         return model(input_ids=ids, use_cache=False).logits
 
 
-# ---- progressive layer dropping
-
-
 def test_layer_drop_makes_a_stock_checkpoint_of_full_depth_without_traces(job_of):
     job = job_of("layer-drop")
     product = layer_drop.run(job)
@@ -148,9 +145,6 @@ def test_with_gradient_checkpointing_the_same_blocks_are_skipped_again(job_of, w
     assert drawn[1] == drawn[0]
     for name, tensor in trained[0].items():
         torch.testing.assert_close(tensor, trained[1][name], msg=name)
-
-
-# ---- LLM-Streamline
 
 
 def test_streamline_makes_a_stock_checkpoint_of_the_kept_depth(job_of):
@@ -253,9 +247,6 @@ def test_the_error_leaves_padding_out_and_does_not_depend_on_packing_or_micro_ba
         settings = job.trim_settings(keep=0.5, micro_batch_size=size)
         errors.append(streamline.train_replacement(loaded.model, 0, 2, [rows, rows], settings, 0)[1])
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
-
-
-# ---- LLM-Pruner
 
 
 def test_llm_pruner_makes_a_narrow_stock_checkpoint_recovered_by_lora(job_of, monkeypatch):

@@ -49,9 +49,6 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("schedule.py: --output ")
 
 
-# ---- the pre-training of the lab base
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: Any) -> Path:
     """Files such as the pre-training takes, of a few hundred words."""
@@ -186,9 +183,6 @@ def test_exit_codes_are_those_of_the_command_and_of_own_processes(monkeypatch: A
         run(lambda: {}["a bug"])
 
 
-# ---- the study
-
-
 def measured(part: str, seed: int, arm: str, **values: float) -> dict[str, Any]:
     named = {"full": "1", "half": "0.5", "quarter": "0.25"}
     return {"part": part, "seed": seed, "arm": arm, "accuracy": {named[k]: {"value": v} for k, v in values.items()}}
@@ -316,9 +310,6 @@ def test_answers_beyond_are_cut_as_in_training_and_of_their_own_data(tmp_path: P
         return int(beyond.measured(one, "medquad_gen", asked, None)["value"])
 
     assert [measured(), measured(data=tmp_path / "other"), measured(answers=50), measured()] == [1, 2, 3, 1]
-
-
-# ---- records
 
 
 @pytest.fixture

@@ -92,9 +92,6 @@ def test_what_a_parser_prints_before_it_ends_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-# ---- help
-
-
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_shows_an_example_and_describes_every_option(capsys, name):
     code, out, err = call(capsys, name, "--help")
@@ -143,9 +140,6 @@ def test_examples_in_help_are_accepted_by_the_parser():
         for line in lines:
             if "--resume" not in line:
                 assert isinstance(cli.parse(line.split()), kind)
-
-
-# ---- YAML
 
 
 def test_yaml_is_what_safe_load_reads_but_for_doubled_keys():
@@ -250,8 +244,6 @@ def test_yaml_that_is_missing_or_not_text_is_one_line(capsys, tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x81")
     assert "not a text file" in refusal(capsys, "scan", "--config", tmp_path / "x.yaml")
 
-
-# ---- words that cannot be parsed
 
 TRIM = ["trim", "--model", "demo", "--task", "demo_law", "--output", "o"]
 DROP = ["drop", "--model", "demo", "--layers", "1", "--output", "o"]
@@ -421,9 +413,6 @@ def test_what_was_begun_when_options_without_effect_were_taken_goes_on(tmp_path,
         cli.parse([name, "--output", str(tmp_path), "--resume", "--train-ratio", "0.5"])
     with pytest.raises(InputError, match=r"--sparse-update static: the run in .* has off"):
         rundir.same_settings(resumed.model_copy(update={"sparse_update": "static"}), tmp_path, ["resume"])
-
-
-# ---- input that cannot be used
 
 
 def folder(tmp_path, name, model):
@@ -658,9 +647,6 @@ def test_output_of_another_run_is_refused_before_the_model_is_loaded(task, tmp_p
     (tmp_path / "run" / "config.yaml").write_text("model: x\n")
     words = h.arguments(h.settings(tmp_path / "no such model", task, tmp_path / "run"))
     assert "already holds a run: add --resume" in refusal(capsys, "trim", *words)
-
-
-# ---- the other commands
 
 
 def test_drop_saves_what_is_left(base, tmp_path, capsys):
@@ -907,9 +893,6 @@ def test_an_interruption_is_1_and_names_resume_where_there_is_one(capsys, monkey
     monkeypatch.setattr(cli, "parse", stop)
     remedy = "; a run that has begun goes on with --resume" if "resume" in cli.COMMANDS[name].model_fields else ""
     assert call(capsys, name) == (1, "", f"trimllm: interrupted{remedy}\n")
-
-
-# ---- the live line
 
 
 @pytest.fixture

@@ -539,9 +539,6 @@ def test_a_model_too_large_is_said_before_it_is_loaded(
     assert "full fine-tuning takes" in capsys.readouterr().err
 
 
-# ---- another Python
-
-
 def test_probe_asks_for_all_that_this_package_depends_on() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)

@@ -75,9 +75,6 @@ def expected(model, teacher, share, rows=ROWS):
     return float(loss.detach()), gradients(model)
 
 
-# ---- the loss
-
-
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma2", "mamba"])
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_loss_and_gradients_are_those_of_the_formula_packed_and_in_chunks(family, share):
@@ -132,9 +129,6 @@ def test_a_teacher_is_frozen_and_without_dropout():
     first, second = (ours(model.eval(), teacher, packed, 1.0)[0] for _ in range(2))
     assert first == second
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-
-
-# ---- the stage
 
 
 def stage(model, teacher, share=0.5, settings=SETTINGS, plan=(ROWS, ROWS[:3]), accelerator=None, **more):
@@ -249,9 +243,6 @@ def test_what_one_of_the_two_cannot_do_is_done_for_neither(monkeypatch):
     for packed, limit in used:
         assert len(packed.inputs["input_ids"]) == len(packed.spans)
         assert limit == 10**9
-
-
-# ---- the run
 
 
 @pytest.fixture(autouse=True)

@@ -51,9 +51,6 @@ def step(model, rows, optimizer, rate):
     optimizer.step()
 
 
-# ---- stages
-
-
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
 def test_two_stages_are_one_optimizer_that_nobody_interrupted(family, monkeypatch):
     """AdamW divides by the gradient's size: with a large eps rounding noise does not grow to a step."""
@@ -124,9 +121,6 @@ def test_state_read_back_goes_on_bit_for_bit(family, tmp_path):
         assert (len(kept) < len(list(one.parameters()))) == (family == "gemma3n_text"), "a weight that is cut is new"
         stage(one, PLANS[1], kept)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-# ---- runs
 
 
 @pytest.fixture(autouse=True)

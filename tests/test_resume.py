@@ -375,9 +375,6 @@ def test_a_finished_run_keeps_its_settings(straight, capsys):
     assert (straight / "config.yaml").read_bytes() == before
 
 
-# ---- failures that are not kills
-
-
 def test_loss_that_is_not_a_number_names_the_step_and_a_smaller_rate_goes_on(
     base, task, tmp_path, straight, monkeypatch, capsys
 ):

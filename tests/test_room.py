@@ -41,9 +41,6 @@ def weights(folder: Path, dtype: torch.dtype | None = None) -> int:
     return sum(p.numel() * p.element_size() for p in load_model(folder, dtype=dtype).parameters())
 
 
-# ---- the estimate ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_the_estimate_is_what_the_loaded_weights_take(dtype: torch.dtype | None, base: Path) -> None:
     assert room.weights(str(base), dtype) == weights(base, dtype)
@@ -83,9 +80,6 @@ def test_what_is_free_is_that_of_the_machine_or_of_its_container(tmp_path: Path,
         assert room.free_bytes(CPU) == expected
 
 
-# ---- bench -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("nothing_is_loaded")
 def test_a_bench_of_a_shape_larger_than_any_memory_is_refused_by_its_name(
     base: Path, tmp_path: Path, capsys: Any
@@ -117,9 +111,6 @@ def test_a_bench_of_directories_larger_than_memory_is_refused(
 
 def test_a_bench_that_fits_is_let_through(base: Path) -> None:
     benching._check(BenchConfig(models=(str(base), f"config:{base / 'config.json'}"), device="cpu"))
-
-
-# ---- commands that load one model ------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

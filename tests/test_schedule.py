@@ -69,9 +69,6 @@ def looks(monkeypatch, losses):
     return seen
 
 
-# ---- when a stage ends
-
-
 def test_stage_ends_at_the_first_look_that_finds_the_loss_back(base, task, tmp_path, monkeypatch):
     seen = looks(monkeypatch, [99.0, 99.0, 0.0])
     h.run(base, task, tmp_path / "run", **EASY, max_joint=1, depth=3, epochs_per_drop=3)
@@ -142,9 +139,6 @@ def test_looks_cost_at_most_their_share():
 def test_loss_to_come_back_to_is_that_before_the_first_drop():
     stages = [{"calibration": {"loss": loss}} for loss in (0.7, 0.5, 0.9)]
     assert recovery.limit(stages, 0.1) == pytest.approx(0.8)
-
-
-# ---- what goes at once
 
 
 def test_two_units_that_are_harmless_alone_and_harmful_together_do_not_go_together():
@@ -255,9 +249,6 @@ def test_units_that_go_at_once_leave_what_they_leave_one_by_one(kind):
     assert remove_all(whole(6), [Unit("block", 1, 2), Unit("block", 4, 2)]) == (whole(6)[0], whole(6)[3])
     with pytest.raises(InputError, match="cannot drop all 2 layers"):
         remove_all(whole(2), [Unit("block", 0), Unit("block", 1)])
-
-
-# ---- settings and results
 
 
 @pytest.mark.parametrize(
@@ -380,9 +371,6 @@ def test_line_of_a_joint_drop_names_both_accuracies(base, task, tmp_path, capsys
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  drop ")]
     together, intact = (h.journal(tmp_path / "run", event)[0] for event in ("drop", "stage"))
     assert f"2 at once (joint {together['joint']['value']:.1f}, intact {intact['calibration']['value']:.1f}" in line
-
-
-# ---- interrupted
 
 
 POINTS = {

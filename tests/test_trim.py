@@ -66,9 +66,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- the product
-
-
 def test_result_is_a_stock_checkpoint_that_generates_and_equals_the_returned_model(trained):
     output, returned, _ = trained
     model = AutoModelForCausalLM.from_pretrained(output / "model")
@@ -160,9 +157,6 @@ def test_bfloat16_base_gives_a_bfloat16_checkpoint(task, tmp_path):
     model, _ = h.run(base, task, tmp_path / "run", depth=4)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert h.result(tmp_path / "run")["bytes"] == 2 * sum(p.numel() for p in model.parameters())
-
-
-# ---- where a run ends
 
 
 @pytest.mark.parametrize(
@@ -276,9 +270,6 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(base, task, t
     with pytest.raises(InputError, match=message.replace("+", r"\+")):
         h.run(base, task, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
-
-
-# ---- what goes, and what trains
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -554,9 +545,6 @@ def test_domain_text_is_trained_on(base, task, tmp_path):
     h.run(base, task, without, depth=4)
     tokens = [h.journal(run, "stage")[0]["train"]["tokens"] for run in (with_text, without)]
     assert tokens[0] > 1.5 * tokens[1]
-
-
-# ---- the API
 
 
 def test_settings_that_do_not_exist_are_input_errors_in_python_too():

@@ -123,16 +123,12 @@ def _deviation(model: Any, made: Batches, own: Mapping[int, range]) -> float:
     count, total, squares = 0, 0.0, 0.0
     for number in range(len(made)):
         batch = made[number]
-        embedded = (
-            model.get_input_embeddings()(batch.inputs["input_ids"]).cpu().double()
-        )  # not every device has float64
+        embedded = model.get_input_embeddings()(batch.inputs["input_ids"]).cpu().double()  # devices may lack float64
         for row, (item, _) in enumerate(batch.owners):
             values = embedded[row, own[item].start : own[item].stop]
-            count, total, squares = (
-                count + values.numel(),
-                total + float(values.sum()),
-                squares + float((values**2).sum()),
-            )
+            count += values.numel()
+            total += float(values.sum())
+            squares += float((values**2).sum())
     return float(np.sqrt(max(0.0, squares / count - (total / count) ** 2)))
 
 

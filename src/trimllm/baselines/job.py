@@ -71,8 +71,6 @@ class Job:
         """The fully fine-tuned model in float32 (or the dtype it was trained in)."""
         return self.earlier("full").parent / "trained"
 
-    # ---- settings
-
     def trim_settings(self, **changes: Any) -> TrimConfig:
         """A run of `trimllm trim` with the comparison's settings and `changes`, less those that mean nothing to it."""
         shared = {name: getattr(self.command, name) for name in sorted(SHARED)}
@@ -108,8 +106,6 @@ class Job:
     def accelerator(self) -> Any:
         """Device and mixed precision of training, as in a run of `trimllm trim`."""
         return models.accelerator(self.command)
-
-    # ---- what most methods do
 
     def load(self, path: str | Path | None = None, *, training: bool = True, evaluating: bool = False) -> models.Loaded:
         """The base, or the checkpoint in `path`; to train in the dtype for it (see `models.load`).

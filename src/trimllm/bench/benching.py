@@ -48,8 +48,6 @@ class Manner:
     """seconds after which a model decodes no further token in a round"""
 
 
-# ---- in the process of one model -------------------------------------------------------------------------------------
-
 _HERE: dict[str, Any] = {}
 """The model of this process, its runner, and its memory before it was loaded."""
 
@@ -187,9 +185,6 @@ def resident(field: str) -> int | None:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# ---- in the process of the command -----------------------------------------------------------------------------------
 
 
 def measure(

@@ -95,8 +95,6 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
     return list(seen.values())
 
 
-# ---- the watch -------------------------------------------------------------------------------------------------------
-
 ROWS = {"aten::embedding": 0, "aten::index_select": None, "aten::index": None, "aten::gather": None}
 """Operators that read some rows of their first argument."""
 GROUPED = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}

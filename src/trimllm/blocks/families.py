@@ -223,8 +223,6 @@ def branching(config: Any) -> bool:
     return family(config).branching
 
 
-# ---- config entries, by the half of the block they describe ----------------------------------------------------------
-
 PER_LAYER: dict[str, str] = {
     "layer_types": "attention",
     "no_rope_layers": "attention",

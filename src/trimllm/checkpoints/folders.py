@@ -32,8 +32,6 @@ from trimllm.files import disk_errors, full_disk
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")
 """Files that go wherever the weights go."""
 
-# ---- checks before work ----------------------------------------------------------------------------------------------
-
 
 def check_target(target: str | Path, *, source: str | Path | None = None, overwrite: bool = False) -> None:
     """Whether a checkpoint may be written there; nothing is left behind.
@@ -113,8 +111,6 @@ def _unmake(made: list[Path]) -> None:
             path.rmdir()
 
 
-# ---- one at a time ---------------------------------------------------------------------------------------------------
-
 TRIES = 9
 """How often a folder is made anew that its last holder took away before the lock was there. Not without end: some
 network file systems give a folder another inode at every look."""
@@ -172,9 +168,6 @@ def _locked(folder: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

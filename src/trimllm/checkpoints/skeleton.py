@@ -80,9 +80,6 @@ def problem_of(checkpoint: Skeleton, expected: Fit) -> str | None:
     return None
 
 
-# ---- configs and classes ---------------------------------------------------------------------------------------------
-
-
 def holders(config: Any) -> list[Any]:
     """The config and the text config in it."""
     text = config.get_text_config(decoder=True)

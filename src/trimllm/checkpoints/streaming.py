@@ -59,7 +59,7 @@ COPIED = (
     "additional_chat_templates/*.jinja",
     *folders.TERMS,
 )
-"""Files that travel with the weights: tokenizer, chat templates, processors, the license."""
+"""Files that travel with the weights: tokenizer, chat templates, processors, the licence."""
 WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5", ".msgpack", ".onnx"}
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Older places of the quantization config; they may name layers, too."""
@@ -169,9 +169,6 @@ def drop_on_disk(
     return Streamed(kept, count, len(groups), len(plan), total, largest, tuple(sorted(unused)))
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
-
-
 def _config(source: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -188,9 +185,6 @@ def _new_config(config: Any, layout: Layout, numbering: Numbering, old: Skeleton
             if holder.__dict__.get(key):
                 holder.__dict__[key] = numbering.renumber(holder.__dict__[key])
     return new
-
-
-# ---- what happens to each tensor -------------------------------------------------------------------------------------
 
 
 def _numbering(
@@ -293,9 +287,6 @@ def _folded(old: Skeleton, tensor: Tensor, name: str, numbering: Numbering) -> P
         yield bytes(raw)
 
     return Planned(name, tensor.dtype, tensor.shape, tensor.size, chunks)
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def _copy_files(source: Path, folder: Path, numbering: Numbering, code: bool) -> None:

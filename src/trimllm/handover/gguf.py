@@ -84,15 +84,12 @@ def _exceptions(planned: list[Planned], wanted: Type) -> list[str]:
     return notes + (["the output matrix is q8_0"] if Type.Q8_0 in matrices else [])
 
 
-# ---- metadata --------------------------------------------------------------------------------------------------------
-
-
 def _file_type(wanted: Type) -> int:
     return int(gguf.LlamaFileType["ALL_F32" if wanted == Type.F32 else f"MOSTLY_{wanted.name}"])
 
 
 def _about(folder: Path, command: ExportConfig, depth: int) -> dict[str, Any]:
-    """Name, base and license of the model, and which blocks of the base it kept."""
+    """Name, base and licence of the model, and which blocks of the base it kept."""
     path = folder / "plan.json"
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     base = kept.get("base")
@@ -115,9 +112,6 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
     else:  # llama.cpp reads counts and ids as unsigned
         writer.add_key_value(key, value, Value.UINT32 if kind is Value.INT32 else kind)
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _to_file(target: Path, keys: dict[str, Any], planned: list[Planned], described: Described) -> float:

@@ -103,9 +103,6 @@ def _refuse(what: str, why: str) -> InputError:
     )
 
 
-# ---- tokens and special ids ------------------------------------------------------------------------------------------
-
-
 def _vocabulary(backend: Any, stated: dict[str, Any], size: int) -> dict[str, Any]:
     """Tokens by id, and what they are. Ids without a token are named, ids without an embedding left out."""
     tokens = {number: token for token, number in backend.get_vocab(with_added_tokens=True).items()}
@@ -163,9 +160,6 @@ def _ends(folder: Path) -> list[int]:
     return []
 
 
-# ---- byte-level BPE --------------------------------------------------------------------------------------------------
-
-
 def _byte_level(backend: Any, stated: dict[str, Any]) -> dict[str, Any]:
     normalizer = (stated["normalizer"] or {}).get("type")
     if normalizer not in (None, "NFC"):
@@ -219,9 +213,6 @@ def _all_merged(stated: dict[str, Any]) -> bool:
     merging = Tokenizer.from_str(json.dumps(stated | {"model": stated["model"] | {"ignore_merges": False}})).model
     added = {token["content"] for token in stated["added_tokens"]}
     return all(len(merging.tokenize(word)) == 1 for word in stated["model"]["vocab"] if word not in added)
-
-
-# ---- SentencePiece ---------------------------------------------------------------------------------------------------
 
 
 def _sentencepiece(backend: Any, stated: dict[str, Any], tokens: list[str]) -> dict[str, Any]:

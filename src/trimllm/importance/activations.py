@@ -57,9 +57,8 @@ def sums(
         hidden = stream.get(key)
         if hidden is None:
             return None
-        if (
-            hidden.dim() == 4
-        ):  # streams: those of hyper-connections are one wide stream, the first of AltUp's is the main one
+        if hidden.dim() == 4:
+            # Streams: those of hyper-connections are one wide stream, the first of AltUp's is the main one.
             hidden = hidden.flatten(2) if hidden.shape[:2] == batch.real.shape else hidden[0]
         return hidden.reshape(-1, hidden.shape[-1])[chosen].float()
 

@@ -93,8 +93,6 @@ class Run:
         if not self.main:
             console.quiet = True
 
-    # ---- preparation
-
     def go(self) -> tuple[Any, History]:
         if not self.main:
             return self._go()
@@ -265,8 +263,6 @@ class Run:
         asked = (self.tokenizer, self.calibration, self.test, self.metric)
         return Recorder(self.config, self.console, self.share, self.journal, device, self.save_dtype, *asked)
 
-    # ---- the loop
-
     def _loop(self, state: State) -> None:
         config = self.config
         if not state.stages:
@@ -415,8 +411,6 @@ class Run:
     def history(self) -> History:
         """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
         return [*self.journal.of("base"), *self.journal.of("stage"), *self.journal.of("saved")[-1:]]
-
-    # ---- the product
 
     def _good(self, stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The last stage that meets the floor.
