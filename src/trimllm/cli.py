@@ -1,6 +1,7 @@
 """The command line: parse, call one function per command, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failure, 2 bad input. Heavy libraries are imported by the command that needs them.
+Exit codes: 0 done, 1 failure, 2 bad input. Help and bad arguments are answered before torch is imported: `commands`,
+which imports it, is imported when a command runs.
 """
 
 from __future__ import annotations
@@ -304,8 +305,10 @@ def _carried_out(words: list[str]) -> int:
 
 
 def _refused(error: OSError) -> int:
-    """Say in one line what the operating system refuses, of which nothing more is known; the exit code. A reader of the
-    output who has left knows it."""
+    """Report an error of the operating system that no command has explained, in one line; returns the exit code.
+
+    Nothing is said of a broken pipe: whoever read the output has left.
+    """
     if error.filename is None:
         _give_up_output()
     if not isinstance(error, BrokenPipeError) and first_to_fail():

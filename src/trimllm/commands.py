@@ -1,4 +1,7 @@
-"""What each command does: call the rooms below, print a table, write JSON."""
+"""What each command does: call the packages, print a table, write JSON.
+
+At the top stands what `trimllm trim` needs in any case; what only other commands need is imported within them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from trimllm.analysis import lens, summary
 from trimllm.blocks import decoder, legality, surgery
 from trimllm.blocks.layout import Unit, describe, positions, remove, units, whole, without
 from trimllm.checkpoints import arithmetic, export, folders, models
+from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.console import Console, table
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
@@ -24,6 +28,7 @@ from trimllm.importance.scores import Evidence
 from trimllm.run import account, model_card, rundir
 from trimllm.run.deciding import race_of
 from trimllm.run.progressive import trim
+from trimllm.tasks import metrics
 
 
 def run_trim(command: config.TrimConfig) -> None:
@@ -114,7 +119,7 @@ def _first(
     free, reason = _open(command, model, result.candidates, protected)
     allowed = result.eligible(free, command.strategy)
     if free and not allowed:
-        reason = "no run fits behind a layer that may go: ask for a shorter --run"
+        reason = "no run fits after a layer that may go: ask for a shorter --run"
     if not allowed:
         return None, reason
     return select.choose(result.candidates, evidence, command.strategy, tolerance=tolerance, allowed=allowed), ""
@@ -192,8 +197,6 @@ def _load(command: config.ModelSettings, *, evaluating: bool = False) -> models.
 
 
 def _drop_on_disk(command: config.DropConfig) -> None:
-    from trimllm.checkpoints.streaming import drop_on_disk
-
     source = models.path_of(command.model)
     if (Path(source) / "adapter_config.json").exists():
         raise InputError(
@@ -281,8 +284,6 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.TaskData) -> dict[str, float]:
     """Percentages over the reported split: exact match, ROUGE-L against the best reference, repeated word 4-grams."""
-    from trimllm.tasks import metrics
-
     lengths: dict[str, Any] = {"max_new_tokens": command.max_new_tokens, "max_length": command.max_length}
     answers = generate(loaded.model, loaded.tokenizer, data.test, **lengths, token_budget=command.eval_batch_size)
     pairs = [
