@@ -5,7 +5,7 @@
 
 Every depth that a run kept (--keep-checkpoints) is scanned once on all reported questions of the task, and what every
 candidate scores is recorded. From that, calibration sets are drawn; each is raced and decided exactly, by the
-`racing.race` of a scan, fed from the record. Costs are what a scan computes: the blocks behind each candidate, and the
+`racing.race` of a scan, fed from the record. Costs are what a scan computes: the blocks after each candidate, and the
 intact model once for the exact scan and twice for a race. The last line is one JSON object: `ours` and `other` are
 block passes per item, of race and exact scan; ratios are per recorded scan. results/racing.json is of 34 checkpoints
 (docs/lab.md) and stays as it is.

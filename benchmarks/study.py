@@ -80,15 +80,15 @@ class Arm:
     changes: Settings = field(default_factory=dict)
     per_depth: bool = False
     late: float = 0.0
-    """Share of the epochs behind drops that comes after the last one (2/3: --schedule late); takes a run per depth."""
+    """Share of the epochs after drops that comes after the last one (2/3: --schedule late); takes a run per depth."""
     longer: float = 1.0
-    """Epochs behind drops over those of the other arms: where it shows what more training gives, or where epochs are
+    """Epochs after drops over those of the other arms: where it shows what more training gives, or where epochs are
     shorter."""
     from_base: bool = False
     """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
 
     whole: bool = False
-    """Nothing is dropped: all blocks train on from the common start, for the epochs that others spend behind drops. The
+    """Nothing is dropped: all blocks train on from the common start, for the epochs that others spend after drops. The
     control of what training alone gives. (Its run drops a block at the end, as every run must.)"""
 
     own_start: bool = False

@@ -3,7 +3,7 @@
     python benchmarks/throughput.py
     python benchmarks/throughput.py --llamacpp .venv-llamacpp/bin/python --threads 1
 
-Random weights, batch 1: decoding behind a prompt, up to a row of 512 tokens. On an NVIDIA GPU the shape of LLaMA-7B in
+Random weights, batch 1: decoding after a prompt, up to a row of 512 tokens. On an NVIDIA GPU the shape of LLaMA-7B in
 float16, elsewhere one of 1.1 B parameters in bfloat16, and its files in llama.cpp. Every model has a process of its
 own, and all have their turn in every round; where memory does not hold them all, in several groups, the plain model in
 each. A row that cannot be measured says why. The last line is one JSON object about half the blocks, also written to

@@ -165,7 +165,7 @@ def one_epoch(job):
 
 
 def states_of(model, inputs):
-    """Before every block and behind the last one, by hand."""
+    """Before every block and after the last one, by hand."""
     states = []
     hooks = [block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in decoder.blocks(model)]
     hooks.append(decoder.blocks(model)[-1].register_forward_hook(lambda _, _args, output: states.append(output)))

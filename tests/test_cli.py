@@ -78,7 +78,7 @@ def test_lists_are_of_a_type_that_every_allowed_pydantic_settings_splits():
 
 
 def test_what_a_parser_prints_before_it_ends_is_one_line(monkeypatch, capsys):
-    """pydantic-settings before 2.16 ends the process for what is wrong behind a command."""
+    """pydantic-settings before 2.16 ends the process for what is wrong after a command."""
 
     def run(*_, **__):
         print(

@@ -237,7 +237,7 @@ def test_only_the_last_checkpoint_of_an_unfinished_run_holds_state(base, task, t
         h.kill_at(patch, progressive.Run, "_finish", 1)
         with pytest.raises(h.Killed):
             h.run(base, task, output, **settings, resume=True)
-    assert not list(tmp_path.rglob(optimizer_state.FOLDER)), "nothing comes behind the last stage"
+    assert not list(tmp_path.rglob(optimizer_state.FOLDER)), "nothing comes after the last stage"
     h.run(base, task, output, **settings, resume=True)
     assert [path.name for path in sorted(run.scans.iterdir())] == [f"scan-{n:03d}.json" for n in range(3)]
     assert cli.main(["export", str(output), "--depth", "2", "--output", str(tmp_path / "product")]) == 0

@@ -268,7 +268,7 @@ def test_the_model_is_bit_for_bit_what_it_was(family, unit, training, tokenizer,
 
 
 def naive_activations(model, scorer):
-    """Mean norm behind each block and mean cosine over it: row by row, unpadded, over all positions of all rows."""
+    """Mean norm after each block and mean cosine over it: row by row, unpadded, over all positions of all rows."""
     streams = [reference.stream(model, row.ids) for row in rows(scorer.encoded, branches=False)]
     joined = [torch.cat([one[key] for one in streams]).double() for key in range(DEPTH + 1)]
     norms = [float(joined[i + 1].norm(dim=-1).mean()) for i in range(DEPTH)]

@@ -340,7 +340,7 @@ def test_training_is_foretold(base, task, tmp_path, monkeypatch, capsys, changes
     lines = capsys.readouterr().err
     (total,) = re.findall(r"training: .* tokens an epoch, ([\d,]+) in all\n", lines)
     assert int(total.replace(",", "")) == pytest.approx(h.result(tmp_path / "run")["tokens"]["total"], rel=0.05)
-    assert ("training behind drops: about" in lines) == (config.warmup_epochs > 0)
+    assert ("training after drops: about" in lines) == (config.warmup_epochs > 0)
 
 
 def test_of_training_that_may_end_sooner_the_most_is_foretold():
@@ -348,11 +348,11 @@ def test_of_training_that_may_end_sooner_the_most_is_foretold():
         config = TrimConfig(model="m", task="t", output="o", **settings)
         return account.training_ahead(config, stages_ahead(config, 12), 1000)
 
-    assert line() == "training: 1 epoch of all layers, 6 epochs behind drops; 1,000 tokens an epoch, 7,000 in all"
-    most = "training: 1 epoch of all layers, at most 6 epochs behind drops; 1,000 tokens an epoch, at most 7,000 in all"
+    assert line() == "training: 1 epoch of all layers, 6 epochs after drops; 1,000 tokens an epoch, 7,000 in all"
+    most = "training: 1 epoch of all layers, at most 6 epochs after drops; 1,000 tokens an epoch, at most 7,000 in all"
     assert line(keep=0.5, max_drop=2) == line(schedule="recover") == line(keep=0.5, max_params=9) == most
-    assert line(max_drop=2) == "training: 1 epoch of all layers, 1 epoch behind every drop; 1,000 tokens an epoch"
-    assert line(warmup_epochs=0) == "training: 6 epochs behind drops; 1,000 tokens an epoch, 6,000 in all"
+    assert line(max_drop=2) == "training: 1 epoch of all layers, 1 epoch after every drop; 1,000 tokens an epoch"
+    assert line(warmup_epochs=0) == "training: 6 epochs after drops; 1,000 tokens an epoch, 6,000 in all"
     config = TrimConfig(model="m", task="t", output="o", schedule="epoch")
     assert stages_ahead(config, 12, length=3) == [(9, 1), (6, 1)]
 
@@ -360,7 +360,7 @@ def test_of_training_that_may_end_sooner_the_most_is_foretold():
 def test_time_ahead_is_less_for_fewer_blocks():
     warm = {"depth": 12, "train": {"tokens": 2000, "seconds": 120.0}}
     assert account.time_ahead([(9, 1.0), (6, 2.0)], 1000, warm) == (
-        "training behind drops: about 1 min 45 s, and the scans"  # (9 + 2 * 6) / 12 minutes
+        "training after drops: about 1 min 45 s, and the scans"  # (9 + 2 * 6) / 12 minutes
     )
     assert account.time_ahead([], 1000, warm) is None
     assert account.time_ahead([(9, 1.0)], 1000, {"depth": 12, "train": {"tokens": 0, "seconds": 0.0}}) is None

@@ -276,5 +276,5 @@ def test_a_change_is_measured_and_the_limit_kept(shape, monkeypatch):
     _, seen = benching.finish(1, 20)
     per_block = 2 * 2 * 32 * 2  # keys and values of two heads of 32, two bytes each
     assert seen.growth == per_block
-    assert seen.cache == 11 * per_block, "the first token behind the prompt"
+    assert seen.cache == 11 * per_block, "the first token after the prompt"
     assert math.isclose(seen.cache_read, 11 * per_block, rel_tol=0.2)

@@ -102,7 +102,7 @@ def tail_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (k, vocabulary) in float32 that the model's own tail reads from states (k, hidden).
 
     Rows of one token go through the model, and the states take the place of its last block's output: whatever comes
-    behind (norms, projections, scales, soft caps) is computed as in any forward pass.
+    after it (norms, projections, scales, soft caps) is computed as in any forward pass.
     """
     count = hidden.shape[-2]
     ids = torch.zeros((count, 1), dtype=torch.long, device=model.device)

@@ -64,7 +64,7 @@ def trace(
     question's tokens `own` (see `spans`), the mean over `samples` seeded draws. An effect is by how much it is higher
     than corrupted when, at the last token of the prompt alone,
 
-    - `tracing_state` (blocks only): the residual stream behind the block is that of the clean run;
+    - `tracing_state` (blocks only): the residual stream after the block is that of the clean run;
     - `tracing_output`: what the unit adds to the stream is what it adds in the clean run. (ROME restores the outputs of
       ten MLPs or attentions at once, here it is one.) Not where blocks norm the stream instead of adding to it.
 

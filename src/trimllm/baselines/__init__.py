@@ -21,7 +21,7 @@ class Method:
 
     name: str
     title: str
-    """What the table calls it, with the share behind it (see `Cell.title`)."""
+    """What the table calls it, with the share after it (see `Cell.title`)."""
     module: str
     """Module of this package with `run(job)`."""
     source: str

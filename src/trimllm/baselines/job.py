@@ -94,7 +94,7 @@ class Job:
 
     @property
     def epochs(self) -> float:
-        """Epochs behind the warm-up that the progressive run takes, which every method that trains is given."""
+        """Epochs after the warm-up that the progressive run takes, which every method that trains is given."""
         return self.command.epochs_per_drop * self.drops + self.command.final_epochs
 
     @property

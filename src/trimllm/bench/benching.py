@@ -43,7 +43,7 @@ class Manner:
     changes: Sequence[Change | None] = ()
     """one per model, done to it before anything is measured; none: no model is changed"""
     once: bool = False
-    """read the prompt once, and decode behind it in every round"""
+    """read the prompt once, and decode after it in every round"""
     limit: float = math.inf
     """seconds after which a model decodes no further token in a round"""
 
@@ -117,14 +117,14 @@ def prepare(command: BenchConfig, batch: int, once: bool = False) -> None:
 
 
 def run(limit: float = math.inf) -> timing.Pass:
-    """One prompt and the tokens behind it, none after `limit` seconds."""
+    """One prompt and the tokens after it, none after `limit` seconds."""
     done: timing.Pass = _HERE["runner"].run(limit=limit)
     return done
 
 
 def finish(batch: int, sequence: int) -> tuple[int | None, reads.Footprint]:
     """Peak memory in bytes while decoding (the weights included), and what a decode step reads: the row's last, or the
-    first behind a prompt that is read once."""
+    first after a prompt that is read once."""
     peak, runner = _peak(), _HERE["runner"]
     if runner.once:
         cache = runner.prompt_cache()

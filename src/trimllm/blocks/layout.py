@@ -29,7 +29,7 @@ Layout = tuple[Block, ...]
 class Unit(NamedTuple):
     """Something that can be dropped: its `kind` ("block", "pair", "attention" or "mlp") and the block it begins in.
 
-    block i: A_i and M_i, and the `length` - 1 blocks behind it (a run). pair i: M_i and A_{i+1}, the shifted pair (A_i
+    block i: A_i and M_i, and the `length` - 1 blocks after it (a run). pair i: M_i and A_{i+1}, the shifted pair (A_i
     then joins M_{i+1} in one stock block). attention i / mlp i: one sub-layer, for scans only.
     """
 
@@ -109,7 +109,7 @@ def units(kind: str, layout: Layout, length: int = 1) -> list[Unit]:
 
 
 def remove(layout: Layout, unit: Unit) -> Layout:
-    """The layout after `unit` (its index a place in `layout`) is gone; sub-layers leave a bypassed half behind."""
+    """The layout after `unit` (its index is one into `layout`) is gone; sub-layers leave a bypassed half behind."""
     i = unit.index
     if unit.kind == "block":
         return without(layout, unit.blocks)
@@ -140,7 +140,7 @@ def places(layout: Layout, half: str) -> list[int]:
 
 
 def remove_all(layout: Layout, units: Iterable[Unit]) -> Layout:
-    """The layout after several blocks and pairs, all named by their places in `layout`, are gone.
+    """The layout after several blocks and pairs, all named by their indices in `layout`, are gone.
 
     Each holds neighbours in the row A_0 M_0 A_1 M_1 ..., so what is left is again an attention and an MLP in turn.
 

@@ -90,7 +90,7 @@ def check(what: str, needed: int | None, device: torch.device, remedy: str) -> N
 def full_training_note(needed: int | None, device: torch.device, remedy: str) -> str | None:
     """A line for the user if full fine-tuning of weights of so many bytes cannot fit; activations come on top.
 
-    `remedy` lowers weights and states in full precision; only behind it a narrower dtype is named, which rounds steps.
+    `remedy` lowers weights and states in full precision; only after it a narrower dtype is named, which rounds steps.
     """
     have = free_bytes(device)
     if needed is None or have is None or not needed <= have < STATES * needed:  # what cannot be loaded is an error

@@ -220,7 +220,7 @@ def _numbering(
 
 
 def _unused(old: Skeleton, tensors: Sequence[Tensor], before: Fit, numbering: Numbering) -> set[str]:
-    """Names of tensors that the model class ignores on load, and extra layers behind the last one."""
+    """Names of tensors that the model class ignores on load, and extra layers after the last one."""
     count = depth(old.model)
     unused = {tensor.name for tensor in tensors if (numbering.layer(tensor.name) or 0) >= count}
     for pattern in sorted({*UNUSED, *(getattr(old.model, "_keys_to_ignore_on_load_unexpected", None) or ())}):

@@ -103,7 +103,7 @@ class EvalConfig(TaskSettings, ModelSettings):
     output: str | None = None
     """JSON file for the result."""
     eval_batch_size: Positive | None = None
-    """Most tokens per batch (default: 4096, with --generate 16 rows; less where memory ends)."""
+    """Most tokens per batch (default: 4096, with --generate 16 rows; less where memory runs out)."""
     generate: bool = False
     """Generation tasks: also generate, and report exact match, ROUGE-L and repetition."""
     max_new_tokens: Positive = NEW_TOKENS
@@ -186,9 +186,9 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
     final_epochs: Annotated[float, Field(ge=0)] = 0.0
     """More epochs after the last drop."""
     optimizer_state: Literal["carried", "fresh"] = "carried"
-    """What AdamW begins a stage of TrimLLM behind a later drop with, as in `trimllm trim`."""
+    """What AdamW begins a stage of TrimLLM after a later drop with, as in `trimllm trim`."""
     eval_batch_size: Positive | None = None
-    """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
+    """Most tokens per batch in scans and evaluations (default: 4096; less where memory runs out)."""
     sequence: Annotated[int, Field(gt=1)] | None = None
     """Length of a row in tokens when its last token is decoded (default: 512, or the model's context)."""
     new_tokens: Positive | None = None

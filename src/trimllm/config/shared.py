@@ -172,7 +172,7 @@ class ScoreSettings(StrategySettings):
     protect: Several[int] = ()
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
     eval_batch_size: Positive | None = None
-    """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
+    """Most tokens per batch in scans and evaluations (default: 4096; less where memory runs out)."""
 
     def idle(self) -> dict[str, str]:
         found = super().idle()

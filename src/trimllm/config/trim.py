@@ -66,7 +66,7 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     --warmup-epochs 0: the model as given), a teacher that is kept in memory beside the model that trains; 0:
     cross-entropy only."""
     optimizer_state: Literal["carried", "fresh"] = "carried"
-    """What AdamW begins a stage behind a later drop with. carried: what it knew of the parameters that go on training
+    """What AdamW begins a stage after a later drop with. carried: what it knew of the parameters that go on training
     (kept in the last checkpoint: twice the size of what trains); fresh: nothing."""
     drops_per_stage: Positive = 1
     """Units dropped one after the other, each by a scan of its own, before training goes on."""

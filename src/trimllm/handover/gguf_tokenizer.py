@@ -138,7 +138,7 @@ def _special(tokenizer: Any, folder: Path, size: int) -> dict[str, Any]:
     whole = tokenizer("a").input_ids
     starts, stops = whole[:1] == [ids["bos_token_id"]], whole[-1:] == [ids["eos_token_id"]]
     if whole != whole[:starts] + bare + whole[len(whole) - stops :]:
-        raise _refuse(f"what it puts around a text ({whole} for {bare})", "puts one token before a text and one behind")
+        raise _refuse(f"what it puts around a text ({whole} for {bare})", "puts one token before a text and one after")
     keys = {f"ggml.{name}": number for name, number in ids.items() if number is not None and number < size}
     keys |= {"ggml.add_bos_token": starts, "ggml.add_eos_token": stops}
     template = tokenizer.chat_template

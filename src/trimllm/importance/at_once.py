@@ -47,8 +47,8 @@ def apart(
     tolerance: float,
     allowed: Collection[int],
 ) -> list[Choice]:
-    """So many units one after the other: none that leaves no room for the rest, or without which, the others gone,
-    no stock model would be left. `allowed` are indices into `candidates`.
+    """`count` units, chosen one after the other. One is passed over if those that are still to come would not fit
+    beside it, or if no stock model would be left. `allowed` are indices into `candidates`.
 
     Raises:
         InputError: if there are not so many.

@@ -1,7 +1,7 @@
 """Exact trial deletion: how good the model would be without each candidate, one candidate at a time.
 
 A candidate changes nothing below the block it begins in. So each batch goes once through the whole model, the residual
-stream before every block is kept, and every candidate computes only what lies behind its own place. The choices of a
+stream before every block is kept, and every candidate computes only what comes after it. The choices of a
 question share its prompt (see `encoding`). Source of the method: TrimLLM (arXiv 2412.11242), calibration scanning.
 """
 
@@ -293,7 +293,7 @@ def _candidates(model: Any, every: Sequence[Unit], batch: Batch | None) -> tuple
 
 
 def _runs(model: Any, batch: Batch, unit: Unit) -> bool:
-    """Whether the trial deletion of a unit can be computed; where memory ends, the scan itself says so."""
+    """Whether the trial deletion of a unit can be computed; where memory runs out, the scan itself says so."""
     try:
         with evaluate.evaluating(model), torch.no_grad():
             _trial(model, batch, unit, {}, resume=False)

@@ -34,7 +34,7 @@ class Evidence:
     loss: Array | None = None
     """(n,) nats per target token when the unit is deleted."""
     norm: Array | None = None
-    """(n,) L2 norm of the stream behind the unit, averaged over tokens."""
+    """(n,) L2 norm of the stream after the unit, averaged over tokens."""
     cosine: Array | None = None
     """(n,) mean cosine between the residual stream before and after the unit."""
     run_angle: Array | None = None

@@ -109,11 +109,11 @@ def training_ahead(config: TrimConfig, stages: Sequence[tuple[int, float]], toke
     """How much will be trained, for the user: `stages` are those of `targets.stages_ahead`, `tokens` an epoch's."""
     warm = f"training: {_epochs(config.warmup_epochs)} of all layers, " if config.warmup_epochs else "training: "
     if not stages:
-        return f"{warm}{_epochs(config.epochs_per_drop)} behind every drop; {tokens:,} tokens an epoch"
-    behind = sum(epochs for _, epochs in stages)
+        return f"{warm}{_epochs(config.epochs_per_drop)} after every drop; {tokens:,} tokens an epoch"
+    after = sum(epochs for _, epochs in stages)
     most = "at most " if targets.ends_sooner(config) else ""
-    total = round((config.warmup_epochs + behind) * tokens)
-    return f"{warm}{most}{_epochs(behind)} behind drops; {tokens:,} tokens an epoch, {most}{total:,} in all"
+    total = round((config.warmup_epochs + after) * tokens)
+    return f"{warm}{most}{_epochs(after)} after drops; {tokens:,} tokens an epoch, {most}{total:,} in all"
 
 
 def _epochs(count: float) -> str:
@@ -128,7 +128,7 @@ def time_ahead(stages: Sequence[tuple[int, float]], tokens: int, warm: dict[str,
     if not stages or not train["tokens"]:
         return None
     seconds = train["seconds"] / train["tokens"] * tokens * sum(left * epochs for left, epochs in stages)
-    return f"training behind drops: about {clock(seconds / warm['depth'])}, and the scans"
+    return f"training after drops: about {clock(seconds / warm['depth'])}, and the scans"
 
 
 def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:

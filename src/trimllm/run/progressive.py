@@ -76,7 +76,7 @@ class State:
     """Original blocks that train (sparse update); None: all."""
     reached: str | None = None
     moments: Moments = field(default_factory=dict)
-    """What AdamW goes on with in the next stage (--optimizer-state carried); filled by stages behind drops."""
+    """What AdamW goes on with in the next stage (--optimizer-state carried); filled by stages after drops."""
 
 
 class Run:
@@ -178,13 +178,13 @@ class Run:
         return data
 
     def _keeps_state(self) -> bool:
-        """Whether AdamW's state will stand in checkpoints: between stages behind drops, if there are several."""
+        """Whether AdamW's state will stand in checkpoints: between stages after drops, if there are several."""
         config, wanted = self.config, self.decider.wanted
         one = wanted is not None and self.base_depth - wanted <= config.drops_per_stage * self.decider.length
         return config.optimizer_state == "carried" and config.epochs_per_drop > 0 and not (config.one_shot or one)
 
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
-        """Whether what AdamW knows at the end of the stage behind these drops goes on: not after the warm-up, behind
+        """Whether what AdamW knows at the end of the stage after these drops goes on: not of the warm-up, after
         none, which trains everything where later stages train little; nor after the last stage."""
         last = any(drop["reached"] for drop in drops)
         return self.config.optimizer_state == "carried" and bool(drops) and not last

@@ -72,7 +72,7 @@ def decode(model: Any, packed: Packed) -> tuple[torch.Tensor, Any]:
 
 
 def logits_of(model: Any, hidden: torch.Tensor, output: Any) -> torch.Tensor:
-    """Logits (k, vocabulary) of hidden states (k, hidden), by the model's own forward behind its decoder, whose
+    """Logits (k, vocabulary) of hidden states (k, hidden), by the model's own forward after its decoder, whose
     `output` they stand in for."""
     chunk = copy.copy(output)
     chunk.last_hidden_state = hidden[None]

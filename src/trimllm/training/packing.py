@@ -1,4 +1,4 @@
-"""From training rows to rectangles of ids with hardly a pad: several short rows behind each other in one packed row.
+"""From training rows to rectangles of ids with hardly a pad: several short rows after each other in one packed row.
 
 Rows that share a packed row do not see each other: the positions start again at 0 with each of them, and from such
 position ids (without a 2-D mask) transformers builds block-diagonal masks, sliding windows included. Families that
@@ -34,7 +34,7 @@ class Example:
     prompt_cut: bool = False
     """The beginning of its prompt did not fit."""
     answer_cut: bool = False
-    """The end of its target did not fit, or the EOS behind it."""
+    """The end of its target did not fit, or the EOS after it."""
 
     @property
     def targets(self) -> int:
@@ -175,7 +175,7 @@ def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way,
                 together = _logprobs(model, lay_out([sample], pad_id, model.device, way.mask))
             except evaluate.UNFIT as error:
                 if memory.is_out_of_memory(error):
-                    return ALONE, "memory ended when packed rows were tried"
+                    return ALONE, "memory ran out when packed rows were tried"
                 continue
             if float((together - alone).abs().max()) <= tolerance:
                 return way, None

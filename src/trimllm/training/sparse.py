@@ -23,7 +23,7 @@ def count(ratio: float, depth: int) -> int:
 def choose(
     mode: str, order: Sequence[int], count: int, before: Collection[int] | None, staying: Collection[int]
 ) -> list[int] | None:
-    """Original indices of the blocks that train behind a drop, ascending; None trains all.
+    """Original indices of the blocks that train after a drop, ascending; None trains all.
 
     Args:
         mode: "static", "filled", "dynamic" or "off" (--sparse-update).

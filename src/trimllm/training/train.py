@@ -61,7 +61,7 @@ class StageReport:
     padding: float = 0.0
     """Share of the positions computed by this process that were padding."""
     cached: float = 0.0
-    """Share of its tokens that were read back behind the frozen blocks (--cache-frozen-prefix)."""
+    """Share of its tokens that were read back after the frozen blocks (--cache-frozen-prefix)."""
     micro_batch_size: int = 0
     """Tokens per forward and backward at the end: less than asked for where memory ran out."""
 
