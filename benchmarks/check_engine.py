@@ -38,7 +38,8 @@ PROMPTS = (
     "The river rises in the hills, runs through two lakes and",
 )
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
-"""Of log-probabilities, by dtype: kernels add up in another order. Not measured on these engines; see --tolerance."""
+"""Largest difference of log-probabilities, by dtype: kernels add up in another order. Not measured on these engines;
+see --tolerance."""
 
 Tokens = list[int]
 

@@ -108,7 +108,7 @@ def texts() -> list[str]:
 
 
 def prompts(rows: list[list[int]], size: int) -> list[list[int]]:
-    """Of 4 to `LONGEST` tokens."""
+    """Prompts of 4 to `LONGEST` tokens."""
     long = [row for row in rows if len(row) >= 4 and max(row) < size]
     rng = random.Random(1)
     return [row[: rng.randint(4, LONGEST)] for row in (long * PROMPTS)[:PROMPTS]]

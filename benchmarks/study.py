@@ -291,13 +291,13 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
 
 
 Mean = tuple[float, float | None, int]
-"""Of points, with its standard error (None of a single one), and their number."""
+"""Mean points, their standard error (None of a single one), and their number."""
 
 
 def means(records: list[Settings], against: str | None = None) -> dict[str, dict[str, Mean]]:
     """Per arm and share: mean difference over parts and seeds, its standard error, and their number.
 
-    Of the accuracy and that of full fine-tuning, or of the arm `against` at the same share, part and seed.
+    The difference is to the accuracy of full fine-tuning, or of the arm `against` at the same share, part and seed.
     """
     by = {(one["part"], one["seed"], one["arm"]): one["accuracy"] for one in records}
     points: dict[str, dict[str, list[float]]] = {}

@@ -55,7 +55,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def losses(model: Any) -> torch.Tensor:
-    """Of rows one by one, and packed as this model can take them."""
+    """Log-probabilities of rows one by one, and packed as this model can take them."""
     way = packing.find_way(model, rows(), 0)[0]
     with torch.no_grad():
         alone = [packing._logprobs(model, packing.lay_out([[row]], 0, CPU)) for row in rows()]

@@ -278,7 +278,7 @@ def test_llm_pruner_makes_a_narrow_stock_checkpoint_recovered_by_lora(job_of, mo
 
 
 def reference_importance(model, gradients, place, name, rows):
-    """Of some rows (of the output projections: columns) of a layer, weight by weight."""
+    """Importance of some rows (of the output projections: columns) of a layer, weight by weight."""
     total = 0.0
     for kind in ("weight", "bias"):
         full = f"model.layers.{place}.{name}.{kind}"

@@ -915,7 +915,7 @@ def test_a_live_line_fits_the_terminal_and_makes_way_for_a_note(capsys, terminal
     assert line == "bench  1/4  a/very/long/path/of/a/model"
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
     monkeypatch.setattr(os, "get_terminal_size", lambda stream: os.terminal_size((20 if stream == 2 else 80, 24)))
-    assert console._columns() == 20, "of the terminal behind standard error, whatever standard output is"
+    assert console._columns() == 20, "of the terminal of standard error, whatever standard output is"
     assert (note, end) == ("a note\n", "")
 
 

@@ -57,7 +57,7 @@ def gradients(model):
 
 
 def distance(one, other):
-    """Of two sets of tensors, relative to the second."""
+    """Difference of two sets of tensors, relative to the second."""
     a, b = (torch.cat([tensors[name].flatten() for name in sorted(other)]) for tensors in (one, other))
     return float((a - b).norm() / b.norm())
 

@@ -63,7 +63,7 @@ class Console:
 
 
 def _columns() -> int:
-    """Of the terminal that the live line is on; standard output may be a file."""
+    """Columns of the terminal that the live line is on; standard output may be a file."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):

@@ -1,5 +1,5 @@
-"""Files that are the old ones or the new ones, JSON lines that survive a kill, YAML, and one line for what a disk
-refuses."""
+"""Writing files so that a reader or a kill sees the old one or the new one, JSON lines that survive a kill, YAML, and
+one-line errors for a full or unwritable disk."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def there(path: str | Path) -> bool:
-    """Whether a file or folder is there; raises OSError where that may not be known, while `os.path.exists` denies
-    it."""
+    """Whether a file or folder exists.
+
+    Raises:
+        OSError: where the system does not let us know, as in a folder that may not be read (`os.path.exists` says no).
+    """
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

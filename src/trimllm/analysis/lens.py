@@ -130,7 +130,7 @@ def promotion(model: Any, made: Batches, units: Sequence[Unit]) -> dict[str, Arr
 
 
 def _written(model: Any, batch: Batch, at: torch.Tensor, units: Sequence[Unit]) -> list[torch.Tensor]:
-    """What each unit (of a block: its MLP) adds to the stream at the places `at`: (rows, hidden) each.
+    """What each unit (of a block: its MLP) adds to the stream at the positions `at`: (rows, hidden) each.
 
     Where halves run one after the other it is the difference of the stream; in parallel blocks the MLP's output, if
     that and the attention's make up what the block adds.

@@ -1,6 +1,6 @@
-"""Reading and setting what modules give at chosen places of a batch, through hooks that leave nothing behind.
+"""Reading and setting what modules give at chosen positions of a batch, through hooks that leave nothing behind.
 
-A place is a flat index into (rows * length), as in `encoding.Batch`.
+A position here is a flat index into (rows * length), as in `encoding.Batch`.
 """
 
 from __future__ import annotations

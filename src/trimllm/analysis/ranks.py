@@ -14,7 +14,7 @@ ROUNDS = 9999
 
 
 def ranks(values: Array) -> Array:
-    """(n,) places from 1 in ascending order; equal values share the mean of their places."""
+    """(n,) ranks from 1 in ascending order; equal values share the mean of theirs."""
     _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = counts.cumsum()
     return (ends - (counts - 1) / 2)[where]

@@ -34,8 +34,8 @@ MEASURES = {
     "norm": ("activation norm", "100 min / norm"),
     "depth": ("depth", "blocks"),
 }
-"""Name in analysis.json -> what tables and pictures call it, and its unit. `depth`, the unit's place, is the control:
-what grows with depth agrees with everything else that does."""
+"""Name in analysis.json -> what tables and pictures call it, and its unit. `depth`, the unit's position, is the
+control: what grows with depth agrees with everything else that does."""
 
 
 def analyse(

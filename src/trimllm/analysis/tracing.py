@@ -30,7 +30,7 @@ SAMPLES = 3
 
 
 def spans(asked: Sequence[Encoded]) -> dict[int, range]:
-    """Per item, the places of its question's own tokens: those between what all prompts begin and end with.
+    """Per item, the positions of its question's own tokens: those between what all prompts begin and end with.
 
     That is what a task's template leaves. A prompt that has nothing of its own is taken whole.
     """

@@ -26,7 +26,7 @@ from trimllm.importance import weights
 from trimllm.training import train
 
 RANK, ALPHA, RATE = 8, 16, 1e-4
-"""Of LoRA, as published."""
+"""Rank, scale and learning rate of LoRA, as published."""
 
 
 def run(job: Job) -> Product:

@@ -24,7 +24,8 @@ def text_config(model: nn.Module) -> Any:
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The text decoder: where transformers takes something without blocks for it, such as an output layer, the base."""
+    """The module that computes the text decoder's hidden states: `get_decoder()`, or the base model where transformers
+    returns a module without blocks, such as an output layer."""
     found: nn.Module = model.get_decoder()  # type: ignore[operator]
     if any(isinstance(module, nn.ModuleList) for module in found.modules()):
         return found

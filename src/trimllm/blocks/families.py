@@ -43,7 +43,7 @@ class Family:
     resumable: bool = True
     """A forward may start from an injected hidden state: blocks need nothing from the layers before but that."""
     branching: bool = True
-    """4-D masks with custom position ids are exact: attention sees masks and position ids, not places in the row."""
+    """4-D masks with custom position ids are exact: attention sees masks and position ids, not indices in the row."""
     per_layer_weights: tuple[str, ...] = ()
     """Decoder submodules whose output, and weight, is one slice per layer."""
     inverse_scale: tuple[str, str, str] | None = None
@@ -155,7 +155,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": replace(GPT2, inverse_scale=("scale_attn_by_inverse_layer_idx", "attn", "c_attn")),
     "gpt_bigcode": GPT2,
-    "gpt_neo": replace(GPT2, block_returns_tuple=True, branching=False),  # its windows count places in the row
+    "gpt_neo": replace(GPT2, block_returns_tuple=True, branching=False),  # its windows count indices in the row
     "gpt_neox": Family(
         attention=("input_layernorm", "attention", "post_attention_dropout"),
         mlp=("post_attention_layernorm", "mlp", "post_mlp_dropout"),
@@ -250,10 +250,10 @@ INDICES: dict[str, str] = {
     "rope_scaling_layers": "attention",
     "hybrid_layer_ids": "attention",
 }
-"""Lists of layer indices: each becomes the new place of that layer."""
+"""Lists of layer indices: each becomes the new index of that layer."""
 
 SOURCES: dict[str, str] = {"kv_source_layers": "attention"}
-"""Lists with the number of the layer, for each, whose keys and values it uses: the kept entries, as new places."""
+"""Lists with the number of the layer, for each, whose keys and values it uses: the kept entries, as new indices."""
 
 LEADING: dict[str, str] = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
 """How many of the first layers are special: those that remain are counted."""

@@ -49,7 +49,7 @@ class Unit(NamedTuple):
 
     @property
     def blocks(self) -> range:
-        """Places of the blocks of which the unit holds a part."""
+        """Indices of the blocks of which the unit holds a part."""
         return range(self.index, self.index + (2 if self.kind == "pair" else self.length))
 
 
@@ -59,7 +59,7 @@ def whole(depth: int) -> Layout:
 
 
 def positions(layers: Iterable[int], depth: int) -> list[int]:
-    """The layers that a user named, as places in a model of `depth` layers; negative ones count from the end.
+    """The layers that a user named, as indices in a model of `depth` layers; negative ones count from the end.
 
     Raises:
         InputError: if one does not exist, or two of them are the same layer.
@@ -78,7 +78,7 @@ def positions(layers: Iterable[int], depth: int) -> list[int]:
 
 
 def without(layout: Layout, positions: Iterable[int]) -> Layout:
-    """The layout less the blocks at `positions` (0-based places in `layout`, not original indices).
+    """The layout less the blocks at `positions` (0-based indices into `layout`, not original ones).
 
     Raises:
         InputError: if a position does not exist or nothing would remain.
@@ -121,7 +121,7 @@ def remove(layout: Layout, unit: Unit) -> Layout:
 
 
 def halves(unit: Unit) -> set[tuple[str, int]]:
-    """What the unit consists of: halves, with the places of the blocks that hold them."""
+    """What the unit consists of: halves, with the indices of the blocks that hold them."""
     if unit.kind == "pair":
         return {("mlp", unit.index), ("attention", unit.index + 1)}
     if unit.kind == "block":

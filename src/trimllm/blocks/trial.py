@@ -114,7 +114,7 @@ def trial(model: nn.Module, layout: Layout, resume_from: int = 0) -> Iterator[In
         computed = assemble(model, rest, changes)
         _bypass(model, rest, computed, changes)
         if resume_from:
-            # The config describes every block by its place: the injected one passes as any block that is not in use.
+            # The config describes every block by its index: the injected one passes as any block that is not in use.
             place = next(i for i in (*layout[resume_from - 1], 0) if i is not None)
             effective = (Block(place, place), *rest)
             injection.stand_for(blocks(model)[place])

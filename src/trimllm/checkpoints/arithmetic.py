@@ -21,7 +21,7 @@ SLOW = 2.0
 ACTIVATIONS = 1.25
 """Memory that a model takes in evaluation, over its weights: about."""
 _ROWS, _COLUMNS = 256, 512
-"""Of the product that is measured: tokens of a short prompt, a small model's hidden size."""
+"""Sizes of the product that is measured: tokens of a short prompt, a small model's hidden size."""
 
 
 def slowdown(dtype: torch.dtype, device: torch.device) -> float:
@@ -34,7 +34,8 @@ def slowdown(dtype: torch.dtype, device: torch.device) -> float:
 
 @functools.cache
 def _measured(dtype: torch.dtype) -> float:
-    """On one thread, which waits for no other, the least of a few times in turn: a busy machine does not decide.
+    """How many times float32's time a product takes on one thread, which waits for no other: the least of a few times
+    in turn, so that a busy machine does not decide.
 
     Once per process.
     """

@@ -18,7 +18,7 @@ from trimllm.errors import InputError
 GB = 1e9
 FLOATS = ("F16", "BF16", "F32", "F64")
 STATES = 4
-"""Of every parameter that trains: itself, its gradient, and the two moments of AdamW."""
+"""Numbers in memory for every parameter that trains: itself, its gradient, and the two moments of AdamW."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 

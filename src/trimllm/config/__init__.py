@@ -35,7 +35,8 @@ from trimllm.config.shared import (
 from trimllm.config.trim import TrimConfig
 
 FORMER = {"schedule": "epoch", "optimizer_state": "fresh"}
-"""What held before a setting existed, where that is not its default: for a config.yaml without it."""
+"""Settings that came later, with what earlier versions did in their place: it holds for a config.yaml that lacks them,
+and is not the default of today."""
 
 __all__ = [
     "COARSEST",

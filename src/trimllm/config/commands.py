@@ -20,7 +20,7 @@ from trimllm.config.shared import (
 )
 
 NEW_TOKENS = 128
-"""Of a generated answer."""
+"""Longest generated answer, in tokens."""
 
 
 class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):

@@ -26,7 +26,7 @@ STRATEGIES = (
 """What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's.
 See `scores.SCORES`."""
 CONFIDENCE = 0.999
-"""Of a race: tried on recorded scans, see docs/lab.md."""
+"""Confidence of a race: tried on recorded scans, see docs/lab.md."""
 RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
 COARSEST = 50.0
 """Most accuracy points that one calibration question may be worth: there are two of them at least."""

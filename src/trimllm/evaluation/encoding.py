@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one item: the shared prompt and each continuation. `item` is its place in the encoded list."""
+    """Token ids of one item: the shared prompt and each continuation. `item` is its index in the encoded list."""
 
     item: int
     prompt: tuple[int, ...]
@@ -96,7 +96,7 @@ def context_length(model_config: Any, limit: int | None = None) -> int:
 def attention_window(model_config: Any) -> int | None:
     """How far back the shortest-sighted layers see, in tokens; None where all see everything.
 
-    A 4-D mask takes the place of a window: behind it, branches would see too much.
+    A 4-D mask takes the place of a window: past its length, branches would see too much.
     """
     text_config = model_config.get_text_config(decoder=True)
     names = ("sliding_window", "attention_chunk_size", "window_size")
@@ -139,7 +139,7 @@ def vocabulary(model: Any) -> int:
 
 
 def vocabulary_of(config: Any) -> int:
-    """The same of the model that a config describes."""
+    """Tokens that the model of this config has embeddings for."""
     return int(config.get_text_config(decoder=True).vocab_size)
 
 

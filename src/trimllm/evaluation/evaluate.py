@@ -29,9 +29,9 @@ TOKEN_BUDGET = 4096
 """Tokens of one evaluation batch, padding included."""
 
 LOGITS = 2**22
-"""Of a chunk, where not all logits are held at once: 16 MiB in float32."""
+"""Logits of a chunk, where not all are held at once: 16 MiB in float32."""
 LEAST_PLACES = 256
-"""Places of a chunk, however large the vocabulary: fewer would read the head's weights too often."""
+"""Positions of a chunk, however large the vocabulary: fewer would read the head's weights too often."""
 
 INEXACT = "shared prompts are not exact for"
 
@@ -68,7 +68,7 @@ class Evaluation:
     correct: tuple[bool, ...] = ()
     """Per item, for paired comparisons; empty for generation and text."""
     dtype: str | None = None
-    """That of the weights when they computed it: a CPU that emulates the 16 bits of a checkpoint takes float32."""
+    """Dtype of the weights when they computed it: a CPU that emulates the 16 bits of a checkpoint takes float32."""
 
     @property
     def perplexity(self) -> float:
@@ -85,7 +85,7 @@ class Evaluation:
 
 
 def chunk(vocabulary: int) -> int:
-    """Places of which a chunk holds the logits."""
+    """Positions of which a chunk holds the logits."""
     return max(LEAST_PLACES, LOGITS // vocabulary)
 
 

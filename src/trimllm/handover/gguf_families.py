@@ -69,7 +69,7 @@ class Described:
 
     family: Family
     metadata: dict[str, Any]
-    """Keys behind the name of the architecture; numbers, texts or lists."""
+    """Keys that follow the name of the architecture; numbers, texts or lists."""
     query_scale: float = 1.0
     """What queries are multiplied by, so that the scale of llama.cpp becomes the model's."""
     extra: dict[str, np.ndarray] = field(default_factory=dict)

@@ -79,7 +79,7 @@ ATOMS = (
 
 
 def describe(folder: Path, size: int, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Keys behind `tokenizer.` for the tokenizer in `folder`, of a model with `size` embeddings.
+    """Keys that follow `tokenizer.` for the tokenizer in `folder`, of a model with `size` embeddings.
 
     Raises:
         InputError: if there is none, or llama.cpp cannot do what it does, naming what and the remedy.

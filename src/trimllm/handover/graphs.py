@@ -39,7 +39,7 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvin
 TOLERANCE = 1e-3
 """Largest difference between logits of graph and model, as a share of the logits' standard deviation."""
 PADDING = 3
-"""Padded places before the second row of the comparison."""
+"""Padded positions before the second row of the comparison."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Step = Callable[[Array, Array, Array], Array]

@@ -1,4 +1,8 @@
-"""All units of --one-shot by the evidence of one scan: such as may go together, and leave room for one another."""
+"""--one-shot: all units that go at once, chosen by the evidence of one scan.
+
+A unit is only chosen if a legal model is left without it and those chosen before, and if enough units that overlap none
+of them remain to make up the number.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from trimllm.importance.select import Choice
 
 
 def most_apart(units: Iterable[Unit]) -> int:
-    """The most of the units that share no block with one another."""
+    """How many of the units can go together at most, since no two of them may share a block (runs overlap)."""
     count, end = 0, -1
     for unit in sorted(units, key=lambda one: one.blocks[-1]):
         if unit.blocks[0] > end:

@@ -37,7 +37,7 @@ class Part:
     rows: str
     """Digest of the batch's rows: under the same number, another device or attention may have others."""
     intact: Pieces
-    """Of the intact model; its key in files is `base`."""
+    """Outcome of the intact model; its key in files is `base`."""
     trials: list[Pieces]
     """Per candidate, {} for one that is not in the race any more; empty if only activations were measured."""
     tokens: int
@@ -109,7 +109,7 @@ class ScanResult:
         return {i for i in found if parts_of(strategy)[0] != "angular" or np.isfinite(self.run_angle[i])}
 
     def evidence(self, position: Array, depth: int, seed: int = 0, **extra: Array) -> Evidence:
-        """What the scores need; `position` (n,) are the candidates' places in the original model of `depth` blocks."""
+        """What the scores need; `position` (n,) is that of each candidate in the original model of `depth` blocks."""
         tried = bool(self.trials)
         return Evidence(
             depth=depth,
@@ -363,7 +363,7 @@ def _resumes_exactly(model: Any, batch: Batch) -> bool:
 
 
 def positions(candidates: Sequence[Unit], original: Sequence[int]) -> Array:
-    """(n,) place of each candidate in the original model, in blocks; `original` has each present block's index."""
+    """(n,) position of each candidate in the original model, in blocks; `original` has each present block's index."""
     shift = {"pair": 0.5, "mlp": 0.25}
     middle = [np.mean([original[i] for i in unit.blocks[: unit.length]]) for unit in candidates]
     return np.array([place + shift.get(unit.kind, 0.0) for place, unit in zip(middle, candidates, strict=True)])

@@ -28,7 +28,7 @@ class Evidence:
     depth: int
     """Blocks of the original model."""
     position: Array
-    """(n,) place of each unit in the original model, in blocks (a shifted pair stands at i + 0.5)."""
+    """(n,) position of each unit in the original model, in blocks (a shifted pair stands at i + 0.5)."""
     accuracy: Array | None = None
     """(n,) percent on the calibration set when the unit is deleted."""
     loss: Array | None = None

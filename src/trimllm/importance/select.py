@@ -86,7 +86,7 @@ def protected(protect: Sequence[int], depth: int) -> frozenset[int]:
 
 
 def droppable(candidates: Sequence[Unit], layout: Layout, kept: Collection[int]) -> list[int]:
-    """Indices of the candidates that touch no protected original block; `layout` maps places to original indices."""
+    """Indices of the candidates that touch no protected original block; `layout` gives the original indices."""
     return [number for number, unit in enumerate(candidates) if not (touches(unit, layout) & set(kept))]
 
 

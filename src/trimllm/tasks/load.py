@@ -43,7 +43,7 @@ def load_task(
         files (*optional*): local files to use in place of the task's own source, by part or as a file or folder.
         metric (*optional*): in place of the task's own.
         seed (defaults to 0): of every split and subsample.
-        reported_only (defaults to False): nothing is to be trained or decided: where there is a test split, no other.
+        reported_only (defaults to False): nothing is trained or decided: of a task with a test split, read that alone.
 
     Raises:
         InputError: if the task, its data or an option cannot be used; the message says where and what to do.

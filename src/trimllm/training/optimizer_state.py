@@ -23,7 +23,7 @@ from trimllm.training import sparse
 Moments = dict[torch.Tensor, dict[str, torch.Tensor]]
 """What AdamW knows of each parameter: `exp_avg`, `exp_avg_sq` and `step`."""
 FOLDER, FILE = "optimizer", "adamw.safetensors"
-"""In a checkpoint; in a folder of its own, where nobody takes it for weights."""
+"""Where the state lies in a checkpoint: in a folder of its own, where nobody takes it for weights."""
 
 
 def most_bytes(config: TrainSettings, model: Any) -> int:

@@ -81,6 +81,7 @@ class _Ways:
 
     packing: Way
     places: int
+    """Most target positions whose logits are in memory at once."""
     prefix: Prefix | None
     size: int
     """Tokens of a micro-batch, padding counted."""
@@ -238,7 +239,7 @@ def _packing(models: Sequence[Any], plan: Sequence[Sequence[Example]], pad_id: i
 def _eager_length(
     models: Sequence[Any], plan: Sequence[Sequence[Example]], way: Way, accelerator: Any, attention: str, pad_id: int
 ) -> int:
-    """See `backends.eager_length`; 0 where rows would have to be packed in another way for it."""
+    """See `backends.eager_length`; 0 where rows would need another packing mode for it."""
     length = min(backends.eager_length(model, attention, accelerator) for model in models)
     if length:
         with contextlib.ExitStack() as within:
