@@ -22,7 +22,7 @@ from typing import Any
 from _sides import RESULTS, run
 
 from trimllm.console import table
-from trimllm.run.plot import picture
+from trimllm.plot import picture
 
 FILES = (RESULTS / "study.json", RESULTS / "study-other-cpu.json")
 WORLD = ("law", "finance", "medicine")

@@ -41,7 +41,7 @@ def run_trim(command: config.TrimConfig) -> None:
 
 def run_scan(command: config.ScanConfig) -> None:
     """Importance of every unit: table, scan.json, scan.png."""
-    from trimllm.run.plot import analysis_plot, importance_plot
+    from trimllm.plot import analysis_plot, importance_plot
 
     output, console = Path(command.output), Console()
     for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
@@ -299,7 +299,7 @@ def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.T
 def run_bench(command: config.BenchConfig) -> None:
     """Models in turn: tables, bench.json, bench.png."""
     from trimllm.bench import benching, tables
-    from trimllm.run.plot import bench_plot
+    from trimllm.plot import bench_plot
 
     output = Path(command.output) if command.output else None
     if output:
