@@ -35,11 +35,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return h.save_base(tmp_path_factory.mktemp("base"), depth=4, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "_measured", lambda _: 7.0)

@@ -27,6 +27,8 @@ from trimllm.training import losses as losses_of
 from trimllm.training import packing, train, training_rows
 from trimllm.training.packing import Example
 
+pytestmark = pytest.mark.usefixtures("fast")
+
 CPU = torch.device("cpu")
 SMALL = {"depth": 2, "calibration_size": 4, "max_train": 8, "max_test": 4}
 FAMILIES = ("llama", "qwen2-sliding", "gemma3_text", "gpt2", "mixtral", "gemma3", "mpt", "gpt_oss", "jamba")
@@ -38,20 +40,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return h.save_base(tmp_path_factory.mktemp("base"), depth=3)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 def rows() -> list[Example]:
     """Rows of 4 to 14 inputs, longer than the windows."""
     generator = torch.Generator().manual_seed(1)
     return [Example(tuple(torch.randint(3, 60, (n,), generator=generator).tolist()), 2) for n in (5, 15, 8, 9, 12, 6)]
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    h.fast(monkeypatch)
 
 
 def losses(model: Any) -> torch.Tensor:

@@ -23,10 +23,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.training import packing
 
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.fixture(scope="module")

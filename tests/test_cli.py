@@ -27,10 +27,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
 from trimllm.run import rundir
 
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.fixture(scope="module")

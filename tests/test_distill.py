@@ -22,6 +22,8 @@ from trimllm.training import distill, losses, packing, sparse, train
 from trimllm.training.distill import Teacher
 from trimllm.training.packing import ALONE, Example, find_way, pack
 
+pytestmark = pytest.mark.usefixtures("fast")
+
 ROWS = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + 2 * (n % 5))), 1 + n % 2) for n in range(8)]
 SETTINGS = TrainSettings(lr=1e-2, batch_size=40)
 
@@ -243,11 +245,6 @@ def test_what_one_of_the_two_cannot_do_is_done_for_neither(monkeypatch):
     for packed, limit in used:
         assert len(packed.inputs["input_ids"]) == len(packed.spans)
         assert limit == 10**9
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
 
 
 def test_a_killed_run_finds_its_teacher_again_and_ends_bit_equal(base, task, tmp_path, monkeypatch):

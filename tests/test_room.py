@@ -26,11 +26,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return h.save_base(tmp_path_factory.mktemp("base"), depth=3, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)

@@ -28,13 +28,10 @@ from trimllm.run.recovery import Recovery
 from trimllm.run.targets import least_depth, stage_epochs, stages_ahead
 from trimllm.training import train, training_rows
 
+pytestmark = pytest.mark.usefixtures("fast")
+
 EASY = {"schedule": "recover", "joint_tolerance": 100.0, "tie_tolerance": 100.0}
 """Anything may go together."""
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
 
 
 RECOVER = {**EASY, "max_joint": 2, "depth": 2, "epochs_per_drop": 0.5, "recover_tolerance": 0.0}
@@ -383,15 +380,9 @@ POINTS = {
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(
-    base, task, tmp_path, straight, monkeypatch, point
-):
+def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(base, task, tmp_path, straight, point):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        owner, name, call, after = POINTS[point]
-        h.kill_at(patch, owner, name, call, after=after)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **RECOVER)
+    h.killed_run(POINTS[point], base, task, output, **RECOVER)
     h.run(base, task, output, **RECOVER, resume=True)
     assert h.drops(output) == h.drops(straight)
     assert [drop["joint"] for drop in h.journal(output, "drop")] == [
@@ -406,10 +397,7 @@ def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(
 def test_sets_that_were_tried_are_not_tried_again(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
     more = {**EASY, "depth": 2, "max_joint": 3, "warmup_epochs": 0, "epochs_per_drop": 0}
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, joint, "grow", 1, after=True)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **more)
+    h.killed_run((joint, "grow", 1, True), base, task, output, **more)
     kept = files.read_lines(output / "scans" / "scan-000.jsonl")
     assert [line["joint"]["units"] for line in kept if "joint" in line] == [
         found["units"] for found in kept_sets(base, task, tmp_path / "other", more)

@@ -23,12 +23,9 @@ from trimllm.importance import scores
 from trimllm.run import account, deciding, progressive, rundir
 from trimllm.training import losses, train
 
+pytestmark = pytest.mark.usefixtures("fast")
+
 NO_TRAINING = {"warmup_epochs": 0, "epochs_per_drop": 0}
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +221,9 @@ def test_smallest_depth_not_below_the_floor_is_exported(
     assert all(torch.equal(tensor, saved[depth][name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_floor_raised_on_the_way_takes_a_depth_that_meets_it_or_says_that_it_is_gone(
-    base, task, tmp_path, scripted, monkeypatch
-):
+def test_a_floor_raised_on_the_way_takes_a_depth_that_meets_it_or_says_that_it_is_gone(base, task, tmp_path, scripted):
     scripted({5: 90, 4: 82, 3: 80, 2: 90})
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_stage", 4)
-        with pytest.raises(h.Killed):
-            h.run(base, task, tmp_path / "run", depth=2, min_accuracy=70)
+    h.killed_run((progressive.Run, "_stage", 4), base, task, tmp_path / "run", depth=2, min_accuracy=70)
     for floor, why in ((95, "no depth meets it"), (85, "the weights of the depth that meets it are gone")):
         line = rf"a floor of {floor}\.0 on .* set: {why}; there are those of 4 layers: 82\.0, 3 layers: 80\.0"
         with pytest.raises(InputError, match=line):
@@ -462,10 +454,7 @@ def test_dozens_of_choices_are_pointed_out_where_another_strategy_would_ask_fewe
         progressive.trim(**h.settings(base, task, tmp_path / name, depth=4, **NO_TRAINING | changes))
         assert ("--strategy loss asks the right one only" in capsys.readouterr().err) == (name == "plain"), name
     output = tmp_path / "killed"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_drop", 1)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, depth=4, **NO_TRAINING)
+    h.killed_run((progressive.Run, "_drop", 1), base, task, output, depth=4, **NO_TRAINING)
     progressive.trim(output=str(output), resume=True)
     assert "--strategy loss" not in capsys.readouterr().err, "it cannot be changed any more"
 
