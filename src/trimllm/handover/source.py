@@ -11,6 +11,7 @@ from typing import Any
 
 from trimllm import config
 from trimllm.checkpoints import export, loading, models
+from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.checkpoints.verification import Report
 from trimllm.config import plain_settings
 from trimllm.errors import InputError
@@ -93,10 +94,9 @@ def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:
 
     The journal is only read: the run may still be going on.
     """
-    starts = [event for event in read_lines(run.journal, mend=False) if event["event"] == "start"]
-    name = starts[0].get("save_dtype", stored.save_dtype) if starts else stored.save_dtype
-    if name in models.DTYPES:
-        return models.DTYPES[name]
+    name = (rundir.happened(run, "start") or {}).get("save_dtype", stored.save_dtype)
+    if name in DTYPES:
+        return DTYPES[name]
     try:
         return models.saved_dtype(models.path_of(stored.model), stored)
     except InputError:
