@@ -75,11 +75,12 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     """
     from trimllm.baselines import job
     from trimllm.checkpoints import arithmetic, backends, loading, models
+    from trimllm.checkpoints.dtypes import DTYPES
     from trimllm.evaluation import encoding, inputs
     from trimllm.training import training_rows
 
     trains = any(each.method.name != "base" for each in wanted)
-    dtype = models.DTYPES.get(command.dtype) or (models.DTYPES["float32"] if trains else None)
+    dtype = DTYPES.get(command.dtype) or (DTYPES["float32"] if trains else None)
     backends.check(command.attention, models.device_of(command.device), dtype, training=trains)
     config = check_model(command)
     for each in wanted:
@@ -90,7 +91,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
     names, notes = set(), list[str]()
     digests = {"--model": mark} if (mark := weights_mark(path)) else {}
-    saved = models.saved_dtype(path, command) or models.DTYPES["float32"]
+    saved = models.saved_dtype(path, command) or DTYPES["float32"]
     slower = [arithmetic.evaluation_note(saved, command.dtype, models.device_of(command.device))]
     if trains:
         place = models.training_device(command.device)

@@ -13,7 +13,8 @@ import torch
 from trimllm.baselines import METHODS, Cell
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
-from trimllm.checkpoints import arithmetic, export, models, room
+from trimllm.checkpoints import export, models, room
+from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
 from trimllm.errors import InputError
@@ -115,7 +116,7 @@ class Job:
         """
         settings = self.command if path is None else self.command.model_copy(update={"model": str(path)})
         if training:
-            weights = room.weights(models.path_of(settings.model), models.DTYPES.get(settings.dtype, torch.float32))
+            weights = room.weights(models.path_of(settings.model), DTYPES.get(settings.dtype, torch.float32))
             if note := room.full_training_note(weights, self.accelerator.device, "a device with more memory"):
                 self.console.say(note)
         return models.load(settings, training=training, evaluating=evaluating)
@@ -201,7 +202,7 @@ class Job:
 
     def trim(self, start: str | Path, folder: Path | None = None, **changes: Any) -> Product:
         """A run of `trimllm trim` from a checkpoint, or gone on with; its result, and what that took."""
-        dtype = arithmetic.name_of(self.saved_dtype())
+        dtype = name_of(self.saved_dtype())
         output = folder or self.folder / "run"
         fixed = {"model": str(start), "keep": self.cell.keep, "save_dtype": dtype, "output": str(output)}
         config = self.trim_settings(**{**fixed, **changes})

@@ -28,6 +28,7 @@ from trimllm import memory
 from trimllm.bench import reads, shapes, timing
 from trimllm.blocks import adapters, decoder
 from trimllm.checkpoints import arithmetic, backends, loading, models, room
+from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.config import BenchConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
@@ -60,7 +61,7 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     """
     if command.threads:
         torch.set_num_threads(command.threads)
-    device, dtype = models.device_of(command.device), models.DTYPES.get(command.dtype)
+    device, dtype = models.device_of(command.device), DTYPES.get(command.dtype)
     _wake(device)
     _forget_peak(device)
     _HERE["before"] = resident("VmRSS")
@@ -80,7 +81,7 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
         "model": name,
         "layers": decoder.depth(model),
         "parameters": parameters(model, trust_remote_code=command.trust_remote_code),
-        "dtype": arithmetic.name_of(model.dtype),
+        "dtype": name_of(model.dtype),
     }
     plain = change is None and not getattr(model, "is_quantized", False)  # others have products of their own
     known["slowdown"] = arithmetic.slowdown(model.dtype, model.device) if plain else 1.0
@@ -240,7 +241,7 @@ def _pool() -> ProcessPoolExecutor:
 def _check(command: BenchConfig) -> None:
     """Refuse an attention backend that no model can take, models that are not there, and models that do not fit into
     memory together, before any is loaded."""
-    device, dtype, total = models.device_of(command.device), models.DTYPES.get(command.dtype), 0
+    device, dtype, total = models.device_of(command.device), DTYPES.get(command.dtype), 0
     backends.check(command.attention, device, dtype)
     for name in command.models:
         if name.startswith(shapes.PREFIX):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from trimllm.checkpoints import room
+from trimllm.checkpoints.dtypes import HALF, name_of
 
-HALF = (torch.float16, torch.bfloat16)
 SLOW = 2.0
 """Times float32's time from which a dtype counts as slow. Real instructions take less than 1, emulation 5 to 20."""
 ACTIVATIONS = 1.25
@@ -53,11 +53,6 @@ def _measured(dtype: torch.dtype) -> float:
     finally:
         torch.set_num_threads(threads)
     return least[dtype] / least[torch.float32]
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """As configs and options spell it: float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _emulates(names: str, times: float) -> str:

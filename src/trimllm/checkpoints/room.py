@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimllm.blocks import adapters
 from trimllm.checkpoints import shards
+from trimllm.checkpoints.dtypes import FLOATS
 from trimllm.checkpoints.loading import quiet
 from trimllm.errors import InputError
 
 GB = 1e9
-FLOATS = ("F16", "BF16", "F32", "F64")
 STATES = 4
 """Numbers in memory for every parameter that trains: itself, its gradient, and the two moments of AdamW."""
 _CGROUP = Path("/sys/fs/cgroup")

@@ -13,12 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
+from trimllm.checkpoints.dtypes import FLOATS
 from trimllm.checkpoints.renumbering import Numbering
 from trimllm.checkpoints.shards import Planned, Tensor
 from trimllm.errors import InputError, one_line
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from trimllm.blocks.decoder import blocks, depth, text_config, text_decoder
 from trimllm.blocks.layout import Layout, places, plan_record, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.checkpoints import folders, shards
+from trimllm.checkpoints.dtypes import FLOATS
 from trimllm.checkpoints.loading import check_folder, explain, no_safetensors, quiet
 from trimllm.checkpoints.renumbering import Numbering, list_paths
 from trimllm.checkpoints.shards import Planned, Tensor
 from trimllm.checkpoints.skeleton import (
-    FLOATS,
     QUANTIZATION_KEYS,
     Fit,
     Skeleton,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from trimllm.blocks import decoder, families
-from trimllm.checkpoints.arithmetic import name_of
+from trimllm.checkpoints.dtypes import name_of
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.evaluation.encoding import Batch, Batches, Encoded

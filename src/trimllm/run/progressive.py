@@ -22,7 +22,8 @@ from trimllm import files
 from trimllm.blocks import decoder, surgery
 from trimllm.blocks.layout import Layout, compose, plan_record, remove_all, whole
 from trimllm.checkpoints import arithmetic, export, folders, loading, models, room
-from trimllm.checkpoints.models import DTYPES, Loaded, load
+from trimllm.checkpoints.dtypes import DTYPES, name_of
+from trimllm.checkpoints.models import Loaded, load
 from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
@@ -194,7 +195,7 @@ class Run:
         config = self.config
         first = self.journal.last("start")
         if first is None:
-            dtype = arithmetic.name_of(self.save_dtype)
+            dtype = name_of(self.save_dtype)
             known = {"base": loaded.fingerprint, "data": data, "depth": self.base_depth, "save_dtype": dtype}
             first = self.journal.add("start", **known)
         elif first["base"] != loaded.fingerprint:
