@@ -13,7 +13,7 @@ import re
 import sys
 from contextlib import redirect_stderr, suppress
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import (
@@ -195,7 +195,9 @@ def _read(arguments: list[str], under: dict[str, Any]) -> Any:
 
 def _configured(name: str, arguments: list[str]) -> dict[str, Any]:
     """Settings from the YAML file of `--config`."""
-    if name in ("trim", "scan", "drop", "eval", "compare") and (path := _value(arguments, "--config")):
+    field = _Root.model_fields.get(name)
+    configurable = field is not None and any(issubclass(kind, _Configurable) for kind in get_args(field.annotation))
+    if configurable and (path := _value(arguments, "--config")):
         return plain_settings.read_yaml(os.path.expanduser(path))
     return {}
 

@@ -21,7 +21,7 @@ import transformers
 from trimllm import files
 from trimllm.blocks import decoder, surgery
 from trimllm.blocks.layout import Layout, compose, plan_record, remove_all, whole
-from trimllm.checkpoints import arithmetic, export, folders, loading, models, room
+from trimllm.checkpoints import arithmetic, export, folders, loading, models, room, verification
 from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.checkpoints.models import Loaded, load
 from trimllm.config import TrimConfig
@@ -172,7 +172,7 @@ class Run:
         copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
         if config.keep_checkpoints:  # of every depth; embeddings, which are never cut, make them larger than that
             copies = max(copies, 2 + sum(left for left, _ in self.ahead) / depth)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights = verification.weight_bytes(model)
         state = 2 * optimizer_state.most_bytes(config, model) if self._keeps_state() else 0  # while the new is written
         if rundir.happened(self.dir, "done") is None:
             rundir.check_space(config.output, round(copies * weights) + state)
