@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from trimllm.errors import did_you_mean
 
@@ -18,6 +18,9 @@ else:  # of a `tuple` pydantic-settings before 2.16, the last for Python 3.10, d
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder, or in some settings a name. A shell expands a tilde at the beginning of a word only, and nothing
+does in YAML. (Of models, `models.path_of` expands it: their names are stored as they were given.)"""
 
 STRATEGIES = (
     *("scan+norm", "scan+loss", "scan", "norm", "bi", "angular", "loss", "perplexity", "taylor", "magnitude"),
@@ -42,14 +45,6 @@ class Settings(BaseModel):
     def idle(self) -> dict[str, str]:
         """Settings that were given and would have no effect beside the others: by name, why, with the remedy."""
         return {}
-
-    @field_validator(
-        "output", "task", "text", "also", "task_files", "baselines_python", "source", "directory", check_fields=False
-    )
-    @classmethod
-    def _a_tilde_is_the_home_folder(cls, value: Any) -> Any:
-        """A shell expands it at the beginning of a word only, and nothing does in YAML."""
-        return each_path(value, os.path.expanduser)
 
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> Settings:
@@ -104,9 +99,9 @@ class ModelSettings(LoadSettings, ModelName):
 
 
 class TaskSettings(Settings):
-    task: str
+    task: Location
     """A built-in task (`trimllm tasks` lists them), a task YAML, or a file or directory with your rows."""
-    task_files: dict[str, str] | None = None
+    task_files: dict[str, Location] | None = None
     """Local files for a built-in task, per split: train=FILE,test=FILE."""
     metric: Literal["acc", "acc_norm", "likelihood"] | None = None
     """What is reported and decided on (default: the task's own)."""
@@ -196,7 +191,7 @@ class ScoreSettings(StrategySettings):
 
 
 class TrainSettings(Settings):
-    text: str | None = None
+    text: Location | None = None
     """Domain text to mix into training: file or directory (plain text, JSONL `text`, Parquet), or demo_medicine etc."""
     text_ratio: Annotated[float, Field(ge=0)] = TEXT_RATIO
     """Tokens of domain text per token of the task."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimllm.config import TrimConfig
-from trimllm.config.trim import FLOORS, SIZES
+from trimllm.config.trim import FLOORS, MEASURED, SIZES
 from trimllm.errors import InputError
 
 GIB = 2**30
@@ -115,7 +115,7 @@ def stages_ahead(config: TrimConfig, base_depth: int, length: int = 1) -> list[t
 
 def ends_sooner(config: TrimConfig) -> bool:
     """Whether training may end before the wanted depth (a floor, another size) or a stage before its epochs."""
-    return config.schedule == "recover" or any(getattr(config, name) is not None for name in (*FLOORS, *SIZES[2:]))
+    return config.schedule == "recover" or any(getattr(config, name) is not None for name in (*FLOORS, *MEASURED))
 
 
 def floor(config: TrimConfig, values: Sequence[float]) -> float:
