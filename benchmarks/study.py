@@ -111,10 +111,6 @@ def _peer(strategy: str, **more: Any) -> Arm:
     return Arm({"one_shot": True, "strategy": strategy, "sparse_update": "off", **more}, per_depth=True)
 
 
-WHERE = ("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size")
-"""Settings that may differ from those of a finished run."""
-
-
 ARMS = {
     "trimllm": Arm(),
     "late": Arm(per_depth=True, late=LATE_SHARE),
@@ -230,7 +226,7 @@ def result_of(asked: config.TrimConfig) -> Settings:
     """
     result = RunDir(asked.output).result
     if result.exists():
-        rundir.same_settings(asked, asked.output, WHERE)
+        rundir.same_settings(asked, asked.output, rundir.COMPUTING)
     else:
         trim(asked, console=Console())
     found: Settings = json.loads(result.read_text(encoding="utf-8"))

@@ -25,11 +25,9 @@ from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.run import placing, rundir
 
-FREE_OF_CHOICE = (
-    *("resume", "output", "methods", "keep", "threads", "device", "micro_batch_size", "eval_batch_size"),
-    *("gradient_checkpointing", "baselines_python"),
-)
-"""Settings that may differ when a comparison is resumed: more rows, and where they are computed."""
+FREE_OF_CHOICE = {*rundir.COMPUTING, "methods", "keep", "baselines_python"} - {"attention"}
+"""Settings that may differ when a comparison is resumed: more rows, and how they are computed; but for the attention,
+since the speeds of all rows stand in one table (threads and device are compared by `same_conditions`)."""
 
 
 def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
@@ -174,7 +172,7 @@ def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareCo
     Raises:
         InputError: see `compare`; or if its data or base, by these SHA-256, changed.
     """
-    settings, digests = root / "config.yaml", root / "data.json"
+    settings, digests = root / placing.CONFIG, root / "data.json"
     before = json.loads(digests.read_text(encoding="utf-8")) if digests.exists() else {}
     if settings.exists():
         if not command.resume:

@@ -20,11 +20,13 @@ from trimllm.files import read_lines, write_atomic
 from trimllm.run import placing
 from trimllm.training import optimizer_state
 
-WHERE = (
+COMPUTING = (
     *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
-    *("gradient_checkpointing", "model"),
+    "gradient_checkpointing",
 )
-"""Settings that may differ when a run is resumed: where it computes, and where the base lies (that its weights are the
+"""Settings of where and how a run computes, and not of what."""
+WHERE = (*COMPUTING, "model")
+"""Settings that may differ when a run is resumed: how it computes, and where the base lies (that its weights are the
 same is checked by their SHA-256)."""
 DATA = ("task", "task_files", "text")
 """Settings that may differ where the journal holds the SHA-256 of what they name."""
