@@ -143,5 +143,12 @@ def full_disk(path: str | Path, sizes: str = "") -> str:
     return f"cannot write to {path}: the disk is full{sizes}: {remedy}"
 
 
+def umask() -> int:
+    """The permissions that new files lack; temporary ones lack more, and get theirs when they are done."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
 def _outside(name: str, path: str | Path) -> bool:
     return Path(path).absolute().parent not in Path(os.fsdecode(name)).absolute().parents

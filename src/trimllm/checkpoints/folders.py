@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trimllm.errors import InputError, TrimError
-from trimllm.files import disk_errors, full_disk
+from trimllm.files import disk_errors, full_disk, umask
 
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")
 """Files that go wherever the weights go."""
@@ -195,7 +195,7 @@ def appearing(target: str | Path, *, needed: int = 0, overwrite: bool = False) -
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         with _locked(folder):
             yield folder
-            folder.chmod(0o777 & ~_umask())
+            folder.chmod(0o777 & ~umask())
             for path in (*folder.rglob("*"), folder):
                 _settle(path)
             _rename(folder, place, overwrite)
@@ -238,9 +238,3 @@ def _remove_leftovers(place: Path) -> None:
     for folder in place.parent.glob(f".{glob.escape(place.name)}.partial-*"):
         with suppress(OSError), _locked(folder):
             shutil.rmtree(folder)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

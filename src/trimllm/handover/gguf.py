@@ -9,7 +9,6 @@ and other vectors stay float32; below 8 bits the output matrix is q8_0; rows tha
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from trimllm import files
 from trimllm.blocks.layout import HALVES
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError, one_line
@@ -147,14 +147,12 @@ def _to_file(target: Path, keys: dict[str, Any], planned: list[Planned], describ
             writer.write_tensor_data(values)
         writer.close()
         _check(scratch, planned)
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o666 & ~umask)
+        scratch.chmod(0o666 & ~files.umask())
         scratch.rename(target)
         scratch = None
     except OSError as caught:
         # numpy reports a full disk without its number
-        full = caught.errno == errno.ENOSPC or "requested and" in str(caught)
+        full = caught.errno in files.FULL or "requested and" in str(caught)
         raise TrimError(f"cannot write {target}: {'the disk is full' if full else one_line(caught)}") from caught
     finally:
         for stream in writer.fout or ():
