@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from trimllm import files
 from trimllm.blocks import surgery
-from trimllm.blocks.layout import Unit, halves, remove, remove_all, units, whole
+from trimllm.blocks.layout import Unit, halves, load_layout, remove, remove_all, units, whole
 from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
 from trimllm.config import TrimConfig
@@ -23,7 +23,7 @@ from trimllm.evaluation.inputs import scorer, task_data
 from trimllm.importance import joint
 from trimllm.importance.joint import Joint
 from trimllm.parallel import ALONE
-from trimllm.run import account, deciding, progressive, recovery, rundir
+from trimllm.run import account, deciding, progressive, recovery
 from trimllm.run.recovery import Recovery
 from trimllm.run.targets import least_depth, stage_epochs, stages_ahead
 from trimllm.training import train, training_rows
@@ -199,7 +199,7 @@ def test_journaled_joint_trial_is_what_a_really_cut_model_gives(base, task, tmp_
     assert len(drop["units"]) == len(drop["joint"]["units"]) == 3
     assert drop["reached"] == "depth 2"
     model = AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "depth-5")
-    surgery.apply_layout(model, rundir.load_layout(drop["cut"]))
+    surgery.apply_layout(model, load_layout(drop["cut"]))
     config = TrimConfig(**h.settings(base, task, output))
     tokenizer = load_tokenizer(DEMO)
     data = task_data(config, tokenizer)

@@ -198,5 +198,14 @@ def whole_layers(layout: Layout) -> list[int] | None:
 
 def plan_record(layout: Layout, base: str | dict[str, Any] | None) -> dict[str, Any]:
     """The contents of a `plan.json`: the model that was trimmed, and which of its halves each block holds."""
-    blocks = [block._asdict() for block in layout]
-    return {"base": base, "depth": len(layout), "blocks": blocks, "layers": whole_layers(layout)}
+    return {"base": base, "depth": len(layout), "blocks": dump_layout(layout), "layers": whole_layers(layout)}
+
+
+def dump_layout(layout: Layout) -> list[dict[str, int | None]]:
+    """For journals and plans: which original attention and MLP each block holds."""
+    return [block._asdict() for block in layout]
+
+
+def load_layout(record: list[dict[str, int | None]]) -> Layout:
+    """The layout that `dump_layout` recorded."""
+    return tuple(Block(block["attention"], block["mlp"]) for block in record)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimllm import config
+from trimllm.blocks.layout import load_layout
 from trimllm.checkpoints import export, loading, models
 from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.checkpoints.verification import Report
@@ -69,7 +70,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
     plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
     model: Any = loading.load_model(folder, trust_remote_code=own_code)
     models.cast(model, dtype or model.dtype)
-    layout = rundir.load_layout(plan["blocks"])
+    layout = load_layout(plan["blocks"])
     origin = {"name": plan["base"]} if isinstance(plan["base"], str) else plan["base"]
     origin = origin | {"place": placing.place(origin["name"], command.source)}
     return export.save_trimmed(

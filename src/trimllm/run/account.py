@@ -8,14 +8,14 @@ from importlib.metadata import version
 from typing import Any
 
 from trimllm.bench import timing
-from trimllm.blocks.layout import Layout, describe, whole_layers
+from trimllm.blocks.layout import Layout, describe, load_layout, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluation.evaluate import Evaluation
 from trimllm.importance.joint import Joint, accepted
 from trimllm.importance.scan import ScanResult
 from trimllm.importance.select import Choice
-from trimllm.run import rundir, targets
+from trimllm.run import targets
 from trimllm.run.targets import Size
 from trimllm.tasks import TaskData
 
@@ -80,7 +80,7 @@ def result(
         "depth": stage["depth"],
         "base_depth": history[0]["depth"],
         "blocks": stage["layout"],
-        "layers": whole_layers(rundir.load_layout(stage["layout"])),
+        "layers": whole_layers(load_layout(stage["layout"])),
         "parameters": stage["parameters"],
         "bytes": stage["bytes"],
         "decode_speedup": speedup,

@@ -20,7 +20,7 @@ import transformers
 
 from trimllm import files
 from trimllm.blocks import decoder, surgery
-from trimllm.blocks.layout import Layout, compose, plan_record, remove_all, whole
+from trimllm.blocks.layout import Layout, compose, dump_layout, load_layout, plan_record, remove_all, whole
 from trimllm.checkpoints import arithmetic, export, folders, loading, models, room, verification
 from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.checkpoints.models import Loaded, load
@@ -88,14 +88,13 @@ class Run:
         self.dir = RunDir(config.output)
         self.accelerator = models.accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
-        self.main = self.accelerator.is_main_process
         self.fitted: int | None = None  # tokens of a micro-batch that memory had room for in the last stage
         transformers.utils.logging.disable_progress_bar()
-        if not self.main:
+        if not self.share.first:
             console.quiet = True
 
     def go(self) -> tuple[Any, History]:
-        if not self.main:
+        if not self.share.first:
             return self._go()
         folders.check_apart(self.dir.root, models.path_of(self.config.model))
         with folders.held(self.dir.root):
@@ -111,7 +110,7 @@ class Run:
             asked["--text"] = training_rows.digest(self.text_rows)
         rundir.same_data(rundir.data_of(self.dir), asked, self.config, f"the run in {self.config.output}")
         self.journal = Journal(
-            self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.main
+            self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.share.first
         )
         self._begin(loaded, asked)
         if (done := self.journal.last("done")) is not None:
@@ -232,7 +231,7 @@ class Run:
         state = State(loaded.model, whole(self.base_depth))
         if stage is not None:
             self.console.say(f"going on after stage {stage['stage']}, at depth {len(stage['layout'])}")
-            layout = rundir.load_layout(stage["layout"])
+            layout = load_layout(stage["layout"])
             folder = self.dir.checkpoint(len(layout))
             state = State(self._load(folder), layout, stage["stage"] + 1)
             if self._carries(stage["dropped"]):
@@ -240,8 +239,8 @@ class Run:
         for drop in self.journal.of("drop"):
             state.chosen = drop["trains"]
             if drop["stage"] == state.stages:
-                surgery.apply_layout(state.model, rundir.load_layout(drop["cut"]))
-                state.layout = rundir.load_layout(drop["layout"])
+                surgery.apply_layout(state.model, load_layout(drop["cut"]))
+                state.layout = load_layout(drop["layout"])
                 state.pending.append(drop)
                 state.reached = drop["reached"]
         if stage is not None and not state.pending and (last := self.journal.last("drop")) is not None:
@@ -351,7 +350,7 @@ class Run:
         return Teacher(self._load(self.dir.checkpoint(self.base_depth)), self.config.distill)
 
     def _checkpoint(self, state: State) -> None:
-        if self.main:
+        if self.share.first:
             with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
                 state.model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
@@ -362,7 +361,7 @@ class Run:
     def _clean(self) -> None:
         """Delete checkpoints that neither the user, nor a floor, nor a teacher, nor a resumed run needs, and batches of
         scans that led to a drop."""
-        if self.main:
+        if self.share.first:
             for number in range(len(self.journal.of("drop"))):
                 self.dir.batches_of_scan(number).unlink(missing_ok=True)
             stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
@@ -371,7 +370,7 @@ class Run:
 
     def _forget(self) -> None:
         """Delete what AdamW knew where a floor ended the run: it is finished."""
-        if self.main:
+        if self.share.first:
             for depth in self.dir.kept_depths():
                 optimizer_state.delete(self.dir.checkpoint(depth))
 
@@ -394,15 +393,15 @@ class Run:
         if state.reached is None and not self.decider.droppable(state.model, state.layout):
             few = len(state.layout) - self.decider.length < self.config.min_depth
             state.reached = f"{targets.LEAST}, {self.config.min_depth}" if few else targets.STUCK
-        if self.main:
+        if self.share.first:
             files.write_json(parts.with_suffix(".json"), self.decider.table(decision, before))
         state.pending.append(
             self.journal.add(
                 "drop",
                 stage=state.stages,
                 **self.decider.record(decision, before),
-                cut=rundir.dump_layout(cut),
-                layout=rundir.dump_layout(state.layout),
+                cut=dump_layout(cut),
+                layout=dump_layout(state.layout),
                 trains=state.chosen,
                 reached=state.reached,
             )
@@ -435,13 +434,13 @@ class Run:
     def _finish(self, state: State, fingerprint: str, data: TaskData) -> tuple[Any, History]:
         stages = self.journal.of("stage")
         good = self._good(stages)
-        depth, layout = len(good["layout"]), rundir.load_layout(good["layout"])
+        depth, layout = len(good["layout"]), load_layout(good["layout"])
         model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(depth))
         models.cast(model, self.save_dtype)
         report: Any = None
         named = {"name": self.origin} if isinstance(self.origin, str) else self.origin
         base = named | {"sha256": fingerprint}
-        if self.main:
+        if self.share.first:
             report = export.save_trimmed(
                 model,
                 self.dir.model,
@@ -458,7 +457,7 @@ class Run:
         if (last["event"], last["layout"]) != ("saved", good["layout"]):
             self.recorder.record("saved", saved, layout)
         row = self.journal.events[-1]
-        if self.main:
+        if self.share.first:
             self.recorder.write_result(data, good, self.history(), base, row, report, saved)
         first = self.journal.last("base") or {}
         if depth == self.base_depth:

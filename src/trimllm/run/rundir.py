@@ -12,7 +12,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimllm.blocks.layout import Block, Layout
 from trimllm.config import CompareConfig, Settings, TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.errors import InputError
@@ -155,13 +154,3 @@ def check_space(output: str | Path, needed: int) -> None:
         raise InputError(
             f"--output {output}: {free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed: free some space"
         )
-
-
-def dump_layout(layout: Layout) -> list[dict[str, int | None]]:
-    """For journals and plans: which original attention and MLP each block holds."""
-    return [block._asdict() for block in layout]
-
-
-def load_layout(record: list[dict[str, int | None]]) -> Layout:
-    """The layout that `dump_layout` recorded."""
-    return tuple(Block(block["attention"], block["mlp"]) for block in record)
