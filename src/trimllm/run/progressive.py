@@ -29,6 +29,7 @@ from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding, fluency, inputs
+from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
@@ -41,6 +42,7 @@ from trimllm.tasks import TaskData
 from trimllm.training import optimizer_state, sparse, train, training_rows
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
+from trimllm.training.packing import Example
 
 History = list[dict[str, Any]]
 
@@ -83,12 +85,34 @@ class State:
 class Run:
     """One run in one directory. `go` does everything that the journal does not say is done."""
 
+    fitted: int | None = None
+    """Tokens of a micro-batch that memory had room for in the last stage."""
+    tokenizer: Any
+    save_dtype: torch.dtype
+    """That of the result."""
+    base_depth: int
+    origin: str | dict[str, str]
+    """What plans and cards name as the base (see `models.origin`)."""
+    metric: str
+    calibration: Scorer
+    test: Scorer
+    """The reported split."""
+    task_rows: list[Example]
+    text_rows: list[Example]
+    pad_id: int
+    decider: Decider
+    ahead: list[tuple[int, float]]
+    """Blocks and epochs of the stages to come (see `targets.stages_ahead`)."""
+    tokens_per_epoch: int
+    """Those of the task and of the domain text between."""
+    journal: Journal
+    recorder: Recorder
+
     def __init__(self, config: TrimConfig, console: Console) -> None:
         self.config, self.console = config, console
         self.dir = RunDir(config.output)
         self.accelerator = models.accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
-        self.fitted: int | None = None  # tokens of a micro-batch that memory had room for in the last stage
         transformers.utils.logging.disable_progress_bar()
         if not self.share.first:
             console.quiet = True
@@ -105,6 +129,7 @@ class Run:
         self._check_room()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
+        self._check_disk(loaded.model)
         asked = {"--task": data.digest()}
         if self.config.text_ratio:
             asked["--text"] = training_rows.digest(self.text_rows)
@@ -140,7 +165,7 @@ class Run:
             self.console.say(line)
 
     def _prepare(self, loaded: Loaded) -> TaskData:
-        """Everything that can be wrong with model and data is found here, before anything is computed or written."""
+        """Read the data, and find everything that can be wrong with it and the model before anything is computed."""
         config, model, tokenizer = self.config, loaded.model, loaded.tokenizer
         self.tokenizer = tokenizer
         self.save_dtype = DTYPES.get(config.save_dtype, loaded.saved)
@@ -168,14 +193,18 @@ class Run:
         mixed = 1 + config.text_ratio if self.text_rows else 1
         self.tokens_per_epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
         self.pad_id = self.calibration.pad_id
+        return data
+
+    def _check_disk(self, model: Any) -> None:
+        """Raises InputError if the disk cannot hold what the run will write."""
+        config = self.config
         copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
         if config.keep_checkpoints:  # of every depth; embeddings, which are never cut, make them larger than that
-            copies = max(copies, 2 + sum(left for left, _ in self.ahead) / depth)
+            copies = max(copies, 2 + sum(left for left, _ in self.ahead) / self.base_depth)
         weights = verification.weight_bytes(model)
         state = 2 * optimizer_state.most_bytes(config, model) if self._keeps_state() else 0  # while the new is written
         if rundir.happened(self.dir, "done") is None:
             rundir.check_space(config.output, round(copies * weights) + state)
-        return data
 
     def _keeps_state(self) -> bool:
         """Whether AdamW's state will stand in checkpoints: between stages after drops, if there are several."""
