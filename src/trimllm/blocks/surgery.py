@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimllm.blocks import adapters, families
+from trimllm.blocks import adapters, config_rules, families
 from trimllm.blocks.changes import Changes
 from trimllm.blocks.decoder import (
     INDEX_NAMES,
@@ -133,9 +133,9 @@ def _configs(model: nn.Module) -> list[Any]:
 def describe(model: nn.Module, owner: nn.Module, layout: Layout, changes: Changes) -> None:
     """Make every config of the text decoder, and the lists that its modules hold, say what `layout` needs."""
     main = text_config(model)
-    for name, value in families.per_layer_lists(plain_attributes(owner), main, layout).items():
+    for name, value in config_rules.per_layer_lists(plain_attributes(owner), main, layout).items():
         changes.put(owner.__dict__, name, value)
-    for name, value in families.config_updates(main, layout).items():
+    for name, value in config_rules.config_updates(main, layout).items():
         old = main.__dict__.get(name)
         if isinstance(old, list | tuple | dict):
             for module in owner.modules():
@@ -144,7 +144,7 @@ def describe(model: nn.Module, owner: nn.Module, layout: Layout, changes: Change
                     changes.put(module.__dict__, name, value)
     for config in _configs(model):
         changes.snapshot(config.__dict__)
-        families.update_config(config, layout)
+        config_rules.update_config(config, layout)
 
 
 def _renumber(kept: list[nn.Module], layout: Layout) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from trimllm.blocks import families
+from trimllm.blocks import config_rules, families
 from trimllm.blocks.decoder import blocks, depth, text_config, text_decoder
 from trimllm.blocks.layout import Layout, places, plan_record, positions, whole, without
 from trimllm.blocks.legality import refusal
@@ -178,7 +178,7 @@ def _config(source: Path, trust_remote_code: bool) -> Any:
 
 def _new_config(config: Any, layout: Layout, numbering: Numbering, old: Skeleton) -> Any:
     new = copy.deepcopy(config)
-    families.update_config(new.get_text_config(decoder=True), layout)
+    config_rules.update_config(new.get_text_config(decoder=True), layout)
     new.architectures = [old.kind.__name__]
     for holder in holders(new):
         for key in QUANTIZATION_KEYS:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trimllm import memory
-from trimllm.blocks import decoder, families, legality
+from trimllm.blocks import config_rules, decoder, families, legality
 from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
 from trimllm.errors import InputError
@@ -281,7 +281,7 @@ def _candidates(model: Any, every: Sequence[Unit], batch: Batch | None) -> tuple
     """
     intact = whole(decoder.depth(model))
     layouts = {u: remove(intact, u) for u in every}
-    refused = {u: families.illegal(decoder.text_config(model), layout) for u, layout in layouts.items()}
+    refused = {u: config_rules.illegal(decoder.text_config(model), layout) for u, layout in layouts.items()}
     for unit, layout in layouts.items():
         inexact = None if batch is None or refused[unit] or unit.bypassed else legality.refusal(model, layout)
         if batch is not None and inexact and not _runs(model, batch, unit):
