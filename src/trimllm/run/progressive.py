@@ -213,8 +213,8 @@ class Run:
         return config.optimizer_state == "carried" and config.epochs_per_drop > 0 and not (config.one_shot or one)
 
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
-        """Whether what AdamW knows at the end of the stage after these drops goes on: not of the warm-up, after
-        none, which trains everything where later stages train little; nor after the last stage."""
+        """Whether what AdamW knows at the end of the stage after these drops goes on. It does not after the warm-up (no
+        drops), which trains everything where later stages train little, nor after the last stage."""
         last = any(drop["reached"] for drop in drops)
         return self.config.optimizer_state == "carried" and bool(drops) and not last
 
