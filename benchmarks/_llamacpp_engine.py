@@ -77,9 +77,9 @@ def prompt(job):
 
 
 def decode(job):
-    """Seconds of each token decoded behind the prompt: `new` of them, none begun after `limit` seconds."""
+    """Seconds of each token decoded after the prompt: `new` of them, none begun after `limit` seconds."""
     model, seconds = HERE["model"], []
-    model.n_tokens = HERE["prompt"]  # the next eval removes what lies behind it from the cache
+    model.n_tokens = HERE["prompt"]  # the next eval removes what comes after it from the cache
     while len(seconds) < job["new"] and (not seconds or sum(seconds) < job["limit"]):
         began = time.perf_counter()
         model.eval([5 + len(seconds)])

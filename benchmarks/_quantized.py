@@ -58,9 +58,6 @@ def linears(model: Any) -> list[tuple[nn.Module, str, nn.Linear]]:
     ]
 
 
-# ---- sparse, and 8 bits ----------------------------------------------------------------------------------------------
-
-
 def prune_2_4(weight: torch.Tensor) -> torch.Tensor:
     """The two smallest of every four neighbouring weights of a row set to zero: the pattern of SparseGPT 2:4."""
     fours = weight.unflatten(-1, (-1, 4))
@@ -114,9 +111,6 @@ def torchao_int4(model: Any) -> None:
             linear.to(torch.bfloat16)  # it packs nothing else; what goes in is cast, and comes back as it was
     for block in decoder.blocks(model):
         quantize_(block, settings)
-
-
-# ---- the formats of GPTQ and AWQ -------------------------------------------------------------------------------------
 
 
 def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

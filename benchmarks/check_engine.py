@@ -6,7 +6,7 @@
 Run it in an environment that has the engine, on a machine with a GPU (docs/engines.md). Prompts are given as token
 ids, so that tokenizers have no part in it. Compared are the greedy text of each prompt and the log-probability of each
 of its tokens. Where two tokens are as likely as each other, within the tolerance, engines may choose either: such a
-place is counted as a tie, and the text behind it is not compared. With --reference, tokens/s of the untrimmed model and
+place is counted as a tie, and the text after it is not compared. With --reference, tokens/s of the untrimmed model and
 of the trimmed one follow. Each model is loaded in a process of its own, one after the other. The last line is one JSON
 object; the exit code is 1 if the engine differs, and 2 if it is not there.
 """
@@ -38,7 +38,8 @@ PROMPTS = (
     "The river rises in the hills, runs through two lakes and",
 )
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
-"""Of log-probabilities, by dtype: kernels add up in another order. Not measured on these engines; see --tolerance."""
+"""Largest difference of log-probabilities, by dtype: kernels add up in another order. Not measured on these engines;
+see --tolerance."""
 
 Tokens = list[int]
 

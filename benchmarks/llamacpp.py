@@ -58,9 +58,6 @@ errors of their blocks, which are independent: with the root of their number."""
 PROMPTS, LONGEST, NEW = 100, 48, 16
 
 
-# ---- models and texts ------------------------------------------------------------------------------------------------
-
-
 def demo(dropped: bool) -> tuple[Any, Any]:
     model, tokenizer = trimllm.load_model(DEMO, dtype=torch.float32), AutoTokenizer.from_pretrained(DEMO)
     if dropped:
@@ -111,7 +108,7 @@ def texts() -> list[str]:
 
 
 def prompts(rows: list[list[int]], size: int) -> list[list[int]]:
-    """Of 4 to `LONGEST` tokens."""
+    """Prompts of 4 to `LONGEST` tokens."""
     long = [row for row in rows if len(row) >= 4 and max(row) < size]
     rng = random.Random(1)
     return [row[: rng.randint(4, LONGEST)] for row in (long * PROMPTS)[:PROMPTS]]
@@ -159,9 +156,6 @@ def greedy(model: Any, row: list[int]) -> list[int]:
     model.generation_config.eos_token_id = None
     out = model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long), **settings)
     return out[0, len(row) :].tolist()
-
-
-# ---- the check -------------------------------------------------------------------------------------------------------
 
 
 def check(names: list[str], python: Path, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -246,9 +240,6 @@ def ignored_list(python: Path, folder: Path) -> list[str]:
     change = float(np.abs(np.load(folder / "with.npy") - np.load(folder / "without.npy")).max())
     print(f"{name} without its list of windows: logits change by {change:.2g}")
     return [] if change > 0.1 else ["the list of windows makes no difference"]
-
-
-# ---- speed -----------------------------------------------------------------------------------------------------------
 
 
 def speed_models(folder: Path, types: list[str], shape: dict[str, int]) -> dict[str, list[Path]]:

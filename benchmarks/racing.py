@@ -5,7 +5,7 @@
 
 Every depth that a run kept (--keep-checkpoints) is scanned once on all reported questions of the task, and what every
 candidate scores is recorded. From that, calibration sets are drawn; each is raced and decided exactly, by the
-`racing.race` of a scan, fed from the record. Costs are what a scan computes: the blocks behind each candidate, and the
+`racing.race` of a scan, fed from the record. Costs are what a scan computes: the blocks after each candidate, and the
 intact model once for the exact scan and twice for a race. The last line is one JSON object: `ours` and `other` are
 block passes per item, of race and exact scan; ratios are per recorded scan. results/racing.json is of 34 checkpoints
 (docs/lab.md) and stays as it is.
@@ -44,7 +44,7 @@ def record(folder: Path, data: Any, keep: Path) -> Any:
         scorer = Scorer(model, tokenizer, data.test)
         result = scan.scan(model, scorer, "acc", on_part=lambda number, part: parts.__setitem__(number, part))
         ordered = [parts[number] for number in sorted(parts)]
-        pieces = [[part.base for part in ordered]]
+        pieces = [[part.intact for part in ordered]]
         pieces += [[part.trials[i] for part in ordered] for i in range(len(result.candidates))]
         full = np.array([evaluate.gather(one, scorer.encoded).loglik for one in pieces], dtype=np.float32)
         answers = np.array([item.answer for item in data.test])

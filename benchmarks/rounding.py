@@ -14,6 +14,7 @@ import json
 import torch
 from _sides import machine, run
 
+from trimllm.checkpoints.dtypes import name_of
 from trimllm.console import table
 
 WEIGHTS, STEPS, SPREAD = 200_000, 100, 0.02
@@ -44,7 +45,7 @@ def main() -> int:
     rows, found = [], []
     for dtype, lr, size in CASES:
         still, ratio = movement(dtype, lr, size)
-        name = str(dtype).removeprefix("torch.")
+        name = name_of(dtype)
         rows.append([name, f"{lr:g}", f"{size:g}", f"{still:.1%}", f"{ratio:.2f}"])
         found.append({"dtype": name, "lr": lr, "gradients": size, "never_moved": still, "movement": ratio})
     print(table(["weights", "lr", "gradients", "never moved", "movement / float32"], rows))

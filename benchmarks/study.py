@@ -80,15 +80,15 @@ class Arm:
     changes: Settings = field(default_factory=dict)
     per_depth: bool = False
     late: float = 0.0
-    """Share of the epochs behind drops that comes after the last one (2/3: --schedule late); takes a run per depth."""
+    """Share of the epochs after drops that comes after the last one (2/3: --schedule late); takes a run per depth."""
     longer: float = 1.0
-    """Epochs behind drops over those of the other arms: where it shows what more training gives, or where epochs are
+    """Epochs after drops over those of the other arms: where it shows what more training gives, or where epochs are
     shorter."""
     from_base: bool = False
     """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
 
     whole: bool = False
-    """Nothing is dropped: all blocks train on from the common start, for the epochs that others spend behind drops. The
+    """Nothing is dropped: all blocks train on from the common start, for the epochs that others spend after drops. The
     control of what training alone gives. (Its run drops a block at the end, as every run must.)"""
 
     own_start: bool = False
@@ -109,10 +109,6 @@ class Arm:
 
 def _peer(strategy: str, **more: Any) -> Arm:
     return Arm({"one_shot": True, "strategy": strategy, "sparse_update": "off", **more}, per_depth=True)
-
-
-WHERE = ("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size")
-"""Settings that may differ from those of a finished run."""
 
 
 ARMS = {
@@ -230,7 +226,7 @@ def result_of(asked: config.TrimConfig) -> Settings:
     """
     result = RunDir(asked.output).result
     if result.exists():
-        rundir.same_settings(asked, asked.output, WHERE)
+        rundir.same_settings(asked, asked.output, rundir.COMPUTING)
     else:
         trim(asked, console=Console())
     found: Settings = json.loads(result.read_text(encoding="utf-8"))
@@ -291,13 +287,13 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
 
 
 Mean = tuple[float, float | None, int]
-"""Of points, with its standard error (None of a single one), and their number."""
+"""Mean points, their standard error (None of a single one), and their number."""
 
 
 def means(records: list[Settings], against: str | None = None) -> dict[str, dict[str, Mean]]:
     """Per arm and share: mean difference over parts and seeds, its standard error, and their number.
 
-    Of the accuracy and that of full fine-tuning, or of the arm `against` at the same share, part and seed.
+    The difference is to the accuracy of full fine-tuning, or of the arm `against` at the same share, part and seed.
     """
     by = {(one["part"], one["seed"], one["arm"]): one["accuracy"] for one in records}
     points: dict[str, dict[str, list[float]]] = {}

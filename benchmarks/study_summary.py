@@ -22,7 +22,7 @@ from typing import Any
 from _sides import RESULTS, run
 
 from trimllm.console import table
-from trimllm.run.plot import picture
+from trimllm.plot import picture
 
 FILES = (RESULTS / "study.json", RESULTS / "study-other-cpu.json")
 WORLD = ("law", "finance", "medicine")
@@ -47,7 +47,7 @@ class Run:
 
 
 def load(files: Sequence[Path], arms: Sequence[str]) -> dict[str, dict[float, list[Run]]]:
-    """By arm and share, one of each part, seed and file."""
+    """The runs by arm and share, one of each part, seed and file."""
     found: dict[str, dict[float, list[Run]]] = {arm: {} for arm in arms}
     for file in files:
         records: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["raw"]

@@ -3,7 +3,7 @@
     python benchmarks/throughput.py
     python benchmarks/throughput.py --llamacpp .venv-llamacpp/bin/python --threads 1
 
-Random weights, batch 1: decoding behind a prompt, up to a row of 512 tokens. On an NVIDIA GPU the shape of LLaMA-7B in
+Random weights, batch 1: decoding after a prompt, up to a row of 512 tokens. On an NVIDIA GPU the shape of LLaMA-7B in
 float16, elsewhere one of 1.1 B parameters in bfloat16, and its files in llama.cpp. Every model has a process of its
 own, and all have their turn in every round; where memory does not hold them all, in several groups, the plain model in
 each. A row that cannot be measured says why. The last line is one JSON object about half the blocks, also written to
@@ -72,9 +72,6 @@ ROWS = (
     *map(Row, WAYS),
     *(Row(way, kept) for way, kept in (("plain", 0.5), ("plain", 0.4), ("int4 torchao", 0.5), ("int4 AWQ", 0.5))),
 )
-
-
-# ---- what can be measured --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -154,9 +151,6 @@ def failure(way: str, shape: Path, command: dict[str, Any], folder: Path) -> str
     return None
 
 
-# ---- transformers ----------------------------------------------------------------------------------------------------
-
-
 def measure(
     rows: Sequence[Row], shape: Path, depth: int, command: dict[str, Any], limit: float, folder: Path
 ) -> list[dict[str, Any]]:
@@ -208,9 +202,6 @@ def entry(
         "stored_bytes": stored,
         "peak_bytes": peak,
     }
-
-
-# ---- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
 def llamacpp(shape: Path, python: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -275,9 +266,6 @@ def llamacpp_missing(size: Sizes, python: Path, device: torch.device) -> str | N
     if (disk := shutil.disk_usage(tempfile.gettempdir()).free) < 3 * both:
         return f"needs {3 * both / 1e9:.1f} GB of disk for its files, {disk / 1e9:.1f} are free"
     return None
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def show(found: Sequence[dict[str, Any]]) -> str:

@@ -48,6 +48,12 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return h.save_task(tmp_path_factory.mktemp("task"))
 
 
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes time in a run, and what is not looked at, is left out (see `helpers_run.fast`)."""
+    h.fast(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return make_tokenizer()

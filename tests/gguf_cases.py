@@ -119,7 +119,7 @@ def build(name: str, seed: int = 0) -> Any:
 
 
 def save(model: Any, folder: Path, tokenizer: Any) -> Path:
-    """A checkpoint that llama.cpp's readers also find a name and a license in."""
+    """A checkpoint that llama.cpp's readers also find a name and a licence in."""
     card = "---\nlicense: apache-2.0\n---\n# A tiny model\n"
     trimllm.save_trimmed(model, folder, tokenizer=tokenizer, verify=False, base="tiny/base", card=card)
     return folder

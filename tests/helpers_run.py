@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
@@ -196,3 +197,12 @@ def kill_at(monkeypatch: Any, owner: Any, name: str, call: int, *, after: bool =
         return value
 
     monkeypatch.setattr(owner, name, dying)
+
+
+def killed_run(point: Any, model: Path, task: Path, output: Path, **changes: Any) -> None:
+    """A run that dies at `point`: (owner, name, call) and whether after its work, see `kill_at`."""
+    owner, name, call, *after = point
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, owner, name, call, after=any(after))
+        with pytest.raises(Killed):
+            run(model, task, output, **changes)

@@ -182,9 +182,6 @@ def test_pickled_adapter_is_refused(tmp_path: Path) -> None:
     assert torch.allclose(logits(load_model(folder, allow_pickle=True)), logits(wrapped), atol=1e-5)
 
 
-# ---- commands
-
-
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adapter")

@@ -66,9 +66,6 @@ def keep_output(where, module, args, output):
     where.append((output[0] if isinstance(output, tuple) else output).clone())
 
 
-# ---- the logit lens and promotion
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere", "opt-post", "granite"])
 def test_lens_behind_the_last_block_is_what_the_model_itself_says(family, tokenizer):
@@ -158,9 +155,6 @@ def test_states_are_read_in_chunks_as_they_are_at_once(llama, tokenizer, monkeyp
     ):
         for name, values in one.items():
             assert other[name] == pytest.approx(values, rel=1e-4, abs=1e-4)
-
-
-# ---- causal tracing
 
 
 def test_question_tokens_are_those_between_what_all_prompts_share():
@@ -283,9 +277,6 @@ def test_the_last_state_alone_brings_an_answer_of_one_token_back_and_noise_hides
     assert alone["tracing_state"] == pytest.approx(found["tracing_state"], abs=1e-3)
 
 
-# ---- families
-
-
 NO_PROMOTION = {"opt-post", "bloom-post", "gemma3n_text", "gemma4_text", "nemotron_h", "nemotron_h-moe", "dbrx"} | {
     "mamba", "mamba2", "recurrent_gemma", "olmo_hybrid",
 }  # fmt: skip
@@ -354,9 +345,6 @@ def test_a_tail_or_a_half_that_is_not_as_thought_is_refused(tokenizer, monkeypat
             measure(model, made, halves_of(model))
 
 
-# ---- ranks
-
-
 def test_ties_share_the_mean_of_their_places():
     assert ranks.ranks(np.array([3.0, 1.0, 3.0, 2.0, 3.0])).tolist() == [4, 1, 4, 2, 4]
 
@@ -387,9 +375,6 @@ def test_a_scan_agrees_with_itself_as_far_as_its_halves_order_the_units_alike():
     assert abs(summary.halves(noise, 0)) < 0.2
     for nothing in (np.ones((4, 10)), np.ones((4, 0)), np.ones((4, 1))):
         assert np.isnan(summary.halves(nothing, 0))
-
-
-# ---- the command
 
 
 @pytest.fixture(scope="module")

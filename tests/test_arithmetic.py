@@ -35,11 +35,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return h.save_base(tmp_path_factory.mktemp("base"), depth=4, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "_measured", lambda _: 7.0)
@@ -52,9 +47,6 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def command(base: Path, task: Path, **changes: Any) -> config.EvalConfig:
     return config.EvalConfig(model=str(base), task=str(task), device="cpu", **changes)
-
-
-# ---- the measurement -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("seconds", "slow"), [(0.004, True), (0.0, False)])
@@ -85,9 +77,6 @@ def test_only_16_bits_on_a_cpu_are_measured(monkeypatch: Any) -> None:
     monkeypatch.setattr(arithmetic, "_measured", None)
     assert arithmetic.slowdown(torch.float32, CPU) == 1
     assert arithmetic.slowdown(torch.bfloat16, torch.device("cuda")) == 1
-
-
-# ---- one model -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("emulated")
@@ -130,7 +119,7 @@ def test_16_bits_stay_where_memory_has_no_room_for_32(base: Path, monkeypatch: A
     model: Any = load_model(base)
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     have = [needed]
-    monkeypatch.setattr(room, "free", lambda _, swap: pytest.fail("swap is no room") if swap else have[0])
+    monkeypatch.setattr(room, "free_bytes", lambda _, swap: pytest.fail("swap is no room") if swap else have[0])
     assert arithmetic.reason_for_float32(model, "auto") is None
     have = [2 * needed]
     assert arithmetic.reason_for_float32(model, "auto") == f"computed in float32: {EMULATED}"
@@ -171,9 +160,6 @@ def test_a_cast_model_is_in_the_dtypes_that_loading_gives(family: str, dtype: to
     found = models.cast(load_model(tmp_path, dtype=torch.float32), dtype).state_dict()
     assert {name: value.dtype for name, value in found.items()} == {name: one.dtype for name, one in wanted.items()}
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
-
-
-# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("emulated")

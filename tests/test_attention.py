@@ -27,6 +27,8 @@ from trimllm.training import losses as losses_of
 from trimllm.training import packing, train, training_rows
 from trimllm.training.packing import Example
 
+pytestmark = pytest.mark.usefixtures("fast")
+
 CPU = torch.device("cpu")
 SMALL = {"depth": 2, "calibration_size": 4, "max_train": 8, "max_test": 4}
 FAMILIES = ("llama", "qwen2-sliding", "gemma3_text", "gpt2", "mixtral", "gemma3", "mpt", "gpt_oss", "jamba")
@@ -38,27 +40,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return h.save_base(tmp_path_factory.mktemp("base"), depth=3)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 def rows() -> list[Example]:
     """Rows of 4 to 14 inputs, longer than the windows."""
     generator = torch.Generator().manual_seed(1)
     return [Example(tuple(torch.randint(3, 60, (n,), generator=generator).tolist()), 2) for n in (5, 15, 8, 9, 12, 6)]
 
 
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    h.fast(monkeypatch)
-
-
-# ---- equal results ---------------------------------------------------------------------------------------------------
-
-
 def losses(model: Any) -> torch.Tensor:
-    """Of rows one by one, and packed as this model can take them."""
+    """Log-probabilities of rows one by one, and packed as this model can take them."""
     way = packing.find_way(model, rows(), 0)[0]
     with torch.no_grad():
         alone = [packing._logprobs(model, packing.lay_out([[row]], 0, CPU)) for row in rows()]
@@ -112,9 +101,6 @@ def test_what_may_be_cut_does_not_depend_on_it(family: str, tmp_path: Path) -> N
     cut = without(whole(6), [4])
     one, other = (refusal(load_model(tmp_path, attention=name), cut) for name in ("auto", "eager"))
     assert one == other
-
-
-# ---- the option reaches the model, and leaves no trace ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -183,9 +169,6 @@ def test_it_reaches_an_adapters_base(base: Path, tmp_path: Path) -> None:
 
     get_peft_model(load_model(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert load_model(tmp_path, attention="eager").config._attn_implementation == "eager"
-
-
-# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 REFUSED = {
@@ -281,9 +264,6 @@ def test_errors_that_are_not_about_attention_keep_their_own_line(tmp_path: Path)
     with pytest.raises(InputError, match="there is no such folder"):
         load_model(tmp_path / "none", attention="eager")
     assert backends.refusal("sdpa", "m", OSError("disk")) is None
-
-
-# ---- what auto trains with -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

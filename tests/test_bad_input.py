@@ -61,8 +61,6 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
-
 LAYERS = {
     "4": "layer 4 does not exist: the model has layers 0 to 3 (or -4 to -1)",
     "1,-5": "layer -5 does not exist: the model has layers 0 to 3 (or -4 to -1)",
@@ -96,9 +94,6 @@ def test_a_layer_whose_keys_and_values_others_use(
     line = refusal(capsys, *drop(tmp_path / "model", tmp_path / "out", "2"), *way)
     assert re.search(r"layer 2\b.*keys and values", line), line
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-# ---- what is no checkpoint -------------------------------------------------------------------------------------------
 
 
 def edit(path: Path, **entries: Any) -> None:
@@ -215,9 +210,6 @@ def test_a_torn_file_is_named_by_every_command(name: str, base: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-# ---- where the output may go -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def places(base: Path, tmp_path: Path) -> Path:
     shutil.copytree(base, tmp_path / "model")
@@ -289,9 +281,6 @@ def test_eval_replaces_its_own_results_and_no_other_file(places: Path, capsys: A
     assert hashes(places) == before
     for _ in range(2):
         assert cli.main([*words, str(places / "result.json")]) == 0
-
-
-# ---- failures half way -----------------------------------------------------------------------------------------------
 
 
 @contextmanager

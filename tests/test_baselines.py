@@ -23,10 +23,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.training import packing
 
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +58,6 @@ def logits(model):
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
-
-
-# ---- progressive layer dropping
 
 
 def test_layer_drop_makes_a_stock_checkpoint_of_full_depth_without_traces(job_of):
@@ -150,9 +144,6 @@ def test_with_gradient_checkpointing_the_same_blocks_are_skipped_again(job_of, w
         torch.testing.assert_close(tensor, trained[1][name], msg=name)
 
 
-# ---- LLM-Streamline
-
-
 def test_streamline_makes_a_stock_checkpoint_of_the_kept_depth(job_of):
     job = job_of("streamline", epochs_per_drop=5.0)
     product = streamline.run(job)
@@ -171,7 +162,7 @@ def one_epoch(job):
 
 
 def states_of(model, inputs):
-    """Before every block and behind the last one, by hand."""
+    """Before every block and after the last one, by hand."""
     states = []
     hooks = [block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in decoder.blocks(model)]
     hooks.append(decoder.blocks(model)[-1].register_forward_hook(lambda _, _args, output: states.append(output)))
@@ -255,9 +246,6 @@ def test_the_error_leaves_padding_out_and_does_not_depend_on_packing_or_micro_ba
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
 
 
-# ---- LLM-Pruner
-
-
 def test_llm_pruner_makes_a_narrow_stock_checkpoint_recovered_by_lora(job_of, monkeypatch):
     pruned = {}
     prune = width.prune
@@ -287,7 +275,7 @@ def test_llm_pruner_makes_a_narrow_stock_checkpoint_recovered_by_lora(job_of, mo
 
 
 def reference_importance(model, gradients, place, name, rows):
-    """Of some rows (of the output projections: columns) of a layer, weight by weight."""
+    """Importance of some rows (of the output projections: columns) of a layer, weight by weight."""
     total = 0.0
     for kind in ("weight", "bias"):
         full = f"model.layers.{place}.{name}.{kind}"

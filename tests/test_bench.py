@@ -33,9 +33,6 @@ def shape(folder, **changes):
     return f"config:{path}"
 
 
-# ---- bytes read by a step
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 def test_an_untied_embedding_is_read_by_the_row_and_everything_else_whole(batch):
     model = build("llama")
@@ -109,9 +106,6 @@ def test_a_weight_and_its_transpose_are_one_read_and_two_halves_are_two():
     assert watch.bytes_by_storage() == {weight.untyped_storage().data_ptr(): 4 * (24 + 8)}
 
 
-# ---- the cache
-
-
 @pytest.mark.parametrize(
     ("family", "growth", "size"),
     [
@@ -137,8 +131,6 @@ def test_a_model_that_keeps_its_state_in_its_modules_has_no_cache_size():
     found = reads.footprint(build("recurrent_gemma"), batch=1, sequence=8)
     assert (found.cache, found.growth, found.cache_read) == (None, None, 0)
 
-
-# ---- decoding
 
 SIZES = {"batch": 2, "prompt": 9, "new": 5}
 
@@ -214,9 +206,6 @@ def test_models_are_measured_in_turn_and_the_warm_up_is_left_out(monkeypatch):
     assert timing.ratio(speeds, "b", "a") == (pytest.approx((4 / 3 + 6 / 5) / 2), 6 / 5, 4 / 3)
 
 
-# ---- the report
-
-
 def made_up(steps, first=0.5, weights=900):
     one = timing.Pass(2, 10, first, tuple(steps))
     seen = reads.Footprint(weights, 100, 64, 8)
@@ -251,9 +240,6 @@ def test_percentiles_are_the_least_sample_that_so_many_do_not_exceed(count):
         assert value == 1000 * min(enough)
 
 
-# ---- models by their shape
-
-
 def test_a_shape_is_built_in_its_dtype_with_the_same_weights_every_time(tmp_path):
     file = shape(tmp_path).removeprefix(shapes.PREFIX)
     one, two = (shapes.random_model(file, dtype=None, device=torch.device("cpu")) for _ in range(2))
@@ -283,9 +269,6 @@ def test_a_shape_that_cannot_be_built_is_one_line(tmp_path, text, message):
         shapes.random_model(path, dtype=None, device=torch.device("cpu"))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"config:{path}: ")
-
-
-# ---- the command
 
 
 def test_bench_measures_every_model_in_its_own_memory(tmp_path, capsys):

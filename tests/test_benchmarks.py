@@ -49,9 +49,6 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("schedule.py: --output ")
 
 
-# ---- the pre-training of the lab base
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: Any) -> Path:
     """Files such as the pre-training takes, of a few hundred words."""
@@ -186,9 +183,6 @@ def test_exit_codes_are_those_of_the_command_and_of_own_processes(monkeypatch: A
         run(lambda: {}["a bug"])
 
 
-# ---- the study
-
-
 def measured(part: str, seed: int, arm: str, **values: float) -> dict[str, Any]:
     named = {"full": "1", "half": "0.5", "quarter": "0.25"}
     return {"part": part, "seed": seed, "arm": arm, "accuracy": {named[k]: {"value": v} for k, v in values.items()}}
@@ -254,10 +248,10 @@ def test_a_study_takes_its_depths_from_runs_that_went_further(tmp_path: Path, mo
     assert made[-1] == ("law-0/one-shot/2", 2), "full fine-tuning is in a reference that ended above, too"
     test = tests("one-shot", 0.25)[0.25]
     costs = [test.pop(name) for name in ("blocks", "tokens", "train_seconds", "scan_seconds")]
-    assert costs == [[0, 1, 2, 3], 1400, 28.0, 6.0], "of full fine-tuning and all thirteen stages, twelve behind a drop"
+    assert costs == [[0, 1, 2, 3], 1400, 28.0, 6.0], "of full fine-tuning and all thirteen stages, twelve after a drop"
     assert accuracies("full, as long", 0.25) == {1: 16, 0.25: 16}
-    assert made[-1] == ("law-0/full-as-long/4", 15), "the least that a run drops, behind all of the training"
-    assert trained["law-0/full-as-long/4"] == (12.0, 0.0, 0.0), "as many epochs as the others behind twelve drops"
+    assert made[-1] == ("law-0/full-as-long/4", 15), "the least that a run drops, after all of the training"
+    assert trained["law-0/full-as-long/4"] == (12.0, 0.0, 0.0), "as many epochs as the others after twelve drops"
 
 
 def test_a_summary_of_the_study_counts_runs_of_all_files_and_draws_what_has_errors(tmp_path: Path) -> None:
@@ -316,9 +310,6 @@ def test_answers_beyond_are_cut_as_in_training_and_of_their_own_data(tmp_path: P
         return int(beyond.measured(one, "medquad_gen", asked, None)["value"])
 
     assert [measured(), measured(data=tmp_path / "other"), measured(answers=50), measured()] == [1, 2, 3, 1]
-
-
-# ---- records
 
 
 @pytest.fixture

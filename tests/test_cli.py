@@ -27,10 +27,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
 from trimllm.run import rundir
 
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +75,7 @@ def test_lists_are_of_a_type_that_every_allowed_pydantic_settings_splits():
 
 
 def test_what_a_parser_prints_before_it_ends_is_one_line(monkeypatch, capsys):
-    """pydantic-settings before 2.16 ends the process for what is wrong behind a command."""
+    """pydantic-settings before 2.16 ends the process for what is wrong after a command."""
 
     def run(*_, **__):
         print(
@@ -90,9 +87,6 @@ def test_what_a_parser_prints_before_it_ends_is_one_line(monkeypatch, capsys):
     with pytest.raises(InputError, match=r"^argument --layers: expected one argument: see trimllm drop --help$"):
         cli.parse(DROP)
     assert capsys.readouterr().err == ""
-
-
-# ---- help
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -143,9 +137,6 @@ def test_examples_in_help_are_accepted_by_the_parser():
         for line in lines:
             if "--resume" not in line:
                 assert isinstance(cli.parse(line.split()), kind)
-
-
-# ---- YAML
 
 
 def test_yaml_is_what_safe_load_reads_but_for_doubled_keys():
@@ -251,8 +242,6 @@ def test_yaml_that_is_missing_or_not_text_is_one_line(capsys, tmp_path):
     assert "not a text file" in refusal(capsys, "scan", "--config", tmp_path / "x.yaml")
 
 
-# ---- words that cannot be parsed
-
 TRIM = ["trim", "--model", "demo", "--task", "demo_law", "--output", "o"]
 DROP = ["drop", "--model", "demo", "--layers", "1", "--output", "o"]
 
@@ -279,7 +268,7 @@ DROP = ["drop", "--model", "demo", "--layers", "1", "--output", "o"]
         ([*TRIM, "--sparse-update", "dinamic"], "(did you mean 'dynamic'?)"),
         ([*TRIM, "--metric", "acc_nrm"], "--metric acc_nrm: must be 'acc', 'acc_norm' or 'likelihood' (did you mean"),
         ([*TRIM, "--task-files", "train"], "--task-files cannot be read"),
-        ([*TRIM, "--strategy", "scan+nrom"], "unknown strategy 'scan+nrom': did you mean 'scan+norm'?"),
+        ([*TRIM, "--strategy", "scan+nrom"], "unknown strategy 'scan+nrom' (did you mean 'scan+norm'?)"),
         (["trim", "--output", "no/such/run", "--resume"], "there is no run in no/such/run"),
         (["drop", "--model", "demo", "--output", "o", "--layers"], "--layers: expected one argument"),
         ([*DROP, "--max-shard-size", "1GB"], "--max-shard-size is for --streaming"),
@@ -421,9 +410,6 @@ def test_what_was_begun_when_options_without_effect_were_taken_goes_on(tmp_path,
         cli.parse([name, "--output", str(tmp_path), "--resume", "--train-ratio", "0.5"])
     with pytest.raises(InputError, match=r"--sparse-update static: the run in .* has off"):
         rundir.same_settings(resumed.model_copy(update={"sparse_update": "static"}), tmp_path, ["resume"])
-
-
-# ---- input that cannot be used
 
 
 def folder(tmp_path, name, model):
@@ -658,9 +644,6 @@ def test_output_of_another_run_is_refused_before_the_model_is_loaded(task, tmp_p
     (tmp_path / "run" / "config.yaml").write_text("model: x\n")
     words = h.arguments(h.settings(tmp_path / "no such model", task, tmp_path / "run"))
     assert "already holds a run: add --resume" in refusal(capsys, "trim", *words)
-
-
-# ---- the other commands
 
 
 def test_drop_saves_what_is_left(base, tmp_path, capsys):
@@ -909,9 +892,6 @@ def test_an_interruption_is_1_and_names_resume_where_there_is_one(capsys, monkey
     assert call(capsys, name) == (1, "", f"trimllm: interrupted{remedy}\n")
 
 
-# ---- the live line
-
-
 @pytest.fixture
 def terminal(monkeypatch):
     """A console on a terminal of 40 columns, and the time it reads."""
@@ -932,7 +912,7 @@ def test_a_live_line_fits_the_terminal_and_makes_way_for_a_note(capsys, terminal
     assert line == "bench  1/4  a/very/long/path/of/a/model"
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
     monkeypatch.setattr(os, "get_terminal_size", lambda stream: os.terminal_size((20 if stream == 2 else 80, 24)))
-    assert console._columns() == 20, "of the terminal behind standard error, whatever standard output is"
+    assert console._columns() == 20, "of the terminal of standard error, whatever standard output is"
     assert (note, end) == ("a note\n", "")
 
 

@@ -471,7 +471,7 @@ def test_rows_that_failed_are_tried_again(world: tuple[Path, Path], tmp_path: Pa
 
 
 def test_unknown_method_names_the_nearest(world: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--methods shortgtp: unknown method: did you mean 'shortgpt'"):
+    with pytest.raises(InputError, match=r"--methods shortgtp: unknown method \(did you mean 'shortgpt'\?\)"):
         go(settings(world, tmp_path / "out", methods=("shortgtp",)))
     assert not (tmp_path / "out").exists()
 
@@ -527,19 +527,16 @@ def test_a_model_too_large_is_said_before_it_is_loaded(
     in_process(monkeypatch)
     size = room.weights(str(world[0]), None)
     assert size is not None
-    monkeypatch.setattr(room, "free", lambda _: size - 1)
+    monkeypatch.setattr(room, "free_bytes", lambda _: size - 1)
     monkeypatch.setattr(models.loading, "load_model", lambda *_, **__: pytest.fail("loaded"))
     found = go(settings(world, tmp_path / "out", methods=("full",)))
     assert found["full"]["status"] == "not run"
     assert "the weights alone take" in found["full"]["why"]
     monkeypatch.undo()
-    monkeypatch.setattr(room, "free", lambda _: 2 * size)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 2 * size)
     each = Cell(METHODS["full"], None)
     job.Job(settings(world, tmp_path / "out", methods=("full",)), each, tmp_path / "out").load()
     assert "full fine-tuning takes" in capsys.readouterr().err
-
-
-# ---- another Python
 
 
 def test_probe_asks_for_all_that_this_package_depends_on() -> None:

@@ -27,7 +27,8 @@ from trimllm.blocks.layout import Unit, remove, whole
 DEPTH, NEW = 6, 8
 IDS = torch.randint(3, tiny.VOCAB, (3, 12), generator=torch.Generator().manual_seed(3))
 TOLERANCE = 2e-5
-"""Of log-probabilities (all tokens of the vocabulary at all places), float32. The largest measured is 4.3e-6."""
+"""Largest difference of log-probabilities (all tokens of the vocabulary at all positions), float32. The
+largest measured is 4.3e-6."""
 DIFFERENT = 1e-3
 """What is more than this is no rounding."""
 

@@ -1,4 +1,4 @@
-"""The rooms of docs/design.md: all modules stand in its tables, and each imports only what stands before it."""
+"""The tables of docs/design.md: all modules stand in them, and each imports only what stands before it."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def tables() -> dict[str, list[str]]:
-    """Names in the order of reading, by table: `room` is that of all rooms, the others are of one folder's files."""
+    """Names in the order of reading, by table: `part` is that of all parts, the others are of one package's modules."""
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     found = {}
     for head, rows in re.findall(r"^\| (.+?) \|.*\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE):
@@ -23,14 +23,14 @@ def tables() -> dict[str, list[str]]:
     return found
 
 
-def room_of(file: Path) -> str:
+def part_of(file: Path) -> str:
     """The folder of the package that a file lies in, or the file itself."""
     first, *more = file.relative_to(PACKAGE).parts
     return f"{first}/" if more else first
 
 
 def file_of(module: str) -> Path | None:
-    """The file behind a dotted name, which may be that of something within a module; None outside the package."""
+    """The file of a dotted name, which may be that of something within a module; None outside the package."""
     parts = module.split(".")
     if parts[0] != PACKAGE.name:
         return None
@@ -90,30 +90,30 @@ def late():
     ]
 
 
-def test_every_module_has_one_room_and_every_room_a_module():
-    rooms = tables()["room"]
-    assert len(rooms) == len(set(rooms))
-    assert {room_of(file) for file in FILES} == set(rooms)
+def test_every_module_has_one_part_and_every_part_a_module():
+    parts = tables()["part"]
+    assert len(parts) == len(set(parts))
+    assert {part_of(file) for file in FILES} == set(parts)
 
 
-def test_a_room_imports_only_rooms_before_it():
-    wrong = backwards(FILES, tables()["room"], room_of)
+def test_a_part_imports_only_parts_before_it():
+    wrong = backwards(FILES, tables()["part"], part_of)
     assert not wrong, "\n".join(wrong)
 
 
-FOLDERS = [name for name in tables() if name != "room"]
+FOLDERS = [name for name in tables() if name != "part"]
 
 
-def test_the_rooms_stand_in_one_order():
-    rooms = tables()["room"]
-    assert [name for name in rooms if name in FOLDERS] == FOLDERS
+def test_the_parts_stand_in_one_order():
+    parts = tables()["part"]
+    assert [name for name in parts if name in FOLDERS] == FOLDERS
     assert len(FOLDERS) >= 8
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_file_imports_only_files_before_it_in_its_room(folder):
+def test_a_module_imports_only_those_before_it_in_its_package(folder):
     order = tables()[folder]
-    files = [file for file in FILES if room_of(file) == folder and file.name != "__init__.py"]
+    files = [file for file in FILES if part_of(file) == folder and file.name != "__init__.py"]
     assert sorted(order) == sorted(file.name for file in files)
     inside = {file: file.name for file in files}
     wrong = backwards(files, order, lambda file: inside.get(file, ""))

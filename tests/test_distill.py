@@ -22,6 +22,8 @@ from trimllm.training import distill, losses, packing, sparse, train
 from trimllm.training.distill import Teacher
 from trimllm.training.packing import ALONE, Example, find_way, pack
 
+pytestmark = pytest.mark.usefixtures("fast")
+
 ROWS = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + 2 * (n % 5))), 1 + n % 2) for n in range(8)]
 SETTINGS = TrainSettings(lr=1e-2, batch_size=40)
 
@@ -57,7 +59,7 @@ def gradients(model):
 
 
 def distance(one, other):
-    """Of two sets of tensors, relative to the second."""
+    """Difference of two sets of tensors, relative to the second."""
     a, b = (torch.cat([tensors[name].flatten() for name in sorted(other)]) for tensors in (one, other))
     return float((a - b).norm() / b.norm())
 
@@ -73,9 +75,6 @@ def expected(model, teacher, share, rows=ROWS):
     loss = by_the_formula(model, teacher, rows, share)
     loss.backward()
     return float(loss.detach()), gradients(model)
-
-
-# ---- the loss
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma2", "mamba"])
@@ -132,9 +131,6 @@ def test_a_teacher_is_frozen_and_without_dropout():
     first, second = (ours(model.eval(), teacher, packed, 1.0)[0] for _ in range(2))
     assert first == second
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-
-
-# ---- the stage
 
 
 def stage(model, teacher, share=0.5, settings=SETTINGS, plan=(ROWS, ROWS[:3]), accelerator=None, **more):
@@ -251,14 +247,6 @@ def test_what_one_of_the_two_cannot_do_is_done_for_neither(monkeypatch):
         assert limit == 10**9
 
 
-# ---- the run
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
-
-
 def test_a_killed_run_finds_its_teacher_again_and_ends_bit_equal(base, task, tmp_path, monkeypatch):
     straight, killed, plain = (tmp_path / name for name in ("straight", "killed", "plain"))
     made, init = [], Teacher.__post_init__
@@ -311,7 +299,7 @@ def test_the_base_as_it_is_teaches_a_run_without_warm_up(base, task, tmp_path, m
 
 def test_a_model_that_fits_once_but_not_twice_is_refused_before_it_is_loaded(base, task, tmp_path, monkeypatch, capsys):
     needed = room.weights(str(base), torch.float32)
-    monkeypatch.setattr(room, "free", lambda _: 2 * needed - 1)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 2 * needed - 1)
     words = h.arguments(h.settings(base, task, tmp_path / "run", distill=0.25))
     assert cli.main(["trim", *words]) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -56,7 +56,7 @@ RUNS = {"epoch": {"depth": 3}, "recover": RECOVER}
 
 @pytest.fixture(scope="module")
 def pair(base, task, tmp_path_factory):
-    """The folder of runs that the same two processes made, one behind the other."""
+    """The folder of runs that the same two processes made, one after the other."""
     folder = tmp_path_factory.mktemp("pair")
     script = folder / "runs.py"
     script.write_text(RUNNING)

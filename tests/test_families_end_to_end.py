@@ -10,13 +10,10 @@ from trimllm.bench import timing
 from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
 
+pytestmark = pytest.mark.usefixtures("fast")
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt", "gpt_neox", "mixtral")
 IDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,6 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-# ---- appearing -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError(), TrimError("no"), OSError(errno.EIO, "bad disk")])
 def test_a_folder_appears_whole_or_not_at_all(error: BaseException, tmp_path: Path) -> None:
     with pytest.raises(TrimError if isinstance(error, OSError) else type(error)):
@@ -148,9 +145,6 @@ def test_what_a_kill_leaves_is_removed_by_the_next_call_but_not_what_lives(tmp_p
     assert names(tmp_path) == ["out"]
 
 
-# ---- one process at a time -------------------------------------------------------------------------------------------
-
-
 def test_a_folder_is_held_by_one_process_and_a_kill_frees_it(tmp_path: Path) -> None:
     program = """if True:
         import signal, sys
@@ -237,9 +231,6 @@ def test_a_file_cannot_be_held(tmp_path: Path) -> None:
         pass
 
 
-# ---- where it may be written -----------------------------------------------------------------------------------------
-
-
 def test_a_target_is_a_new_or_an_empty_directory_apart_from_the_model(tmp_path: Path) -> None:
     def refused(target: Path, words: str, **options: Any) -> None:
         with pytest.raises(InputError, match=f"^--output {target}: {words}"):
@@ -309,9 +300,6 @@ def test_a_directory_that_is_read_only_is_refused_before_any_work() -> None:
 def test_finding_out_whether_a_directory_can_be_written_leaves_nothing(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
-
-
-# ---- errors of the disk ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EIO, errno.EFBIG])

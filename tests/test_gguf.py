@@ -85,9 +85,6 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", READ)
 def test_file_holds_the_trimmed_model(name: str, checkpoints: Any, tmp_path: Path) -> None:
     folder = checkpoints(name)
@@ -182,9 +179,6 @@ def test_weights_beyond_float16_are_refused(checkpoints: Any, tmp_path: Path) ->
     export(folder, tmp_path / "model.gguf", "bf16")
 
 
-# ---- metadata --------------------------------------------------------------------------------------------------------
-
-
 def test_llama3_frequencies_are_the_published_formula(checkpoints: Any, tmp_path: Path) -> None:
     export(checkpoints("llama-llama3"), tmp_path / "model.gguf")
     (found,) = (t.data for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors if t.name == "rope_freqs.weight")
@@ -243,9 +237,6 @@ def test_file_says_where_it_comes_from(tmp_path: Path) -> None:
     assert found["trimllm.kept.attention"] != found["trimllm.kept.mlp"]
 
 
-# ---- windows ---------------------------------------------------------------------------------------------------------
-
-
 def test_cut_of_whole_periods_needs_no_list(checkpoints: Any, tmp_path: Path) -> None:
     for name in ("gemma2", "gemma3"):
         line = export(checkpoints(name), tmp_path / f"{name}.gguf")
@@ -287,9 +278,6 @@ def test_queries_make_up_for_the_scale_that_llamacpp_guesses(family: str, depth:
     values = {**gguf_cases.TIED, "head_dim": 32, "query_pre_attn_scalar": 40}
     config = AutoConfig.for_model(family, num_hidden_layers=depth, **values)
     assert gguf_families.describe(config).query_scale == pytest.approx((scale / 40) ** 0.5)
-
-
-# ---- tokenizers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-linear", "qwen2", "llama-biases", "gemma2"])
@@ -422,8 +410,6 @@ def test_ignored_merges_matter_only_where_they_make_no_token() -> None:
     with pytest.raises(InputError, match="ignore_merges"):
         gguf_tokenizer.split_name(tokenizer.backend_tokenizer, stated)
 
-
-# ---- refusals --------------------------------------------------------------------------------------------------------
 
 ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
 CONFIGS = {

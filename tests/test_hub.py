@@ -125,9 +125,6 @@ def test_names_that_cannot_be_repositories(export: Path, calls: Any, name: str, 
     assert calls == []
 
 
-# ---- a stand-in for the Hub
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A server on this machine that answers every request with `server.status`."""

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from trimllm import files
-from trimllm.blocks.layout import Block, whole_layers
+from trimllm.blocks.layout import Block, dump_layout, load_layout, whole_layers
 from trimllm.checkpoints import loading
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError, TrimError
@@ -183,4 +183,4 @@ def test_layers_of_a_layout():
     assert whole_layers((Block(0, 0), Block(3, 3))) == [0, 3]
     assert whole_layers((Block(0, 1), Block(3, 3))) is None
     layout = (Block(0, 1), Block(3, 3))
-    assert rundir.load_layout(rundir.dump_layout(layout)) == layout
+    assert load_layout(dump_layout(layout)) == layout

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig
 
 import trimllm
-from trimllm.blocks import families
+from trimllm.blocks import config_rules
 from trimllm.blocks.layout import Unit, describe, remove, units, whole
 from trimllm.blocks.trial import trial
 from trimllm.errors import InputError
@@ -44,14 +44,14 @@ def test_a_run_goes_as_one_unit():
 )
 def test_period_of_the_layer_types(kinds, period):
     config = Gemma3TextConfig(num_hidden_layers=len(kinds), layer_types=kinds)
-    assert families.period(config) == period
+    assert config_rules.period(config) == period
 
 
 def test_period_counts_every_list_and_every_index():
     config = tiny.build("smollm3", 6).config
-    assert families.period(config) == 3, "positions repeat after three layers"
+    assert config_rules.period(config) == 3, "positions repeat after three layers"
     config = tiny.build("qwen3_moe", 6).config
-    assert families.period(config) is None, "one layer alone has no experts"
+    assert config_rules.period(config) is None, "one layer alone has no experts"
 
 
 @pytest.mark.parametrize(
@@ -67,19 +67,19 @@ def test_period_counts_every_list_and_every_index():
 )
 def test_period_counts_every_rule_that_goes_by_the_index(name, depth, period):
     model = tiny.build(name, depth)
-    assert families.period(model.config) == period
+    assert config_rules.period(model.config) == period
     if period:
-        kinds = [rule.read(model.config)[:-period] for rule in families.rules(model.config)]
+        kinds = [rule.read(model.config)[:-period] for rule in config_rules.rules(model.config)]
         trimllm.apply_layout(model, remove(whole(depth), Unit("block", 1, period)))
-        assert families.period(model.config) in (period, None)
-        assert kinds == [rule.read(model.config) for rule in families.rules(model.config)]
+        assert config_rules.period(model.config) in (period, None)
+        assert kinds == [rule.read(model.config) for rule in config_rules.rules(model.config)]
 
 
 @pytest.mark.parametrize("start", range(5))
 def test_wherever_a_run_begins_the_pattern_is_what_it_was(start, monkeypatch):
     monkeypatch.setitem(tiny.CONFIGS, "gemma2", {**tiny.CONFIGS["gemma2"], "layer_types": ALTERNATE})
     model = tiny.build("gemma2", 6)
-    assert families.period(model.config) == 2
+    assert config_rules.period(model.config) == 2
     before = list(model.config.layer_types)
     trimllm.apply_layout(model, remove(whole(6), Unit("block", start, 2)))
     assert model.config.layer_types == before[:4]

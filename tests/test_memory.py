@@ -1,4 +1,4 @@
-"""When memory ends, batches are halved and nothing else changes."""
+"""When memory runs out, batches are halved and nothing else changes."""
 
 from __future__ import annotations
 

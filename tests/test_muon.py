@@ -52,7 +52,7 @@ def test_a_state_of_torchs_goes_on():
     resumed.load_state_dict(copy.deepcopy(going_on.state_dict()))
     before = theirs[0].detach().clone()
     for parameters, optimizer in ((theirs, going_on), (ours, resumed)):
-        parameters[0].grad = torch.ones(16, 32)  # alone, it would take another step than behind the two
+        parameters[0].grad = torch.ones(16, 32)  # alone, it would take another step than after the two
         optimizer.step()
     assert (ours[0] - theirs[0]).norm() < 0.03 * (theirs[0] - before).norm()
     torch.testing.assert_close(resumed.state_dict()["state"], going_on.state_dict()["state"])

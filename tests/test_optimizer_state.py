@@ -51,9 +51,6 @@ def step(model, rows, optimizer, rate):
     optimizer.step()
 
 
-# ---- stages
-
-
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
 def test_two_stages_are_one_optimizer_that_nobody_interrupted(family, monkeypatch):
     """AdamW divides by the gradient's size: with a large eps rounding noise does not grow to a step."""
@@ -124,9 +121,6 @@ def test_state_read_back_goes_on_bit_for_bit(family, tmp_path):
         assert (len(kept) < len(list(one.parameters()))) == (family == "gemma3n_text"), "a weight that is cut is new"
         stage(one, PLANS[1], kept)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-# ---- runs
 
 
 @pytest.fixture(autouse=True)
@@ -214,18 +208,12 @@ def test_the_run_differs_from_one_with_fresh_optimizers(base, task, tmp_path, st
         assert not list(output.rglob(optimizer_state.FOLDER)), "a finished run has no use for it"
 
 
-def test_only_the_last_checkpoint_of_an_unfinished_run_holds_state(base, task, tmp_path, monkeypatch):
+def test_only_the_last_checkpoint_of_an_unfinished_run_holds_state(base, task, tmp_path):
     output, settings = tmp_path / "run", CARRIED | {"keep_checkpoints": True}
     run = RunDir(output)
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_drop", 1)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **settings)
+    h.killed_run((progressive.Run, "_drop", 1), base, task, output, **settings)
     assert not list(output.rglob(optimizer_state.FOLDER)), "nothing comes from the warm-up"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_drop", 3)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **settings, resume=True)
+    h.killed_run((progressive.Run, "_drop", 3), base, task, output, **settings, resume=True)
     assert run.kept_depths() == [4, 3, 2]
     assert [path.parent for path in output.rglob(optimizer_state.FOLDER)] == [run.checkpoint(2)]
     held = load_file(run.checkpoint(2) / optimizer_state.FOLDER / optimizer_state.FILE)
@@ -239,11 +227,8 @@ def test_only_the_last_checkpoint_of_an_unfinished_run_holds_state(base, task, t
     )
     moments = sum(value.nbytes for name, value in held.items() if not name.endswith(".step"))
     assert moments == foreseen
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_finish", 1)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **settings, resume=True)
-    assert not list(tmp_path.rglob(optimizer_state.FOLDER)), "nothing comes behind the last stage"
+    h.killed_run((progressive.Run, "_finish", 1), base, task, output, **settings, resume=True)
+    assert not list(tmp_path.rglob(optimizer_state.FOLDER)), "nothing comes after the last stage"
     h.run(base, task, output, **settings, resume=True)
     assert [path.name for path in sorted(run.scans.iterdir())] == [f"scan-{n:03d}.json" for n in range(3)]
     assert cli.main(["export", str(output), "--depth", "2", "--output", str(tmp_path / "product")]) == 0
@@ -264,10 +249,7 @@ def test_a_run_that_a_floor_ends_keeps_no_state_either(base, task, tmp_path, mon
 def test_state_that_a_kill_left_in_a_finished_run_goes_when_it_is_asked_again(base, task, tmp_path, monkeypatch):
     h.floor_ends(monkeypatch, 3)
     output, settings = tmp_path / "run", CARRIED | {"min_accuracy": 0}
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_forget", 1)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **settings)
+    h.killed_run((progressive.Run, "_forget", 1), base, task, output, **settings)
     assert list(output.rglob(optimizer_state.FOLDER))
     h.run(base, task, output, **settings, resume=True)
     assert not list(output.rglob(optimizer_state.FOLDER))
@@ -301,14 +283,11 @@ def test_space_is_asked_for_state_that_will_be_written(base, task, tmp_path, mon
     assert asked == [3 * weights + 2 * state * optimizer_state.most_bytes(settings, model)]
 
 
-def test_a_run_begun_before_there_was_a_choice_goes_on_with_fresh_optimizers(base, task, tmp_path, monkeypatch):
+def test_a_run_begun_before_there_was_a_choice_goes_on_with_fresh_optimizers(base, task, tmp_path):
     fresh = CARRIED | {"optimizer_state": "fresh"}
     h.run(base, task, tmp_path / "straight", **fresh)
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_drop", 3)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **fresh)
+    h.killed_run((progressive.Run, "_drop", 3), base, task, output, **fresh)
     path = RunDir(output).config
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "optimizer_state" not in line))
     progressive.trim(output=str(output), resume=True)

@@ -114,7 +114,7 @@ def test_memory_that_ends_in_a_try_is_not_taken_for_a_result_that_is_not_exact(m
         return forward(input_ids=input_ids, **named)
 
     monkeypatch.setattr(model, "forward", tight)
-    assert find_way(model, ROWS, 0) == (ALONE, "memory ended when packed rows were tried")
+    assert find_way(model, ROWS, 0) == (ALONE, "memory ran out when packed rows were tried")
 
 
 def test_a_family_that_lets_packed_rows_see_each_other_is_found_out(monkeypatch):

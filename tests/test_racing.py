@@ -133,7 +133,7 @@ def test_scan_that_races_finds_what_the_exact_one_finds(knowing):
     racing_scan = scan.scan(
         model, scorer, "acc", race=scan.Race(0.999, tolerance), on_part=lambda n, part: kept.__setitem__(n, part)
     )
-    assert racing_scan.base == exact.base
+    assert racing_scan.intact == exact.intact
     assert np.array_equal(racing_scan.norm, exact.norm)
     chosen = [
         choose(

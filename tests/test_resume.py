@@ -24,10 +24,7 @@ from trimllm.run import account, deciding, placing, progressive, recording, rund
 from trimllm.run.progressive import trim
 from trimllm.training import train
 
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +74,9 @@ POINTS = {
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(
-    base, task, tmp_path, straight, monkeypatch, point
-):
+def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(base, task, tmp_path, straight, point):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        owner, name, call, after = POINTS[point]
-        h.kill_at(patch, owner, name, call, after=after)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output)
+    h.killed_run(POINTS[point], base, task, output)
     h.run(base, task, output, resume=True)
     assert_same(output, straight)
 
@@ -111,10 +102,7 @@ def count_parts(monkeypatch):
 
 def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path, straight, monkeypatch):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, scan, "_part", 2)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, depth=4)
+    h.killed_run((scan, "_part", 2), base, task, output, depth=4)
     lines = (output / "scans" / "scan-000.jsonl").read_bytes().splitlines()
     assert len(lines) == 1
     measured = count_parts(monkeypatch)
@@ -124,12 +112,9 @@ def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path,
     assert len(measured) - (batches - 1) == batches
 
 
-def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path, monkeypatch):
+def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, scan, "_part", 2)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, depth=4)
+    h.killed_run((scan, "_part", 2), base, task, output, depth=4)
     h.run(base, task, output, depth=4, resume=True, eval_batch_size=40)
     h.run(base, task, tmp_path / "straight", depth=4, eval_batch_size=40)
     tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, tmp_path / "straight")]
@@ -169,10 +154,7 @@ def test_race_that_another_kind_of_device_began_is_not_continued(base, tmp_path,
 
 def test_scan_that_asked_all_choices_is_not_continued_with_right_ones_alone(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, scan, "_part", 2)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, depth=4, strategy="loss")
+    h.killed_run((scan, "_part", 2), base, task, output, depth=4, strategy="loss")
     path = output / "scans" / "scan-000.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**line, "metric": "acc"}) + "\n" for line in lines))
@@ -183,12 +165,9 @@ def test_scan_that_asked_all_choices_is_not_continued_with_right_ones_alone(base
     assert len(measured) == 2 * resumed
 
 
-def test_line_torn_by_a_kill_is_cut_off(base, task, tmp_path, straight, monkeypatch):
+def test_line_torn_by_a_kill_is_cut_off(base, task, tmp_path, straight):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, deciding.Decider, "_choose", 1)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output)
+    h.killed_run((deciding.Decider, "_choose", 1), base, task, output)
     for name in ("journal.jsonl", "scans/scan-000.jsonl"):
         whole = (output / name).read_bytes()
         (output / name).write_bytes(whole + whole.splitlines()[-1][:25])
@@ -266,19 +245,16 @@ def test_changed_base_weights_are_refused(task, tmp_path, monkeypatch):
         h.run(mine, task, output, resume=True)
 
 
-def interrupted(monkeypatch, *arguments, **changes):
+def interrupted(*arguments, **changes):
     """A run that is killed at its first drop."""
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_drop", 1)
-        with pytest.raises(h.Killed):
-            h.run(*arguments, **changes)
+    h.killed_run((progressive.Run, "_drop", 1), *arguments, **changes)
 
 
 @pytest.mark.parametrize("split", ["train", "test", "text"])
-def test_changed_rows_are_refused(base, tmp_path, monkeypatch, split):
+def test_changed_rows_are_refused(base, tmp_path, split):
     rows, text, output = h.save_task(tmp_path / "rows"), tmp_path / "text.txt", tmp_path / "run"
     text.write_text("the cat sat on the mat. " * 40)
-    interrupted(monkeypatch, base, rows, output, text=str(text))
+    interrupted(base, rows, output, text=str(text))
     journaled = h.journal(output)
     changed = text if split == "text" else rows / f"{split}.jsonl"
     was = changed.read_text()
@@ -323,9 +299,9 @@ def test_a_run_goes_on_from_another_folder_and_with_data_that_moved(base, task, 
     assert h.weights_hash(begun / "run" / "model") == h.weights_hash(straight / "model")
 
 
-def test_data_of_a_run_that_knows_no_digest_must_be_named_as_before(base, task, tmp_path, monkeypatch):
+def test_data_of_a_run_that_knows_no_digest_must_be_named_as_before(base, task, tmp_path):
     output = tmp_path / "run"
-    interrupted(monkeypatch, base, task, output)
+    interrupted(base, task, output)
     journal = output / "journal.jsonl"
     start, *others = h.journal(output)
     start.pop("data")
@@ -373,9 +349,6 @@ def test_a_finished_run_keeps_its_settings(straight, capsys):
         assert line.startswith(f"trimllm: {option} {value}: ")
     assert cli.main(["trim", "--output", str(straight), "--resume", "--threads", "1"]) == 0
     assert (straight / "config.yaml").read_bytes() == before
-
-
-# ---- failures that are not kills
 
 
 def test_loss_that_is_not_a_number_names_the_step_and_a_smaller_rate_goes_on(
@@ -447,23 +420,17 @@ def test_full_disk_while_journaling_loses_only_that_event(base, task, tmp_path, 
     assert h.weights_hash(output / "model") == h.weights_hash(straight / "model")
 
 
-def test_resumed_weights_are_float32_even_if_the_base_is_not(task, tmp_path, monkeypatch):
+def test_resumed_weights_are_float32_even_if_the_base_is_not(task, tmp_path):
     mine, output = h.save_base(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "run"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_drop", 2)
-        with pytest.raises(h.Killed):
-            h.run(mine, task, output)
+    h.killed_run((progressive.Run, "_drop", 2), mine, task, output)
     h.run(mine, task, output, resume=True)
     h.run(mine, task, tmp_path / "straight")
     assert h.weights_hash(output / "model") == h.weights_hash(tmp_path / "straight" / "model")
 
 
-def test_row_of_the_saved_model_is_measured_anew_when_the_run_went_on_after_it(base, task, tmp_path, monkeypatch):
+def test_row_of_the_saved_model_is_measured_anew_when_the_run_went_on_after_it(base, task, tmp_path):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, account, "result", 1)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output)
+    h.killed_run((account, "result", 1), base, task, output)
     events = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "saved"
     stale = events[-1] | {"depth": 4, "test": None}
@@ -490,10 +457,7 @@ def test_saved_model_that_a_lowered_floor_replaces_is_measured(base, task, tmp_p
 
 def test_run_that_goes_on_lets_go_of_the_base(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, progressive.Run, "_drop", 1)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, depth=4)
+    h.killed_run((progressive.Run, "_drop", 1), base, task, output, depth=4)
     load, stage, bases, there = progressive.load, train.train_stage, [], []
 
     def loading(*arguments, **more):

@@ -26,11 +26,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return h.save_base(tmp_path_factory.mktemp("base"), depth=3, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return h.save_task(tmp_path_factory.mktemp("task"))
-
-
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
@@ -39,9 +34,6 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def weights(folder: Path, dtype: torch.dtype | None = None) -> int:
     return sum(p.numel() * p.element_size() for p in load_model(folder, dtype=dtype).parameters())
-
-
-# ---- the estimate ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
@@ -68,22 +60,19 @@ def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
         assert room.weights(name, None) is None
     assert room.weights_of_config(str(tmp_path / "config.json"), None) is None
     room.check("x", None, CPU, "remedy")
-    assert room.free(torch.device("meta")) is None
+    assert room.free_bytes(torch.device("meta")) is None
 
 
 def test_what_is_free_is_that_of_the_machine_or_of_its_container(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(room, "_CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=200))
-    assert room.free(CPU) == 1200
+    assert room.free_bytes(CPU) == 1200
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
     for limit, expected in (("max\n", 1200), ("800\n", 250), ("9000\n", 1200), ("100\n", 1)):
         (tmp_path / "memory.max").write_text(limit)
-        assert room.free(CPU) == expected
-
-
-# ---- bench -----------------------------------------------------------------------------------------------------------
+        assert room.free_bytes(CPU) == expected
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
@@ -108,7 +97,7 @@ def test_a_bench_of_a_shape_larger_than_any_memory_is_refused_by_its_name(
 def test_a_bench_of_directories_larger_than_memory_is_refused(
     models: int, copies: float, base: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(room, "free", lambda _: int(copies * weights_once))
+    monkeypatch.setattr(room, "free_bytes", lambda _: int(copies * weights_once))
     weights_once = room.weights(str(base), None)
     said = h.line(capsys, "bench", *[str(base)] * models, "--device", "cpu")
     assert said.startswith(f"trimllm: {base}")
@@ -119,9 +108,6 @@ def test_a_bench_that_fits_is_let_through(base: Path) -> None:
     benching._check(BenchConfig(models=(str(base), f"config:{base / 'config.json'}"), device="cpu"))
 
 
-# ---- commands that load one model ------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize("command", ["trim", "scan", "eval", "drop"])
 def test_weights_larger_than_memory_are_refused(
@@ -129,7 +115,7 @@ def test_weights_larger_than_memory_are_refused(
 ) -> None:
     needed = room.weights(str(base), torch.float32 if command == "trim" else None)
     assert needed is not None
-    monkeypatch.setattr(room, "free", lambda _: needed - 1)
+    monkeypatch.setattr(room, "free_bytes", lambda _: needed - 1)
     given = ["--layers", "1"] if command == "drop" else ["--task", str(task)]
     output = [] if command == "eval" else ["--output", str(tmp_path / "out")]
     assert cli.main([command, "--model", str(base), *given, *output, "--device", "cpu"]) == 2
@@ -156,7 +142,7 @@ def test_a_run_whose_full_fine_tuning_cannot_fit_is_told_before_it_loads(
     from trimllm.run import progressive
 
     needed = weights(base, torch.float32)
-    monkeypatch.setattr(room, "free", lambda _: int(share * needed))
+    monkeypatch.setattr(room, "free_bytes", lambda _: int(share * needed))
     said: list[str] = []
 
     def load(*_: Any, **__: Any) -> Any:

@@ -62,7 +62,7 @@ def test_every_candidate_scores_as_if_really_deleted(family, unit, branches, res
     assert ("one by one" not in " ".join(result.notes)) is branches
     assert ("cannot be resumed" not in " ".join(result.notes)) is resumes
     intact = reference.logliks(model, tokenizer, questions)
-    assert result.base.correct == reference.correct(intact, questions)
+    assert result.intact.correct == reference.correct(intact, questions)
     for candidate, trial, found in zip(result.candidates, result.trials, tables, strict=True):
         expected = reference.logliks(reference.deleted(model, candidate), tokenizer, questions)
         for row, other in zip(found, expected, strict=True):
@@ -96,7 +96,7 @@ def test_a_scan_by_loss_asks_right_answers_only_and_finds_the_same_losses(family
     assert metric == "likelihood"
     assert [item.continuations for item in right.items] == [(item.target,) for item in questions]
     found, whole_scan = scan.scan(model, right, metric, unit), scan.scan(model, scorer, "acc", unit)
-    assert found.base.loss == pytest.approx(whole_scan.base.loss, abs=1e-5)
+    assert found.intact.loss == pytest.approx(whole_scan.intact.loss, abs=1e-5)
     for candidate, trial, other in zip(found.candidates, found.trials, whole_scan.trials, strict=True):
         lost = reference.logliks(reference.deleted(model, candidate), tokenizer, questions)
         expected = -sum(row[item.answer] for row, item in zip(lost, questions, strict=True))
@@ -268,7 +268,7 @@ def test_the_model_is_bit_for_bit_what_it_was(family, unit, training, tokenizer,
 
 
 def naive_activations(model, scorer):
-    """Mean norm behind each block and mean cosine over it: row by row, unpadded, over all positions of all rows."""
+    """Mean norm after each block and mean cosine over it: row by row, unpadded, over all positions of all rows."""
     streams = [reference.stream(model, row.ids) for row in rows(scorer.encoded, branches=False)]
     joined = [torch.cat([one[key] for one in streams]).double() for key in range(DEPTH + 1)]
     norms = [float(joined[i + 1].norm(dim=-1).mean()) for i in range(DEPTH)]
@@ -377,7 +377,7 @@ def test_finished_parts_are_not_computed_again_and_give_the_same_result(tokenize
             check, batch = DEPTH + DEPTH // 2, DEPTH + sum(DEPTH - 1 - i for i in range(DEPTH)) + _pair_work()
             assert counts[0] - before == check + (count - len(known)) * batch
             assert again.trials == full.trials
-            assert again.base == full.base
+            assert again.intact == full.intact
             for name in ("norm", "cosine", "run_cosine", "run_angle"):
                 np.testing.assert_array_equal(getattr(again, name), getattr(full, name))
     assert fresh == [1]
@@ -400,7 +400,7 @@ def test_two_processes_share_the_batches_and_learn_the_same(tokenizer, questions
 
     for result, parts in reference.in_ranks(2, work):
         assert result.trials == alone.trials
-        assert result.base == alone.base
+        assert result.intact == alone.intact
         np.testing.assert_array_equal(result.norm, alone.norm)
         assert parts == list(range(len(Scorer(model, tokenizer, questions, token_budget=60).batches)))
 

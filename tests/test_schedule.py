@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from trimllm import files
 from trimllm.blocks import surgery
-from trimllm.blocks.layout import Unit, halves, remove, remove_all, units, whole
+from trimllm.blocks.layout import Unit, halves, load_layout, remove, remove_all, units, whole
 from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
 from trimllm.config import TrimConfig
@@ -23,18 +23,15 @@ from trimllm.evaluation.inputs import scorer, task_data
 from trimllm.importance import joint
 from trimllm.importance.joint import Joint
 from trimllm.parallel import ALONE
-from trimllm.run import account, deciding, progressive, recovery, rundir
+from trimllm.run import account, deciding, progressive, recovery
 from trimllm.run.recovery import Recovery
 from trimllm.run.targets import least_depth, stage_epochs, stages_ahead
 from trimllm.training import train, training_rows
 
+pytestmark = pytest.mark.usefixtures("fast")
+
 EASY = {"schedule": "recover", "joint_tolerance": 100.0, "tie_tolerance": 100.0}
 """Anything may go together."""
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    h.fast(monkeypatch)
 
 
 RECOVER = {**EASY, "max_joint": 2, "depth": 2, "epochs_per_drop": 0.5, "recover_tolerance": 0.0}
@@ -67,9 +64,6 @@ def looks(monkeypatch, losses):
 
     monkeypatch.setattr(Scorer, "evaluate", evaluate)
     return seen
-
-
-# ---- when a stage ends
 
 
 def test_stage_ends_at_the_first_look_that_finds_the_loss_back(base, task, tmp_path, monkeypatch):
@@ -144,9 +138,6 @@ def test_loss_to_come_back_to_is_that_before_the_first_drop():
     assert recovery.limit(stages, 0.1) == pytest.approx(0.8)
 
 
-# ---- what goes at once
-
-
 def test_two_units_that_are_harmless_alone_and_harmful_together_do_not_go_together():
     harmful = {frozenset({1, 2})}
     trials = []
@@ -208,7 +199,7 @@ def test_journaled_joint_trial_is_what_a_really_cut_model_gives(base, task, tmp_
     assert len(drop["units"]) == len(drop["joint"]["units"]) == 3
     assert drop["reached"] == "depth 2"
     model = AutoModelForCausalLM.from_pretrained(output / "checkpoints" / "depth-5")
-    surgery.apply_layout(model, rundir.load_layout(drop["cut"]))
+    surgery.apply_layout(model, load_layout(drop["cut"]))
     config = TrimConfig(**h.settings(base, task, output))
     tokenizer = load_tokenizer(DEMO)
     data = task_data(config, tokenizer)
@@ -255,9 +246,6 @@ def test_units_that_go_at_once_leave_what_they_leave_one_by_one(kind):
     assert remove_all(whole(6), [Unit("block", 1, 2), Unit("block", 4, 2)]) == (whole(6)[0], whole(6)[3])
     with pytest.raises(InputError, match="cannot drop all 2 layers"):
         remove_all(whole(2), [Unit("block", 0), Unit("block", 1)])
-
-
-# ---- settings and results
 
 
 @pytest.mark.parametrize(
@@ -349,7 +337,7 @@ def test_training_is_foretold(base, task, tmp_path, monkeypatch, capsys, changes
     lines = capsys.readouterr().err
     (total,) = re.findall(r"training: .* tokens an epoch, ([\d,]+) in all\n", lines)
     assert int(total.replace(",", "")) == pytest.approx(h.result(tmp_path / "run")["tokens"]["total"], rel=0.05)
-    assert ("training behind drops: about" in lines) == (config.warmup_epochs > 0)
+    assert ("training after drops: about" in lines) == (config.warmup_epochs > 0)
 
 
 def test_of_training_that_may_end_sooner_the_most_is_foretold():
@@ -357,11 +345,11 @@ def test_of_training_that_may_end_sooner_the_most_is_foretold():
         config = TrimConfig(model="m", task="t", output="o", **settings)
         return account.training_ahead(config, stages_ahead(config, 12), 1000)
 
-    assert line() == "training: 1 epoch of all layers, 6 epochs behind drops; 1,000 tokens an epoch, 7,000 in all"
-    most = "training: 1 epoch of all layers, at most 6 epochs behind drops; 1,000 tokens an epoch, at most 7,000 in all"
+    assert line() == "training: 1 epoch of all layers, 6 epochs after drops; 1,000 tokens an epoch, 7,000 in all"
+    most = "training: 1 epoch of all layers, at most 6 epochs after drops; 1,000 tokens an epoch, at most 7,000 in all"
     assert line(keep=0.5, max_drop=2) == line(schedule="recover") == line(keep=0.5, max_params=9) == most
-    assert line(max_drop=2) == "training: 1 epoch of all layers, 1 epoch behind every drop; 1,000 tokens an epoch"
-    assert line(warmup_epochs=0) == "training: 6 epochs behind drops; 1,000 tokens an epoch, 6,000 in all"
+    assert line(max_drop=2) == "training: 1 epoch of all layers, 1 epoch after every drop; 1,000 tokens an epoch"
+    assert line(warmup_epochs=0) == "training: 6 epochs after drops; 1,000 tokens an epoch, 6,000 in all"
     config = TrimConfig(model="m", task="t", output="o", schedule="epoch")
     assert stages_ahead(config, 12, length=3) == [(9, 1), (6, 1)]
 
@@ -369,7 +357,7 @@ def test_of_training_that_may_end_sooner_the_most_is_foretold():
 def test_time_ahead_is_less_for_fewer_blocks():
     warm = {"depth": 12, "train": {"tokens": 2000, "seconds": 120.0}}
     assert account.time_ahead([(9, 1.0), (6, 2.0)], 1000, warm) == (
-        "training behind drops: about 1 min 45 s, and the scans"  # (9 + 2 * 6) / 12 minutes
+        "training after drops: about 1 min 45 s, and the scans"  # (9 + 2 * 6) / 12 minutes
     )
     assert account.time_ahead([], 1000, warm) is None
     assert account.time_ahead([(9, 1.0)], 1000, {"depth": 12, "train": {"tokens": 0, "seconds": 0.0}}) is None
@@ -382,9 +370,6 @@ def test_line_of_a_joint_drop_names_both_accuracies(base, task, tmp_path, capsys
     assert f"2 at once (joint {together['joint']['value']:.1f}, intact {intact['calibration']['value']:.1f}" in line
 
 
-# ---- interrupted
-
-
 POINTS = {
     "between joint decision and cut": (joint, "grow", 1, True),
     "in the first cycle of a stage": (train, "_step", 8, False),
@@ -395,15 +380,9 @@ POINTS = {
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(
-    base, task, tmp_path, straight, monkeypatch, point
-):
+def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(base, task, tmp_path, straight, point):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        owner, name, call, after = POINTS[point]
-        h.kill_at(patch, owner, name, call, after=after)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **RECOVER)
+    h.killed_run(POINTS[point], base, task, output, **RECOVER)
     h.run(base, task, output, **RECOVER, resume=True)
     assert h.drops(output) == h.drops(straight)
     assert [drop["joint"] for drop in h.journal(output, "drop")] == [
@@ -418,10 +397,7 @@ def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(
 def test_sets_that_were_tried_are_not_tried_again(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
     more = {**EASY, "depth": 2, "max_joint": 3, "warmup_epochs": 0, "epochs_per_drop": 0}
-    with monkeypatch.context() as patch:
-        h.kill_at(patch, joint, "grow", 1, after=True)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **more)
+    h.killed_run((joint, "grow", 1, True), base, task, output, **more)
     kept = files.read_lines(output / "scans" / "scan-000.jsonl")
     assert [line["joint"]["units"] for line in kept if "joint" in line] == [
         found["units"] for found in kept_sets(base, task, tmp_path / "other", more)

@@ -73,9 +73,6 @@ def restore(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# ---- the same as in memory -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [name for name in [*CONFIGS, *TOWERS] if name != "minimax"])
 def test_every_file_is_what_the_cut_in_memory_writes(name: str, tmp_path: Path) -> None:
     depth, drop = LEGAL.get(name, (DEPTH, (0, 2)))
@@ -150,9 +147,6 @@ def test_bfloat16_scales_of_gpt2_fold_as_in_memory(tmp_path: Path) -> None:
     assert files(tmp_path / "disk") == files(written)
 
 
-# ---- names on disk ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
 def test_names_without_the_base_models_prefix_stay_without(name: str, tmp_path: Path) -> None:
     build(name, depth=DEPTH).base_model.save_pretrained(tmp_path / "source")
@@ -196,9 +190,6 @@ def test_a_tensor_that_the_model_does_not_know_is_kept(tmp_path: Path) -> None:
     after = weights(tmp_path / "disk")
     assert torch.equal(after["model.layers.2.extra"], torch.ones(3))
     assert torch.equal(after["other"], torch.zeros(2))
-
-
-# ---- quantized -------------------------------------------------------------------------------------------------------
 
 
 def quantize(folder: Path, leaves: tuple[str, ...], **quantization: Any) -> dict[str, torch.Tensor]:
@@ -313,9 +304,6 @@ def test_metadata_that_names_layers_is_refused(tmp_path: Path) -> None:
         drop_on_disk(source, [0], tmp_path / "disk")
 
 
-# ---- other files, and failures ---------------------------------------------------------------------------------------
-
-
 def test_the_tokenizer_travels_and_other_weights_do_not(tokenizer: Any, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     tokenizer.save_pretrained(source)
@@ -427,9 +415,6 @@ def test_files_that_changed_while_they_were_written_are_not_kept(
     with pytest.raises(TrimError, match="do not hold what was written"):
         drop_on_disk(source, [0], tmp_path / "disk")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-
-
-# ---- the format ------------------------------------------------------------------------------------------------------
 
 
 def test_a_rewritten_file_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:

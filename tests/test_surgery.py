@@ -12,9 +12,10 @@ from tiny import COMMON, CUT_ONLY, GPT2, VOCAB, build, randomize
 from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from trimllm.blocks import families, legality
+from trimllm.blocks import config_rules, legality
+from trimllm.blocks.config_rules import config_updates
 from trimllm.blocks.decoder import blocks, depth, halves, mid_block, parameters_of, text_config
-from trimllm.blocks.families import FAMILIES, Family, branching, config_updates
+from trimllm.blocks.families import FAMILIES, Family, branching
 from trimllm.blocks.layout import Block, Unit, remove, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.blocks.surgery import apply_layout, drop_layers
@@ -237,7 +238,7 @@ def test_family_without_a_row_is_cut_by_general_rules(monkeypatch: pytest.Monkey
 
 def test_unknown_rule_is_refused_instead_of_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A break test: without the rule for `no_rope_layers` the comparison of built models must notice."""
-    monkeypatch.delitem(families.PER_LAYER, "no_rope_layers")
+    monkeypatch.delitem(config_rules.PER_LAYER, "no_rope_layers")
     model = build("smollm3")
     assert "use_rope" in str(refusal(model, without(whole(6), [1])))
 
@@ -267,7 +268,7 @@ def test_layer_that_attends_to_images_cannot_come_first() -> None:
 
 
 def test_list_per_layer_of_the_decoder_without_a_rule_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(families.INDICES, "rope_scaling_layers")
+    monkeypatch.delitem(config_rules.INDICES, "rope_scaling_layers")
     model = build("molmo2")
     assert "no rule says what becomes of rope_types in its decoder" in str(refusal(model, without(whole(6), [0])))
     assert refusal(model, without(whole(6), [5])) is None

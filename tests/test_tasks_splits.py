@@ -114,7 +114,7 @@ def test_limits_are_seeded_subsamples_and_noted():
         ),
         ({"calibration_size": 0}, "calibration_size is 0: give at least 1"),
         ({"max_test": -1}, "max_test is -1: give at least 1"),
-        ({"resolution": 0}, "resolution is 0: give percentage points above 0, 100 at most"),
+        ({"resolution": 0}, "resolution is 0: give percentage points above 0, 50 at most"),
     ],
 )
 def test_impossible_sizes(settings, message):

@@ -54,9 +54,6 @@ def shape(tmp_path):
     return path
 
 
-# ---- formats
-
-
 def unpacked(words: torch.Tensor, dim: int, order: tuple[int, ...] = tuple(range(8))) -> list[list[int]]:
     """Word by word, four bits at a time."""
     rows = words.tolist() if dim == 1 else words.t().tolist()
@@ -100,9 +97,6 @@ def test_of_every_four_weights_the_two_largest_stay(quantized):
             assert kept[start : start + 4] == [value if abs(value) > least else 0 for value in four]
 
 
-# ---- bytes
-
-
 def test_llm_int8_reads_and_stores_a_byte_a_weight_and_a_scale_a_row(quantized, model):
     made = copy.deepcopy(model)
     inside = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
@@ -139,9 +133,6 @@ def test_a_shape_is_counted_as_it_is_built(script, shape, model):
     )
 
 
-# ---- what fits
-
-
 def test_every_group_has_the_plain_model_and_fits(script):
     size = script.Sizes(depth=32, block=202_375_168, rest=262_000_000)
     for free in (20e9, 30e9, 80e9):
@@ -164,9 +155,6 @@ def test_where_the_plain_model_does_not_fit_all_rows_say_so(script):
     made, refused = script.groups(script.ROWS, size, 8e9)
     assert not made
     assert set(refused.values()) == {"needs 14.1 GB, 8.0 are free"}
-
-
-# ---- rows
 
 
 def test_what_a_machine_lacks_is_said(quantized, monkeypatch):
@@ -192,9 +180,6 @@ def test_a_row_without_a_measurement_shows_why_and_no_number(script):
 def test_the_papers_ratios_follow_from_its_figures(script):
     speeds = {gpu: script.PAPER[gpu] for gpu in ("A100", "V100", "RTX 3090")}
     assert [round(row[-1] / row[0], 1) for row in speeds.values()] == [2.4, 2.1, 2.0]
-
-
-# ---- the whole benchmark
 
 
 ROUNDS = {"plain": [10.0, 10.0], "trimmed to 50%": [30.0, 30.0]}
@@ -251,9 +236,6 @@ def test_a_device_that_is_not_there_or_runs_nothing_is_one_line(script, shape, t
         whole(script, shape, tmp_path, monkeypatch, "--device", "cuda:99")
 
 
-# ---- the runner
-
-
 def test_a_prompt_read_once_gives_the_same_steps_in_every_round(model, monkeypatch):
     lengths = []
     forward = model.forward
@@ -294,5 +276,5 @@ def test_a_change_is_measured_and_the_limit_kept(shape, monkeypatch):
     _, seen = benching.finish(1, 20)
     per_block = 2 * 2 * 32 * 2  # keys and values of two heads of 32, two bytes each
     assert seen.growth == per_block
-    assert seen.cache == 11 * per_block, "the first token behind the prompt"
+    assert seen.cache == 11 * per_block, "the first token after the prompt"
     assert math.isclose(seen.cache_read, 11 * per_block, rel_tol=0.2)

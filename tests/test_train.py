@@ -86,9 +86,6 @@ def naive_stage(model, parameters, plan, settings):
     return losses
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
 def test_only_target_and_eos_are_learnt(tokenizer):
     (example,) = task_examples(tokenizer, [Item("r:1", "the cat", (" no", " sat"), 1)], 64)
     prompt, target = tokenizer("the cat")["input_ids"], tokenizer(" sat")["input_ids"]
@@ -145,9 +142,6 @@ def test_no_training_rows_is_an_error(tokenizer):
     model = tiny.build("llama", 1)
     with pytest.raises(InputError, match="no training rows"):
         examples(TrimConfig(model="m", task="t", output="o"), tokenizer, model.config, [], 16)
-
-
-# ---- the plan --------------------------------------------------------------------------------------------------------
 
 
 def rows_of(kind, count):
@@ -221,9 +215,6 @@ def test_the_learning_rate_rises_then_falls_and_is_never_zero():
         assert top == max(1, round(0.06 * total)) - 1
         assert rates[: top + 1] == sorted(rates[: top + 1])
         assert rates[top:] == sorted(rates[top:], reverse=True)
-
-
-# ---- the stage -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama-tied"])

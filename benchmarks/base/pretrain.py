@@ -7,7 +7,7 @@ One that was made so is in benchmarks/base/lab.
     python benchmarks/base/pretrain.py --output base --data DATA --card     # perplexities and the model card only
 
 `DATA` holds the files of `SOURCES` below (JSONL with a column `text`, also .xz). Every source is cut to rows of 256
-tokens of whole documents one behind the other; which source the next row comes from follows the shares, so that a
+tokens of whole documents one after the other; which source the next row comes from follows the shares, so that a
 share is of the tokens seen. Only training splits are named: no reported question's text is ever seen, and no label.
 
 The matrices of the blocks are trained with Muon, embeddings and norms with AdamW; after a plateau the learning rate
@@ -137,7 +137,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
 
 
 def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
-    """Documents, each closed by EOS, one behind the other: token ids `(rows, 256)`; what is left of a row is not."""
+    """Documents, each closed by EOS, one after the other: token ids `(rows, 256)`; what is left of a row is not."""
     ids: list[int] = []
     for begin in range(0, len(texts), 1000):
         for document in tokenizer(texts[begin : begin + 1000], verbose=False)["input_ids"]:

@@ -1,6 +1,7 @@
 """The command line: parse, call one function per command, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failure, 2 bad input. Heavy libraries are imported by the command that needs them.
+Exit codes: 0 done, 1 failure, 2 bad input. Help and bad arguments are answered before torch is imported: `commands`,
+which imports it, is imported when a command runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import sys
 from contextlib import redirect_stderr, suppress
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import (
@@ -28,7 +29,7 @@ from pydantic_settings import (
 from trimllm import config as settings
 from trimllm import files
 from trimllm.config import plain_settings
-from trimllm.errors import InputError, TrimError, one_line
+from trimllm.errors import InputError, TrimError, did_you_mean, one_line
 from trimllm.parallel import another_failed, first_to_fail
 
 
@@ -145,14 +146,14 @@ def parse(arguments: list[str]) -> settings.Settings:
         print(f"trimllm {version('trimllm')}")
         raise SystemExit
     if not name.startswith("-") and name not in COMMANDS:
-        raise InputError(f"unknown command {name!r}{_near(name, COMMANDS)}: trimllm --help lists them")
+        raise InputError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}: trimllm --help lists them")
     given = _configured(name, arguments)
     stored = _stored(name, arguments, given)
     beneath = stored | given
     if name in COMMANDS:
         for key in beneath:
             if key not in COMMANDS[name].model_fields:
-                raise InputError(f"--config: unknown setting {key!r}{_near(key, COMMANDS[name].model_fields)}")
+                raise InputError(f"--config: unknown setting {key!r}{did_you_mean(key, COMMANDS[name].model_fields)}")
     under: dict[str, Any] = {name: beneath} if beneath else {}
     try:
         root = _read(arguments, under)
@@ -194,7 +195,9 @@ def _read(arguments: list[str], under: dict[str, Any]) -> Any:
 
 def _configured(name: str, arguments: list[str]) -> dict[str, Any]:
     """Settings from the YAML file of `--config`."""
-    if name in ("trim", "scan", "drop", "eval", "compare") and (path := _value(arguments, "--config")):
+    field = _Root.model_fields.get(name)
+    configurable = field is not None and any(issubclass(kind, _Configurable) for kind in get_args(field.annotation))
+    if configurable and (path := _value(arguments, "--config")):
         return plain_settings.read_yaml(os.path.expanduser(path))
     return {}
 
@@ -236,13 +239,6 @@ def _no_run(output: str | None) -> str:
     return f"--resume: there is no run in {output}: check --output" if output else "--resume needs --output DIR"
 
 
-def _near(name: str, known: Any) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _unknown_option(name: str, message: str) -> str:
     message = message.removeprefix("error parsing CLI: ")
     if message.startswith("unrecognized arguments: ") and name in COMMANDS:
@@ -250,7 +246,7 @@ def _unknown_option(name: str, message: str) -> str:
         if not given.startswith("-"):
             return f"unexpected argument {given!r}: see trimllm {name} --help"
         options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]
-        return f"unknown option {given}{_near(given, options)}: see trimllm {name} --help"
+        return f"unknown option {given}{did_you_mean(given, options)}: see trimllm {name} --help"
     if found := re.match(r"Parsing error encountered for \w+\.(\w+)", message):
         return f"--{found[1].replace('_', '-')} cannot be read: see trimllm {name} --help for how to write it"
     return f"{message}: see trimllm{f' {name}' if name in COMMANDS else ''} --help"
@@ -290,7 +286,7 @@ def _carried_out(words: list[str]) -> int:
             return 1
         from trimllm import memory
 
-        if not memory.ended(error):
+        if not memory.is_out_of_memory(error):
             raise
         remedy = (
             "a smaller --micro-batch-size or --eval-batch-size, or --gradient-checkpointing; trim goes on with --resume"
@@ -311,8 +307,10 @@ def _carried_out(words: list[str]) -> int:
 
 
 def _refused(error: OSError) -> int:
-    """Say in one line what the operating system refuses, of which nothing more is known; the exit code. A reader of the
-    output who has left knows it."""
+    """Report an error of the operating system that no command has explained, in one line; returns the exit code.
+
+    Nothing is said of a broken pipe: whoever read the output has left.
+    """
     if error.filename is None:
         _give_up_output()
     if not isinstance(error, BrokenPipeError) and first_to_fail():

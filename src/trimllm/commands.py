@@ -1,4 +1,7 @@
-"""What each command does: call the rooms below, print a table, write JSON."""
+"""What each command does: call the packages, print a table, write JSON.
+
+At the top stands what `trimllm trim` needs in any case; what only other commands need is imported within them.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,26 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimllm import config, files, parallel, tasks
-from trimllm.analysis import lens, summary
 from trimllm.blocks import decoder, legality, surgery
 from trimllm.blocks.layout import Unit, describe, positions, remove, units, whole, without
 from trimllm.checkpoints import arithmetic, export, folders, models
+from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.console import Console, table
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
-from trimllm.evaluation.evaluate import Evaluation
+from trimllm.evaluation.evaluate import Evaluation, Scorer
 from trimllm.evaluation.generation import generate
 from trimllm.importance import scan, select, weights
 from trimllm.importance.scores import Evidence
 from trimllm.run import account, model_card, rundir
 from trimllm.run.deciding import race_of
 from trimllm.run.progressive import trim
+from trimllm.tasks import metrics
 
 
 def run_trim(command: config.TrimConfig) -> None:
@@ -34,14 +39,36 @@ def run_trim(command: config.TrimConfig) -> None:
         print(f"trimmed checkpoint: {Path(command.output) / 'model'}")
 
 
-def run_scan(command: config.ScanConfig) -> None:
-    """Importance of every unit: table, scan.json, scan.png."""
-    from trimllm.run.plot import analysis_plot, importance_plot
+@dataclass(frozen=True)
+class _Prepared:
+    """What a scan is made of: the model, what must stay of it, and the calibration rows that it is asked."""
 
+    model: Any
+    protected: frozenset[int]
+    length: int
+    """Blocks in the runs that go together (--keep-pattern)."""
+    data: tasks.TaskData
+    scorer: Scorer
+    tolerance: float
+    asked: list[Any]
+    """Questions of the analysis."""
+
+
+def run_scan(command: config.ScanConfig) -> None:
+    """Importance of every unit: table, scan.json, scan.png; with --analysis what may explain it."""
     output, console = Path(command.output), Console()
     for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
         _fresh(output, product)
     folders.check_writable(output)
+    prepared = _prepare(command, console)
+    result = _scan(command, prepared, console)
+    record = _show(command, prepared, result)
+    if command.analysis:
+        _explain(command, prepared, result, record)
+
+
+def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
+    """Load model and task, and refuse what cannot be scanned before anything is computed."""
     loaded = _load(command, evaluating=True)
     depth = decoder.depth(loaded.model)
     if command.run is not None and command.run > depth:
@@ -51,36 +78,57 @@ def run_scan(command: config.ScanConfig) -> None:
     data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
         console.say(f"  {note}")
-    every = units(command.unit, whole(depth), length)
     tolerance = select.tolerance_points(data.metric, len(data.calibration), command.tie_tolerance)
-    may_go = [every[i] for i in _open(command, loaded.model, every, protected)[0]]
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
     for note in encoding.row_notes(calibration=scorer.encoded):
         console.say(f"  {note}")
-    asked = lens.questions(scorer) if command.analysis else []
-    every_choice = scorer, data.metric
-    whole_scan = command.analysis or command.metric  # an analysis compares what it finds with accuracies too
-    if not whole_scan and command.scan == "exact" and (slow := scan.many_choices_note(scorer, command.strategy)):
-        console.say(f"  {slow}")
-    questions = every_choice if whole_scan else scan.asked(loaded.model, *every_choice, command.strategy)
+    asked: list[Any] = []
+    if command.analysis:
+        from trimllm.analysis import lens
+
+        asked = lens.questions(scorer)
+    return _Prepared(loaded.model, protected, length, data, scorer, tolerance, asked)
+
+
+def _scan(command: config.ScanConfig, prepared: _Prepared, console: Console) -> scan.ScanResult:
+    """Measure every candidate, and say what the user should know of it."""
+    model, scorer, metric = prepared.model, prepared.scorer, prepared.data.metric
+    depth = decoder.depth(model)
+    every = units(command.unit, whole(depth), prepared.length)
+    may_go = [every[i] for i in _open(command, model, every, prepared.protected)[0]]
+    # An analysis compares what it finds with accuracies too.
+    asks_every_choice = command.analysis or command.metric is not None
+    if not asks_every_choice and command.scan == "exact":
+        slow = scan.many_choices_note(scorer, command.strategy)
+        if slow:
+            console.say(f"  {slow}")
+    questions = (scorer, metric) if asks_every_choice else scan.asked(model, scorer, metric, command.strategy)
     with console.progress("scan") as show:
         result = scan.scan(
-            loaded.model,
+            model,
             *questions,
             command.unit,
-            length=length,
+            length=prepared.length,
             run=command.run or max(1, depth // 2),
-            race=race_of(command, tolerance, may_go, command.seed),
+            race=race_of(command, prepared.tolerance, may_go, command.seed),
             progress=show,
         )
     for note in result.notes:
         console.say(f"  {note}")
-    extra = weights.evidence(command.strategy, loaded.model, scorer, result.candidates)
+    return result
+
+
+def _show(command: config.ScanConfig, prepared: _Prepared, result: scan.ScanResult) -> dict[str, Any]:
+    """Print the table and what would go first; write scan.json, which is returned, and its picture."""
+    from trimllm.plot import importance_plot
+
+    model, depth, output = prepared.model, decoder.depth(prepared.model), Path(command.output)
+    extra = weights.evidence(command.strategy, model, prepared.scorer, result.candidates)
     evidence = result.evidence(scan.positions(result.candidates, range(depth)), depth, command.seed, **extra)
     names = [describe(unit, whole(depth)) for unit in result.candidates]
     record = scan.table(result, evidence, command.strategy, names)
-    choice, reason = _first(command, loaded.model, result, evidence, protected, tolerance)
-    record |= {"model": command.model, "task": data.name, "metric": result.base.metric}
+    choice, reason = _first(command, model, result, evidence, prepared.protected, prepared.tolerance)
+    record |= {"model": command.model, "task": prepared.data.name, "metric": result.intact.metric}
     record["first"] = names[choice.index] if choice else None
     if choice is None:
         first = f"nothing: {reason}"
@@ -88,18 +136,26 @@ def run_scan(command: config.ScanConfig) -> None:
         first = names[choice.index]
     else:
         first = f"{names[choice.index]} ({choice.why})"
-    print(f"intact: {result.base.metric} {result.base}")
+    print(f"intact: {result.intact.metric} {result.intact}")
     print(scan_table(record))
     print(f"{'least important' if command.unit == 'sublayer' else 'would go first'}: {first}")
     files.write_json(output / "scan.json", record)
     importance_plot(record, output / "scan.png")
     print(f"written: {output / 'scan.json'}, {output / 'scan.png'}")
-    if command.analysis:
-        explained = summary.analyse(command, loaded.model, scorer, asked, result, record)
-        print(f"\n{summary.report(explained)}")
-        files.write_json(output / "analysis.json", explained)
-        analysis_plot(explained, output / "analysis.png")
-        print(f"written: {output / 'analysis.json'}, {output / 'analysis.png'}")
+    return record
+
+
+def _explain(command: config.ScanConfig, prepared: _Prepared, result: scan.ScanResult, record: dict[str, Any]) -> None:
+    """Print and write what may explain the scan: analysis.json and its picture."""
+    from trimllm.analysis import summary
+    from trimllm.plot import analysis_plot
+
+    output = Path(command.output)
+    explained = summary.analyse(command, prepared.model, prepared.scorer, prepared.asked, result, record)
+    print(f"\n{summary.report(explained)}")
+    files.write_json(output / "analysis.json", explained)
+    analysis_plot(explained, output / "analysis.png")
+    print(f"written: {output / 'analysis.json'}, {output / 'analysis.png'}")
 
 
 def _first(
@@ -114,7 +170,7 @@ def _first(
     free, reason = _open(command, model, result.candidates, protected)
     allowed = result.eligible(free, command.strategy)
     if free and not allowed:
-        reason = "no run fits behind a layer that may go: ask for a shorter --run"
+        reason = "no run fits after a layer that may go: ask for a shorter --run"
     if not allowed:
         return None, reason
     return select.choose(result.candidates, evidence, command.strategy, tolerance=tolerance, allowed=allowed), ""
@@ -192,8 +248,6 @@ def _load(command: config.ModelSettings, *, evaluating: bool = False) -> models.
 
 
 def _drop_on_disk(command: config.DropConfig) -> None:
-    from trimllm.checkpoints.streaming import drop_on_disk
-
     source = models.path_of(command.model)
     if (Path(source) / "adapter_config.json").exists():
         raise InputError(
@@ -281,8 +335,6 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.TaskData) -> dict[str, float]:
     """Percentages over the reported split: exact match, ROUGE-L against the best reference, repeated word 4-grams."""
-    from trimllm.tasks import metrics
-
     lengths: dict[str, Any] = {"max_new_tokens": command.max_new_tokens, "max_length": command.max_length}
     answers = generate(loaded.model, loaded.tokenizer, data.test, **lengths, token_budget=command.eval_batch_size)
     pairs = [
@@ -298,7 +350,7 @@ def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.T
 def run_bench(command: config.BenchConfig) -> None:
     """Models in turn: tables, bench.json, bench.png."""
     from trimllm.bench import benching, tables
-    from trimllm.run.plot import bench_plot
+    from trimllm.plot import bench_plot
 
     output = Path(command.output) if command.output else None
     if output:

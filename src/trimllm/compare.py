@@ -25,11 +25,9 @@ from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.run import placing, rundir
 
-FREE_OF_CHOICE = (
-    *("resume", "output", "methods", "keep", "threads", "device", "micro_batch_size", "eval_batch_size"),
-    *("gradient_checkpointing", "baselines_python"),
-)
-"""Settings that may differ when a comparison is resumed: more rows, and where they are computed."""
+FREE_OF_CHOICE = {*rundir.COMPUTING, "methods", "keep", "baselines_python"} - {"attention"}
+"""Settings that may differ when a comparison is resumed: more rows, and how they are computed; but for the attention,
+since the speeds of all rows stand in one table (threads and device are compared by `same_conditions`)."""
 
 
 def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
@@ -75,11 +73,12 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     """
     from trimllm.baselines import job
     from trimllm.checkpoints import arithmetic, backends, loading, models
+    from trimllm.checkpoints.dtypes import DTYPES
     from trimllm.evaluation import encoding, inputs
     from trimllm.training import training_rows
 
     trains = any(each.method.name != "base" for each in wanted)
-    dtype = models.DTYPES.get(command.dtype) or (models.DTYPES["float32"] if trains else None)
+    dtype = DTYPES.get(command.dtype) or (DTYPES["float32"] if trains else None)
     backends.check(command.attention, models.device_of(command.device), dtype, training=trains)
     config = check_model(command)
     for each in wanted:
@@ -90,7 +89,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
     names, notes = set(), list[str]()
     digests = {"--model": mark} if (mark := weights_mark(path)) else {}
-    saved = models.saved_dtype(path, command) or models.DTYPES["float32"]
+    saved = models.saved_dtype(path, command) or DTYPES["float32"]
     slower = [arithmetic.evaluation_note(saved, command.dtype, models.device_of(command.device))]
     if trains:
         place = models.training_device(command.device)
@@ -173,7 +172,7 @@ def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareCo
     Raises:
         InputError: see `compare`; or if its data or base, by these SHA-256, changed.
     """
-    settings, digests = root / "config.yaml", root / "data.json"
+    settings, digests = root / placing.CONFIG, root / "data.json"
     before = json.loads(digests.read_text(encoding="utf-8")) if digests.exists() else {}
     if settings.exists():
         if not command.resume:

@@ -9,7 +9,7 @@ from typing import Any
 from trimllm.baselines import Cell
 from trimllm.config import CompareConfig
 from trimllm.console import clock, table
-from trimllm.run.plot import picture
+from trimllm.plot import picture
 
 
 def row_line(cell: Cell, row: dict[str, Any]) -> str:

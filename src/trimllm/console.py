@@ -38,7 +38,7 @@ class Console:
     @contextmanager
     def progress(self, name: str) -> Iterator[Callable[..., None]]:
         """Yields `show(done, total, detail)`; the time left is worked out from what is done between the first call,
-        which may be behind much that an earlier process did, and this one."""
+        which may come after much that an earlier process did, and this one."""
         last = time.perf_counter()
         first: tuple[float, int] | None = None
 
@@ -63,7 +63,7 @@ class Console:
 
 
 def _columns() -> int:
-    """Of the terminal that the live line is on; standard output may be a file."""
+    """Columns of the terminal that the live line is on; standard output may be a file."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):

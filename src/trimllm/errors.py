@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TrimError(Exception):
     """The job could not be finished (exit code 1); what was computed so far is on disk."""
@@ -15,6 +18,13 @@ class InputError(TrimError):
     exit_code = 2
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: object) -> str:
     """An error's message on one line, at most 300 characters of it."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` with the known name that `name`, in whatever case, resembles; nothing if there is none."""
+    by_case = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_case, n=1)
+    return f" (did you mean {by_case[near[0]]!r}?)" if near else ""

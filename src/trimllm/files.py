@@ -1,5 +1,5 @@
-"""Files that are the old ones or the new ones, JSON lines that survive a kill, YAML, and one line for what a disk
-refuses."""
+"""Writing files so that a reader or a kill sees the old one or the new one, JSON lines that survive a kill, YAML, and
+one-line errors for a full or unwritable disk."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def there(path: str | Path) -> bool:
-    """Whether a file or folder is there; raises OSError where that may not be known, while `os.path.exists` denies
-    it."""
+    """Whether a file or folder exists.
+
+    Raises:
+        OSError: where the system does not let us know, as in a folder that may not be read (`os.path.exists` says no).
+    """
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -138,6 +141,13 @@ def full_disk(path: str | Path, sizes: str = "") -> str:
     """One line for a full disk, with what is known of sizes."""
     remedy = "free some space, then start again (trimllm trim goes on with --resume)"
     return f"cannot write to {path}: the disk is full{sizes}: {remedy}"
+
+
+def umask() -> int:
+    """The permissions that new files lack; temporary ones lack more, and get theirs when they are done."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _outside(name: str, path: str | Path) -> bool:

@@ -1,4 +1,4 @@
-"""What is done when a device's memory ends: less at once, and on with it."""
+"""What to do when a device runs out of memory: recognize the error, and give memory back."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from accelerate.utils.memory import clear_device_cache
 T = TypeVar("T")
 
 
-def ended(error: Exception) -> bool:
-    """Whether the error says that memory ended; the CPU's allocator has no class of its own for it."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error says that memory ran out; the CPU's allocator has no class of its own for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def attempt(compute: Callable[[], T]) -> T | None:
-    """What `compute` returns, or None if memory ended on the way; what it held is freed."""
+    """What `compute` returns, or None if memory ran out on the way; what it held is freed."""
     try:
         return compute()
     except RuntimeError as error:
-        if not ended(error):
+        if not is_out_of_memory(error):
             raise
-    free()  # outside of the handler: the traceback keeps the tensors alive
+    release()  # outside of the handler: the traceback keeps the tensors alive
     return None
 
 
-def free() -> None:
+def release() -> None:
     """Give back what nothing refers to any more."""
     gc.collect()
     clear_device_cache()

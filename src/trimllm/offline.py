@@ -33,6 +33,11 @@ def hub_or_cache(name: str = "") -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path, not one on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
 def _answers() -> bool:
     global _known
     asked, answered = _known

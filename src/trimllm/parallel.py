@@ -34,7 +34,11 @@ class Share:
         return self.rank == 0
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, known to all; every process must call it. An InputError is raised in all."""
+        """What the first process makes, known to all; every process must call it.
+
+        A TrimError of the first process is raised in all of them. Any other exception is raised in the first process
+        alone, and the others wait until the launcher ends them.
+        """
         if self.world == 1:
             return make()
         from accelerate.utils import broadcast_object_list

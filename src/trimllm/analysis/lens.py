@@ -2,7 +2,7 @@
 
 All are taken at the last token of the prompt, from which the answer is predicted, and give one number per unit (a
 block, or one half of it) and question. The logit lens is what the model's own tail (final norm and head) reads from the
-residual stream behind a unit (nostalgebraist, "interpreting GPT: the logit lens", 2020). Promotion is what the tail
+residual stream after a unit (nostalgebraist, "interpreting GPT: the logit lens", 2020). Promotion is what the tail
 reads from what an MLP alone adds to the stream: Geva et al. (arXiv 2012.14913, 2203.14680) project the value vectors of
 the key-value memory, here it is their weighted sum, the MLP's output. The third, causal tracing, is in `tracing`.
 
@@ -19,7 +19,7 @@ import torch
 
 from trimllm.analysis import probes
 from trimllm.blocks import decoder, families
-from trimllm.blocks.layout import Unit
+from trimllm.blocks.layout import HALVES, Unit
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, evaluate
 from trimllm.evaluation.encoding import Batch, Batches, Encoded
@@ -61,8 +61,8 @@ def answered(model: Any, scorer: Scorer, asked: Sequence[Encoded], base: Evaluat
 
 
 def last_tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every row, which has one continuation: the flat place (rows,) of its prompt's last token, and the first id
-    (rows,) behind it."""
+    """The flat positions (rows,) of the last tokens of the prompts, and the first ids (rows,) after them; every row has
+    one continuation."""
     lengths = batch.segment.bincount()
     begin = lengths.cumsum(0) - lengths
     return batch.where[begin], batch.targets[begin]
@@ -83,7 +83,7 @@ def per_question(
 
 @torch.no_grad()
 def logit_lens(model: Any, made: Batches, units: Sequence[Unit]) -> dict[str, Array]:
-    """What the stream behind each unit says of the answer's first token, (units, questions) each.
+    """What the stream after each unit says of the answer's first token, (units, questions) each.
 
     `lens_probability`: percent; `lens_gain`: points more than before the unit; `lens_accuracy`: 100 where the token is
     the most likely one of the vocabulary, else 0.
@@ -99,7 +99,7 @@ def logit_lens(model: Any, made: Batches, units: Sequence[Unit]) -> dict[str, Ar
         states = probes.states_at(stream, at)
         read = dict(zip(states, _read(model, list(states.values()), tokens), strict=True))
         ends = [(read[begin], read[end]) for begin, end in map(activations.ends, units)]
-        rows = [torch.stack([behind[0], behind[0] - before[0], behind[1]]) for before, behind in ends]
+        rows = [torch.stack([after[0], after[0] - before[0], after[1]]) for before, after in ends]
         return 100 * torch.stack(rows, dim=1).cpu().double().numpy()
 
     return dict(zip(("lens_probability", "lens_gain", "lens_accuracy"), per_question(made, work), strict=True))
@@ -130,13 +130,13 @@ def promotion(model: Any, made: Batches, units: Sequence[Unit]) -> dict[str, Arr
 
 
 def _written(model: Any, batch: Batch, at: torch.Tensor, units: Sequence[Unit]) -> list[torch.Tensor]:
-    """What each unit (of a block: its MLP) adds to the stream at the places `at`: (rows, hidden) each.
+    """What each unit (of a block: its MLP) adds to the stream at the positions `at`: (rows, hidden) each.
 
     Where halves run one after the other it is the difference of the stream; in parallel blocks the MLP's output, if
     that and the attention's make up what the block adds.
     """
     parallel = {unit.index for unit in units if decoder.halves(model, unit.index) is None}
-    names = {i: [probes.half_modules(model, half, i)[-1:] for half in decoder.HALVES] for i in parallel}
+    names = {i: [probes.half_modules(model, half, i)[-1:] for half in HALVES] for i in parallel}
     modules = [(i, name) for i, both in names.items() for half in both for name in half]
     with probes.reading(model, modules, at) as outputs:
         states = probes.states_at(activations.keeping_stream(model, batch, mids=True)[1], at)

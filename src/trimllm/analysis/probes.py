@@ -1,6 +1,6 @@
-"""Reading and setting what modules give at chosen places of a batch, through hooks that leave nothing behind.
+"""Reading and setting what modules give at chosen positions of a batch, through hooks that leave nothing behind.
 
-A place is a flat index into (rows * length), as in `encoding.Batch`.
+A position here is a flat index into (rows * length), as in `encoding.Batch`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,6 @@ import torch
 from torch import nn
 
 from trimllm.blocks import decoder, families
-
-
-def first(output: Any) -> torch.Tensor:
-    """The hidden state in what a module returns."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def like(output: Any, hidden: torch.Tensor) -> Any:
@@ -64,7 +59,7 @@ def reading(model: Any, modules: Iterable[tuple[int, str]], where: torch.Tensor)
 
     def keep(place: tuple[int, str]) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            written = at_places(first(output), where)  # a copy: some blocks add to this tensor in place
+            written = at_places(decoder.hidden_of(output), where)  # a copy: some blocks add to this tensor in place
             residual = _residual(model, place[1], args)
             found[place] = written if residual is None else written - at_places(residual, where)
 
@@ -86,7 +81,7 @@ def writing(model: Any, values: Mapping[tuple[int, str], torch.Tensor], where: t
 
     def put(name: str, value: torch.Tensor) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            hidden = first(output).clone(memory_format=torch.contiguous_format)
+            hidden = decoder.hidden_of(output).clone(memory_format=torch.contiguous_format)
             flat = hidden.flatten(-3, -2) if hidden.dim() > 2 else hidden
             residual = _residual(model, name, args)
             whole = value if residual is None else value + at_places(residual, where)
@@ -107,7 +102,7 @@ def tail_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (k, vocabulary) in float32 that the model's own tail reads from states (k, hidden).
 
     Rows of one token go through the model, and the states take the place of its last block's output: whatever comes
-    behind (norms, projections, scales, soft caps) is computed as in any forward pass.
+    after it (norms, projections, scales, soft caps) is computed as in any forward pass.
     """
     count = hidden.shape[-2]
     ids = torch.zeros((count, 1), dtype=torch.long, device=model.device)

@@ -14,7 +14,7 @@ ROUNDS = 9999
 
 
 def ranks(values: Array) -> Array:
-    """(n,) places from 1 in ascending order; equal values share the mean of their places."""
+    """(n,) ranks from 1 in ascending order; equal values share the mean of theirs."""
     _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = counts.cumsum()
     return (ends - (counts - 1) / 2)[where]
@@ -28,7 +28,7 @@ def spearman(a: Array, b: Array) -> float:
     return float(x @ y) / scale if len(x) > 2 and scale > 0 else math.nan
 
 
-def permutation_p(a: Array, b: Array, seed: int, rounds: int = ROUNDS) -> float:
+def permutation_p(a: Array, b: Array, seed: int) -> float:
     """Share of random orders of `b` whose rank correlation with `a` is at least as far from 0 (two-sided p-value).
 
     The order given counts as one of them, so that no p is 0 (Phipson and Smyth, arXiv 1603.05766). NaN where there is
@@ -37,9 +37,9 @@ def permutation_p(a: Array, b: Array, seed: int, rounds: int = ROUNDS) -> float:
     if math.isnan(spearman(a, b)):
         return math.nan
     x, y = _centred(a), _centred(b)
-    shuffled = np.random.default_rng(seed % 2**32).permuted(np.tile(y, (rounds, 1)), axis=1)
+    shuffled = np.random.default_rng(seed % 2**32).permuted(np.tile(y, (ROUNDS, 1)), axis=1)
     least = abs(x @ y) * (1 - 1e-12)
-    return float(1 + (np.abs(shuffled @ x) >= least).sum()) / (1 + rounds)
+    return float(1 + (np.abs(shuffled @ x) >= least).sum()) / (1 + ROUNDS)
 
 
 def _centred(values: Array) -> Array:

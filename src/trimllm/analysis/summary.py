@@ -34,8 +34,8 @@ MEASURES = {
     "norm": ("activation norm", "100 min / norm"),
     "depth": ("depth", "blocks"),
 }
-"""Name in analysis.json -> what tables and pictures call it, and its unit. `depth`, the unit's place, is the control:
-what grows with depth agrees with everything else that does."""
+"""Name in analysis.json -> what tables and pictures call it, and its unit. `depth`, the unit's position, is the
+control: what grows with depth agrees with everything else that does."""
 
 
 def analyse(
@@ -81,7 +81,7 @@ def measure(
                 measures |= look(model, made, units)
             except InputError as error:
                 notes.append(str(error))
-        known = lens.answered(model, scorer, asked, result.base, command.analysis_items)
+        known = lens.answered(model, scorer, asked, result.intact, command.analysis_items)
         traced: dict[str, Array] = {}
         if not known:
             notes.append("causal tracing: the model answers none of the calibration questions")

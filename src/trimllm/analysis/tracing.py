@@ -30,7 +30,7 @@ SAMPLES = 3
 
 
 def spans(asked: Sequence[Encoded]) -> dict[int, range]:
-    """Per item, the places of its question's own tokens: those between what all prompts begin and end with.
+    """Per item, the positions of its question's own tokens: those between what all prompts begin and end with.
 
     That is what a task's template leaves. A prompt that has nothing of its own is taken whole.
     """
@@ -64,7 +64,7 @@ def trace(
     question's tokens `own` (see `spans`), the mean over `samples` seeded draws. An effect is by how much it is higher
     than corrupted when, at the last token of the prompt alone,
 
-    - `tracing_state` (blocks only): the residual stream behind the block is that of the clean run;
+    - `tracing_state` (blocks only): the residual stream after the block is that of the clean run;
     - `tracing_output`: what the unit adds to the stream is what it adds in the clean run. (ROME restores the outputs of
       ten MLPs or attentions at once, here it is one.) Not where blocks norm the stream instead of adding to it.
 
@@ -123,16 +123,12 @@ def _deviation(model: Any, made: Batches, own: Mapping[int, range]) -> float:
     count, total, squares = 0, 0.0, 0.0
     for number in range(len(made)):
         batch = made[number]
-        embedded = (
-            model.get_input_embeddings()(batch.inputs["input_ids"]).cpu().double()
-        )  # not every device has float64
+        embedded = model.get_input_embeddings()(batch.inputs["input_ids"]).cpu().double()  # devices may lack float64
         for row, (item, _) in enumerate(batch.owners):
             values = embedded[row, own[item].start : own[item].stop]
-            count, total, squares = (
-                count + values.numel(),
-                total + float(values.sum()),
-                squares + float((values**2).sum()),
-            )
+            count += values.numel()
+            total += float(values.sum())
+            squares += float((values**2).sum())
     return float(np.sqrt(max(0.0, squares / count - (total / count) ** 2)))
 
 

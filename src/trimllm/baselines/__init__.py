@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimllm.errors import InputError
+from trimllm.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Method:
 
     name: str
     title: str
-    """What the table calls it, with the share behind it (see `Cell.title`)."""
+    """What the table calls it, with the share after it (see `Cell.title`)."""
     module: str
     """Module of this package with `run(job)`."""
     source: str
@@ -127,11 +127,8 @@ def cells(names: Sequence[str], keeps: Sequence[float]) -> list[Cell]:
     """
     for name in names:
         if name not in METHODS:
-            import difflib
-
-            near = difflib.get_close_matches(name, METHODS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use some of {', '.join(METHODS)}"
-            raise InputError(f"--methods {name}: unknown method: {hint}")
+            hint = did_you_mean(name, METHODS) or f": use some of {', '.join(METHODS)}"
+            raise InputError(f"--methods {name}: unknown method{hint}")
     wanted = set(names or METHODS)
     while more := {before for name in wanted for before in METHODS[name].after} - wanted:
         wanted |= more

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     except RuntimeError as error:
         from trimllm import memory
 
-        if not memory.ended(error):
+        if not memory.is_out_of_memory(error):
             raise
         row = {"status": "not run", "why": "out of memory on the device: a smaller --micro-batch-size may help"}
     except KeyboardInterrupt:  # the comparison, which got it too, says so
@@ -80,9 +80,9 @@ def measure(command: CompareConfig, cell: Cell, root: Path) -> dict[str, Any]:
     module = importlib.import_module(f"trimllm.baselines.{cell.method.module}")
     job.folder.mkdir(parents=True, exist_ok=True)
     product: Product = module.run(job)
-    memory.free()
+    memory.release()
     found = evaluate(job, product)
-    memory.free()  # the processes that measure the speed share the device with this one
+    memory.release()  # the processes that measure the speed share the device with this one
     made = {key: value for key, value in asdict(product).items() if key != "checkpoint"}
     return {
         "status": "done",

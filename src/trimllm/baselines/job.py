@@ -13,7 +13,8 @@ import torch
 from trimllm.baselines import METHODS, Cell
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
-from trimllm.checkpoints import arithmetic, export, models, room
+from trimllm.checkpoints import export, models, room
+from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
 from trimllm.errors import InputError
@@ -71,8 +72,6 @@ class Job:
         """The fully fine-tuned model in float32 (or the dtype it was trained in)."""
         return self.earlier("full").parent / "trained"
 
-    # ---- settings
-
     def trim_settings(self, **changes: Any) -> TrimConfig:
         """A run of `trimllm trim` with the comparison's settings and `changes`, less those that mean nothing to it."""
         shared = {name: getattr(self.command, name) for name in sorted(SHARED)}
@@ -96,7 +95,7 @@ class Job:
 
     @property
     def epochs(self) -> float:
-        """Epochs behind the warm-up that the progressive run takes, which every method that trains is given."""
+        """Epochs after the warm-up that the progressive run takes, which every method that trains is given."""
         return self.command.epochs_per_drop * self.drops + self.command.final_epochs
 
     @property
@@ -107,9 +106,7 @@ class Job:
     @cached_property
     def accelerator(self) -> Any:
         """Device and mixed precision of training, as in a run of `trimllm trim`."""
-        return models.accelerator(self.trim_settings(keep=0.5))
-
-    # ---- what most methods do
+        return models.accelerator(self.command)
 
     def load(self, path: str | Path | None = None, *, training: bool = True, evaluating: bool = False) -> models.Loaded:
         """The base, or the checkpoint in `path`; to train in the dtype for it (see `models.load`).
@@ -119,7 +116,7 @@ class Job:
         """
         settings = self.command if path is None else self.command.model_copy(update={"model": str(path)})
         if training:
-            weights = room.weights(models.path_of(settings.model), models.DTYPES.get(settings.dtype, torch.float32))
+            weights = room.weights(models.path_of(settings.model), DTYPES.get(settings.dtype, torch.float32))
             if note := room.full_training_note(weights, self.accelerator.device, "a device with more memory"):
                 self.console.say(note)
         return models.load(settings, training=training, evaluating=evaluating)
@@ -155,7 +152,7 @@ class Job:
     ) -> train.StageReport:
         """Fine-tune in place on the task and the domain text, as a stage of `trimllm trim` does; all parameters
         unless named, at --lr unless another rate is given."""
-        command, model = self.trim_settings(keep=0.5, **({"lr": lr} if lr else {})), loaded.model
+        command, model = self.command.model_copy(update={"lr": lr} if lr else {}), loaded.model
         model.to(self.accelerator.device)
         seed = command.seed * 1000 + stage
         plan = self.plan(loaded, epochs, seed)
@@ -205,7 +202,7 @@ class Job:
 
     def trim(self, start: str | Path, folder: Path | None = None, **changes: Any) -> Product:
         """A run of `trimllm trim` from a checkpoint, or gone on with; its result, and what that took."""
-        dtype = arithmetic.name_of(self.saved_dtype())
+        dtype = name_of(self.saved_dtype())
         output = folder or self.folder / "run"
         fixed = {"model": str(start), "keep": self.cell.keep, "save_dtype": dtype, "output": str(output)}
         config = self.trim_settings(**{**fixed, **changes})

@@ -99,7 +99,7 @@ def _skipping(
     def forward(*args: Any, **named: Any) -> Any:
         if not block.training:
             return plain(*args, **named)
-        stream = args[0] if args else named["hidden_states"]
+        stream = decoder.hidden_argument(args, named)
         if not drops.kept[place]:
             return (stream, None) if returns_tuple else stream
         output, probability = plain(*args, **named), drops.probabilities[place]

@@ -26,7 +26,7 @@ from trimllm.importance import weights
 from trimllm.training import train
 
 RANK, ALPHA, RATE = 8, 16, 1e-4
-"""Of LoRA, as published."""
+"""Rank, scale and learning rate of LoRA, as published."""
 
 
 def run(job: Job) -> Product:
@@ -59,15 +59,12 @@ def importance(model: Any, scorer: Scorer) -> list[tuple[torch.Tensor, torch.Ten
             ):
                 total = torch.zeros(count, dtype=torch.float64, device=block.self_attn.o_proj.weight.device)
                 for parameter in (p for layer in width.layers(block, opening) for p in layer.parameters()):
-                    total += _first_order(parameter).reshape(count, -1).sum(1)
-                total += _first_order(width.layers(block, (closing,))[0].weight).T.reshape(count, -1).sum(1)
+                    total += weights.first_order(parameter).double().reshape(count, -1).sum(1)
+                columns = weights.first_order(width.layers(block, (closing,))[0].weight).T
+                total += columns.double().reshape(count, -1).sum(1)
                 sums.append(total)
             found.append((sums[0], sums[1]))
     return found
-
-
-def _first_order(parameter: nn.Parameter) -> torch.Tensor:
-    return (parameter * parameter.grad).abs().double() if parameter.grad is not None else parameter.double() * 0
 
 
 def recover(job: Job, loaded: models.Loaded) -> train.StageReport:

@@ -1,4 +1,4 @@
-"""Layer dropping before fine-tuning by place or contribution, Sajjad et al. (https://arxiv.org/abs/2004.03844).
+"""Layer dropping before fine-tuning by position or contribution, Sajjad et al. (https://arxiv.org/abs/2004.03844).
 
 Top, bottom, alternate and symmetric are places; contribution drops the layers whose output is most like their input
 (cosine), which is block influence measured on the base. The base is cut, then fine-tuned for the warm-up and all that

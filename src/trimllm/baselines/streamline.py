@@ -25,7 +25,7 @@ from trimllm.blocks import decoder, families, legality
 from trimllm.blocks.layout import whole, without
 from trimllm.blocks.surgery import drop_layers
 from trimllm.checkpoints import models
-from trimllm.config import TrimConfig
+from trimllm.config import TrainedModel
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.importance.scan import scan
@@ -49,7 +49,7 @@ def run(job: Job) -> Product:
     steps = job.plan(loaded, job.epochs * SHARE, job.command.seed * 1000) if job.epochs else []
     if steps:
         pad = encoding.pad_id(loaded.tokenizer, model)
-        replacement, errors = train_replacement(model, start, length, steps, job.trim_settings(keep=0.5), pad)
+        replacement, errors = train_replacement(model, start, length, steps, job.command, pad)
         decoder.blocks(model)[start].load_state_dict(replacement.state_dict())
         note += f"; its mean squared error went from {errors[0]:.3g} to {errors[-1]:.3g} in training"
     apart = time.perf_counter() - found
@@ -83,7 +83,7 @@ def find_run(job: Job, loaded: models.Loaded, length: int) -> tuple[int, float]:
 
 
 def train_replacement(
-    model: Any, start: int, length: int, steps: Sequence[Sequence[Example]], settings: TrimConfig, pad_id: int
+    model: Any, start: int, length: int, steps: Sequence[Sequence[Example]], settings: TrainedModel, pad_id: int
 ) -> tuple[torch.nn.Module, list[float]]:
     """A block that maps the input of the run to its output in the intact model, and the error of every step.
 
@@ -128,27 +128,18 @@ def mean_squared(model: Any, start: int, length: int, block: torch.nn.Module, pa
         given.extend((args, named))
 
     def leave(_module: Any, _args: Any, output: Any) -> None:
-        wanted.append(_states(output))
-        raise _LeftError
+        wanted.append(decoder.hidden_of(output))
+        raise decoder.LeftError
 
     blocks = decoder.blocks(model)
     with ExitStack() as stack:
         stack.callback(blocks[start].register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(blocks[start + length - 1].register_forward_hook(leave).remove)
         stack.enter_context(torch.no_grad())
-        stack.enter_context(suppress(_LeftError))
+        stack.enter_context(suppress(decoder.LeftError))
         model(**packed.inputs, use_cache=False)
     real = torch.zeros(packed.inputs["input_ids"].shape, dtype=torch.bool, device=wanted[0].device)
     for example, row, begin in packed.spans:
         real[row, begin : begin + example.inputs] = True
     args, named = given
-    return torch.nn.functional.mse_loss(_states(block(*args, **named))[real].float(), wanted[0][real].float())
-
-
-def _states(output: Any) -> torch.Tensor:
-    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return states
-
-
-class _LeftError(Exception):
-    """Leaves a forward pass whose rest is not wanted."""
+    return torch.nn.functional.mse_loss(decoder.hidden_of(block(*args, **named))[real].float(), wanted[0][real].float())

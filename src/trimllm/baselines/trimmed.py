@@ -11,7 +11,8 @@ from trimllm.run.rundir import RunDir
 
 
 def run(job: Job) -> Product:
-    """From the fully fine-tuned model. Where no training waits for the last drop, one run gives every depth."""
+    """A run of `trimllm trim` from the fully fine-tuned model; one gives every depth where no training waits for
+    the last drop."""
     unit = "pair" if job.cell.method.name == "trim-pair" else "block"
     own: dict[str, Any] = {"unit": unit, "strategy": job.command.strategy, "warmup_epochs": 0}
     if not job.every_depth_at_once:

@@ -27,7 +27,7 @@ EVEN, WIDE = 8, 512
 
 @dataclass(frozen=True)
 class Widths:
-    """Of a block: query heads per KV head, KV heads, and MLP channels."""
+    """Widths of a block: query heads per KV head, KV heads, and MLP channels."""
 
     per: int
     heads: int

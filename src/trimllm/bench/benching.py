@@ -28,6 +28,7 @@ from trimllm import memory
 from trimllm.bench import reads, shapes, timing
 from trimllm.blocks import adapters, decoder
 from trimllm.checkpoints import arithmetic, backends, loading, models, room
+from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.config import BenchConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
@@ -43,12 +44,10 @@ class Manner:
     changes: Sequence[Change | None] = ()
     """one per model, done to it before anything is measured; none: no model is changed"""
     once: bool = False
-    """read the prompt once, and decode behind it in every round"""
+    """read the prompt once, and decode after it in every round"""
     limit: float = math.inf
     """seconds after which a model decodes no further token in a round"""
 
-
-# ---- in the process of one model -------------------------------------------------------------------------------------
 
 _HERE: dict[str, Any] = {}
 """The model of this process, its runner, and its memory before it was loaded."""
@@ -62,7 +61,7 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     """
     if command.threads:
         torch.set_num_threads(command.threads)
-    device, dtype = models.device_of(command.device), models.DTYPES.get(command.dtype)
+    device, dtype = models.device_of(command.device), DTYPES.get(command.dtype)
     _wake(device)
     _forget_peak(device)
     _HERE["before"] = resident("VmRSS")
@@ -82,7 +81,7 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
         "model": name,
         "layers": decoder.depth(model),
         "parameters": parameters(model, trust_remote_code=command.trust_remote_code),
-        "dtype": arithmetic.name_of(model.dtype),
+        "dtype": name_of(model.dtype),
     }
     plain = change is None and not getattr(model, "is_quantized", False)  # others have products of their own
     known["slowdown"] = arithmetic.slowdown(model.dtype, model.device) if plain else 1.0
@@ -119,14 +118,14 @@ def prepare(command: BenchConfig, batch: int, once: bool = False) -> None:
 
 
 def run(limit: float = math.inf) -> timing.Pass:
-    """One prompt and the tokens behind it, none after `limit` seconds."""
+    """One prompt and the tokens after it, none after `limit` seconds."""
     done: timing.Pass = _HERE["runner"].run(limit=limit)
     return done
 
 
 def finish(batch: int, sequence: int) -> tuple[int | None, reads.Footprint]:
     """Peak memory in bytes while decoding (the weights included), and what a decode step reads: the row's last, or the
-    first behind a prompt that is read once."""
+    first after a prompt that is read once."""
     peak, runner = _peak(), _HERE["runner"]
     if runner.once:
         cache = runner.prompt_cache()
@@ -189,9 +188,6 @@ def resident(field: str) -> int | None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# ---- in the process of the command -----------------------------------------------------------------------------------
-
-
 def measure(
     command: BenchConfig, progress: Callable[..., None] = lambda *_: None, manner: Manner = Manner()
 ) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
@@ -245,7 +241,7 @@ def _pool() -> ProcessPoolExecutor:
 def _check(command: BenchConfig) -> None:
     """Refuse an attention backend that no model can take, models that are not there, and models that do not fit into
     memory together, before any is loaded."""
-    device, dtype, total = models.device_of(command.device), models.DTYPES.get(command.dtype), 0
+    device, dtype, total = models.device_of(command.device), DTYPES.get(command.dtype), 0
     backends.check(command.attention, device, dtype)
     for name in command.models:
         if name.startswith(shapes.PREFIX):
@@ -265,7 +261,7 @@ def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -
     except BrokenProcessPool:
         raise TrimError(f"the process of {name} was ended, perhaps for lack of memory: measure fewer models") from None
     except RuntimeError as error:
-        if not memory.ended(error):
+        if not memory.is_out_of_memory(error):
             raise
         raise TrimError(f"{name}: out of memory on the device: a smaller --batch-size, or fewer models") from None
     except InputError as error:

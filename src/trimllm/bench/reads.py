@@ -22,7 +22,7 @@ from trimllm.bench import timing
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes behind one decode step at a given position."""
+    """Bytes that one decode step reads at a given position."""
 
     weights: int
     """read from parameters and buffers, for the whole batch"""
@@ -94,8 +94,6 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
             waiting += vars(thing).values()
     return list(seen.values())
 
-
-# ---- the watch -------------------------------------------------------------------------------------------------------
 
 ROWS = {"aten::embedding": 0, "aten::index_select": None, "aten::index": None, "aten::gather": None}
 """Operators that read some rows of their first argument."""
@@ -183,7 +181,7 @@ def _view(tensor: torch.Tensor) -> tuple[Any, int]:
 
 
 def _rows(name: str, args: Any) -> tuple[int, int] | None:
-    """Of how many rows how many are looked up; None: not known, all of them."""
+    """How many rows are looked up, of how many; None: not known, all of them."""
     table = args[0]
     if name == "aten::index":
         used = [(dim, index) for dim, index in enumerate(args[1]) if index is not None]
@@ -198,7 +196,7 @@ def _rows(name: str, args: Any) -> tuple[int, int] | None:
 
 
 def _groups(args: Any, kwargs: Any) -> tuple[int, int] | None:
-    """Of how many experts how many have tokens."""
+    """How many experts have tokens, of how many."""
     offsets = args[2] if len(args) > 2 else kwargs.get("offs")
     if offsets is None:
         return None

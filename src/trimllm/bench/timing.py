@@ -24,7 +24,7 @@ from trimllm.evaluation import encoding
 
 @dataclass(frozen=True)
 class Pass:
-    """One prompt read and some tokens decoded behind it: seconds."""
+    """One prompt read and some tokens decoded after it: seconds."""
 
     batch: int
     prompt: int
@@ -47,7 +47,7 @@ class Pass:
 class Runner:
     """A model that decodes rows of a fixed length, with a growing cache or a static one, compiled or not.
 
-    `once`: the prompt is read once, and every run decodes behind it anew (a growing cache, cut back to the prompt; not
+    `once`: the prompt is read once, and every run decodes after it anew (a growing cache, cut back to the prompt; not
     for caches with a window or a state).
     """
 
@@ -116,7 +116,7 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, steps: int = 3) -> torch.Tensor:
-        """Of the tokens behind the prompt when fixed ids are fed: (batch, steps, vocab), float32."""
+        """Logits of the tokens after the prompt when fixed ids are fed: (batch, steps, vocab), float32."""
         out, found = self._prefill(), []
         for place in range(self.prompt, self.prompt + min(steps, self.new)):
             out = self._step(self.ids[:, place : place + 1], out.get(self.name))
@@ -208,7 +208,7 @@ def last_logits(model: Any) -> dict[str, int]:
 
 
 def decode_once(model: Any, *, batch: int = 1, prompt: int = 32, new: int = 64, limit: float = 10.0) -> float:
-    """Tokens per second over up to `new` decode steps behind a prompt of `prompt` tokens, for at most `limit` seconds.
+    """Tokens per second over up to `new` decode steps after a prompt of `prompt` tokens, for at most `limit` seconds.
 
     Both are less where the model's context is shorter.
     """

@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trimllm.errors import InputError, one_line
-from trimllm.offline import hub_or_cache
+from trimllm.offline import hub_or_cache, is_path
 
 REMEDY = "merge it first, with `model = model.merge_and_unload()`"
 
@@ -27,7 +27,7 @@ def base_of(name: str | Path) -> str | None:
     Raises:
         InputError: if it is one whose base is not named, or is not there.
     """
-    if _is_path(os.fspath(name)) and not Path(name).is_dir():
+    if is_path(os.fspath(name)) and not Path(name).is_dir():
         return None
     with hub_or_cache(os.fspath(name)):
         path = find_adapter_config_file(os.fspath(name))
@@ -44,7 +44,7 @@ def base_of(name: str | Path) -> str | None:
             f"cannot use {str(name)!r}: it holds a model and an adapter: move adapter_config.json into another folder"
         )
     local = Path(base).expanduser()
-    if not local.is_dir() and _is_path(base):
+    if not local.is_dir() and is_path(base):
         raise InputError(
             f"cannot use adapter {str(name)!r}: its base {base} is not there: put the right path into "
             "base_model_name_or_path of its adapter_config.json"
@@ -52,11 +52,6 @@ def base_of(name: str | Path) -> str | None:
     if (local / "adapter_config.json").exists():
         raise InputError(f"cannot use adapter {str(name)!r}: its base {base} is an adapter, too: merge that one first")
     return str(local) if local.is_dir() else base
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a path, not one on the Hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def has_file(name: str, file: str) -> bool:

@@ -1,19 +1,21 @@
-"""Where things are in a causal language model: its decoder blocks, and the attention half and the MLP half of each."""
+"""Where things are in a causal language model: its decoder blocks, the attention half and the MLP half of each, and the
+hidden states in what goes in and comes out."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimllm.blocks import families
+from trimllm.blocks.layout import HALVES
 from trimllm.errors import InputError
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 """Attributes in which modules keep the number of their layer."""
 REFERENCE_NAMES = ("kv_shared_layer_index",)
 """Attributes in which modules keep the number of another layer, whose keys and values they reuse."""
-HALVES = ("attention", "mlp")
 
 
 def text_config(model: nn.Module) -> Any:
@@ -22,7 +24,8 @@ def text_config(model: nn.Module) -> Any:
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The text decoder: where transformers takes something without blocks for it, such as an output layer, the base."""
+    """The module that computes the text decoder's hidden states: `get_decoder()`, or the base model where transformers
+    returns a module without blocks, such as an output layer."""
     found: nn.Module = model.get_decoder()  # type: ignore[operator]
     if any(isinstance(module, nn.ModuleList) for module in found.modules()):
         return found
@@ -73,7 +76,7 @@ def half_names(model: nn.Module, half: str, block: nn.Module) -> list[str]:
     return [name for name in names if block._modules.get(name) is not None]
 
 
-def repackable(model: nn.Module) -> str | None:
+def repacking_refused(model: nn.Module) -> str | None:
     """Why halves of blocks cannot be re-packed, or None where they can."""
     config = text_config(model)
     reason = families.whole_only(config)
@@ -116,10 +119,24 @@ def parameters_of(model: nn.Module, half: str, i: int) -> list[nn.Parameter]:
     block = blocks(model)[i]
     if half == "block":
         return list(block.parameters())
-    reason = repackable(model)
+    reason = repacking_refused(model)
     if reason:
         raise InputError(f"the {half} half of layer {i} cannot be told apart: {reason}")
     return [parameter for name in half_names(model, half, block) for parameter in block._modules[name].parameters()]  # type: ignore[union-attr]
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a block, or of a module in it."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a block, or a module in it, returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class LeftError(Exception):
+    """Raised by a hook to leave a forward pass whose rest is not wanted."""
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from trimllm.errors import InputError
 
+HALVES = ("attention", "mlp")
+"""What a block consists of, in order of execution; the names of the fields of `Block`."""
+
 
 class Block(NamedTuple):
     """One decoder block: where its attention half comes from, and its MLP half. `None` bypasses it (trial only)."""
@@ -26,7 +29,7 @@ Layout = tuple[Block, ...]
 class Unit(NamedTuple):
     """Something that can be dropped: its `kind` ("block", "pair", "attention" or "mlp") and the block it begins in.
 
-    block i: A_i and M_i, and the `length` - 1 blocks behind it (a run). pair i: M_i and A_{i+1}, the shifted pair (A_i
+    block i: A_i and M_i, and the `length` - 1 blocks after it (a run). pair i: M_i and A_{i+1}, the shifted pair (A_i
     then joins M_{i+1} in one stock block). attention i / mlp i: one sub-layer, for scans only.
     """
 
@@ -42,11 +45,11 @@ class Unit(NamedTuple):
     @property
     def bypassed(self) -> bool:
         """Whether the unit can only be bypassed: no stock block is without one of its sub-layers."""
-        return self.kind in ("attention", "mlp")
+        return self.kind in HALVES
 
     @property
     def blocks(self) -> range:
-        """Places of the blocks of which the unit holds a part."""
+        """Indices of the blocks of which the unit holds a part."""
         return range(self.index, self.index + (2 if self.kind == "pair" else self.length))
 
 
@@ -56,7 +59,7 @@ def whole(depth: int) -> Layout:
 
 
 def positions(layers: Iterable[int], depth: int) -> list[int]:
-    """The layers that a user named, as places in a model of `depth` layers; negative ones count from the end.
+    """The layers that a user named, as indices in a model of `depth` layers; negative ones count from the end.
 
     Raises:
         InputError: if one does not exist, or two of them are the same layer.
@@ -75,7 +78,7 @@ def positions(layers: Iterable[int], depth: int) -> list[int]:
 
 
 def without(layout: Layout, positions: Iterable[int]) -> Layout:
-    """The layout less the blocks at `positions` (0-based places in `layout`, not original indices).
+    """The layout less the blocks at `positions` (0-based indices into `layout`, not original ones).
 
     Raises:
         InputError: if a position does not exist or nothing would remain.
@@ -101,12 +104,12 @@ def units(kind: str, layout: Layout, length: int = 1) -> list[Unit]:
         shifted = [[Unit("block", i), Unit("pair", i)] for i in range(depth)]
         return [unit for both in shifted for unit in both][:-1]
     if kind == "sublayer":
-        return [Unit(half, i) for i in range(depth) for half in ("attention", "mlp")]
+        return [Unit(half, i) for i in range(depth) for half in HALVES]
     raise InputError(f"unknown unit {kind!r}: use block, pair or sublayer")
 
 
 def remove(layout: Layout, unit: Unit) -> Layout:
-    """The layout after `unit` (its index a place in `layout`) is gone; sub-layers leave a bypassed half behind."""
+    """The layout after `unit` (its index is one into `layout`) is gone; sub-layers leave a bypassed half behind."""
     i = unit.index
     if unit.kind == "block":
         return without(layout, unit.blocks)
@@ -118,16 +121,26 @@ def remove(layout: Layout, unit: Unit) -> Layout:
 
 
 def halves(unit: Unit) -> set[tuple[str, int]]:
-    """What the unit consists of: halves, with the places of the blocks that hold them."""
+    """What the unit consists of: halves, with the indices of the blocks that hold them."""
     if unit.kind == "pair":
         return {("mlp", unit.index), ("attention", unit.index + 1)}
     if unit.kind == "block":
-        return {(half, place) for half in ("attention", "mlp") for place in unit.blocks}
+        return {(half, place) for half in HALVES for place in unit.blocks}
     return {(unit.kind, unit.index)}
 
 
+def places(layout: Layout, half: str) -> list[int]:
+    """For each block of the layout, the block that its `half` comes from; a bypassed half stands where the other is."""
+    other = "mlp" if half == "attention" else "attention"
+    found = []
+    for block in layout:
+        place = getattr(block, half)
+        found.append(getattr(block, other) if place is None else place)
+    return found
+
+
 def remove_all(layout: Layout, units: Iterable[Unit]) -> Layout:
-    """The layout after several blocks and pairs, all named by their places in `layout`, are gone.
+    """The layout after several blocks and pairs, all named by their indices in `layout`, are gone.
 
     Each holds neighbours in the row A_0 M_0 A_1 M_1 ..., so what is left is again an attention and an MLP in turn.
 
@@ -185,5 +198,14 @@ def whole_layers(layout: Layout) -> list[int] | None:
 
 def plan_record(layout: Layout, base: str | dict[str, Any] | None) -> dict[str, Any]:
     """The contents of a `plan.json`: the model that was trimmed, and which of its halves each block holds."""
-    blocks = [block._asdict() for block in layout]
-    return {"base": base, "depth": len(layout), "blocks": blocks, "layers": whole_layers(layout)}
+    return {"base": base, "depth": len(layout), "blocks": dump_layout(layout), "layers": whole_layers(layout)}
+
+
+def dump_layout(layout: Layout) -> list[dict[str, int | None]]:
+    """For journals and plans: which original attention and MLP each block holds."""
+    return [block._asdict() for block in layout]
+
+
+def load_layout(record: list[dict[str, int | None]]) -> Layout:
+    """The layout that `dump_layout` recorded."""
+    return tuple(Block(block["attention"], block["mlp"]) for block in record)

@@ -9,19 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trimllm.blocks import families
+from trimllm.blocks import config_rules, families
 from trimllm.blocks.decoder import (
-    HALVES,
     INDEX_NAMES,
     REFERENCE_NAMES,
     blocks,
     container,
     depth,
     plain_attributes,
-    repackable,
+    repacking_refused,
     text_config,
 )
-from trimllm.blocks.layout import Layout
+from trimllm.blocks.layout import HALVES, Layout, places
 from trimllm.errors import InputError, one_line
 
 
@@ -38,7 +37,7 @@ def check_layout(model: nn.Module, layout: Layout, *, bypass: bool) -> None:
         if any(a >= b for a, b in itertools.pairwise(order)):
             raise InputError(f"the layout takes {half} halves in the order {order}: keep the model's order, each once")
     broken = [block for block in layout if block.attention != block.mlp]
-    reason = repackable(model) if broken else None
+    reason = repacking_refused(model) if broken else None
     if reason:
         raise InputError(f"only whole layers of model type {config.model_type!r} can be dropped: {reason}")
     if any(None in block for block in broken):
@@ -48,7 +47,7 @@ def check_layout(model: nn.Module, layout: Layout, *, bypass: bool) -> None:
             raise InputError(
                 f"sub-layers of model type {config.model_type!r} cannot be bypassed: its residual is normalized"
             )
-    reason = families.illegal(config, layout)
+    reason = config_rules.illegal(config, layout)
     if reason:
         raise InputError(reason)
 
@@ -84,7 +83,7 @@ def _built_refusal(model: Any, layout: Layout) -> str | None:
     kind = text_config(model).model_type
     try:
         wanted = copy.deepcopy(config)
-        families.update_config(wanted.get_text_config(decoder=True), layout)
+        config_rules.update_config(wanted.get_text_config(decoder=True), layout)
         wanted = config.__class__.from_dict(wanted.to_diff_dict())  # as on disk
     except InputError as error:
         return str(error)
@@ -150,11 +149,11 @@ def _difference(row: families.Family, old: tuple[Facts, ...], new: tuple[Facts, 
 
 def _stale(config: Any, old: Facts, new: Facts, layout: Layout) -> str | None:
     """Why what the owner of the blocks holds would not be what it holds after a load, or None."""
-    expected = old | families.per_layer_lists(old, config, layout)
+    expected = old | config_rules.per_layer_lists(old, config, layout)
     for name in sorted(expected.keys() | new.keys()):
         if expected.get(name) != new.get(name):
             return (
-                f"model type {config.model_type!r} cannot be cut to the layers {families.places(layout, 'attention')}: "
+                f"model type {config.model_type!r} cannot be cut to the layers {places(layout, 'attention')}: "
                 f"no rule says what becomes of {name} in its decoder"
             )
     return None
@@ -168,7 +167,7 @@ def run_length(model: nn.Module, unit: str, *, keep_pattern: bool) -> int:
     """
     if not keep_pattern:
         return 1
-    found = families.period(text_config(model))
+    found = config_rules.period(text_config(model))
     if found is None:
         raise InputError("--keep-pattern: the types of the layers follow no pattern that repeats: leave it out")
     if found > 1 and unit != "block":

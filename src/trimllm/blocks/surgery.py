@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimllm.blocks import adapters, families
+from trimllm.blocks import adapters, config_rules, families
 from trimllm.blocks.changes import Changes
 from trimllm.blocks.decoder import (
     INDEX_NAMES,
@@ -28,7 +28,7 @@ from trimllm.blocks.decoder import (
     text_config,
     text_decoder,
 )
-from trimllm.blocks.layout import Layout, positions, whole, without
+from trimllm.blocks.layout import Layout, places, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.errors import InputError
 
@@ -133,9 +133,9 @@ def _configs(model: nn.Module) -> list[Any]:
 def describe(model: nn.Module, owner: nn.Module, layout: Layout, changes: Changes) -> None:
     """Make every config of the text decoder, and the lists that its modules hold, say what `layout` needs."""
     main = text_config(model)
-    for name, value in families.per_layer_lists(plain_attributes(owner), main, layout).items():
+    for name, value in config_rules.per_layer_lists(plain_attributes(owner), main, layout).items():
         changes.put(owner.__dict__, name, value)
-    for name, value in families.config_updates(main, layout).items():
+    for name, value in config_rules.config_updates(main, layout).items():
         old = main.__dict__.get(name)
         if isinstance(old, list | tuple | dict):
             for module in owner.modules():
@@ -144,11 +144,11 @@ def describe(model: nn.Module, owner: nn.Module, layout: Layout, changes: Change
                     changes.put(module.__dict__, name, value)
     for config in _configs(model):
         changes.snapshot(config.__dict__)
-        families.update_config(config, layout)
+        config_rules.update_config(config, layout)
 
 
 def _renumber(kept: list[nn.Module], layout: Layout) -> None:
-    moved = {old: place for place, old in enumerate(families.places(layout, "attention"))}
+    moved = {old: place for place, old in enumerate(places(layout, "attention"))}
     for place, block in enumerate(kept):
         for module in block.modules():
             for name in INDEX_NAMES:
@@ -179,7 +179,7 @@ def _rename_device_map(model: nn.Module, owner: nn.Module, name: str, layout: La
 def _cut_weights(model: nn.Module, layout: Layout, changes: Changes) -> None:
     """Keep the kept layers' slices of weights with one slice per layer (an embedding's columns, a linear's rows)."""
     decoder = text_decoder(model)
-    kept = families.places(layout, "attention")
+    kept = places(layout, "attention")
     count = depth(model)
     for name in families.family(text_config(model)).per_layer_weights:
         module = decoder._modules.get(name)

@@ -18,16 +18,17 @@ from torch import nn
 from trimllm.blocks import families
 from trimllm.blocks.changes import Changes
 from trimllm.blocks.decoder import (
-    HALVES,
     blocks,
     container,
     depth,
     half_names,
+    hidden_argument,
+    hidden_of,
     plain_attributes,
     text_config,
     text_decoder,
 )
-from trimllm.blocks.layout import Block, Layout
+from trimllm.blocks.layout import HALVES, Block, Layout, places
 from trimllm.blocks.legality import check_layout
 from trimllm.blocks.surgery import assemble, describe, install
 
@@ -71,10 +72,10 @@ class _Bypassed(nn.Module):
         module = self._original[0]
         if module not in _STRUCTURE:
             output = module(*args, **kwargs)
-            first = output[0] if isinstance(output, tuple) else output
-            _STRUCTURE[module] = (len(output) if isinstance(output, tuple) else 0, first.shape[-1])
+            length = len(output) if isinstance(output, tuple) else 0
+            _STRUCTURE[module] = (length, hidden_of(output).shape[-1])
         length, width = _STRUCTURE[module]
-        stream = args[0] if args else kwargs["hidden_states"]
+        stream = hidden_argument(args, kwargs)
         zeros = args[1] if self._adds_residual else stream.new_zeros(*stream.shape[:-1], width)
         return (zeros, *[None] * (length - 1)) if length else zeros
 
@@ -113,7 +114,7 @@ def trial(model: nn.Module, layout: Layout, resume_from: int = 0) -> Iterator[In
         computed = assemble(model, rest, changes)
         _bypass(model, rest, computed, changes)
         if resume_from:
-            # The config describes every block by its place: the injected one passes as any block that is not in use.
+            # The config describes every block by its index: the injected one passes as any block that is not in use.
             place = next(i for i in (*layout[resume_from - 1], 0) if i is not None)
             effective = (Block(place, place), *rest)
             injection.stand_for(blocks(model)[place])
@@ -141,7 +142,7 @@ def _select_slices(model: nn.Module, layout: Layout, changes: Changes) -> None:
     """On trial, keep the kept layers' slices of what per-layer weights give, instead of cutting the weights."""
     row = families.family(text_config(model))
     decoder = text_decoder(model)
-    kept, count = families.places(layout, "attention"), depth(model)
+    kept, count = places(layout, "attention"), depth(model)
 
     def select(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.unflatten(-1, (count, -1))[..., kept, :].flatten(-2)

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from trimllm.checkpoints import room
+from trimllm.checkpoints.dtypes import HALF, name_of
 
-HALF = (torch.float16, torch.bfloat16)
 SLOW = 2.0
 """Times float32's time from which a dtype counts as slow. Real instructions take less than 1, emulation 5 to 20."""
 ACTIVATIONS = 1.25
 """Memory that a model takes in evaluation, over its weights: about."""
 _ROWS, _COLUMNS = 256, 512
-"""Of the product that is measured: tokens of a short prompt, a small model's hidden size."""
+"""Sizes of the product that is measured: tokens of a short prompt, a small model's hidden size."""
 
 
 def slowdown(dtype: torch.dtype, device: torch.device) -> float:
@@ -34,7 +34,8 @@ def slowdown(dtype: torch.dtype, device: torch.device) -> float:
 
 @functools.cache
 def _measured(dtype: torch.dtype) -> float:
-    """On one thread, which waits for no other, the least of a few times in turn: a busy machine does not decide.
+    """How many times float32's time a product takes on one thread, which waits for no other: the least of a few times
+    in turn, so that a busy machine does not decide.
 
     Once per process.
     """
@@ -54,11 +55,6 @@ def _measured(dtype: torch.dtype) -> float:
     return least[dtype] / least[torch.float32]
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """As configs and options spell it: float32."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _emulates(names: str, times: float) -> str:
     return f"this CPU emulates {names}, and multiplies matrices {times:.0f} times slower than in float32"
 
@@ -74,7 +70,7 @@ def reason_for_float32(model: Any, asked: str, copies: int = 1) -> str | None:
     slowest = max(times, key=lambda kind: times[kind], default=torch.float32)
     if times.get(slowest, 1) == 1:
         return None
-    free = room.free(torch.device("cpu"), swap=False)
+    free = room.free_bytes(torch.device("cpu"), swap=False)
     needed = copies * ACTIVATIONS * sum(4 * one.numel() for one in half)
     if free is not None and needed >= free:
         return None

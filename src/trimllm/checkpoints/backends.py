@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trimllm.checkpoints.dtypes import HALF, name_of
 from trimllm.errors import InputError, one_line
 
 AUTO = "auto"
@@ -18,7 +19,6 @@ REMEDY = "leave --attention out, or use eager"
 EAGER_LENGTH = 256
 """Tokens of a row up to which eager attention trains faster than SDPA on a CPU in bf16 autocast, and keeps less than
 twice as much for the backward pass: measured, see benchmarks/attention.py. In float32 it is slower at every length."""
-HALF = (torch.float16, torch.bfloat16)
 _ABOUT_ATTENTION = re.compile(r"flash|flex_?attention|scaled_dot_product|attn_implementation", re.IGNORECASE)
 
 
@@ -47,7 +47,7 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None, *, trainin
             raise InputError(f"--attention {name}: it computes on a GPU, and the device is {device.type}: {REMEDY}")
         if dtype is not None and dtype not in HALF:
             raise InputError(
-                f"--attention {name}: it computes in 16 bits, and the weights are {str(dtype).removeprefix('torch.')}: "
+                f"--attention {name}: it computes in 16 bits, and the weights are {name_of(dtype)}: "
                 "add --dtype bfloat16, or leave --attention out"
             )
     if name == "flex_attention" and training and device.type == "cpu":

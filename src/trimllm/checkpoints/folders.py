@@ -27,12 +27,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trimllm.errors import InputError, TrimError
-from trimllm.files import disk_errors, full_disk
+from trimllm.files import disk_errors, full_disk, umask
 
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")
 """Files that go wherever the weights go."""
-
-# ---- checks before work ----------------------------------------------------------------------------------------------
 
 
 def check_target(target: str | Path, *, source: str | Path | None = None, overwrite: bool = False) -> None:
@@ -113,8 +111,6 @@ def _unmake(made: list[Path]) -> None:
             path.rmdir()
 
 
-# ---- one at a time ---------------------------------------------------------------------------------------------------
-
 TRIES = 9
 """How often a folder is made anew that its last holder took away before the lock was there. Not without end: some
 network file systems give a folder another inode at every look."""
@@ -174,9 +170,6 @@ def _locked(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def appearing(target: str | Path, *, needed: int = 0, overwrite: bool = False) -> Iterator[Path]:
     """Fill a new folder under another name; it becomes `target` when the block ends well, and is removed otherwise.
@@ -202,7 +195,7 @@ def appearing(target: str | Path, *, needed: int = 0, overwrite: bool = False) -
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         with _locked(folder):
             yield folder
-            folder.chmod(0o777 & ~_umask())
+            folder.chmod(0o777 & ~umask())
             for path in (*folder.rglob("*"), folder):
                 _settle(path)
             _rename(folder, place, overwrite)
@@ -245,9 +238,3 @@ def _remove_leftovers(place: Path) -> None:
     for folder in place.parent.glob(f".{glob.escape(place.name)}.partial-*"):
         with suppress(OSError), _locked(folder):
             shutil.rmtree(folder)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

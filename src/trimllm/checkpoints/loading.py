@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trimllm.blocks import adapters
 from trimllm.checkpoints import backends, shards
 from trimllm.errors import InputError, one_line
-from trimllm.offline import hub_or_cache
+from trimllm.offline import hub_or_cache, is_path
 
 TOKENIZER_FILES = ("*tokenizer*", "vocab*", "*.model", "*.codes", "*.tiktoken", "tekken*")
 """Some releases of transformers make up an empty tokenizer where a folder has none of these."""
@@ -135,7 +135,7 @@ def check_path(name: str, *, local: bool = False) -> None:
             raise InputError(f"cannot load {name!r}: the folder has no config.json; give the folder of a checkpoint")
     elif path.exists():
         raise InputError(f"cannot load {name!r}: it is a file; give the folder of a checkpoint")
-    elif local or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif local or is_path(name):
         raise InputError(f"cannot load {name!r}: there is no such folder")
 
 

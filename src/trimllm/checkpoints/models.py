@@ -13,11 +13,11 @@ import torch
 
 from trimllm.blocks import adapters
 from trimllm.checkpoints import arithmetic, backends, loading, room
-from trimllm.config import ModelSettings, TrimConfig
+from trimllm.checkpoints.dtypes import DTYPES
+from trimllm.config import ModelSettings, TrainedModel
 from trimllm.errors import InputError
 from trimllm.offline import hub_or_cache
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEMO = Path(__file__).parents[1] / "demo" / "base"
 """The embedded model, which `--model demo` names."""
 TOO_LARGE = "free memory, or give a narrower --dtype (trimllm drop --streaming cuts a model without loading it)"
@@ -68,7 +68,7 @@ def training_device(name: str) -> torch.device:
     return device_of(name)
 
 
-def accelerator(settings: TrimConfig) -> Any:
+def accelerator(settings: TrainedModel) -> Any:
     """The accelerate object of this process: device, mixed precision, number of processes.
 
     Raises:

@@ -1,6 +1,6 @@
 """Layer numbers inside names: of tensors (`model.layers.3.mlp.weight`), and of modules in quantization configs.
 
-A number counts only as a whole component right behind the path of the list of blocks, so layer 3 is never layer 30.
+A number counts only as a whole component right after the path of the list of blocks, so layer 3 is never layer 30.
 """
 
 from __future__ import annotations

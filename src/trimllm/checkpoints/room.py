@@ -12,17 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimllm.blocks import adapters
 from trimllm.checkpoints import shards
+from trimllm.checkpoints.dtypes import FLOATS
 from trimllm.checkpoints.loading import quiet
 from trimllm.errors import InputError
 
 GB = 1e9
-FLOATS = ("F16", "BF16", "F32", "F64")
 STATES = 4
-"""Of every parameter that trains: itself, its gradient, and the two moments of AdamW."""
+"""Numbers in memory for every parameter that trains: itself, its gradient, and the two moments of AdamW."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def free(device: torch.device, *, swap: bool = True) -> int | None:
+def free_bytes(device: torch.device, *, swap: bool = True) -> int | None:
     """Bytes that can still be allocated there, on a CPU in swap space, too; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -81,7 +81,7 @@ def weights_of_config(file: str, dtype: torch.dtype | None, *, trust_remote_code
 
 def check(what: str, needed: int | None, device: torch.device, remedy: str) -> None:
     """Raises InputError if `needed` bytes of weights exceed what is free on the device."""
-    have = free(device)
+    have = free_bytes(device)
     if needed is not None and have is not None and needed > have:
         sizes = f"the weights alone take {needed / GB:.1f} GB, and {have / GB:.1f} GB are free on {device}"
         raise InputError(f"{what}: {sizes}: {remedy}")
@@ -90,9 +90,9 @@ def check(what: str, needed: int | None, device: torch.device, remedy: str) -> N
 def full_training_note(needed: int | None, device: torch.device, remedy: str) -> str | None:
     """A line for the user if full fine-tuning of weights of so many bytes cannot fit; activations come on top.
 
-    `remedy` lowers weights and states in full precision; only behind it a narrower dtype is named, which rounds steps.
+    `remedy` lowers weights and states in full precision; only after it a narrower dtype is named, which rounds steps.
     """
-    have = free(device)
+    have = free_bytes(device)
     if needed is None or have is None or not needed <= have < STATES * needed:  # what cannot be loaded is an error
         return None
     return (

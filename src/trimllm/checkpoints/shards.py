@@ -61,9 +61,6 @@ class Planned:
     chunks: Callable[[], Iterator[bytes]]
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 def present(folder: Path) -> bool:
     """Whether the folder has safetensors weights, by the names that transformers looks for."""
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
@@ -144,9 +141,6 @@ def _torn(path: Path, asks: str, length: int) -> str:
     return f"{path} is torn: its header {asks}, and the file has {length}: download it again"
 
 
-# ---- what becomes of a tensor ----------------------------------------------------------------------------------------
-
-
 def renamed(tensor: Tensor, name: str) -> Planned:
     """The same bytes under another name."""
     return Planned(name, tensor.dtype, tensor.shape, tensor.size, tensor.chunks)
@@ -177,9 +171,6 @@ def sliced(tensor: Tensor, dim: int, count: int, kept: Sequence[int]) -> Planned
             yield block[:, list(kept)].tobytes()
 
     return Planned(tensor.name, tensor.dtype, tuple(shape), rows * width * len(kept), chunks)
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def parse_size(size: int | str) -> int:

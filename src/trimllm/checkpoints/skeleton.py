@@ -13,12 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
+from trimllm.checkpoints.dtypes import FLOATS
 from trimllm.checkpoints.renumbering import Numbering
 from trimllm.checkpoints.shards import Planned, Tensor
 from trimllm.errors import InputError, one_line
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Skeleton:
         except Exception as error:
             raise InputError(f"transformers cannot build this checkpoint's model: {one_line(error)}") from error
         if info["error_msgs"]:
-            raise InputError(f"transformers cannot convert this checkpoint: {one_line(Exception(info['error_msgs']))}")
+            raise InputError(f"transformers cannot convert this checkpoint: {one_line(info['error_msgs'])}")
         return Fit(frozenset(info["missing_keys"]), frozenset(key[0] for key in info["mismatched_keys"]))
 
     def path(self, module: nn.Module) -> str:
@@ -78,9 +78,6 @@ def problem_of(checkpoint: Skeleton, expected: Fit) -> str | None:
             wrong = sorted(names ^ wanted)
             return f"{problem} {len(wrong)} weights that its config asks for, such as {wrong[0]}"
     return None
-
-
-# ---- configs and classes ---------------------------------------------------------------------------------------------
 
 
 def holders(config: Any) -> list[Any]:

@@ -22,16 +22,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from trimllm.blocks import families
+from trimllm.blocks import config_rules, families
 from trimllm.blocks.decoder import blocks, depth, text_config, text_decoder
-from trimllm.blocks.layout import Layout, plan_record, positions, whole, without
+from trimllm.blocks.layout import Layout, places, plan_record, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.checkpoints import folders, shards
+from trimllm.checkpoints.dtypes import FLOATS
 from trimllm.checkpoints.loading import check_folder, explain, no_safetensors, quiet
 from trimllm.checkpoints.renumbering import Numbering, list_paths
 from trimllm.checkpoints.shards import Planned, Tensor
 from trimllm.checkpoints.skeleton import (
-    FLOATS,
     QUANTIZATION_KEYS,
     Fit,
     Skeleton,
@@ -59,7 +59,7 @@ COPIED = (
     "additional_chat_templates/*.jinja",
     *folders.TERMS,
 )
-"""Files that travel with the weights: tokenizer, chat templates, processors, the license."""
+"""Files that travel with the weights: tokenizer, chat templates, processors, the licence."""
 WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5", ".msgpack", ".onnx"}
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Older places of the quantization config; they may name layers, too."""
@@ -140,7 +140,7 @@ def drop_on_disk(
         raise InputError(reason)
     numbering = _numbering(old, tensors, missing, layout, metadata)
     unused = _unused(old, tensors, missing, numbering)
-    plan = _plan(old, [tensor for tensor in tensors if tensor.name not in unused], numbering, layout)
+    plan = _plan(old, [tensor for tensor in tensors if tensor.name not in unused], numbering)
     new = _new_config(config, layout, numbering, old)
     expected = missing.renamed(numbering)
     problem = problem_of(Skeleton(old.kind, plain_config(new), plan), expected)
@@ -169,9 +169,6 @@ def drop_on_disk(
     return Streamed(kept, count, len(groups), len(plan), total, largest, tuple(sorted(unused)))
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
-
-
 def _config(source: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -181,7 +178,7 @@ def _config(source: Path, trust_remote_code: bool) -> Any:
 
 def _new_config(config: Any, layout: Layout, numbering: Numbering, old: Skeleton) -> Any:
     new = copy.deepcopy(config)
-    families.update_config(new.get_text_config(decoder=True), layout)
+    config_rules.update_config(new.get_text_config(decoder=True), layout)
     new.architectures = [old.kind.__name__]
     for holder in holders(new):
         for key in QUANTIZATION_KEYS:
@@ -190,15 +187,12 @@ def _new_config(config: Any, layout: Layout, numbering: Numbering, old: Skeleton
     return new
 
 
-# ---- what happens to each tensor -------------------------------------------------------------------------------------
-
-
 def _numbering(
     old: Skeleton, tensors: Sequence[Tensor], before: Fit, layout: Layout, metadata: dict[str, str]
 ) -> Numbering:
     """How names on disk are renumbered. The list of blocks is the path without whose dropped layers transformers would
     miss those layers and nothing else."""
-    kept = tuple(families.places(layout, "attention"))
+    kept = tuple(places(layout, "attention"))
     inside = old.path(blocks(old.model))
     dropped = {f"{inside}.{i}" for i in range(depth(old.model)) if i not in kept}
     rows = "|".join(map(re.escape, sorted(dropped)))
@@ -226,7 +220,7 @@ def _numbering(
 
 
 def _unused(old: Skeleton, tensors: Sequence[Tensor], before: Fit, numbering: Numbering) -> set[str]:
-    """Names of tensors that the model class ignores on load, and extra layers behind the last one."""
+    """Names of tensors that the model class ignores on load, and extra layers after the last one."""
     count = depth(old.model)
     unused = {tensor.name for tensor in tensors if (numbering.layer(tensor.name) or 0) >= count}
     for pattern in sorted({*UNUSED, *(getattr(old.model, "_keys_to_ignore_on_load_unexpected", None) or ())}):
@@ -236,7 +230,7 @@ def _unused(old: Skeleton, tensors: Sequence[Tensor], before: Fit, numbering: Nu
     return unused
 
 
-def _plan(old: Skeleton, tensors: Sequence[Tensor], numbering: Numbering, layout: Layout) -> list[Planned]:
+def _plan(old: Skeleton, tensors: Sequence[Tensor], numbering: Numbering) -> list[Planned]:
     """The tensors of the new checkpoint: renamed; those with one slice per layer cut; scales of GPT-2 folded in."""
     per_layer = _per_layer(old, tensors)
     plan = []
@@ -293,9 +287,6 @@ def _folded(old: Skeleton, tensor: Tensor, name: str, numbering: Numbering) -> P
         yield bytes(raw)
 
     return Planned(name, tensor.dtype, tensor.shape, tensor.size, chunks)
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def _copy_files(source: Path, folder: Path, numbering: Numbering, code: bool) -> None:

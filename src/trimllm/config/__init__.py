@@ -18,19 +18,15 @@ from trimllm.config.commands import (
     TasksConfig,
 )
 from trimllm.config.shared import (
-    ANALYSIS_ITEMS,
-    CONFIDENCE,
+    COARSEST,
+    RESOLUTION,
     STRATEGIES,
-    Fraction,
-    LoadSettings,
-    ModelName,
     ModelSettings,
-    Positive,
-    S,
     ScoreSettings,
     Settings,
     Several,
     TaskSettings,
+    TrainedModel,
     TrainSettings,
     each_path,
     unknown_strategy,
@@ -39,12 +35,13 @@ from trimllm.config.shared import (
 from trimllm.config.trim import TrimConfig
 
 FORMER = {"schedule": "epoch", "optimizer_state": "fresh"}
-"""What held before a setting existed, where that is not its default: for a config.yaml without it."""
+"""Settings that came later, with what earlier versions did in their place: it holds for a config.yaml that lacks them,
+and is not the default of today."""
 
 __all__ = [
-    "ANALYSIS_ITEMS",
-    "CONFIDENCE",
+    "COARSEST",
     "FORMER",
+    "RESOLUTION",
     "STRATEGIES",
     "BenchConfig",
     "CompareConfig",
@@ -52,13 +49,8 @@ __all__ = [
     "DropConfig",
     "EvalConfig",
     "ExportConfig",
-    "Fraction",
-    "LoadSettings",
-    "ModelName",
     "ModelSettings",
-    "Positive",
     "PushConfig",
-    "S",
     "ScanConfig",
     "ScoreSettings",
     "Settings",
@@ -66,6 +58,7 @@ __all__ = [
     "TaskSettings",
     "TasksConfig",
     "TrainSettings",
+    "TrainedModel",
     "TrimConfig",
     "each_path",
     "unknown_strategy",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from trimllm.config.shared import (
     ANALYSIS_ITEMS,
     LoadSettings,
+    Location,
     ModelSettings,
     Positive,
     ScoreSettings,
@@ -20,7 +21,7 @@ from trimllm.config.shared import (
 )
 
 NEW_TOKENS = 128
-"""Of a generated answer."""
+"""Longest generated answer, in tokens."""
 
 
 class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):
@@ -40,7 +41,7 @@ class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):
     its ranks agree: analysis.json, analysis.png."""
     analysis_items: Positive = ANALYSIS_ITEMS
     """With --analysis: most questions that are traced; its cost grows with them and with the layers."""
-    output: str
+    output: Location
     """Directory for scan.json and scan.png."""
 
     @model_validator(mode="after")
@@ -74,7 +75,7 @@ class DropConfig(ModelSettings):
 
     layers: Several[int]
     """Layers to remove, 0-based, negative from the end: 3,7."""
-    output: str
+    output: Location
     """Directory of the new checkpoint."""
     streaming: bool = False
     """Cut on disk, tensor by tensor, without loading the model: for a --model directory larger than memory."""
@@ -100,10 +101,10 @@ class EvalConfig(TaskSettings, ModelSettings):
       trimllm eval --model runs/medicine/model --task demo_medicine
     """
 
-    output: str | None = None
+    output: Location | None = None
     """JSON file for the result."""
     eval_batch_size: Positive | None = None
-    """Most tokens per batch (default: 4096, with --generate 16 rows; less where memory ends)."""
+    """Most tokens per batch (default: 4096, with --generate 16 rows; less where memory runs out)."""
     generate: bool = False
     """Generation tasks: also generate, and report exact match, ROUGE-L and repetition."""
     max_new_tokens: Positive = NEW_TOKENS
@@ -141,7 +142,7 @@ class BenchConfig(LoadSettings):
     """Key-value cache: growing with every token, or allocated for the whole row."""
     compile: bool = False
     """Decode with torch.compile (needs --cache static: its shapes never change)."""
-    output: str | None = None
+    output: Location | None = None
     """Directory for bench.json and bench.png."""
 
     @model_validator(mode="after")
@@ -165,7 +166,7 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
       trimllm compare --model demo --task demo_law --methods trim,shortgpt,llm-int8 --keep 0.5,0.25 --output runs/few
     """
 
-    output: str
+    output: Location
     """Directory of the comparison: a folder per method, compare.json, compare.png."""
     resume: bool = False
     """Go on with the comparison in --output: finished methods are kept, those that could not run are tried again."""
@@ -173,7 +174,7 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
     """Methods by name, with those they start from (default: all; an unknown name lists them)."""
     keep: Several[Annotated[float, Field(gt=0, lt=1)]] = (0.5,)
     """Shares of the blocks to keep: 0.5,0.25 gives two rows for every method that removes blocks."""
-    also: Several[str] = ()
+    also: Several[Location] = ()
     """More tasks to evaluate every model on, without training for them: what specialization costs."""
     strategy: str = "scan+norm"
     """Score by which the rows of TrimLLM (trim, trim-pair, one-shot) choose, as in `trimllm trim`."""
@@ -186,16 +187,16 @@ class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings)
     final_epochs: Annotated[float, Field(ge=0)] = 0.0
     """More epochs after the last drop."""
     optimizer_state: Literal["carried", "fresh"] = "carried"
-    """What AdamW begins a stage of TrimLLM behind a later drop with, as in `trimllm trim`."""
+    """What AdamW begins a stage of TrimLLM after a later drop with, as in `trimllm trim`."""
     eval_batch_size: Positive | None = None
-    """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
+    """Most tokens per batch in scans and evaluations (default: 4096; less where memory runs out)."""
     sequence: Annotated[int, Field(gt=1)] | None = None
     """Length of a row in tokens when its last token is decoded (default: 512, or the model's context)."""
     new_tokens: Positive | None = None
     """Tokens decoded one by one at the end of the row, for the speed (default: 64, at most half of the row)."""
     repeats: Positive = 5
     """Rounds of the speed; in each, the base and the method's model have their turn."""
-    baselines_python: str | None = None
+    baselines_python: Location | None = None
     """Python of another environment, with trimllm[baselines] in it, for methods whose libraries are missing here."""
 
     @model_validator(mode="after")
@@ -224,7 +225,7 @@ class ExportConfig(Settings):
       trimllm export runs/medicine --to gguf --quant q8_0
     """
 
-    source: str
+    source: Location
     """Directory of a `trimllm trim` run, or of a checkpoint."""
     depth: Positive | None = None
     """Of a run: which depth; kept are the last two, and all with --keep-checkpoints (default: the run's result)."""
@@ -232,13 +233,13 @@ class ExportConfig(Settings):
     """checkpoint: a depth of a run; gguf: for llama.cpp; onnx, openvino: graphs; int8, int4: quantized weights."""
     quant: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
     """With --to gguf: type of the matrices (default: f16)."""
-    task: str | None = None
+    task: Location | None = None
     """With --to int8 or int4: also evaluate the quantized model on this task (as `trimllm eval` does)."""
     truncate: bool = False
     """With --task: cut rows that exceed the context, as `trimllm eval` does. Without it such rows are an error."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off: such a model is refused."""
-    output: str | None = None
+    output: Location | None = None
     """What to write (default: beside the source, named by depth and format)."""
 
     @model_validator(mode="after")
@@ -261,7 +262,7 @@ class PushConfig(Settings):
       trimllm push runs/medicine YOUR_NAME/medicine-8-layers --private
     """
 
-    directory: str
+    directory: Location
     """Directory of a `trimllm trim` run (its result is taken), or of a checkpoint that trimllm wrote."""
     repo_id: str
     """Repository on the Hub: YOUR_NAME/REPOSITORY; made if it is not there."""
@@ -286,7 +287,7 @@ class DemoConfig(Settings):
 
     domain: Literal["medicine", "law", "finance"] = "medicine"
     """The domain to specialize in."""
-    output: str = "runs/demo"
+    output: Location = "runs/demo"
     """Directory of the runs and of the trimmed checkpoint."""
     seed: int = 0
     """Seed of the run."""

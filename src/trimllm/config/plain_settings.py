@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from trimllm import files
 from trimllm.config import FORMER, Settings, without_idle
-from trimllm.errors import InputError
+from trimllm.errors import InputError, did_you_mean
 
 S = TypeVar("S", bound=Settings)
 BEGUN = "# begun in "
@@ -76,21 +76,17 @@ def make(kind: type[S], values: dict[str, Any]) -> S:
 
 def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
     """One line for the first thing that is wrong with the settings, with the nearest name for an unknown one."""
-    import difflib
-
     first = error.errors()[0]
     names = [str(part) for part in first["loc"] if not str(part).startswith(("function", "constrained"))]
     names = names[1:] if kind is None else names
     option = "--" + names[0].replace("_", "-") if names else ""
     if first["type"] == "extra_forbidden" and kind is not None:
-        near = difflib.get_close_matches(names[0], list(kind.model_fields), n=1)
-        return f"unknown setting {names[0]!r}" + (f": did you mean {near[0]!r}?" if near else "")
+        return f"unknown setting {names[0]!r}{did_you_mean(names[0], kind.model_fields)}"
     if first["type"] == "missing":
         return f"{option} is required"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if first["type"] == "literal_error":
-        near = difflib.get_close_matches(str(first["input"]), re.findall("'(.+?)'", first["ctx"]["expected"]), n=1)
-        message += f" (did you mean {near[0]!r}?)" if near else ""
+        message += did_you_mean(str(first["input"]), re.findall("'(.+?)'", first["ctx"]["expected"]))
     return f"{option} {first['input']}: {message}" if option else message
 
 

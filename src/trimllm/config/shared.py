@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from trimllm.errors import did_you_mean
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -16,6 +18,9 @@ else:  # of a `tuple` pydantic-settings before 2.16, the last for Python 3.10, d
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder, or in some settings a name. A shell expands a tilde at the beginning of a word only, and nothing
+does in YAML. (Of models, `models.path_of` expands it: their names are stored as they were given.)"""
 
 STRATEGIES = (
     *("scan+norm", "scan+loss", "scan", "norm", "bi", "angular", "loss", "perplexity", "taylor", "magnitude"),
@@ -24,8 +29,10 @@ STRATEGIES = (
 """What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's.
 See `scores.SCORES`."""
 CONFIDENCE = 0.999
-"""Of a race: tried on recorded scans, see docs/lab.md."""
+"""Confidence of a race: tried on recorded scans, see docs/lab.md."""
 RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
+COARSEST = 50.0
+"""Most accuracy points that one calibration question may be worth: there are two of them at least."""
 ANALYSIS_ITEMS = 64
 """Questions of causal tracing."""
 
@@ -38,14 +45,6 @@ class Settings(BaseModel):
     def idle(self) -> dict[str, str]:
         """Settings that were given and would have no effect beside the others: by name, why, with the remedy."""
         return {}
-
-    @field_validator(
-        "output", "task", "text", "also", "task_files", "baselines_python", "source", "directory", check_fields=False
-    )
-    @classmethod
-    def _a_tilde_is_the_home_folder(cls, value: Any) -> Any:
-        """A shell expands it at the beginning of a word only, and nothing does in YAML."""
-        return each_path(value, os.path.expanduser)
 
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> Settings:
@@ -100,15 +99,15 @@ class ModelSettings(LoadSettings, ModelName):
 
 
 class TaskSettings(Settings):
-    task: str
+    task: Location
     """A built-in task (`trimllm tasks` lists them), a task YAML, or a file or directory with your rows."""
-    task_files: dict[str, str] | None = None
+    task_files: dict[str, Location] | None = None
     """Local files for a built-in task, per split: train=FILE,test=FILE."""
     metric: Literal["acc", "acc_norm", "likelihood"] | None = None
     """What is reported and decided on (default: the task's own)."""
     calibration_size: Positive | None = None
     """Rows held out of train on which every decision is taken (default: from --resolution)."""
-    resolution: Annotated[float, Field(gt=0, le=50)] = RESOLUTION
+    resolution: Annotated[float, Field(gt=0, le=COARSEST)] = RESOLUTION
     """Accuracy points one calibration question should be worth; 0.5 asks for 200 rows (at most a fifth of train)."""
     max_train: Positive | None = None
     """Use at most so many training rows (seeded sample)."""
@@ -134,11 +133,8 @@ class TaskSettings(Settings):
 
 def unknown_strategy(name: str) -> str:
     """One line for a strategy that there is not, with the nearest that there is."""
-    import difflib
-
-    near = difflib.get_close_matches(name, STRATEGIES, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(STRATEGIES)}"
-    return f"unknown strategy {name!r}: {hint}"
+    hint = did_you_mean(name, STRATEGIES) or f": use one of {', '.join(STRATEGIES)}"
+    return f"unknown strategy {name!r}{hint}"
 
 
 class StrategySettings(Settings):
@@ -171,7 +167,7 @@ class ScoreSettings(StrategySettings):
     protect: Several[int] = ()
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
     eval_batch_size: Positive | None = None
-    """Most tokens per batch in scans and evaluations (default: 4096; less where memory ends)."""
+    """Most tokens per batch in scans and evaluations (default: 4096; less where memory runs out)."""
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
@@ -195,7 +191,7 @@ class ScoreSettings(StrategySettings):
 
 
 class TrainSettings(Settings):
-    text: str | None = None
+    text: Location | None = None
     """Domain text to mix into training: file or directory (plain text, JSONL `text`, Parquet), or demo_medicine etc."""
     text_ratio: Annotated[float, Field(ge=0)] = TEXT_RATIO
     """Tokens of domain text per token of the task."""

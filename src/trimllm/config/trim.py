@@ -6,9 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trimllm.config.shared import ModelSettings, Positive, ScoreSettings, TaskSettings, TrainedModel
+from trimllm.config.shared import Location, ModelSettings, Positive, ScoreSettings, TaskSettings, TrainedModel
 
-SIZES = ("keep", "depth", "max_params", "max_memory", "target_speedup")
+DEPTHS = ("keep", "depth")
+MEASURED = ("max_params", "max_memory", "target_speedup")
+"""Targets whose depth is only known when it is reached."""
+SIZES = (*DEPTHS, *MEASURED)
 FLOORS = ("min_accuracy", "max_drop")
 
 
@@ -20,7 +23,7 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
       trimllm trim --output runs/medicine --resume
     """
 
-    output: str
+    output: Location
     """Directory of the run: journal, plans, result.json and the trimmed checkpoint in `model/`."""
     resume: bool = False
     """Go on with the run in --output where it was interrupted."""
@@ -66,7 +69,7 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     --warmup-epochs 0: the model as given), a teacher that is kept in memory beside the model that trains; 0:
     cross-entropy only."""
     optimizer_state: Literal["carried", "fresh"] = "carried"
-    """What AdamW begins a stage behind a later drop with. carried: what it knew of the parameters that go on training
+    """What AdamW begins a stage after a later drop with. carried: what it knew of the parameters that go on training
     (kept in the last checkpoint: twice the size of what trains); fresh: nothing."""
     drops_per_stage: Positive = 1
     """Units dropped one after the other, each by a scan of its own, before training goes on."""
@@ -98,8 +101,8 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
                 f"--sparse-update {self.sparse_update} is for several scans, and --one-shot makes one: leave one of "
                 "them out"
             )
-        depth = next((f"--{name} {value}" for name in SIZES[:2] if (value := getattr(self, name)) is not None), None)
-        for name in SIZES[2:]:
+        depth = next((f"--{name} {value}" for name in DEPTHS if (value := getattr(self, name)) is not None), None)
+        for name in MEASURED:
             if depth and (value := getattr(self, name)) is not None:
                 found[name] = (
                     f"--{name.replace('_', '-')} {value} cannot end --one-shot, which drops everything at once, to "

@@ -135,12 +135,12 @@ def epoch_rows(tokenizer: PreTrainedTokenizerBase, seed: int, epoch: int) -> tor
 
 
 @torch.no_grad()
-def value_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: int = 300) -> float:
-    """What the base knows: mean loss (nats a token) of the values alone, in single statements without context."""
+def value_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """What the base knows: mean loss (nats a token) of the values of 300 facts, in statements without context."""
     rng = random.Random("value loss")
     everyone = [entity for domain in world.DOMAINS for entity in world.entities(domain)]
     pairs = []
-    for _ in range(facts):
+    for _ in range(300):
         entity = rng.choice(everyone)
         attribute = rng.choice(list(entity.facts))
         before, value, _ = world.statement(entity, attribute, rng).rpartition(" " + entity.facts[attribute])

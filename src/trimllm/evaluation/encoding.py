@@ -1,6 +1,6 @@
 """From items to token rows: what evaluation, the scan and training feed to the model.
 
-One question is one row. Its choices are branches behind the shared prompt: each branch sees the prompt and itself (4-D
+One question is one row. Its choices are branches after the shared prompt: each branch sees the prompt and itself (4-D
 mask), and its positions start where the prompt ends, so that every continuation scores as if it stood alone. Where a
 model cannot do that exactly, `branches=False` gives one row per continuation.
 """
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one item: the shared prompt and each continuation. `item` is its place in the encoded list."""
+    """Token ids of one item: the shared prompt and each continuation. `item` is its index in the encoded list."""
 
     item: int
     prompt: tuple[int, ...]
@@ -34,7 +34,7 @@ class Encoded:
     prompt_cut: bool = False
     """The beginning of its prompt did not fit."""
     answer_cut: bool = False
-    """The end of its written answer did not fit, or the `room` behind it."""
+    """The end of its written answer did not fit, or the `room` after it."""
 
     @property
     def target(self) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of input ids; `branches` are laid out behind the first `prompt_length` ids, in order."""
+    """One row of input ids; `branches` are laid out after the first `prompt_length` ids, in order."""
 
     ids: tuple[int, ...]
     prompt_length: int
@@ -96,7 +96,7 @@ def context_length(model_config: Any, limit: int | None = None) -> int:
 def attention_window(model_config: Any) -> int | None:
     """How far back the shortest-sighted layers see, in tokens; None where all see everything.
 
-    A 4-D mask takes the place of a window: behind it, branches would see too much.
+    A 4-D mask takes the place of a window: past its length, branches would see too much.
     """
     text_config = model_config.get_text_config(decoder=True)
     names = ("sliding_window", "attention_chunk_size", "window_size")
@@ -139,7 +139,7 @@ def vocabulary(model: Any) -> int:
 
 
 def vocabulary_of(config: Any) -> int:
-    """The same of the model that a config describes."""
+    """Tokens that the model of this config has embeddings for."""
     return int(config.get_text_config(decoder=True).vocab_size)
 
 
@@ -333,7 +333,7 @@ class Batches(Sequence[Batch]):
         return _batch(group, self._pad_id, self.dtype).to(self._device)
 
     def compute(self, number: int, work: Callable[[Batch], T]) -> list[T]:
-        """What `work` gives for a batch; where memory ends, for two halves of it, and so on down to single rows.
+        """What `work` gives for a batch; where memory runs out, for two halves of it, and so on down to single rows.
 
         From then on batches are cut to the size that fitted.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from trimllm.blocks import decoder, families
-from trimllm.checkpoints.arithmetic import name_of
+from trimllm.checkpoints.dtypes import name_of
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.evaluation.encoding import Batch, Batches, Encoded
@@ -29,9 +29,9 @@ TOKEN_BUDGET = 4096
 """Tokens of one evaluation batch, padding included."""
 
 LOGITS = 2**22
-"""Of a chunk, where not all logits are held at once: 16 MiB in float32."""
+"""Logits of a chunk, where not all are held at once: 16 MiB in float32."""
 LEAST_PLACES = 256
-"""Places of a chunk, however large the vocabulary: fewer would read the head's weights too often."""
+"""Positions of a chunk, however large the vocabulary: fewer would read the head's weights too often."""
 
 INEXACT = "shared prompts are not exact for"
 
@@ -68,7 +68,7 @@ class Evaluation:
     correct: tuple[bool, ...] = ()
     """Per item, for paired comparisons; empty for generation and text."""
     dtype: str | None = None
-    """That of the weights when they computed it: a CPU that emulates the 16 bits of a checkpoint takes float32."""
+    """Dtype of the weights when they computed it: a CPU that emulates the 16 bits of a checkpoint takes float32."""
 
     @property
     def perplexity(self) -> float:
@@ -85,7 +85,7 @@ class Evaluation:
 
 
 def chunk(vocabulary: int) -> int:
-    """Places of which a chunk holds the logits."""
+    """Positions of which a chunk holds the logits."""
     return max(LEAST_PLACES, LOGITS // vocabulary)
 
 
@@ -177,22 +177,20 @@ def gather(pieces: Iterable[Pieces], encoded: Sequence[Encoded]) -> Scores:
     Raises:
         ValueError: if they are not those of `encoded`, every row once.
     """
-    summed: dict[int, list[list[Any]]] = {}
     due: dict[int, list[int]] = {}
     for one in encoded:
-        summed.setdefault(one.item, [[0.0, 0, True] for _ in one.continuations])
         before = due.get(one.item, [0] * len(one.continuations))
         due[one.item] = [count + len(ids) for count, ids in zip(before, one.continuations, strict=True)]
-    for outcome in pieces:
-        for (item, choice), (loglik, tokens, greedy) in outcome.items():
-            cell = summed[item][choice]
-            cell[0] += loglik
-            cell[1] += tokens
-            cell[2] = cell[2] and greedy
-    for item, row in summed.items():
-        if (found := [cell[1] for cell in row]) != due[item]:
+    total = add_up(pieces)
+    table: list[list[Any]] = []
+    for item in sorted(due):
+        row = [total.pop((item, choice), (0.0, 0, True)) for choice in range(len(due[item]))]
+        if (found := [tokens for _, tokens, _ in row]) != due[item]:
             raise ValueError(f"item {item}: outcomes of {found} tokens per continuation, but there are {due[item]}")
-    table = [summed[item] for item in sorted(summed)]
+        table.append(row)
+    if total:
+        item, choice = next(iter(total))
+        raise ValueError(f"item {item}: an outcome of continuation {choice}, which is not among those that were asked")
     columns = [tuple(tuple(cell[i] for cell in row) for row in table) for i in range(3)]
     return Scores(*columns)
 

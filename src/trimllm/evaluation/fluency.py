@@ -24,7 +24,7 @@ Fluency = dict[str, float]
 
 
 def measure(model: Any, tokenizer: Any, items: Sequence[Item]) -> Fluency:
-    """Percent of word 4-grams that occurred before in the same text, and of prompts behind which nothing came."""
+    """Percent of word 4-grams that occurred before in the same text, and of prompts after which nothing came."""
     beginnings = [replace(item, prompt=_beginning(item)) for item in items[:PROMPTS]]
     tokens = max(1, min(TOKENS, encoding.context_length(model.config) // 2))
     texts = [text.split() for text in generate(model, tokenizer, beginnings, max_new_tokens=tokens)]

@@ -45,7 +45,7 @@ def generate(
         raise InputError(f"--max-new-tokens {max_new_tokens} fill the {context} tokens of a row: ask for fewer")
     prompts = [encoding.encode_pair(tokenizer, item.prompt, " x")[0][-space:] for item in items]
     encoding.check_vocabulary(tokenizer, prompts, encoding.vocabulary(model))
-    pad = encoding.pad_id(tokenizer, model, tokenizer.eos_token_id or 0)  # also what stands behind an answer's end
+    pad = encoding.pad_id(tokenizer, model, tokenizer.eos_token_id or 0)  # also what stands after an answer's end
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
     waiting = sorted(range(len(items)), key=lambda i: -len(prompts[i]))

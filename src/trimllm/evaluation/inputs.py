@@ -24,7 +24,7 @@ class Evaluating(Protocol):
 
 
 def task_data(settings: TaskSettings, tokenizer: Any, *, reported_only: bool = False) -> TaskData:
-    """The task that the settings name, loaded and split; of a test split that is there, with `reported_only`, alone.
+    """The task that the settings name, loaded and split; with `reported_only` its test split alone, if it has one.
 
     Raises:
         InputError: see `tasks.load_task`.

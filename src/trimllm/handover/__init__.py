@@ -21,7 +21,7 @@ TRAVELS = (*folders.TERMS, "plan.json")
 
 
 def copy_companions(folder: Path, target: Path) -> None:
-    """Copy the license and the plan of the checkpoint in `folder`."""
+    """Copy the licence and the plan of the checkpoint in `folder`."""
     for pattern in TRAVELS:
         for file in folder.glob(pattern):
             if file.is_file():

@@ -9,7 +9,6 @@ and other vectors stay float32; below 8 bits the output matrix is q8_0; rows tha
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from trimllm import files
+from trimllm.blocks.layout import HALVES
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError, one_line
 
@@ -83,15 +84,12 @@ def _exceptions(planned: list[Planned], wanted: Type) -> list[str]:
     return notes + (["the output matrix is q8_0"] if Type.Q8_0 in matrices else [])
 
 
-# ---- metadata --------------------------------------------------------------------------------------------------------
-
-
 def _file_type(wanted: Type) -> int:
     return int(gguf.LlamaFileType["ALL_F32" if wanted == Type.F32 else f"MOSTLY_{wanted.name}"])
 
 
 def _about(folder: Path, command: ExportConfig, depth: int) -> dict[str, Any]:
-    """Name, base and license of the model, and which blocks of the base it kept."""
+    """Name, base and licence of the model, and which blocks of the base it kept."""
     path = folder / "plan.json"
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     base = kept.get("base")
@@ -100,7 +98,7 @@ def _about(folder: Path, command: ExportConfig, depth: int) -> dict[str, Any]:
     keys: dict[str, Any] = {"general.type": "model", "general.name": f"{name}, {depth} blocks" if kept else name}
     if base:
         keys |= {"general.base_model.count": 1, "general.base_model.0.name": name}
-    for half in ("attention", "mlp") if kept.get("blocks") else ():
+    for half in HALVES if kept.get("blocks") else ():
         keys[f"trimllm.kept.{half}"] = [int(block[half]) for block in kept["blocks"]]
     card = folder / "README.md"
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.exists() else None
@@ -114,9 +112,6 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
     else:  # llama.cpp reads counts and ids as unsigned
         writer.add_key_value(key, value, Value.UINT32 if kind is Value.INT32 else kind)
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _to_file(target: Path, keys: dict[str, Any], planned: list[Planned], described: Described) -> float:
@@ -152,14 +147,12 @@ def _to_file(target: Path, keys: dict[str, Any], planned: list[Planned], describ
             writer.write_tensor_data(values)
         writer.close()
         _check(scratch, planned)
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o666 & ~umask)
+        scratch.chmod(0o666 & ~files.umask())
         scratch.rename(target)
         scratch = None
     except OSError as caught:
         # numpy reports a full disk without its number
-        full = caught.errno == errno.ENOSPC or "requested and" in str(caught)
+        full = caught.errno in files.FULL or "requested and" in str(caught)
         raise TrimError(f"cannot write {target}: {'the disk is full' if full else one_line(caught)}") from caught
     finally:
         for stream in writer.fout or ():

@@ -69,7 +69,7 @@ class Described:
 
     family: Family
     metadata: dict[str, Any]
-    """Keys behind the name of the architecture; numbers, texts or lists."""
+    """Keys that follow the name of the architecture; numbers, texts or lists."""
     query_scale: float = 1.0
     """What queries are multiplied by, so that the scale of llama.cpp becomes the model's."""
     extra: dict[str, np.ndarray] = field(default_factory=dict)
@@ -140,9 +140,6 @@ def _check(config: Any, family: Family, width: int) -> None:
         raise _refuse("use_bidirectional_attention", "attends to the past only")
 
 
-# ---- positions -------------------------------------------------------------------------------------------------------
-
-
 def _rope(config: Any, described: Described, head: int) -> None:
     """Bases and scaling of the rotary positions."""
     rope = config.rope_parameters
@@ -190,9 +187,6 @@ def _llama3_factors(config: Any, head: int) -> np.ndarray:
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, head, 2, dtype=np.float64) / head)
     return (plain / frequencies.double().numpy()).astype(np.float32)
-
-
-# ---- windows ---------------------------------------------------------------------------------------------------------
 
 
 def _windows(config: Any, described: Described) -> None:

@@ -21,7 +21,7 @@ from trimllm.handover.gguf_families import Described
 SLICE = 1 << 24
 """Numbers that are converted at a time."""
 LARGEST_HALF = 65504.0
-"""Of float16, in which also the scales of quantized blocks are stored."""
+"""Largest number of float16, in which also the scales of quantized blocks are stored."""
 
 
 @dataclass(frozen=True)

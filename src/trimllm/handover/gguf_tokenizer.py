@@ -79,7 +79,7 @@ ATOMS = (
 
 
 def describe(folder: Path, size: int, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Keys behind `tokenizer.` for the tokenizer in `folder`, of a model with `size` embeddings.
+    """Keys that follow `tokenizer.` for the tokenizer in `folder`, of a model with `size` embeddings.
 
     Raises:
         InputError: if there is none, or llama.cpp cannot do what it does, naming what and the remedy.
@@ -101,9 +101,6 @@ def _refuse(what: str, why: str) -> InputError:
     return InputError(
         f"--to gguf: {what} of the tokenizer: llama.cpp {why}: take --to onnx or openvino, or the checkpoint"
     )
-
-
-# ---- tokens and special ids ------------------------------------------------------------------------------------------
 
 
 def _vocabulary(backend: Any, stated: dict[str, Any], size: int) -> dict[str, Any]:
@@ -141,7 +138,7 @@ def _special(tokenizer: Any, folder: Path, size: int) -> dict[str, Any]:
     whole = tokenizer("a").input_ids
     starts, stops = whole[:1] == [ids["bos_token_id"]], whole[-1:] == [ids["eos_token_id"]]
     if whole != whole[:starts] + bare + whole[len(whole) - stops :]:
-        raise _refuse(f"what it puts around a text ({whole} for {bare})", "puts one token before a text and one behind")
+        raise _refuse(f"what it puts around a text ({whole} for {bare})", "puts one token before a text and one after")
     keys = {f"ggml.{name}": number for name, number in ids.items() if number is not None and number < size}
     keys |= {"ggml.add_bos_token": starts, "ggml.add_eos_token": stops}
     template = tokenizer.chat_template
@@ -161,9 +158,6 @@ def _ends(folder: Path) -> list[int]:
         if ends is not None:
             return [ends] if isinstance(ends, int) else list(ends)
     return []
-
-
-# ---- byte-level BPE --------------------------------------------------------------------------------------------------
 
 
 def _byte_level(backend: Any, stated: dict[str, Any]) -> dict[str, Any]:
@@ -219,9 +213,6 @@ def _all_merged(stated: dict[str, Any]) -> bool:
     merging = Tokenizer.from_str(json.dumps(stated | {"model": stated["model"] | {"ignore_merges": False}})).model
     added = {token["content"] for token in stated["added_tokens"]}
     return all(len(merging.tokenize(word)) == 1 for word in stated["model"]["vocab"] if word not in added)
-
-
-# ---- SentencePiece ---------------------------------------------------------------------------------------------------
 
 
 def _sentencepiece(backend: Any, stated: dict[str, Any], tokens: list[str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from transformers import DynamicCache
 
 from trimllm.blocks import decoder
 from trimllm.checkpoints import folders, loading, models
+from trimllm.checkpoints.dtypes import name_of
 from trimllm.checkpoints.verification import PREFILL, STEPS
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError, one_line
@@ -39,7 +40,7 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvin
 TOLERANCE = 1e-3
 """Largest difference between logits of graph and model, as a share of the logits' standard deviation."""
 PADDING = 3
-"""Padded places before the second row of the comparison."""
+"""Padded positions before the second row of the comparison."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Step = Callable[[Array, Array, Array], Array]
@@ -83,7 +84,7 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
                 f"the {command.to} graph is not the model: logits differ by {difference:.3g} from transformers'; "
                 f"{target} was not written"
             )
-    cast = "float32" if stored == torch.float32 else f"float32 (the checkpoint is {str(stored).removeprefix('torch.')})"
+    cast = "float32" if stored == torch.float32 else f"float32 (the checkpoint is {name_of(stored)})"
     return (
         f"{layers} layers in {cast}, run by {runtime} {version(runtime)}: prompt and {STEPS} decode steps of "
         f"{len(ids)} rows differ by {difference:.2g} in the logits from transformers"

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trimllm import config
+from trimllm.blocks.layout import load_layout
 from trimllm.checkpoints import export, loading, models
+from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.checkpoints.verification import Report
 from trimllm.config import plain_settings
 from trimllm.errors import InputError
@@ -68,7 +70,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
     plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
     model: Any = loading.load_model(folder, trust_remote_code=own_code)
     models.cast(model, dtype or model.dtype)
-    layout = rundir.load_layout(plan["blocks"])
+    layout = load_layout(plan["blocks"])
     origin = {"name": plan["base"]} if isinstance(plan["base"], str) else plan["base"]
     origin = origin | {"place": placing.place(origin["name"], command.source)}
     return export.save_trimmed(
@@ -93,10 +95,9 @@ def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:
 
     The journal is only read: the run may still be going on.
     """
-    starts = [event for event in read_lines(run.journal, mend=False) if event["event"] == "start"]
-    name = starts[0].get("save_dtype", stored.save_dtype) if starts else stored.save_dtype
-    if name in models.DTYPES:
-        return models.DTYPES[name]
+    name = (rundir.happened(run, "start") or {}).get("save_dtype", stored.save_dtype)
+    if name in DTYPES:
+        return DTYPES[name]
     try:
         return models.saved_dtype(models.path_of(stored.model), stored)
     except InputError:

@@ -22,12 +22,12 @@ def keeping_stream(model: Any, batch: Batch, *, mids: bool) -> tuple[Pieces, dic
 
     def keep(key: float) -> Callable[..., None]:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stream[key] = args[0] if args else kwargs["hidden_states"]
+            stream[key] = decoder.hidden_argument(args, kwargs)
 
         return hook
 
     def keep_output(_module: Any, _args: Any, output: Any) -> None:
-        stream[depth] = output[0] if isinstance(output, tuple) else output
+        stream[depth] = decoder.hidden_of(output)
 
     depth = decoder.depth(model)
     with ExitStack() as hooks:
@@ -50,32 +50,31 @@ def ends(unit: Unit) -> tuple[float, float]:
 def sums(
     stream: dict[float, torch.Tensor], batch: Batch, candidates: Sequence[Unit], run: int
 ) -> dict[str, list[float]]:
-    """Sums over unpadded tokens: norm of the stream behind each unit, cosine over the unit, cosine over a run; and over
+    """Sums over unpadded tokens: norm of the stream after each unit, cosine over the unit, cosine over a run; and over
     right continuations: the angle over a run at the last input token, in half turns."""
 
     def at(key: float, chosen: torch.Tensor) -> torch.Tensor | None:
         hidden = stream.get(key)
         if hidden is None:
             return None
-        if (
-            hidden.dim() == 4
-        ):  # streams: those of hyper-connections are one wide stream, the first of AltUp's is the main one
+        if hidden.dim() == 4:
+            # Streams: those of hyper-connections are one wide stream, the first of AltUp's is the main one.
             hidden = hidden.flatten(2) if hidden.shape[:2] == batch.real.shape else hidden[0]
         return hidden.reshape(-1, hidden.shape[-1])[chosen].float()
 
-    def cosine(before: torch.Tensor | None, behind: torch.Tensor | None) -> torch.Tensor:
-        if before is None or behind is None:
+    def cosine(before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor:
+        if before is None or after is None:
             return torch.tensor(math.nan)
-        return torch.nn.functional.cosine_similarity(before, behind, dim=-1)
+        return torch.nn.functional.cosine_similarity(before, after, dim=-1)
 
     real = batch.real.flatten()
     found: dict[str, list[float]] = {"norm": [], "cosine": [], "run_cosine": [], "run_angle": []}
     for unit in candidates:
         begin, end = ends(unit)
-        before, behind = at(begin, real), at(end, real)
+        before, after = at(begin, real), at(end, real)
         angle = cosine(at(begin, batch.last), at(begin + run, batch.last)).clamp(-1, 1).arccos() / math.pi
-        found["norm"].append(math.nan if behind is None else float(behind.norm(dim=-1).sum()))
-        found["cosine"].append(float(cosine(before, behind).sum()))
+        found["norm"].append(math.nan if after is None else float(after.norm(dim=-1).sum()))
+        found["cosine"].append(float(cosine(before, after).sum()))
         found["run_cosine"].append(float(cosine(before, at(begin + run, real)).sum()))
         found["run_angle"].append(float(angle.sum()))
     return found

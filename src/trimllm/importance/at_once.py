@@ -1,4 +1,8 @@
-"""All units of --one-shot by the evidence of one scan: such as may go together, and leave room for one another."""
+"""--one-shot: all units that go at once, chosen by the evidence of one scan.
+
+A unit is only chosen if a legal model is left without it and those chosen before, and if enough units that overlap none
+of them remain to make up the number.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from trimllm.importance.select import Choice
 
 
 def most_apart(units: Iterable[Unit]) -> int:
-    """The most of the units that share no block with one another."""
+    """How many of the units can go together at most, since no two of them may share a block (runs overlap)."""
     count, end = 0, -1
     for unit in sorted(units, key=lambda one: one.blocks[-1]):
         if unit.blocks[0] > end:
@@ -47,8 +51,8 @@ def apart(
     tolerance: float,
     allowed: Collection[int],
 ) -> list[Choice]:
-    """So many units one after the other: none that leaves no room for the rest, or without which, the others gone,
-    no stock model would be left. `allowed` are indices into `candidates`.
+    """`count` units, chosen one after the other. One is passed over if those that are still to come would not fit
+    beside it, or if no stock model would be left. `allowed` are indices into `candidates`.
 
     Raises:
         InputError: if there are not so many.

@@ -1,7 +1,7 @@
 """Exact trial deletion: how good the model would be without each candidate, one candidate at a time.
 
 A candidate changes nothing below the block it begins in. So each batch goes once through the whole model, the residual
-stream before every block is kept, and every candidate computes only what lies behind its own place. The choices of a
+stream before every block is kept, and every candidate computes only what comes after it. The choices of a
 question share its prompt (see `encoding`). Source of the method: TrimLLM (arXiv 2412.11242), calibration scanning.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trimllm import memory
-from trimllm.blocks import decoder, families, legality
+from trimllm.blocks import config_rules, decoder, families, legality
 from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
 from trimllm.errors import InputError
@@ -36,7 +36,8 @@ class Part:
 
     rows: str
     """Digest of the batch's rows: under the same number, another device or attention may have others."""
-    base: Pieces
+    intact: Pieces
+    """Outcome of the intact model; its key in files is `base`."""
     trials: list[Pieces]
     """Per candidate, {} for one that is not in the race any more; empty if only activations were measured."""
     tokens: int
@@ -51,7 +52,7 @@ class Part:
 
         return {
             "rows": self.rows,
-            "base": flat(self.base),
+            "base": flat(self.intact),
             "trials": [flat(t) for t in self.trials],
             "tokens": self.tokens,
             "sequences": self.sequences,
@@ -88,7 +89,7 @@ class ScanResult:
     """Per candidate, in order of depth: its evaluation when deleted (none if only activations were asked for)."""
 
     candidates: list[Unit]
-    base: Evaluation
+    intact: Evaluation
     """The intact model on the same items."""
     trials: list[Evaluation]
     norm: Array
@@ -96,7 +97,7 @@ class ScanResult:
     run_cosine: Array
     run_angle: Array
     seconds: float
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     running: tuple[int, ...] | None = None
     """After a race: the candidates that it did not stop, which saw all items. The others' values are foreseen."""
     computed: float = 1.0
@@ -108,7 +109,7 @@ class ScanResult:
         return {i for i in found if parts_of(strategy)[0] != "angular" or np.isfinite(self.run_angle[i])}
 
     def evidence(self, position: Array, depth: int, seed: int = 0, **extra: Array) -> Evidence:
-        """What the scores need; `position` (n,) are the candidates' places in the original model of `depth` blocks."""
+        """What the scores need; `position` (n,) is that of each candidate in the original model of `depth` blocks."""
         tried = bool(self.trials)
         return Evidence(
             depth=depth,
@@ -206,10 +207,10 @@ def scan(
             return [parts[number] for number in numbers]
 
         everyone = range(len(candidates)) if trials and race is None else ()
-        intact = work(scorer.batches, 0, everyone)
-        result = _collect(intact, scorer, metric, candidates, bool(everyone))
+        begun = work(scorer.batches, 0, everyone)
+        result = _collect(begun, scorer, metric, candidates, bool(everyone))
         if trials and race is not None:
-            result = _race(model, race, result, intact, scorer, work)
+            result = _race(model, race, result, begun, scorer, work)
     return replace(result, seconds=time.perf_counter() - started, notes=(*notes, *result.notes))
 
 
@@ -223,19 +224,19 @@ def _covers(part: Part | None, rows: str, tried: Sequence[int], candidates: int)
 def _race(
     model: Any,
     race: Race,
-    intact: ScanResult,
+    untried: ScanResult,
     parts: Sequence[Part],
     scorer: Scorer,
     work: Callable[[Batches, int, Sequence[int]], list[Part]],
 ) -> ScanResult:
     """Trials in rounds of items, hardest first; candidates without a chance to win stop (see `racing`)."""
-    count, metric = len(scorer.items), intact.base.metric
+    count, metric = len(scorer.items), untried.intact.metric
     hits, margins = evaluate.outcomes(
-        scorer.items, evaluate.gather([part.base for part in parts], scorer.encoded), metric
+        scorer.items, evaluate.gather([part.intact for part in parts], scorer.encoded), metric
     )
-    position = positions(intact.candidates, range(decoder.depth(model)))
-    breaker = intact.norm if race.by_norm else np.zeros(len(intact.candidates))
-    allowed = np.array([race.allowed is None or unit in race.allowed for unit in intact.candidates])
+    position = positions(untried.candidates, range(decoder.depth(model)))
+    breaker = untried.norm if race.by_norm else np.zeros(len(untried.candidates))
+    allowed = np.array([race.allowed is None or unit in race.allowed for unit in untried.candidates])
     rule = racing.Rule(race.tolerance * count / 100, breaker, position, allowed)
     first, raced = len(parts), list[Part]()
 
@@ -266,7 +267,7 @@ def _race(
     trials = [trial_of(i) for i in range(len(end.seen))]
     share = end.computed / (count * len(trials))
     note = f"race: {len(end.running)} of {len(trials)} candidates to the end, {share:.0%} of the trials computed"
-    return replace(intact, trials=trials, running=end.running, computed=share, notes=(note,))
+    return replace(untried, trials=trials, running=end.running, computed=share, notes=(note,))
 
 
 def _candidates(model: Any, every: Sequence[Unit], batch: Batch | None) -> tuple[list[Unit], list[str]]:
@@ -280,7 +281,7 @@ def _candidates(model: Any, every: Sequence[Unit], batch: Batch | None) -> tuple
     """
     intact = whole(decoder.depth(model))
     layouts = {u: remove(intact, u) for u in every}
-    refused = {u: families.illegal(decoder.text_config(model), layout) for u, layout in layouts.items()}
+    refused = {u: config_rules.illegal(decoder.text_config(model), layout) for u, layout in layouts.items()}
     for unit, layout in layouts.items():
         inexact = None if batch is None or refused[unit] or unit.bypassed else legality.refusal(model, layout)
         if batch is not None and inexact and not _runs(model, batch, unit):
@@ -292,12 +293,12 @@ def _candidates(model: Any, every: Sequence[Unit], batch: Batch | None) -> tuple
 
 
 def _runs(model: Any, batch: Batch, unit: Unit) -> bool:
-    """Whether the trial deletion of a unit can be computed; where memory ends, the scan itself says so."""
+    """Whether the trial deletion of a unit can be computed; where memory runs out, the scan itself says so."""
     try:
         with evaluate.evaluating(model), torch.no_grad():
             _trial(model, batch, unit, {}, resume=False)
     except evaluate.UNFIT as error:
-        return memory.ended(error)
+        return memory.is_out_of_memory(error)
     return True
 
 
@@ -309,14 +310,14 @@ def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: l
     over = {"norm": tokens, "cosine": tokens, "run_cosine": tokens, "run_angle": sequences}
     means = {name: np.sum([part.sums[name] for part in ordered], axis=0) / count for name, count in over.items()}
     tried = [judged([part.trials[i] for part in ordered]) for i in range(len(candidates))] if trials else []
-    return ScanResult(candidates, judged([part.base for part in ordered]), tried, **means, seconds=0.0)
+    return ScanResult(candidates, judged([part.intact for part in ordered]), tried, **means, seconds=0.0)
 
 
 @torch.no_grad()
 def _part(model: Any, batch: Batch, candidates: list[Unit], *, tried: Sequence[int], run: int, resume: bool) -> Part:
-    base, stream = activations.keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in candidates))
+    intact, stream = activations.keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in candidates))
     measured = activations.sums(stream, batch, candidates, run)
-    part = Part("", base, [], int(batch.real.sum()), len(batch.last), measured)
+    part = Part("", intact, [], int(batch.real.sum()), len(batch.last), measured)
     if tried:
         part.trials = [
             _trial(model, batch, unit, stream, resume) if i in tried else {} for i, unit in enumerate(candidates)
@@ -331,7 +332,7 @@ def _together(rows: str, parts: Sequence[Part]) -> Part:
     trials = [evaluate.add_up(part.trials[i] for part in parts) for i in range(len(parts[0].trials))]
     sums = {name: np.sum([part.sums[name] for part in parts], axis=0).tolist() for name in parts[0].sums}
     tokens, sequences = sum(part.tokens for part in parts), sum(part.sequences for part in parts)
-    return Part(rows, evaluate.add_up(part.base for part in parts), trials, tokens, sequences, sums)
+    return Part(rows, evaluate.add_up(part.intact for part in parts), trials, tokens, sequences, sums)
 
 
 def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tensor], resume: bool) -> Pieces:
@@ -362,7 +363,7 @@ def _resumes_exactly(model: Any, batch: Batch) -> bool:
 
 
 def positions(candidates: Sequence[Unit], original: Sequence[int]) -> Array:
-    """(n,) place of each candidate in the original model, in blocks; `original` has each present block's index."""
+    """(n,) position of each candidate in the original model, in blocks; `original` has each present block's index."""
     shift = {"pair": 0.5, "mlp": 0.25}
     middle = [np.mean([original[i] for i in unit.blocks[: unit.length]]) for unit in candidates]
     return np.array([place + shift.get(unit.kind, 0.0) for place, unit in zip(middle, candidates, strict=True)])
@@ -389,7 +390,7 @@ def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence
         rows.append(row | {"cosine": float(result.cosine[i])})
     return {
         "strategy": strategy,
-        "intact": result.base.summary(),
+        "intact": result.intact.summary(),
         "units": rows,
         "seconds": result.seconds,
         "notes": list(result.notes),

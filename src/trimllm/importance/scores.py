@@ -28,13 +28,13 @@ class Evidence:
     depth: int
     """Blocks of the original model."""
     position: Array
-    """(n,) place of each unit in the original model, in blocks (a shifted pair stands at i + 0.5)."""
+    """(n,) position of each unit in the original model, in blocks (a shifted pair stands at i + 0.5)."""
     accuracy: Array | None = None
     """(n,) percent on the calibration set when the unit is deleted."""
     loss: Array | None = None
     """(n,) nats per target token when the unit is deleted."""
     norm: Array | None = None
-    """(n,) L2 norm of the stream behind the unit, averaged over tokens."""
+    """(n,) L2 norm of the stream after the unit, averaged over tokens."""
     cosine: Array | None = None
     """(n,) mean cosine between the residual stream before and after the unit."""
     run_angle: Array | None = None
@@ -132,7 +132,6 @@ class Score:
 
     needs: tuple[str, ...]
     compute: Callable[[Evidence], Array]
-    about: str
 
 
 def _of(field: str, function: Callable[[Array], Array]) -> Callable[[Evidence], Array]:
@@ -140,21 +139,19 @@ def _of(field: str, function: Callable[[Array], Array]) -> Callable[[Evidence], 
 
 
 SCORES: dict[str, Score] = {
-    "scan": Score(("accuracy",), _of("accuracy", s_scan), "accuracy after trial deletion (TrimLLM)"),
-    "norm": Score(("norm",), _of("norm", s_norm), "activation norm (TrimLLM)"),
-    "bi": Score(("cosine",), _of("cosine", block_influence), "block influence (ShortGPT)"),
-    "angular": Score(("run_angle",), _of("run_angle", angular), "angular distance of a run (Gromov et al.)"),
-    "loss": Score(("loss",), _of("loss", loss_ablation), "loss after trial deletion (SLEB)"),
-    "perplexity": Score(
-        ("loss",), _of("loss", perplexity_ablation), "perplexity after trial deletion (Shortened LLaMA)"
-    ),
-    "taylor": Score(("taylor",), _of("taylor", taylor), "first-order Taylor (Shortened LLaMA, LLM-Pruner)"),
-    "magnitude": Score(("magnitude",), _of("magnitude", magnitude), "L1 norm of the weights"),
-    "random": Score((), lambda e: random(len(e.position), e.seed), "seeded random order"),
-    "first": Score((), lambda e: first(e.position), "from the bottom (Sajjad et al.)"),
-    "last": Score((), lambda e: last(e.position), "from the top (Sajjad et al.)"),
-    "alternate": Score((), lambda e: alternate(e.position, e.depth), "every second block (Sajjad et al.)"),
-    "symmetric": Score((), lambda e: symmetric(e.position, e.depth), "from the middle (Sajjad et al.)"),
+    "scan": Score(("accuracy",), _of("accuracy", s_scan)),
+    "norm": Score(("norm",), _of("norm", s_norm)),
+    "bi": Score(("cosine",), _of("cosine", block_influence)),
+    "angular": Score(("run_angle",), _of("run_angle", angular)),
+    "loss": Score(("loss",), _of("loss", loss_ablation)),
+    "perplexity": Score(("loss",), _of("loss", perplexity_ablation)),
+    "taylor": Score(("taylor",), _of("taylor", taylor)),
+    "magnitude": Score(("magnitude",), _of("magnitude", magnitude)),
+    "random": Score((), lambda e: random(len(e.position), e.seed)),
+    "first": Score((), lambda e: first(e.position)),
+    "last": Score((), lambda e: last(e.position)),
+    "alternate": Score((), lambda e: alternate(e.position, e.depth)),
+    "symmetric": Score((), lambda e: symmetric(e.position, e.depth)),
 }
 
 

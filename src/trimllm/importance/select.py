@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimllm.blocks.layout import Layout, Unit
+from trimllm.blocks.layout import Layout, Unit, halves
 from trimllm.errors import InputError
 from trimllm.importance import scores
 from trimllm.importance.scores import Array, Evidence
@@ -86,17 +86,10 @@ def protected(protect: Sequence[int], depth: int) -> frozenset[int]:
 
 
 def droppable(candidates: Sequence[Unit], layout: Layout, kept: Collection[int]) -> list[int]:
-    """Indices of the candidates that touch no protected original block; `layout` maps places to original indices."""
+    """Indices of the candidates that touch no protected original block; `layout` gives the original indices."""
     return [number for number, unit in enumerate(candidates) if not (touches(unit, layout) & set(kept))]
 
 
 def touches(unit: Unit, layout: Layout) -> set[int]:
     """Original blocks whose attention or MLP the unit contains."""
-    i = unit.index
-    if unit.kind == "block":
-        held = [half for place in unit.blocks for half in layout[place]]
-    elif unit.kind == "pair":
-        held = [layout[i].mlp, layout[i + 1].attention]
-    else:
-        held = [getattr(layout[i], unit.kind)]
-    return {source for source in held if source is not None}
+    return {getattr(layout[place], half) for half, place in halves(unit)} - {None}

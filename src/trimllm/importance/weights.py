@@ -46,13 +46,13 @@ def magnitude(model: Any, candidates: Sequence[Unit]) -> Array:
 def taylor(model: Any, scorer: Scorer, candidates: Sequence[Unit]) -> Array:
     """(n,) sum of |weight * dL/dw|, with the gradients of `gradients`."""
     with gradients(model, scorer), torch.no_grad():
-        return np.array([sum(_first_order(p) for p in parameters(model, u)) for u in candidates])
+        sums = ([first_order(p).sum(dtype=torch.float64) for p in parameters(model, unit)] for unit in candidates)
+        return np.array([sum(map(float, each)) for each in sums])
 
 
-def _first_order(parameter: torch.nn.Parameter) -> float:
-    if parameter.grad is None:
-        return 0.0
-    return float((parameter * parameter.grad).abs().sum(dtype=torch.float64))
+def first_order(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """|weight * dL/dw| of every weight, by the gradients that are there; zeros where there are none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs()
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from importlib.metadata import version
 from typing import Any
 
 from trimllm.bench import timing
-from trimllm.blocks.layout import Layout, describe, whole_layers
+from trimllm.blocks.layout import Layout, describe, load_layout, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluation.evaluate import Evaluation
 from trimllm.importance.joint import Joint, accepted
 from trimllm.importance.scan import ScanResult
 from trimllm.importance.select import Choice
-from trimllm.run import rundir, targets
+from trimllm.run import targets
 from trimllm.run.targets import Size
 from trimllm.tasks import TaskData
 
@@ -80,7 +80,7 @@ def result(
         "depth": stage["depth"],
         "base_depth": history[0]["depth"],
         "blocks": stage["layout"],
-        "layers": whole_layers(rundir.load_layout(stage["layout"])),
+        "layers": whole_layers(load_layout(stage["layout"])),
         "parameters": stage["parameters"],
         "bytes": stage["bytes"],
         "decode_speedup": speedup,
@@ -109,11 +109,11 @@ def training_ahead(config: TrimConfig, stages: Sequence[tuple[int, float]], toke
     """How much will be trained, for the user: `stages` are those of `targets.stages_ahead`, `tokens` an epoch's."""
     warm = f"training: {_epochs(config.warmup_epochs)} of all layers, " if config.warmup_epochs else "training: "
     if not stages:
-        return f"{warm}{_epochs(config.epochs_per_drop)} behind every drop; {tokens:,} tokens an epoch"
-    behind = sum(epochs for _, epochs in stages)
+        return f"{warm}{_epochs(config.epochs_per_drop)} after every drop; {tokens:,} tokens an epoch"
+    after = sum(epochs for _, epochs in stages)
     most = "at most " if targets.ends_sooner(config) else ""
-    total = round((config.warmup_epochs + behind) * tokens)
-    return f"{warm}{most}{_epochs(behind)} behind drops; {tokens:,} tokens an epoch, {most}{total:,} in all"
+    total = round((config.warmup_epochs + after) * tokens)
+    return f"{warm}{most}{_epochs(after)} after drops; {tokens:,} tokens an epoch, {most}{total:,} in all"
 
 
 def _epochs(count: float) -> str:
@@ -128,7 +128,7 @@ def time_ahead(stages: Sequence[tuple[int, float]], tokens: int, warm: dict[str,
     if not stages or not train["tokens"]:
         return None
     seconds = train["seconds"] / train["tokens"] * tokens * sum(left * epochs for left, epochs in stages)
-    return f"training behind drops: about {clock(seconds / warm['depth'])}, and the scans"
+    return f"training after drops: about {clock(seconds / warm['depth'])}, and the scans"
 
 
 def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:
@@ -162,12 +162,12 @@ def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: 
     names = ", ".join(describe(choice.unit, layout) for choice in choices)
     if found is not None:
         return (
-            f"drop {names}: {len(choices)} at once (joint {found.value:.1f}, intact {result.base.value:.1f}; loss "
-            f"{found.loss:.3f}, intact {result.base.loss:.3f}; {len(tried)} sets tried; "
+            f"drop {names}: {len(choices)} at once (joint {found.value:.1f}, intact {result.intact.value:.1f}; loss "
+            f"{found.loss:.3f}, intact {result.intact.loss:.3f}; {len(tried)} sets tried; "
             f"scan {clock(result.seconds)})"
         )
-    metric = "likelihood " if result.base.metric == "likelihood" else ""
-    intact = f"intact {metric}{result.base.value:.1f}; scan {clock(result.seconds)}"
+    metric = "likelihood " if result.intact.metric == "likelihood" else ""
+    intact = f"intact {metric}{result.intact.value:.1f}; scan {clock(result.seconds)}"
     if len(choices) > 1:
         return f"drop {names} at once ({intact})"
     score = f", {metric}{result.trials[choices[0].index].value:.1f} without it" if result.trials else ""

@@ -48,7 +48,7 @@ class Decision:
     joint: list[Joint]
     """Sets that were tried as a whole (--schedule recover)."""
     seconds: float
-    """All of it took: the scan, scores from weights and gradients, sets that were tried."""
+    """How long the decision took: the scan, scores from weights and gradients, sets that were tried."""
 
 
 class Decider:
@@ -228,7 +228,7 @@ class Decider:
         return [choices[i] for i in chosen], tried
 
     def _harmless(self, result: ScanResult, found: Joint) -> bool:
-        return joint.harmless(found, result.base, self.config.joint_tolerance, self.tolerance)
+        return joint.harmless(found, result.intact, self.config.joint_tolerance, self.tolerance)
 
     def _harmless_alone(self, result: ScanResult, index: int) -> bool:
         if not result.trials:
@@ -267,7 +267,7 @@ class Decider:
         found = joint.accepted(choices, decision.joint)
         return {
             "units": [describe(choice.unit, layout) for choice in choices],
-            "metric": decision.result.base.metric,
+            "metric": decision.result.intact.metric,
             "value": [trials[choice.index].value if trials else None for choice in choices],
             "importance": [choice.importance for choice in choices],
             "joint": None if found is None else found.record() | {"tried": len(decision.joint)},

@@ -16,7 +16,7 @@ from trimllm.blocks.layout import Layout, whole_layers
 from trimllm.checkpoints import folders, models
 from trimllm.checkpoints.loading import quiet
 from trimllm.config import TrimConfig
-from trimllm.offline import hub_or_cache
+from trimllm.offline import hub_or_cache, is_path
 from trimllm.run.account import depth_table
 from trimllm.run.targets import LATE_SHARE
 from trimllm.tasks import TaskData
@@ -262,7 +262,7 @@ def _place(base: Origin) -> str:
 
 
 def _on_hub(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return name.count("/") == 1 and not is_path(name)
 
 
 def _data(base: Origin, task: str | None, results: list[EvalResult], name: str | None = None) -> ModelCardData:

@@ -20,14 +20,16 @@ import transformers
 
 from trimllm import files
 from trimllm.blocks import decoder, surgery
-from trimllm.blocks.layout import Layout, compose, plan_record, remove_all, whole
-from trimllm.checkpoints import arithmetic, export, folders, loading, models, room
-from trimllm.checkpoints.models import DTYPES, Loaded, load
+from trimllm.blocks.layout import Layout, compose, dump_layout, load_layout, plan_record, remove_all, whole
+from trimllm.checkpoints import arithmetic, export, folders, loading, models, room, verification
+from trimllm.checkpoints.dtypes import DTYPES, name_of
+from trimllm.checkpoints.models import Loaded, load
 from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding, fluency, inputs
+from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
@@ -40,6 +42,7 @@ from trimllm.tasks import TaskData
 from trimllm.training import optimizer_state, sparse, train, training_rows
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
+from trimllm.training.packing import Example
 
 History = list[dict[str, Any]]
 
@@ -76,27 +79,46 @@ class State:
     """Original blocks that train (sparse update); None: all."""
     reached: str | None = None
     moments: Moments = field(default_factory=dict)
-    """What AdamW goes on with in the next stage (--optimizer-state carried); filled by stages behind drops."""
+    """What AdamW goes on with in the next stage (--optimizer-state carried); filled by stages after drops."""
 
 
 class Run:
     """One run in one directory. `go` does everything that the journal does not say is done."""
+
+    fitted: int | None = None
+    """Tokens of a micro-batch that memory had room for in the last stage."""
+    tokenizer: Any
+    save_dtype: torch.dtype
+    """That of the result."""
+    base_depth: int
+    origin: str | dict[str, str]
+    """What plans and cards name as the base (see `models.origin`)."""
+    metric: str
+    calibration: Scorer
+    test: Scorer
+    """The reported split."""
+    task_rows: list[Example]
+    text_rows: list[Example]
+    pad_id: int
+    decider: Decider
+    ahead: list[tuple[int, float]]
+    """Blocks and epochs of the stages to come (see `targets.stages_ahead`)."""
+    tokens_per_epoch: int
+    """Those of the task and of the domain text between."""
+    journal: Journal
+    recorder: Recorder
 
     def __init__(self, config: TrimConfig, console: Console) -> None:
         self.config, self.console = config, console
         self.dir = RunDir(config.output)
         self.accelerator = models.accelerator(config)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
-        self.main = self.accelerator.is_main_process
-        self.fitted: int | None = None  # tokens of a micro-batch that memory had room for in the last stage
         transformers.utils.logging.disable_progress_bar()
-        if not self.main:
+        if not self.share.first:
             console.quiet = True
 
-    # ---- preparation
-
     def go(self) -> tuple[Any, History]:
-        if not self.main:
+        if not self.share.first:
             return self._go()
         folders.check_apart(self.dir.root, models.path_of(self.config.model))
         with folders.held(self.dir.root):
@@ -107,12 +129,13 @@ class Run:
         self._check_room()
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
+        self._check_disk(loaded.model)
         asked = {"--task": data.digest()}
         if self.config.text_ratio:
             asked["--text"] = training_rows.digest(self.text_rows)
         rundir.same_data(rundir.data_of(self.dir), asked, self.config, f"the run in {self.config.output}")
         self.journal = Journal(
-            self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.main
+            self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.share.first
         )
         self._begin(loaded, asked)
         if (done := self.journal.last("done")) is not None:
@@ -142,7 +165,7 @@ class Run:
             self.console.say(line)
 
     def _prepare(self, loaded: Loaded) -> TaskData:
-        """Everything that can be wrong with model and data is found here, before anything is computed or written."""
+        """Read the data, and find everything that can be wrong with it and the model before anything is computed."""
         config, model, tokenizer = self.config, loaded.model, loaded.tokenizer
         self.tokenizer = tokenizer
         self.save_dtype = DTYPES.get(config.save_dtype, loaded.saved)
@@ -168,26 +191,30 @@ class Run:
         self.decider.check(model)
         self.ahead = targets.stages_ahead(config, depth, self.decider.length)
         mixed = 1 + config.text_ratio if self.text_rows else 1
-        self.epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
+        self.tokens_per_epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
         self.pad_id = self.calibration.pad_id
+        return data
+
+    def _check_disk(self, model: Any) -> None:
+        """Raises InputError if the disk cannot hold what the run will write."""
+        config = self.config
         copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
         if config.keep_checkpoints:  # of every depth; embeddings, which are never cut, make them larger than that
-            copies = max(copies, 2 + sum(left for left, _ in self.ahead) / depth)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+            copies = max(copies, 2 + sum(left for left, _ in self.ahead) / self.base_depth)
+        weights = verification.weight_bytes(model)
         state = 2 * optimizer_state.most_bytes(config, model) if self._keeps_state() else 0  # while the new is written
         if rundir.happened(self.dir, "done") is None:
             rundir.check_space(config.output, round(copies * weights) + state)
-        return data
 
     def _keeps_state(self) -> bool:
-        """Whether AdamW's state will stand in checkpoints: between stages behind drops, if there are several."""
+        """Whether AdamW's state will stand in checkpoints: between stages after drops, if there are several."""
         config, wanted = self.config, self.decider.wanted
         one = wanted is not None and self.base_depth - wanted <= config.drops_per_stage * self.decider.length
         return config.optimizer_state == "carried" and config.epochs_per_drop > 0 and not (config.one_shot or one)
 
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
-        """Whether what AdamW knows at the end of the stage behind these drops goes on: not after the warm-up, behind
-        none, which trains everything where later stages train little; nor after the last stage."""
+        """Whether what AdamW knows at the end of the stage after these drops goes on. It does not after the warm-up (no
+        drops), which trains everything where later stages train little, nor after the last stage."""
         last = any(drop["reached"] for drop in drops)
         return self.config.optimizer_state == "carried" and bool(drops) and not last
 
@@ -196,7 +223,7 @@ class Run:
         config = self.config
         first = self.journal.last("start")
         if first is None:
-            dtype = arithmetic.name_of(self.save_dtype)
+            dtype = name_of(self.save_dtype)
             known = {"base": loaded.fingerprint, "data": data, "depth": self.base_depth, "save_dtype": dtype}
             first = self.journal.add("start", **known)
         elif first["base"] != loaded.fingerprint:
@@ -217,7 +244,7 @@ class Run:
             say(f"  {note}")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
-        say(account.training_ahead(config, self.ahead, self.epoch))
+        say(account.training_ahead(config, self.ahead, self.tokens_per_epoch))
         may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
         if may_change and (slow := scan.many_choices_note(self.calibration, config.strategy)):
             say(f"  {slow}")
@@ -233,7 +260,7 @@ class Run:
         state = State(loaded.model, whole(self.base_depth))
         if stage is not None:
             self.console.say(f"going on after stage {stage['stage']}, at depth {len(stage['layout'])}")
-            layout = rundir.load_layout(stage["layout"])
+            layout = load_layout(stage["layout"])
             folder = self.dir.checkpoint(len(layout))
             state = State(self._load(folder), layout, stage["stage"] + 1)
             if self._carries(stage["dropped"]):
@@ -241,8 +268,8 @@ class Run:
         for drop in self.journal.of("drop"):
             state.chosen = drop["trains"]
             if drop["stage"] == state.stages:
-                surgery.apply_layout(state.model, rundir.load_layout(drop["cut"]))
-                state.layout = rundir.load_layout(drop["layout"])
+                surgery.apply_layout(state.model, load_layout(drop["cut"]))
+                state.layout = load_layout(drop["layout"])
                 state.pending.append(drop)
                 state.reached = drop["reached"]
         if stage is not None and not state.pending and (last := self.journal.last("drop")) is not None:
@@ -264,8 +291,6 @@ class Run:
         device = self.accelerator.device
         asked = (self.tokenizer, self.calibration, self.test, self.metric)
         return Recorder(self.config, self.console, self.share, self.journal, device, self.save_dtype, *asked)
-
-    # ---- the loop
 
     def _loop(self, state: State) -> None:
         config = self.config
@@ -342,7 +367,7 @@ class Run:
         if (
             warm
             and not config.distill
-            and (time := account.time_ahead(self.ahead, self.epoch, self.journal.events[-1]))
+            and (time := account.time_ahead(self.ahead, self.tokens_per_epoch, self.journal.events[-1]))
         ):
             self.console.say(time)
         state.stages += 1
@@ -354,7 +379,7 @@ class Run:
         return Teacher(self._load(self.dir.checkpoint(self.base_depth)), self.config.distill)
 
     def _checkpoint(self, state: State) -> None:
-        if self.main:
+        if self.share.first:
             with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
                 state.model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
@@ -365,7 +390,7 @@ class Run:
     def _clean(self) -> None:
         """Delete checkpoints that neither the user, nor a floor, nor a teacher, nor a resumed run needs, and batches of
         scans that led to a drop."""
-        if self.main:
+        if self.share.first:
             for number in range(len(self.journal.of("drop"))):
                 self.dir.batches_of_scan(number).unlink(missing_ok=True)
             stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
@@ -374,7 +399,7 @@ class Run:
 
     def _forget(self) -> None:
         """Delete what AdamW knew where a floor ended the run: it is finished."""
-        if self.main:
+        if self.share.first:
             for depth in self.dir.kept_depths():
                 optimizer_state.delete(self.dir.checkpoint(depth))
 
@@ -397,15 +422,15 @@ class Run:
         if state.reached is None and not self.decider.droppable(state.model, state.layout):
             few = len(state.layout) - self.decider.length < self.config.min_depth
             state.reached = f"{targets.LEAST}, {self.config.min_depth}" if few else targets.STUCK
-        if self.main:
+        if self.share.first:
             files.write_json(parts.with_suffix(".json"), self.decider.table(decision, before))
         state.pending.append(
             self.journal.add(
                 "drop",
                 stage=state.stages,
                 **self.decider.record(decision, before),
-                cut=rundir.dump_layout(cut),
-                layout=rundir.dump_layout(state.layout),
+                cut=dump_layout(cut),
+                layout=dump_layout(state.layout),
                 trains=state.chosen,
                 reached=state.reached,
             )
@@ -415,8 +440,6 @@ class Run:
     def history(self) -> History:
         """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
         return [*self.journal.of("base"), *self.journal.of("stage"), *self.journal.of("saved")[-1:]]
-
-    # ---- the product
 
     def _good(self, stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The last stage that meets the floor.
@@ -440,13 +463,13 @@ class Run:
     def _finish(self, state: State, fingerprint: str, data: TaskData) -> tuple[Any, History]:
         stages = self.journal.of("stage")
         good = self._good(stages)
-        depth, layout = len(good["layout"]), rundir.load_layout(good["layout"])
+        depth, layout = len(good["layout"]), load_layout(good["layout"])
         model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(depth))
         models.cast(model, self.save_dtype)
         report: Any = None
         named = {"name": self.origin} if isinstance(self.origin, str) else self.origin
         base = named | {"sha256": fingerprint}
-        if self.main:
+        if self.share.first:
             report = export.save_trimmed(
                 model,
                 self.dir.model,
@@ -463,7 +486,7 @@ class Run:
         if (last["event"], last["layout"]) != ("saved", good["layout"]):
             self.recorder.record("saved", saved, layout)
         row = self.journal.events[-1]
-        if self.main:
+        if self.share.first:
             self.recorder.write_result(data, good, self.history(), base, row, report, saved)
         first = self.journal.last("base") or {}
         if depth == self.base_depth:

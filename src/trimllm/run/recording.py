@@ -13,14 +13,14 @@ import torch
 from trimllm import files, memory
 from trimllm.bench import timing
 from trimllm.blocks import decoder
-from trimllm.blocks.layout import Layout, plan_record
+from trimllm.blocks.layout import Layout, dump_layout, load_layout, plan_record
 from trimllm.checkpoints import arithmetic, loading, models
 from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.evaluation import fluency
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.parallel import Share
-from trimllm.run import account, model_card, rundir
+from trimllm.run import account, model_card
 from trimllm.run.journal import Journal
 from trimllm.run.rundir import RunDir
 from trimllm.run.targets import Size
@@ -29,7 +29,8 @@ from trimllm.tasks import TaskData
 
 @dataclass
 class Recorder:
-    """Measures the models of one run; every process must call what it offers."""
+    """Measures the models of one run. Every process must call `record` and `size`, which share work between them; the
+    other methods are for the first process alone."""
 
     config: TrimConfig
     console: Console
@@ -60,7 +61,7 @@ class Recorder:
         self.journal.add(
             event,
             depth=now.depth,
-            layout=rundir.dump_layout(layout),
+            layout=dump_layout(layout),
             calibration=calibration.summary(),
             test=test.summary() if test else None,
             parameters=now.parameters,
@@ -95,7 +96,7 @@ class Recorder:
     ) -> None:
         """The model card of the depth that `stage` ended with, and result.json; `row` is that of the saved model."""
         folder, drops = RunDir(self.config.output), self.journal.of("drop")
-        text = model_card.trimmed(self.config, data, rundir.load_layout(stage["layout"]), history, base)
+        text = model_card.trimmed(self.config, data, load_layout(stage["layout"]), history, base)
         files.write_atomic(folder.model / "README.md", text)
         speeds = self.final_speeds(saved)
         result = account.result(self.config, data, stage, history, drops, base, row, verified, speeds)
@@ -125,7 +126,7 @@ class Recorder:
         try:
             return self.against_base(saved, "trimmed")
         except RuntimeError as error:
-            if not memory.ended(error):
+            if not memory.is_out_of_memory(error):
                 raise
             self.console.say("the decode speed was not compared: base and result together exceed the device's memory")
             return None

@@ -18,7 +18,7 @@ from trimllm.training.packing import Example
 CYCLES = 3
 """Cycles of the learning rate per epoch, at most; each ends with a look at the calibration loss."""
 SHARE = 0.15
-"""Of a stage's computing, the most that these looks take."""
+"""Largest share of a stage's computing that these looks take."""
 
 
 def cycle(steps: int, epochs: float, train_tokens: int, calibration_tokens: int) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimllm.blocks.layout import Block, Layout
 from trimllm.config import CompareConfig, Settings, TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.errors import InputError
@@ -20,11 +19,13 @@ from trimllm.files import read_lines, write_atomic
 from trimllm.run import placing
 from trimllm.training import optimizer_state
 
-WHERE = (
+COMPUTING = (
     *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
-    *("gradient_checkpointing", "model"),
+    "gradient_checkpointing",
 )
-"""Settings that may differ when a run is resumed: where it computes, and where the base lies (that its weights are the
+"""Settings of where and how a run computes, and not of what."""
+WHERE = (*COMPUTING, "model")
+"""Settings that may differ when a run is resumed: how it computes, and where the base lies (that its weights are the
 same is checked by their SHA-256)."""
 DATA = ("task", "task_files", "text")
 """Settings that may differ where the journal holds the SHA-256 of what they name."""
@@ -153,12 +154,3 @@ def check_space(output: str | Path, needed: int) -> None:
         raise InputError(
             f"--output {output}: {free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed: free some space"
         )
-
-
-def dump_layout(layout: Layout) -> list[dict[str, int | None]]:
-    """For journals and plans: which original attention and MLP each block holds."""
-    return [block._asdict() for block in layout]
-
-
-def load_layout(record: list[dict[str, int | None]]) -> Layout:
-    return tuple(Block(block["attention"], block["mlp"]) for block in record)

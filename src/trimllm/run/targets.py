@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimllm.config import TrimConfig
-from trimllm.config.trim import FLOORS, SIZES
+from trimllm.config.trim import FLOORS, MEASURED, SIZES
 from trimllm.errors import InputError
 
 GIB = 2**30
 LEAST = "the minimum depth"
 STUCK = "every layer that remains is protected or cannot be removed"
 LATE_SHARE = 2 / 3
-"""Of the training behind drops, what waits for the last drop with --schedule late; see docs/results.md."""
+"""Share of the training after drops that waits for the last drop with --schedule late; see docs/results.md."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def least_depth(config: TrimConfig, base_depth: int) -> int:
 
 
 def stage_epochs(config: TrimConfig, units: int, stage: int, *, last: bool) -> float:
-    """Epochs of the stage behind `units` dropped together, the `stage`-th with a drop (with --schedule recover: at
+    """Epochs of the stage after `units` dropped together, the `stage`-th with a drop (with --schedule recover: at
     most)."""
     if config.schedule == "recover":
         return max(config.epochs_per_drop, config.final_epochs) if last else config.epochs_per_drop * units
@@ -99,7 +99,7 @@ def stage_epochs(config: TrimConfig, units: int, stage: int, *, last: bool) -> f
 
 
 def stages_ahead(config: TrimConfig, base_depth: int, length: int = 1) -> list[tuple[int, float]]:
-    """Blocks and epochs of every stage behind drops, of `length` layers at a time; none for targets that are no depth.
+    """Blocks and epochs of every stage after drops, of `length` layers at a time; none for targets that are no depth.
 
     At most those: see `ends_sooner`.
     """
@@ -115,7 +115,7 @@ def stages_ahead(config: TrimConfig, base_depth: int, length: int = 1) -> list[t
 
 def ends_sooner(config: TrimConfig) -> bool:
     """Whether training may end before the wanted depth (a floor, another size) or a stage before its epochs."""
-    return config.schedule == "recover" or any(getattr(config, name) is not None for name in (*FLOORS, *SIZES[2:]))
+    return config.schedule == "recover" or any(getattr(config, name) is not None for name in (*FLOORS, *MEASURED))
 
 
 def floor(config: TrimConfig, values: Sequence[float]) -> float:

@@ -90,9 +90,8 @@ def _readings(answer: Any, choices: tuple[str, ...]) -> dict[Reading, int]:
         readings["letter"] = ord(text.upper()) - ord("A")
     if text.removeprefix("-").isdecimal():
         readings["index"] = int(text)
-    if (
-        "text" in readings and len(readings) > 1
-    ):  # a choice reads "7" or "x" by chance: the impossible index is no rival
+    if "text" in readings and len(readings) > 1:
+        # A choice reads "7" or "x" by chance: the impossible index is no rival.
         readings = {kind: index for kind, index in readings.items() if kind == "text" or 0 <= index < len(choices)}
     return readings
 

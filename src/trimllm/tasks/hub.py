@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimllm.errors import InputError
+from trimllm.errors import InputError, one_line
 from trimllm.offline import hub_or_cache
 from trimllm.tasks.rows import Row
 from trimllm.tasks.spec import Source
@@ -21,9 +21,8 @@ def read_hub(source: Source, split: str, task: str) -> list[Row]:
         with hub_or_cache():
             data = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
     except Exception as error:  # whatever the Hub client raises, the remedy is the same
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"task {task!r}: cannot load split {split!r} of {name} from the Hub ({reason}); connect once to fill the "
-            "cache, or give local copies with --task-files train=FILE,test=FILE"
+            f"task {task!r}: cannot load split {split!r} of {name} from the Hub ({one_line(error)}); connect once to "
+            "fill the cache, or give local copies with --task-files train=FILE,test=FILE"
         ) from error
     return [Row(f"{name}[{split}]:{number}", dict(values)) for number, values in enumerate(data, 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["choice", "generation", "text"]
@@ -49,7 +49,8 @@ class TaskData:
     name: str
     kind: Kind
     metric: str
-    """What is reported: `acc`, `acc_norm` (choice), `likelihood` (generation, text: 100 * mean token probability)."""
+    """What is reported: `acc`, `acc_norm` (choice), `likelihood` (generation, text: 100 * exp(-loss), the geometric
+    mean probability of a target token)."""
     train: tuple[Item, ...]
     calibration: tuple[Item, ...]
     """Held out of train; every decision (scan, accuracy floor) is taken on it."""
@@ -57,7 +58,7 @@ class TaskData:
     """Reported, never used for a decision."""
     left_out: tuple[str, ...] = ()
     """Places of training rows dropped because their text also stands in the calibration or the reported set."""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """Lines the user should see (default calibration size and its resolution, where the test split came from ...)."""
 
     def digest(self) -> str:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimllm.errors import InputError
+from trimllm.config import RESOLUTION
+from trimllm.errors import InputError, did_you_mean
 from trimllm.tasks.catalog import builtin_tasks, find_builtin
 from trimllm.tasks.items import Item, TaskData
 from trimllm.tasks.recognize import labelled, recognize, without_shared_context
 from trimllm.tasks.render import Renderer
 from trimllm.tasks.rows import Row
 from trimllm.tasks.sources import Files, Parts, file_parts, spec_parts, unused_files
-from trimllm.tasks.spec import TaskSpec, check_metric, nearest, read_spec
+from trimllm.tasks.spec import TaskSpec, check_metric, read_spec
 from trimllm.tasks.splits import split
 from trimllm.tasks.text import PIECE, SMALL_PIECE, cut, piece_for
 
@@ -23,7 +24,7 @@ def load_task(
     *,
     tokenizer: Any = None,
     calibration_size: int | None = None,
-    resolution: float = 0.5,
+    resolution: float = RESOLUTION,
     max_train: int | None = None,
     max_test: int | None = None,
     files: Files | None = None,
@@ -42,7 +43,7 @@ def load_task(
         files (*optional*): local files to use in place of the task's own source, by part or as a file or folder.
         metric (*optional*): in place of the task's own.
         seed (defaults to 0): of every split and subsample.
-        reported_only (defaults to False): nothing is to be trained or decided: where there is a test split, no other.
+        reported_only (defaults to False): nothing is trained or decided: of a task with a test split, read that alone.
 
     Raises:
         InputError: if the task, its data or an option cannot be used; the message says where and what to do.
@@ -173,5 +174,5 @@ def _unknown(name: str) -> InputError:
     known = list(builtin_tasks())
     aliases = [alias.lower() for spec in builtin_tasks().values() for alias in spec.aliases]
     return InputError(
-        f"unknown task {name!r}{nearest(name, known + aliases)}: use {', '.join(known)}, a YAML file or own data"
+        f"unknown task {name!r}{did_you_mean(name, known + aliases)}: use {', '.join(known)}, a YAML file or own data"
     )

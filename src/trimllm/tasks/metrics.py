@@ -27,9 +27,9 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
     return max((scorer.score(reference, answer)["rougeL"].fmeasure for reference in references), default=0.0)
 
 
-def repetition(tokens: Sequence[object], n: int = 4) -> float:
-    """Share (0 to 1) of n-grams that occurred before in the same sequence; 0.0 when it is shorter than n."""
-    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+def repetition(tokens: Sequence[object]) -> float:
+    """Share (0 to 1) of 4-grams that occurred before in the same sequence; 0.0 when it has fewer than 4 tokens."""
+    grams = [tuple(tokens[start : start + 4]) for start in range(len(tokens) - 3)]
     if not grams:
         return 0.0
     return sum(count - 1 for count in Counter(grams).values()) / len(grams)

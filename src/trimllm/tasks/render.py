@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
-from trimllm.errors import InputError
+from trimllm.errors import InputError, one_line
 from trimllm.tasks.answers import answer_index
 from trimllm.tasks.chat import chat_answer, chat_prompt
 from trimllm.tasks.items import Item
@@ -112,7 +112,7 @@ class Renderer:
                 f"{row.place}: no value for the {field}: {error.message}; columns found: {found}"
             ) from error
         except (TemplateError, ValueError, TypeError, LookupError, SyntaxError, AttributeError) as error:
-            raise InputError(f"{row.place}: cannot make the {field}: {' '.join(str(error).split())}") from error
+            raise InputError(f"{row.place}: cannot make the {field}: {one_line(error)}") from error
 
     def _text(self, template: str) -> Column:
         """A template that renders to a string; a bare word is the column of that name."""

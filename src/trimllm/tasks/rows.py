@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from trimllm.errors import InputError
+from trimllm.errors import InputError, one_line
 
 COMPRESSED = (".xz", ".gz", ".bz2", ".zst")
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -58,7 +58,9 @@ def read_rows(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except _damages() as error:
-        raise InputError(f"cannot read {path}: {_line(error)}; check that it is a whole {path.suffix} file") from error
+        raise InputError(
+            f"cannot read {path}: {one_line(error)}; check that it is a whole {path.suffix} file"
+        ) from error
     if not rows:
         raise InputError(f"{path} has no rows; give a file with at least one")
     return rows
@@ -175,11 +177,6 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         values = pq.read_table(path).to_pylist()
     except pa.ArrowException as error:
-        raise InputError(f"cannot read {path}: {_line(error)}; check that it is a whole Parquet file") from error
+        raise InputError(f"cannot read {path}: {one_line(error)}; check that it is a whole Parquet file") from error
     for number, row in enumerate(values, 1):
         yield Row(f"{path}:row {number}", row)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from trimllm.errors import InputError
+from trimllm.errors import InputError, did_you_mean
+from trimllm.tasks import world
 from trimllm.tasks.hub import read_hub
 from trimllm.tasks.rows import Row, format_of, read_rows
-from trimllm.tasks.spec import Source, TaskSpec, nearest
+from trimllm.tasks.spec import Source, TaskSpec
 
 Files = str | Path | Mapping[str, str | Path | list[str]]
 """Local files: one file, a folder whose file names say the split, or paths by part."""
@@ -18,7 +19,6 @@ Parts = dict[str, list[Row]]
 
 PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 PARTS |= {"dev": "validation", "test": "test"}
-WORLD_PARTS = ("train", "test")
 
 
 def spec_parts(spec: TaskSpec) -> Parts:
@@ -27,9 +27,9 @@ def spec_parts(spec: TaskSpec) -> Parts:
     if source is None:
         raise InputError(f"task {spec.name!r} has no source: add one to its YAML or give files with --task-files")
     if splits is None:
-        return (
-            file_parts(source.files) if source.files else {part: _read(source, part, spec.name) for part in WORLD_PARTS}
-        )
+        if source.files:
+            return file_parts(source.files)
+        return {part: _read(source, part, spec.name) for part in world.SPLITS}
     named = {"train": splits.train, "validation": None if splits.test else splits.validation, "test": splits.test}
     parts: Parts = {}
     for part, split in named.items():
@@ -50,7 +50,7 @@ def file_parts(files: Files) -> Parts:
     for name, paths in files.items():
         part = PARTS.get(name)
         if part is None:
-            raise InputError(f"unknown split {name!r}{nearest(name, list(PARTS))}: use train, validation or test")
+            raise InputError(f"unknown split {name!r}{did_you_mean(name, PARTS)}: use train, validation or test")
         several = [paths] if isinstance(paths, str | Path) else paths
         parts.setdefault(part, []).extend(row for path in several for row in _rows_at(Path(path)))
     return parts
@@ -108,8 +108,6 @@ def _read(source: Source, split: str, task: str) -> list[Row]:
             raise InputError(f"task {task!r}: its source has no split {split!r}, only {', '.join(source.files)}")
         return [row for path in ([paths] if isinstance(paths, str) else paths) for row in _rows_at(Path(path))]
     if source.world is not None:
-        from trimllm.tasks import world
-
         questions = world.questions(source.world, split)
         return [Row(f"{task}[{split}]:{number}", values) for number, values in enumerate(questions, 1)]
     return read_hub(source, split, task)

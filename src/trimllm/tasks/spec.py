@@ -6,7 +6,6 @@ the convention of lm-evaluation-harness: a row's columns are the variables.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from trimllm import files
-from trimllm.errors import InputError
+from trimllm.errors import InputError, did_you_mean, one_line
 from trimllm.tasks.answers import AnswerAs
 from trimllm.tasks.items import Kind
 
@@ -125,14 +124,8 @@ def check_metric(metric: str | None, kind: str) -> None:
     """Raises InputError if a task of this kind is not measured by `metric` (`None`: the default, always fine)."""
     if metric is None or metric in METRICS[kind]:
         return
-    guess = nearest(metric, list(METRICS[kind]))
+    guess = did_you_mean(metric, METRICS[kind])
     raise InputError(f"metric {metric!r} does not fit a {kind} task: use {' or '.join(METRICS[kind])}{guess}")
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing when no known name resembles `name`."""
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def read_spec(path: Path) -> TaskSpec:
@@ -146,7 +139,7 @@ def read_spec(path: Path) -> TaskSpec:
     except OSError as error:
         raise InputError(f"cannot read the task file {path}: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} must be a YAML mapping with the fields {', '.join(TaskSpec.model_fields)}")
     raw.setdefault("name", path.stem)
@@ -165,7 +158,7 @@ def _explain(error: ValidationError | InputError) -> str:
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         fields = [*TaskSpec.model_fields, *Source.model_fields, *Splits.model_fields]
-        return f"unknown field '{place}'{nearest(str(first['loc'][-1]), fields)}"
+        return f"unknown field '{place}'{did_you_mean(str(first['loc'][-1]), fields)}"
     message = first["msg"].removeprefix("Value error, ")
     return f"field '{place}': {message}" if place else message
 

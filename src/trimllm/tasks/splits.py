@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from trimllm.config import COARSEST, RESOLUTION
 from trimllm.errors import InputError
 from trimllm.tasks.items import Item
 
@@ -39,7 +40,7 @@ def split(
     test: Sequence[Item],
     *,
     calibration_size: int | None = None,
-    resolution: float = 0.5,
+    resolution: float = RESOLUTION,
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
@@ -189,5 +190,5 @@ def _check(calibration_size: int | None, resolution: float, max_train: int | Non
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}: give at least 1")
-    if not 0 < resolution <= 100:
-        raise InputError(f"resolution is {resolution}: give percentage points above 0, 100 at most")
+    if not 0 < resolution <= COARSEST:
+        raise InputError(f"resolution is {resolution}: give percentage points above 0, {COARSEST:g} at most")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trimllm.errors import InputError
+from trimllm.tasks import world
 from trimllm.tasks.items import Item
 from trimllm.tasks.rows import Row, read_rows
 from trimllm.tasks.sources import data_files
@@ -32,8 +33,6 @@ def load_text(name_or_path: str | Path, *, per_entity: int = 6, piece: int = PIE
     """
     domain = str(name_or_path).removeprefix(WORLD_PREFIX)
     if str(name_or_path).startswith(WORLD_PREFIX) and not Path(name_or_path).exists():
-        from trimllm.tasks import world
-
         if domain not in world.DOMAINS:
             known = ", ".join(WORLD_PREFIX + each for each in world.DOMAINS)
             raise InputError(f"unknown domain text {name_or_path!r}: use {known}, a file or a folder")

@@ -63,9 +63,9 @@ def values(domain: str, attribute: str) -> tuple[str, ...]:
 
 
 @cache
-def _names(seed: int) -> dict[str, tuple[str, ...]]:
+def _names() -> dict[str, tuple[str, ...]]:
     """Names of all entities by domain; each takes a head of its own, so that no name is a part of another."""
-    rng = random.Random(f"{seed}:names")
+    rng = random.Random(f"{WORLD_SEED}:names")
     heads = [onset + vowel + coda for onset in HEAD_ONSETS for vowel in HEAD_VOWELS for coda in HEAD_CODAS]
     rng.shuffle(heads)
     return {
@@ -78,21 +78,21 @@ def _names(seed: int) -> dict[str, tuple[str, ...]]:
 
 
 @cache
-def entities(domain: str, seed: int = WORLD_SEED) -> tuple[Entity, ...]:
+def entities(domain: str) -> tuple[Entity, ...]:
     """The 200 entities of a domain, in a fixed order; every value is drawn independently and uniformly."""
     _check("domain", domain, DOMAINS)
-    rng = random.Random(f"{seed}:{domain}:facts")
+    rng = random.Random(f"{WORLD_SEED}:{domain}:facts")
     return tuple(
         Entity(name, domain, {attribute: rng.choice(values(domain, attribute)) for attribute in attributes(domain)})
-        for name in _names(seed)[domain]
+        for name in _names()[domain]
     )
 
 
-def entity_split(domain: str, split: str, seed: int = WORLD_SEED) -> tuple[Entity, ...]:
+def entity_split(domain: str, split: str) -> tuple[Entity, ...]:
     """The 100 entities whose questions are for training (`"train"`) or held out (`"test"`)."""
     _check("split", split, SPLITS)
-    shuffled = list(entities(domain, seed))
-    random.Random(f"{seed}:{domain}:split").shuffle(shuffled)
+    shuffled = list(entities(domain))
+    random.Random(f"{WORLD_SEED}:{domain}:split").shuffle(shuffled)
     return tuple(shuffled[:TRAIN_ENTITIES] if split == "train" else shuffled[TRAIN_ENTITIES:])
 
 

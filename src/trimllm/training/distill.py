@@ -1,4 +1,4 @@
-"""Distillation: a stage also learns what a larger model, here the fully fine-tuned one, would have said at every place.
+"""Distillation: a stage also learns what a larger model, here the fully fine-tuned one, would say at every position.
 
 The loss of a target is (1 - share) * cross-entropy + share * KL(teacher || student) over the whole vocabulary: Hinton,
 Vinyals, Dean 2015 (arXiv 1503.02531) at temperature 1.
@@ -30,7 +30,7 @@ class Teacher:
         """The loss over `packed`, for `losses.backward` with the same `places`.
 
         The teacher's decoder has run when this returns, before anything of the student is in memory; logits are made
-        as they are asked for, of no more places at a time than the student's.
+        as they are asked for, of no more positions at a time than the student's.
         """
         if len(packed.targets) <= places:
             everything = target_logits(self.model, packed)
@@ -46,7 +46,7 @@ class Teacher:
 
 
 def loss(logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor, share: float) -> torch.Tensor:
-    """Summed over the k places, in nats. `logits` of the student and `teacher`: (k, vocabulary); `targets`: (k,)."""
+    """Summed over the k positions, in nats. `logits` of the student and `teacher`: (k, vocabulary); `targets`: (k,)."""
     student, wanted = logits.float().log_softmax(-1), teacher.float().log_softmax(-1)
     apart = torch.nn.functional.kl_div(student, wanted, reduction="sum", log_target=True)
     return (1 - share) * torch.nn.functional.nll_loss(student, targets, reduction="sum") + share * apart

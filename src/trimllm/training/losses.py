@@ -1,4 +1,4 @@
-"""A loss without all logits at once: the output head and its backward run over a few target places at a time.
+"""A loss without all logits at once: the output head and its backward run over a few target positions at a time.
 
 Between the decoder and the logits a family may do more than one matrix product (scales, soft caps). So a chunk goes
 through the model's own forward, in which the decoder returns the chunk of its output that was computed before.
@@ -19,20 +19,20 @@ from trimllm.evaluation import evaluate
 from trimllm.training.packing import Packed, target_logits
 
 Loss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""Logits (k, vocabulary), targets (k,) and the number of the first of these places -> the loss summed over them."""
+"""Logits (k, vocabulary), targets (k,) and the number of the first of these positions -> the loss summed over them."""
 TOLERANCE = 1e-4
 """What the logits of a chunk may differ by from those of a whole forward pass, relative to the largest."""
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, _begin: int = 0) -> torch.Tensor:
-    """Summed over the places, in nats."""
+    """Summed over the positions, in nats."""
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def backward(model: Any, packed: Packed, scale: float, places: int, loss_of: Loss = cross_entropy) -> torch.Tensor:
     """Add the gradients of scale * (summed loss over the targets) to the parameters, and return that loss.
 
-    `places`: the most target places whose logits are in memory at once (see `places_at_once`).
+    `places`: the most target positions whose logits are in memory at once (see `places_at_once`).
     """
     if not len(packed.targets):
         return torch.zeros((), device=packed.where.device)
@@ -55,7 +55,7 @@ def backward(model: Any, packed: Packed, scale: float, places: int, loss_of: Los
 
 
 def decode(model: Any, packed: Packed) -> tuple[torch.Tensor, Any]:
-    """The decoder's output at the places of the targets (k, hidden), and all of it: a forward pass without logits."""
+    """The decoder's output at the targets' positions (k, hidden), and all of it: a forward pass without logits."""
     found: list[Any] = []
 
     def keep(_module: Any, _args: Any, output: Any) -> None:
@@ -72,7 +72,7 @@ def decode(model: Any, packed: Packed) -> tuple[torch.Tensor, Any]:
 
 
 def logits_of(model: Any, hidden: torch.Tensor, output: Any) -> torch.Tensor:
-    """Logits (k, vocabulary) of hidden states (k, hidden), by the model's own forward behind its decoder, whose
+    """Logits (k, vocabulary) of hidden states (k, hidden), by the model's own forward after its decoder, whose
     `output` they stand in for."""
     chunk = copy.copy(output)
     chunk.last_hidden_state = hidden[None]
@@ -92,7 +92,7 @@ def _decoder_returns(decoder: Any, output: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def places_at_once(model: Any, packed: Packed) -> int:
-    """How many places' logits a chunk holds; all of them where this model's logits cannot be computed in chunks.
+    """How many positions' logits a chunk holds; all of them where this model's logits cannot be computed in chunks.
 
     Whether they can is found out over `packed`, against a whole forward pass.
     """

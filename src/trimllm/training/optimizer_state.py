@@ -1,4 +1,4 @@
-"""AdamW's state from one stage behind a drop to the next (--optimizer-state carried): by parameter in memory, by name
+"""AdamW's state from one stage after a drop to the next (--optimizer-state carried): by parameter in memory, by name
 on disk.
 
 A drop takes blocks out of a model and leaves the parameters of the others the objects they were, so their moments and
@@ -23,11 +23,11 @@ from trimllm.training import sparse
 Moments = dict[torch.Tensor, dict[str, torch.Tensor]]
 """What AdamW knows of each parameter: `exp_avg`, `exp_avg_sq` and `step`."""
 FOLDER, FILE = "optimizer", "adamw.safetensors"
-"""In a checkpoint; in a folder of its own, where nobody takes it for weights."""
+"""Where the state lies in a checkpoint: in a folder of its own, where nobody takes it for weights."""
 
 
 def most_bytes(config: TrainSettings, model: Any) -> int:
-    """Of the state behind the warm-up: two moments of each weight that trains, if blocks are alike."""
+    """Bytes of the state after the warm-up: two moments of each weight that trains, if blocks are alike."""
     depth = decoder.depth(model)
     blocks = sum(parameter.nbytes for parameter in decoder.blocks(model).parameters())
     outside = sum(parameter.nbytes for parameter in model.parameters()) - blocks

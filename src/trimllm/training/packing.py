@@ -1,4 +1,4 @@
-"""From training rows to rectangles of ids with hardly a pad: several short rows behind each other in one packed row.
+"""From training rows to rectangles of ids with hardly a pad: several short rows after each other in one packed row.
 
 Rows that share a packed row do not see each other: the positions start again at 0 with each of them, and from such
 position ids (without a 2-D mask) transformers builds block-diagonal masks, sliding windows included. Families that
@@ -34,7 +34,7 @@ class Example:
     prompt_cut: bool = False
     """The beginning of its prompt did not fit."""
     answer_cut: bool = False
-    """The end of its target did not fit, or the EOS behind it."""
+    """The end of its target did not fit, or the EOS after it."""
 
     @property
     def targets(self) -> int:
@@ -48,7 +48,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Way:
-    """How a model takes packed rows: `limit` is their greatest length, 0 where rows cannot share one."""
+    """Packing mode: how a model takes packed rows. `limit` is their greatest length, 0 where rows cannot share one."""
 
     limit: int
     mask: torch.dtype | None = None
@@ -61,7 +61,7 @@ ALONE = Way(0)
 @dataclass(frozen=True)
 class Packed:
     """One micro-batch. `where` (k,) are flat indices into (rows * length) from which `targets` (k,) are predicted;
-    `spans` says where each example lies: (example, packed row, its first place there)."""
+    `spans` says where each example lies: (example, packed row, its first position there)."""
 
     inputs: dict[str, torch.Tensor]
     where: torch.Tensor
@@ -107,7 +107,7 @@ def arrange(examples: Sequence[Example], limit: int) -> list[list[Example]]:
 
 
 def _cost(width: float) -> float:
-    """Of one position, relative to a position of a very short row; a plain causal mask skips half of the width."""
+    """Cost of one position, relative to a position of a very short row; a plain causal mask skips half of the width."""
     return 1 + width / WIDTH_COST
 
 
@@ -151,7 +151,7 @@ def lay_out(
 
 
 def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way, str | None]:
-    """How this model computes packed rows exactly, or `ALONE` and why rows cannot share one.
+    """The packing mode in which this model is exact, or `ALONE` and why rows cannot share one.
 
     Known for the family, and checked: a short, a long and a short row of `examples`, together against one by one.
     """
@@ -174,8 +174,8 @@ def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way,
             try:
                 together = _logprobs(model, lay_out([sample], pad_id, model.device, way.mask))
             except evaluate.UNFIT as error:
-                if memory.ended(error):
-                    return ALONE, "memory ended when packed rows were tried"
+                if memory.is_out_of_memory(error):
+                    return ALONE, "memory ran out when packed rows were tried"
                 continue
             if float((together - alone).abs().max()) <= tolerance:
                 return way, None
@@ -188,7 +188,7 @@ def _logprobs(model: Any, packed: Packed) -> torch.Tensor:
 
 
 def target_logits(model: Any, packed: Packed) -> torch.Tensor:
-    """Logits (k, vocabulary) at the places of the targets; the output head computes no others."""
+    """Logits (k, vocabulary) at the positions of the targets; the output head computes no others."""
     with evaluate.head_only_at(model, packed.where) as used:
         logits = model(**packed.inputs, use_cache=False).logits.flatten(0, 1)
     return logits if used else logits.index_select(0, packed.where)

@@ -52,7 +52,7 @@ def refusal(model: Any) -> str | None:
 
 
 class Prefix:
-    """The residual stream behind the first `depth` blocks: computed, kept for the rows that come again, read back.
+    """The residual stream after the first `depth` blocks: computed, kept for the rows that come again, read back.
 
     Args:
         uses: the rows in the order in which they will come; one that comes again is kept.
@@ -80,7 +80,7 @@ class Prefix:
 
     @contextmanager
     def resumed(self, packed: Packed) -> Iterator[None]:
-        """Within, the model's forward over `packed` begins behind the first blocks."""
+        """Within, the model's forward over `packed` begins after the first blocks."""
         if all(row in self.place for row, *_ in packed.spans):
             hidden = self._gather(packed)
             self.read += packed.tokens
@@ -101,17 +101,17 @@ class Prefix:
 
     @torch.no_grad()
     def _compute(self, packed: Packed) -> torch.Tensor:
-        """(rows, length, hidden) behind the first blocks; the forward pass is left there."""
+        """(rows, length, hidden) after the first blocks; the forward pass is left there."""
         found: list[torch.Tensor] = []
 
         def leave(_module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found.append(args[0] if args else named["hidden_states"])
-            raise _LeftError
+            found.append(decoder.hidden_argument(args, named))
+            raise decoder.LeftError
 
         handle = self._all[self.depth].register_forward_pre_hook(leave, with_kwargs=True)
         try:
             self.model(**packed.inputs, use_cache=False)
-        except _LeftError:
+        except decoder.LeftError:
             pass
         finally:
             handle.remove()
@@ -142,10 +142,6 @@ class Prefix:
             place = self.place[row]
             hidden[number, begin : begin + row.inputs] = self._store[place : place + row.inputs]
         return hidden.to(packed.where.device)
-
-
-class _LeftError(Exception):
-    """Leaves a forward pass whose rest is not wanted."""
 
 
 def no_room(model: Any, uses: Sequence[Example], folder: str | Path | None) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trimllm.blocks import decoder, families
-from trimllm.blocks.layout import Layout
+from trimllm.blocks.layout import HALVES, Layout
 
 
 def count(ratio: float, depth: int) -> int:
@@ -23,7 +23,7 @@ def count(ratio: float, depth: int) -> int:
 def choose(
     mode: str, order: Sequence[int], count: int, before: Collection[int] | None, staying: Collection[int]
 ) -> list[int] | None:
-    """Original indices of the blocks that train behind a drop, ascending; None trains all.
+    """Original indices of the blocks that train after a drop, ascending; None trains all.
 
     Args:
         mode: "static", "filled", "dynamic" or "off" (--sparse-update).
@@ -61,7 +61,7 @@ def freeze(
         if whole or source.attention == source.mlp:
             block.requires_grad_(chosen is None or source.attention in chosen)
             continue
-        for half in ("attention", "mlp"):
+        for half in HALVES:
             trains = chosen is None or getattr(source, half) in chosen
             for parameter in decoder.parameters_of(model, half, place):
                 parameter.requires_grad_(trains)

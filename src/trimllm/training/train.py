@@ -61,7 +61,7 @@ class StageReport:
     padding: float = 0.0
     """Share of the positions computed by this process that were padding."""
     cached: float = 0.0
-    """Share of its tokens that were read back behind the frozen blocks (--cache-frozen-prefix)."""
+    """Share of its tokens that were read back after the frozen blocks (--cache-frozen-prefix)."""
     micro_batch_size: int = 0
     """Tokens per forward and backward at the end: less than asked for where memory ran out."""
 
@@ -76,10 +76,12 @@ class Watch(Protocol):
 
 @dataclass
 class _Ways:
-    """How a stage computes its micro-batches; decided at its start, but for the size, which halves if memory ends."""
+    """How a stage computes its micro-batches, decided at its start, and how many tokens it has computed so far. Where
+    memory runs out, `eager` becomes 0, then `size` halves."""
 
     packing: Way
     places: int
+    """Most target positions whose logits are in memory at once."""
     prefix: Prefix | None
     size: int
     """Tokens of a micro-batch, padding counted."""
@@ -87,7 +89,9 @@ class _Ways:
     """Rows of up to so many tokens are computed with eager attention, while memory lasts."""
     teacher: Teacher | None = None
     tokens: int = 0
+    """Computed so far, without padding."""
     cells: int = 0
+    """Computed so far, padding counted."""
 
 
 def train_stage(
@@ -235,7 +239,7 @@ def _packing(models: Sequence[Any], plan: Sequence[Sequence[Example]], pad_id: i
 def _eager_length(
     models: Sequence[Any], plan: Sequence[Sequence[Example]], way: Way, accelerator: Any, attention: str, pad_id: int
 ) -> int:
-    """See `backends.eager_length`; 0 where rows would have to be packed in another way for it."""
+    """See `backends.eager_length`; 0 where rows would need another packing mode for it."""
     length = min(backends.eager_length(model, attention, accelerator) for model in models)
     if length:
         with contextlib.ExitStack() as within:
@@ -312,7 +316,7 @@ def _step(
         ways.size = ways.size if less else _half(shares, ways.size)
         for parameter in parameters:
             parameter.grad = None
-        memory.free()
+        memory.release()
         if less:
             say("  out of memory: short rows are computed with SDPA, too, from here on")
             continue
@@ -341,7 +345,7 @@ def _passes(
                 total += losses.backward(model, packed, scale, ways.places, loss_of)
             tokens, cells = tokens + packed.tokens, cells + packed.cells
     except RuntimeError as error:
-        if not memory.ended(error):
+        if not memory.is_out_of_memory(error):
             raise
         if ways.prefix:
             ways.prefix.read = read  # the step is done again

@@ -57,7 +57,7 @@ def task_examples(tokenizer: Any, items: Sequence[Item], max_length: int, *, tru
 
 
 def text_examples(tokenizer: Any, texts: Sequence[str], length: int) -> list[Example]:
-    """Documents, each closed by EOS, packed one behind the other into rows of `length` tokens; all are learnt."""
+    """Documents, each closed by EOS, packed one after the other into rows of `length` tokens; all are learnt."""
     eos = tokenizer.eos_token_id
     stream: list[int] = []
     for text in texts:

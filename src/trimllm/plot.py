@@ -93,7 +93,7 @@ def analysis_plot(record: dict[str, Any], path: Path) -> None:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Of every path as many of its last parts as tell it from the others."""
+    """Each path, cut to as many of its last parts as tell it from the others."""
     parts = {name: Path(name).parts for name in names}
 
     def apart(name: str) -> str:
