@@ -173,6 +173,9 @@ def test_resolved_settings_can_be_read_back(tmp_path):
         ("- a\n", r"expected `name: value` lines"),
         ("model: demo\ntask: t\noutput: o\nlr: fast\n", r"--lr fast: .*number"),
         ("model: demo\ntask: t\noutput: o\nbatch_size: [1]\n", r"--batch-size \[1\]: "),
+        ("model: demo\ntask: t\noutput: o\nprotect: 0\n", r"--protect 0: write a list, as \[0, -1\]"),
+        ("model: demo\ntask: t\noutput: o\nprotect: '0,-1'\n", r"--protect 0,-1: write a list, as \[0, -1\]"),
+        ("model: demo\ntask: ''\noutput: o\n", r"--task: empty"),
     ],
 )
 def test_bad_yaml_is_one_line(capsys, tmp_path, text, message):
@@ -246,6 +249,9 @@ TRIM = ["trim", "--model", "demo", "--task", "demo_law", "--output", "o"]
 DROP = ["drop", "--model", "demo", "--layers", "1", "--output", "o"]
 
 
+EVAL, SCAN, COMPARE = (["eval", *TRIM[1:]], ["scan", *TRIM[1:]], ["compare", *TRIM[1:]])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -277,6 +283,15 @@ DROP = ["drop", "--model", "demo", "--layers", "1", "--output", "o"]
         ([*DROP, "--streaming", "--threads", "2"], "--threads is not for --streaming"),
         ([*DROP, "--streaming", "--allow-pickle"], "--allow-pickle is not for --streaming"),
         (["scan", *TRIM[1:], "--run", "2"], "--run is for --strategy angular"),
+        (["eval", "--model", "", "--task", "t"], "--model: empty: give a value, or leave it out"),
+        (["eval", "--model", " ", "--task", "t"], "--model: empty"),
+        (["eval", "--model", "demo", "--task="], "--task: empty"),
+        ([*TRIM, "--text", ""], "--text: empty"),
+        ([*COMPARE, "--also", ""], "--also ['']: empty: give a value"),
+        (["scan", *TRIM[1:5], "--output", ""], "--output: empty"),
+        ([*TRIM, "--seed", "99999999999999999"], "--seed 99999999999999999: must be less than or equal to"),
+        ([*TRIM, "--threads", "99999999999999999999999"], "--threads 99999999999999999999999: must be less than"),
+        ([*TRIM, "--protect", "nan"], "a value cannot be read: write several with commas, as 0,-1"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
@@ -286,7 +301,6 @@ def test_words_that_cannot_be_used(capsys, tmp_path, monkeypatch, words, message
     assert not list(tmp_path.iterdir())
 
 
-EVAL, SCAN, COMPARE = (["eval", *TRIM[1:]], ["scan", *TRIM[1:]], ["compare", *TRIM[1:]])
 ONE_SHOT = [*TRIM, "--one-shot", "--depth", "3"]
 RESOLUTION = ["--resolution", "2", "--calibration-size", "50"]
 IDLE = [
@@ -333,6 +347,27 @@ IDLE = [
             "--tie-tolerance 2.0 is for scan+norm and scan+loss, and --strategy bi has nothing that breaks ties",
         )
         for command in (TRIM, SCAN)
+    ),
+    *(
+        (
+            [*TRIM, "--epochs-per-drop", "0", *words],
+            f"{' '.join(words)} is about the training after drops, and there is",
+        )
+        for words in (
+            ["--train-ratio", "0.5"],
+            ["--sparse-update", "off"],
+            ["--no-train-embeddings"],
+            ["--optimizer-state", "fresh"],
+            ["--distill", "0.5"],
+        )
+    ),
+    (
+        [*TRIM, "--epochs-per-drop", "0", "--warmup-epochs", "0", "--text", "demo_law"],
+        "--text demo_law is not trained on, since nothing is: leave it out, or train",
+    ),
+    (
+        [*ONE_SHOT, "--optimizer-state", "fresh"],
+        "--optimizer-state fresh is for several stages, and --one-shot has one",
     ),
     ([*EVAL, "--max-new-tokens", "9"], "--max-new-tokens 9 is for --generate: leave it out, or add --generate"),
 ]

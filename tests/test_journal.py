@@ -171,7 +171,7 @@ def test_weights_that_stand_there_need_no_more_space(tmp_path, monkeypatch):
 def test_space_is_asked_for_every_depth_that_is_kept_and_not_of_a_finished_run(tmp_path, monkeypatch, changes, copies):
     base, task, asked = h.save_base(tmp_path / "base"), h.save_task(tmp_path / "task"), []
     monkeypatch.setattr(progressive.rundir, "check_space", lambda _, needed: asked.append(needed))
-    run = {"keep_checkpoints": True, "optimizer_state": "fresh", "warmup_epochs": 0, "epochs_per_drop": 0, **changes}
+    run = {"keep_checkpoints": True, "warmup_epochs": 0, "epochs_per_drop": 0, **changes}
     h.run(base, task, tmp_path / "run", **run)
     weights = sum(parameter.nbytes for parameter in loading.load_model(base).parameters())
     assert asked == [copies * weights]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -26,6 +27,8 @@ from trimllm.training import losses, train
 pytestmark = pytest.mark.usefixtures("fast")
 
 NO_TRAINING = {"warmup_epochs": 0, "epochs_per_drop": 0}
+HARDLY = {"warmup_epochs": 0, "epochs_per_drop": 0.01}
+"""As little training as lets settings of training be given."""
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +184,16 @@ def test_a_target_that_is_not_met_and_a_depth_that_is_not_trained_are_said(base,
     assert "warning: --max-params 1: not met, since the drops ended before: the minimum depth, 4\n" in lines
     assert "depth   5  not trained " in lines
     assert "fine-tuned" not in lines + (tmp_path / "run" / "model" / "README.md").read_text()
+    warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
+    assert "--max-params 1: not met, since the drops ended before: the minimum depth, 4" in warned
 
 
 def test_a_run_that_drops_nothing_says_so(base, task, tmp_path, scripted, capsys):
     scripted({5: 80, 4: 10})
     progressive.trim(TrimConfig(**h.settings(base, task, tmp_path / "run", min_accuracy=70)))
     assert "warning: nothing was dropped: the first drop fell below the accuracy floor\n" in capsys.readouterr().err
+    warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
+    assert warned == ["nothing was dropped: the first drop fell below the accuracy floor"]
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert ", with all of its 5 layers\n" in card
     assert f"fine-tuned on `{task.name}`, and no layer was dropped." in card
@@ -282,7 +289,7 @@ def test_ties_go_by_the_score_that_breaks_them_in_what_is_dropped_and_in_what_tr
 ):
     ties = {"tie_tolerance": 50} if "+" in strategy else {}
     asked = {"train_ratio": 0.6, "depth": 4, "strategy": strategy}
-    progressive.trim(**h.settings(base, task, tmp_path / "run", **ties, **asked, **NO_TRAINING))
+    progressive.trim(**h.settings(base, task, tmp_path / "run", **ties, **asked, **HARDLY))
     table = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())
     units = table["units"]
     (dropped,) = table["dropped"]
@@ -291,7 +298,7 @@ def test_ties_go_by_the_score_that_breaks_them_in_what_is_dropped_and_in_what_tr
         assert units[dropped][breaker] == min(units[i][breaker] for i in table["tied"])
         name = {"s_norm": "largest norm", "loss": "least loss"}[breaker]
         assert f"are tied: the {name} goes" in capsys.readouterr().err
-        assert h.journal(tmp_path / "run", "drop")[0]["why"].endswith(f"by the scan, {name}")
+        assert h.journal(tmp_path / "run", "drop")[0]["why"][0].endswith(f"by the scan, {name}")
     order = sorted(range(5), key=lambda i: (units[i]["importance"], units[i][breaker]), reverse=True)
     assert h.journal(tmp_path / "run", "drop")[0]["trains"] == sorted([i for i in order if i != dropped][:3])
 
@@ -302,7 +309,7 @@ def test_protected_layers_stay(base, task, tmp_path):
 
 
 def test_pair_repacks_an_attention_with_a_later_mlp(base, task, tmp_path, monkeypatch):
-    lowest = scores.Score((), lambda evidence: (evidence.position != 1.5).astype(float), "")
+    lowest = scores.Score((), lambda evidence: (evidence.position != 1.5).astype(float))
     monkeypatch.setitem(scores.SCORES, "last", lowest)
     model, _ = h.run(base, task, tmp_path / "run", unit="pair", strategy="last", depth=4, **NO_TRAINING)
     result = h.result(tmp_path / "run")
@@ -318,14 +325,41 @@ def test_pair_repacks_an_attention_with_a_later_mlp(base, task, tmp_path, monkey
 
 
 def test_of_pairs_the_halves_that_are_left_count_as_staying(base, task, tmp_path, monkeypatch):
-    lowest = scores.Score((), lambda evidence: (evidence.position != 1.5).astype(float), "")
+    lowest = scores.Score((), lambda evidence: (evidence.position != 1.5).astype(float))
     monkeypatch.setitem(scores.SCORES, "last", lowest)
     monkeypatch.setattr(deciding.Decider, "_order", lambda *_: [2, 3, 1, 0, 4])
-    h.run(base, task, tmp_path / "run", unit="pair", strategy="last", depth=3, train_ratio=0.2, **NO_TRAINING)
+    h.run(
+        base,
+        task,
+        tmp_path / "run",
+        unit="pair",
+        strategy="last",
+        depth=3,
+        train_ratio=0.2,
+        **HARDLY,
+    )
     first, second = h.journal(tmp_path / "run", "drop")
     assert (first["units"], second["units"]) == (["MLP 1 + attention 2"], ["MLP 2 + attention 3"])
     assert first["trains"] == [3], "the attention of 2 went"
     assert second["trains"] == [3], "its MLP is left"
+
+
+def test_the_card_says_of_every_unit_that_goes_at_once_why(base, task, tmp_path):
+    h.run(base, task, tmp_path / "run", depth=2, one_shot=True, tie_tolerance=100.0, **NO_TRAINING)
+    (drop,) = h.journal(tmp_path / "run", "drop")
+    assert [why.partition(" by")[0] for why in drop["why"]] == ["tied with 4", "tied with 3", "tied with 2"]
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    for unit, why in zip(drop["units"], drop["why"], strict=True):
+        assert re.search(rf"\| {unit} \| .* \| {re.escape(why)} \|\n", card)
+    assert "sparse update" not in card, "nothing trained"
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"), [("off", "sparse update off)"), ("filled", "sparse update filled with r = 0.25)")]
+)
+def test_the_card_says_which_blocks_trained(base, task, tmp_path, mode, said):
+    h.run(base, task, tmp_path / "run", depth=4, strategy="last", sparse_update=mode, warmup_epochs=0)
+    assert said in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_one_shot_drops_all_by_one_scan_and_trains_as_long_as_the_stages(base, task, tmp_path):
@@ -494,7 +528,7 @@ def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, tas
 
 
 def test_blocks_that_may_not_go_are_the_first_to_train(base, task, tmp_path):
-    h.run(base, task, tmp_path / "run", depth=4, strategy="last", train_ratio=0.4, protect=(3,), **NO_TRAINING)
+    h.run(base, task, tmp_path / "run", depth=4, strategy="last", train_ratio=0.4, protect=(3,), **HARDLY)
     (drop,) = h.journal(tmp_path / "run", "drop")
     assert drop["units"] == ["block 4"]
     assert drop["trains"] == [0, 3]
@@ -507,7 +541,7 @@ def test_with_angular_the_blocks_of_the_run_that_goes_are_the_last_to_train(base
         measured(self, *arguments, **more | {"run_angle": np.array([0.3, 0.2, 0.1, np.nan, np.nan])})
 
     monkeypatch.setattr(scores.Evidence, "__init__", lowest_at_two)
-    h.run(base, task, tmp_path / "run", depth=2, drops_per_stage=3, strategy="angular", train_ratio=0.4, **NO_TRAINING)
+    h.run(base, task, tmp_path / "run", depth=2, drops_per_stage=3, strategy="angular", train_ratio=0.4, **HARDLY)
     drop = h.journal(tmp_path / "run", "drop")[0]
     assert drop["units"] == ["block 2"]
     assert drop["trains"] == [0, 1]
@@ -587,8 +621,10 @@ def test_a_rate_that_is_far_too_high_is_told_by_the_calibration_set(base, tmp_pa
     for name, changes in (("good", good), ("bad", bad)):
         settings = h.settings(start[name], tmp_path / "rows.jsonl", tmp_path / name, depth=4, **changes)
         progressive.trim(**settings)
-        said = "warning: the calibration set got worse while depth 4 trained (likelihood"
-        assert (said in capsys.readouterr().err) is (name == "bad")
+        said = "the calibration set got worse while depth 4 trained (likelihood"
+        assert (f"warning: {said}" in capsys.readouterr().err) is (name == "bad")
+        warned = json.loads((tmp_path / name / "result.json").read_text())["warnings"]
+        assert any(line.startswith(said) for line in warned) is (name == "bad")
 
 
 def test_what_memory_had_room_for_in_one_stage_is_where_the_next_begins(base, task, tmp_path, monkeypatch):

@@ -249,6 +249,8 @@ def _unknown_option(name: str, message: str) -> str:
         return f"unknown option {given}{did_you_mean(given, options)}: see trimllm {name} --help"
     if found := re.match(r"Parsing error encountered for \w+\.(\w+)", message):
         return f"--{found[1].replace('_', '-')} cannot be read: see trimllm {name} --help for how to write it"
+    if message.startswith("error parsing value for field"):  # which, is not said
+        return f"a value cannot be read: write several with commas, as 0,-1; see trimllm {name} --help"
     return f"{message}: see trimllm{f' {name}' if name in COMMANDS else ''} --help"
 
 

@@ -13,10 +13,12 @@ from trimllm.config.shared import (
     ModelSettings,
     Positive,
     ScoreSettings,
+    Seed,
     Settings,
     Several,
     StrategySettings,
     TaskSettings,
+    Threads,
     TrainedModel,
 )
 
@@ -289,9 +291,9 @@ class DemoConfig(Settings):
     """The domain to specialize in."""
     output: Location = "runs/demo"
     """Directory of the runs and of the trimmed checkpoint."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the run."""
     unit: Literal["block", "pair"] = "block"
     """What is dropped at a time."""
-    threads: Positive | None = None
+    threads: Threads | None = None
     """CPU threads for torch."""

@@ -87,7 +87,9 @@ def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if first["type"] == "literal_error":
         message += did_you_mean(str(first["input"]), re.findall("'(.+?)'", first["ctx"]["expected"]))
-    return f"{option} {first['input']}: {message}" if option else message
+    if first["type"] == "sequence_str" or (first["type"] == "is_instance_of" and "Sequence" in message):
+        message = "write a list, as [0, -1]"
+    return f"{option} {first['input']}".rstrip() + f": {message}" if option else message
 
 
 def to_yaml(settings: Settings, folder: str | None = None) -> str:

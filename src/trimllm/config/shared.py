@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trimllm.errors import did_you_mean
 
@@ -18,6 +18,9 @@ else:  # of a `tuple` pydantic-settings before 2.16, the last for Python 3.10, d
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=-(2**50), le=2**50)]
+"""Small enough for what is derived from it (one seed a stage) to fit 64 bits."""
+Threads = Annotated[int, Field(gt=0, le=4096)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file or folder, or in some settings a name. A shell expands a tilde at the beginning of a word only, and nothing
 does in YAML. (Of models, `models.path_of` expands it: their names are stored as they were given.)"""
@@ -46,6 +49,13 @@ class Settings(BaseModel):
         """Settings that were given and would have no effect beside the others: by name, why, with the remedy."""
         return {}
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_setting_is_blank(cls, value: Any) -> Any:
+        """An empty path is the current folder to most of Python; usually it is a shell variable that is not set."""
+        each_path(value, _not_blank)
+        return value
+
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> Settings:
         for why in self.idle().values():
@@ -62,7 +72,21 @@ def each_path(value: Any, change: Callable[[str], str]) -> Any:
         return {part: each_path(one, change) for part, one in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(each_path(one, change) for one in value)
-    return change(value) if isinstance(value, str) and value else value
+    return change(value) if isinstance(value, str) else value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("empty: give a value, or leave it out")
+    return value
+
+
+def option_of(name: str, value: Any) -> str:
+    """A setting as the command line has it: `--train-ratio 0.5`, `--no-train-embeddings`."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {value}"
 
 
 def without_idle(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +110,7 @@ class LoadSettings(Settings):
     attention: str = "auto"
     """What computes attention: eager, sdpa, flex_attention, flash_attention_2 ... where model and device can; auto: as
     transformers chooses for the model (short rows train with eager on a CPU in bf16 mixed precision)."""
-    threads: Positive | None = None
+    threads: Threads | None = None
     """CPU threads for torch (default: torch's own choice)."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off: such a model is refused."""
@@ -118,7 +142,7 @@ class TaskSettings(Settings):
     truncate: bool = False
     """Cut rows that exceed the context: first the end of a written answer, as far as the prompt would have less than
     half of it; then the beginning of the prompt. Choices stay whole. Without it such rows are an error."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of splits, order and every random choice."""
 
     def idle(self) -> dict[str, str]:

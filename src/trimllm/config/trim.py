@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trimllm.config.shared import Location, ModelSettings, Positive, ScoreSettings, TaskSettings, TrainedModel
+from trimllm.config.shared import (
+    Location,
+    ModelSettings,
+    Positive,
+    ScoreSettings,
+    TaskSettings,
+    TrainedModel,
+    option_of,
+)
 
 DEPTHS = ("keep", "depth")
 MEASURED = ("max_params", "max_memory", "target_speedup")
 """Targets whose depth is only known when it is reached."""
 SIZES = (*DEPTHS, *MEASURED)
 FLOORS = ("min_accuracy", "max_drop")
+AFTER_DROPS = ("train_ratio", "sparse_update", "train_embeddings", "cache_frozen_prefix", "optimizer_state", "distill")
+"""Settings of the training after drops."""
 
 
 class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
@@ -89,6 +100,10 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
             found.pop("tie_tolerance", None)
         if self.text is not None and not self.text_ratio:
             found["text"] = f"--text {self.text} is not trained on with --text-ratio 0: leave one of them out"
+        if not self.epochs_per_drop and not self.final_epochs:
+            if self.text is not None and not self.warmup_epochs:
+                found["text"] = f"--text {self.text} is not trained on, since nothing is: leave it out, or train"
+            found |= self._changed(AFTER_DROPS, "is about the training after drops, and there is none: leave it out")
         if not self.one_shot:
             return found
         if self.drops_per_stage != 1:
@@ -101,6 +116,7 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
                 f"--sparse-update {self.sparse_update} is for several scans, and --one-shot makes one: leave one of "
                 "them out"
             )
+        found |= self._changed(("optimizer_state",), "is for several stages, and --one-shot has one: leave it out")
         depth = next((f"--{name} {value}" for name in DEPTHS if (value := getattr(self, name)) is not None), None)
         for name in MEASURED:
             if depth and (value := getattr(self, name)) is not None:
@@ -109,6 +125,15 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
                     f"{depth}: leave it out"
                 )
         return found
+
+    def _changed(self, names: Sequence[str], why: str) -> dict[str, str]:
+        """Those of the settings that are not at their defaults, each with its option and `why`."""
+        given = {name: getattr(self, name) for name in names}
+        return {
+            name: f"{option_of(name, value)} {why}"
+            for name, value in given.items()
+            if value != type(self).model_fields[name].default
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -164,14 +189,6 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
         if floor and self.final_epochs and all(size is None for size in sizes) and self.min_depth == 1:
             raise ValueError(
                 "--final-epochs needs a target besides the floor: which drop is the last is known too late"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _drops_are_trained_behind(self) -> TrimConfig:
-        if self.distill and not self.epochs_per_drop and not self.final_epochs:
-            raise ValueError(
-                f"--distill {self.distill} is about the training after drops, and there is none: leave it out"
             )
         return self
 

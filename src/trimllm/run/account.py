@@ -11,6 +11,7 @@ from trimllm.bench import timing
 from trimllm.blocks.layout import Layout, describe, load_layout, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.console import clock, table
+from trimllm.evaluation import fluency
 from trimllm.evaluation.evaluate import Evaluation
 from trimllm.importance.joint import Joint, accepted
 from trimllm.importance.scan import ScanResult
@@ -92,6 +93,7 @@ def result(
             "left_out": list(data.left_out),
         },
         "notes": list(data.notes),
+        "warnings": warnings(config, history, drops),
         "history": history,
         "drops": drops,
         "tokens": tokens(history),
@@ -145,9 +147,25 @@ def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:
     if not stage["train"]["steps"] or before is None or now["value"] >= before - now["stderr"]:
         return None
     return (
-        f"warning: the calibration set got worse while depth {stage['depth']} trained ({now['metric']} {before:.1f} "
+        f"the calibration set got worse while depth {stage['depth']} trained ({now['metric']} {before:.1f} "
         f"before, {now['value']:.1f} after): train for fewer epochs, at a lower --lr, or on more rows"
     )
+
+
+def at_the_end(history: list[dict[str, Any]]) -> list[str]:
+    """Warnings about the result as a whole, by the rows of all depths, the base first and the saved model last."""
+    base, saved = history[0], history[-1]
+    none = "nothing was dropped: the first drop fell below the accuracy floor"
+    found = [none] if saved["depth"] == base["depth"] else []
+    collapsed = fluency.warning(base.get("fluency"), saved.get("fluency"))
+    return [*found, *([collapsed] if collapsed else [])]
+
+
+def warnings(config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]]) -> list[str]:
+    """Everything that the user was warned of on the way, in that order."""
+    worse = [worsened(row, history[0]) for row in history if row["event"] == "stage"]
+    missed = targets.missed(config, drops[-1]["reached"]) if drops and drops[-1]["reached"] else None
+    return [line for line in (*worse, missed) if line] + at_the_end(history)
 
 
 def tokens(history: list[dict[str, Any]]) -> dict[str, Any]:

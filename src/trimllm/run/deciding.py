@@ -271,7 +271,7 @@ class Decider:
             "value": [trials[choice.index].value if trials else None for choice in choices],
             "importance": [choice.importance for choice in choices],
             "joint": None if found is None else found.record() | {"tried": len(decision.joint)},
-            "why": choices[0].why,
+            "why": [choice.why for choice in choices],
             "seconds": decision.seconds,
         }
 

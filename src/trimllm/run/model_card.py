@@ -89,13 +89,13 @@ def _made(config: TrimConfig, data: TaskData, history: list[dict[str, Any]], dep
     trained = any(row["train"]["steps"] for row in history if "train" in row and row["depth"] >= depth)
     if depth == history[0]["depth"]:
         return f"{f'fine-tuned on `{data.name}`' if trained else 'not trained'}, and no layer was dropped."
-    how = f"""(TrimLLM, arXiv 2412.11242; strategy {config.strategy}, unit {config.unit}, sparse update
-{config.sparse_update} with r = {config.train_ratio})"""
+    how = f"TrimLLM, arXiv 2412.11242; strategy {config.strategy}, unit {config.unit}"
     if not trained:
         return f"""layers were dropped by what they are worth on `{data.name}`, and nothing was trained
-{how}."""
+({how})."""
+    share = "" if config.sparse_update == "off" else f" with r = {config.train_ratio}"
     return f"""it was fine-tuned on `{data.name}` while layers were dropped
-{how}. Knowledge outside that domain is reduced."""
+({how}, sparse update {config.sparse_update}{share}). Knowledge outside that domain is reduced."""
 
 
 def cut(base: Origin, layout: Layout, depth: int) -> str:
@@ -316,9 +316,11 @@ def _scores(history: list[dict[str, Any]], depth: int, metric: str) -> str:
         "|---|---|---|---|",
     ]
     for drop in drops:
-        for unit, value, score in zip(drop["units"], _values(drop), drop["importance"], strict=True):
+        for unit, value, score, why in zip(
+            drop["units"], _values(drop), drop["importance"], _reasons(drop), strict=True
+        ):
             shown = "not tried" if value is None else f"{value:.1f}"
-            lines.append(f"| {unit} | {shown} | {'-' if score is None else f'{score:.4g}'} | {drop['why']} |")
+            lines.append(f"| {unit} | {shown} | {'-' if score is None else f'{score:.4g}'} | {why} |")
     return "\n".join(lines)
 
 
@@ -326,6 +328,12 @@ def _values(drop: dict[str, Any]) -> list[float | None]:
     """The metric without each unit that was dropped; earlier versions called it accuracy."""
     values: list[float | None] = drop["value"] if "value" in drop else drop["accuracy"]
     return values
+
+
+def _reasons(drop: dict[str, Any]) -> list[str]:
+    """Why each unit was dropped; earlier versions kept the first unit's reason only."""
+    why = drop["why"]
+    return why if isinstance(why, list) else [why] + ["dropped with it"] * (len(drop["units"]) - 1)
 
 
 def _how_to_load() -> str:

@@ -28,7 +28,7 @@ from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import encoding, fluency, inputs
+from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
@@ -227,7 +227,10 @@ class Run:
             known = {"base": loaded.fingerprint, "data": data, "depth": self.base_depth, "save_dtype": dtype}
             first = self.journal.add("start", **known)
         elif first["base"] != loaded.fingerprint:
-            raise InputError(f"--model {config.model}: its weights changed since the run in {config.output} began")
+            raise InputError(
+                f"--model {config.model}: its weights are not those that the run in {config.output} began with "
+                f"(SHA-256 {first['base']}): give that model, or start another run"
+            )
 
     def _start(self, loaded: Loaded, data: TaskData) -> None:
         """Say what is there, and measure the base."""
@@ -360,10 +363,11 @@ class Run:
             state.moments.clear()
         self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)
-        done = asdict(report) | ({"recovery": watch.record()} if watch else {})
+        remedies = {"lr": config.lr, "max_grad_norm": config.max_grad_norm}  # a run may go on with others
+        done = asdict(report) | remedies | ({"recovery": watch.record()} if watch else {})
         self.recorder.record("stage", state.model, state.layout, stage=state.stages, train=done, dropped=state.pending)
         if overfit := account.worsened(self.journal.events[-1], self.journal.of("base")[0]):
-            self.console.say(overfit)
+            self.console.say(f"warning: {overfit}")
         if (
             warm
             and not config.distill
@@ -488,11 +492,8 @@ class Run:
         row = self.journal.events[-1]
         if self.share.first:
             self.recorder.write_result(data, good, self.history(), base, row, report, saved)
-        first = self.journal.last("base") or {}
-        if depth == self.base_depth:
-            self.console.say("warning: nothing was dropped: the first drop fell below the accuracy floor")
-        if collapsed := fluency.warning(first.get("fluency"), row.get("fluency")):
-            self.console.say(f"warning: {collapsed}")
+        for line in account.at_the_end(self.history()):
+            self.console.say(f"warning: {line}")
         reached = f"{self.metric} {account.percent(row['test'])}"
         self.console.say(
             f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {reached}, reloaded and compared"
