@@ -15,10 +15,9 @@ import torch
 from tiny import SHAPE, build
 from torch.testing._internal.two_tensor import TwoTensor
 
-from trimllm import cli, commands, config
+from trimllm import cli, commands, config, plot
 from trimllm.bench import benching, reads, shapes, tables, timing
 from trimllm.errors import InputError, TrimError
-from trimllm.run import plot
 
 
 def bytes_of(model):

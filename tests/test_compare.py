@@ -415,13 +415,13 @@ def test_a_device_is_left_to_what_is_measured_next(world: tuple[Path, Path], tmp
     done, each = list[str](), Cell(METHODS["base"], None)
     for owner, name, result in (
         (plain, "run", job.Product(world[0])),
-        (memory, "free", None),
+        (memory, "release", None),
         (cell, "evaluate", {}),
         (cell, "speed", {}),
     ):
         monkeypatch.setattr(owner, name, lambda *_, name=name, result=result: done.append(name) or result)
     assert cell.measure(settings(world, tmp_path / "out"), each, tmp_path / "out")["status"] == "done"
-    assert done == ["run", "free", "evaluate", "free", "speed"]
+    assert done == ["run", "release", "evaluate", "release", "speed"]
 
 
 @pytest.mark.parametrize(

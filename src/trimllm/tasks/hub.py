@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimllm.errors import InputError, one_line
+from trimllm.errors import InputError, first_line
 from trimllm.offline import hub_or_cache
 from trimllm.tasks.rows import Row
 from trimllm.tasks.spec import Source
@@ -22,7 +22,7 @@ def read_hub(source: Source, split: str, task: str) -> list[Row]:
             data = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
     except Exception as error:  # whatever the Hub client raises, the remedy is the same
         raise InputError(
-            f"task {task!r}: cannot load split {split!r} of {name} from the Hub ({one_line(error)}); connect once to "
+            f"task {task!r}: cannot load split {split!r} of {name} from the Hub ({first_line(error)}); connect once to "
             "fill the cache, or give local copies with --task-files train=FILE,test=FILE"
         ) from error
     return [Row(f"{name}[{split}]:{number}", dict(values)) for number, values in enumerate(data, 1)]
