@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny import build
 from transformers import AutoTokenizer
 
 from trimllm import cli
-from trimllm.blocks import adapters
+from trimllm.blocks import adapters, decoder
 from trimllm.blocks.layout import whole
 from trimllm.blocks.surgery import apply_layout, drop_layers
 from trimllm.blocks.trial import trial
@@ -56,7 +57,7 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 def bypassed(model: PeftModel, layers: set[int], ids: torch.Tensor = IDS) -> torch.Tensor:
     """The reference: the adapted model, some of whose blocks return what they were given."""
-    blocks = model.get_base_model().model.layers
+    blocks = decoder.blocks(model.get_base_model())
     hooks = [blocks[i].register_forward_hook(lambda module, inputs, output: inputs[0]) for i in layers]
     try:
         return logits(model, ids)
@@ -65,9 +66,9 @@ def bypassed(model: PeftModel, layers: set[int], ids: torch.Tensor = IDS) -> tor
             hook.remove()
 
 
-def saved(root: Path, **changes: Any) -> tuple[Path, PeftModel]:
+def saved(root: Path, family: str = "llama", **changes: Any) -> tuple[Path, PeftModel]:
     """The folder of an adapter on a base beside it, and the adapted model."""
-    h.save_model(build("llama", 6), root / "base")
+    h.save_model(build(family, 6), root / "base")
     wrapped = adapt(load_model(root / "base"), **changes)
     wrapped.save_pretrained(root / "adapter")
     return root / "adapter", wrapped
@@ -85,6 +86,69 @@ def test_merged_and_cut_is_the_adapted_model_with_bypassed_layers(kind: str, tmp
     assert torch.allclose(logits(model), bypassed(reference, {1, 4}), atol=1e-5)
     save_trimmed(model, tmp_path / "out")
     assert torch.allclose(logits(load_model(tmp_path / "out")), bypassed(reference, {1, 4}), atol=1e-5)
+
+
+NAMES = {"llama-tied": ("q_proj", "embed_tokens"), "gpt2": ("c_attn", "wte"), "gemma3": ("q_proj", "embed_tokens")}
+"""A projection, and the embeddings, which the output head shares."""
+
+
+def saved_on_tied(root: Path, family: str, **changes: Any) -> tuple[Path, PeftModel]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that merging is not easy
+        return saved(root, family, fan_in_fan_out=family == "gpt2", **changes)
+
+
+def tied(model: Any) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("where", ["embeddings", "head", "both", "both alike"])
+@pytest.mark.parametrize("family", NAMES)
+def test_embeddings_and_head_that_were_tied_each_take_what_the_adapter_adds_to_them(
+    family: str, where: str, tmp_path: Path
+) -> None:
+    projection, embeddings = NAMES[family]
+    names = {"head": ["lm_head"], "both": [embeddings, "lm_head"]}.get(where, [embeddings])
+    alike = where == "both alike"
+    targets = [projection, *names]
+    folder, reference = saved_on_tied(tmp_path, family, target_modules=targets, ensure_weight_tying=alike)
+    plain = load_model(tmp_path / "base")
+    assert tied(plain)
+    model = load_model(folder)
+    assert torch.allclose(logits(model), logits(reference), atol=1e-5)
+    old = plain.get_input_embeddings().weight
+    if where in ("embeddings", "head"):
+        for kind, module in (("embeddings", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
+            assert torch.equal(module.weight, old) is (where != kind)
+    assert not tied(model)
+    assert not model.config.tie_word_embeddings
+    drop_layers(model, [1, 4])
+    assert torch.allclose(logits(model), bypassed(reference, {1, 4}), atol=1e-5)
+    save_trimmed(model, tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    assert not tied(again)
+    assert torch.allclose(logits(again), bypassed(reference, {1, 4}), atol=1e-5)
+
+
+def test_tied_embeddings_cannot_be_parted_where_blocks_are_tied_by_the_same_entry(tmp_path: Path) -> None:
+    folder, _ = saved_on_tied(tmp_path, "zamba", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(InputError, match=r"zamba shares their weight together with .*: train one that targets neither"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["projection", "tokens"])
+@pytest.mark.parametrize("family", NAMES)
+def test_what_was_tied_stays_so_where_the_adapter_does_not_part_it(family: str, kind: str, tmp_path: Path) -> None:
+    more = {"trainable_token_indices": [5, 7]} if kind == "tokens" else {}
+    folder, reference = saved_on_tied(tmp_path, family, target_modules=[NAMES[family][0]], **more)
+    model = load_model(folder)
+    assert tied(model)
+    assert model.config.tie_word_embeddings
+    assert torch.allclose(logits(model), logits(reference), atol=1e-5)
+    save_trimmed(drop_layers(model, [1, 4]), tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    assert tied(again)
+    assert torch.allclose(logits(again), bypassed(reference, {1, 4}), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

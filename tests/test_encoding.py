@@ -243,6 +243,9 @@ def test_context_length_is_the_configs_unless_less_is_asked():
     assert context_length(config, 16) == 16
     assert context_length(config, 1000) == 64
     assert context_length(build("bloom", depth=1).config) == 2048
+    for family in ("mpt", "dbrx"):
+        assert context_length(build(family, depth=1).config) == 64
+        assert context_length(build(family, depth=1).config, 16) == 16
 
 
 def test_attention_window_is_the_shortest_that_is_in_use():

@@ -104,6 +104,24 @@ def test_a_window_longer_than_every_row_does_not_forbid_shared_prompts(tokenizer
         assert_close(scorer.score(model).loglik, reference.logliks(model, tokenizer, questions))
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "phi3"])
+def test_rows_beyond_the_window_keep_it_whatever_shares_their_batch(family, tokenizer, monkeypatch):
+    """The second question's choices are one token or two, so that no prompt is shared there; its row is long."""
+    monkeypatch.setitem(tiny.CONFIGS, f"{family}-window", tiny.CONFIGS[family] | {"sliding_window": 12})
+    model = tiny.build(f"{family}-window", depth=3)
+    items = [
+        Item("r:1", "the cat", (" ran to", " the hat"), 0, (6, 7)),
+        Item("r:2", "the cat sat on the mat a dog ran to the hat. no hat? yes or no:", (" a", " s"), 0, (1, 1)),
+    ]
+    expected = reference.logliks(model, tokenizer, items)
+    for budget in (4096, 1):
+        scorer = Scorer(model, tokenizer, items, token_budget=budget)
+        assert_close(scorer.score(model).loglik, expected)
+        assert "rows are longer than the attention window of 12 tokens" in scorer.note
+    assert Scorer(model, tokenizer, items[:1]).branches
+    assert_close(Scorer(model, tokenizer, items[1:]).score(model).loglik, expected[1:])
+
+
 def test_choices_that_together_exceed_the_context_still_share_their_prompt(tokenizer):
     model = tiny.build("gpt2", depth=2)
     item = Item("r:1", "the cat", tuple(" qzxv" * 3 + tail for tail in (" a", " b", " c", " d", " e", " f")))
@@ -354,6 +372,72 @@ def test_generation_in_batches_equals_generation_alone(family, tokenizer, questi
         assert answer == tokenizer.decode(tail, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("family", ["xlstm", "minimax", "recurrent_gemma", "modernbert-decoder", "mamba", "jamba"])
+def test_generation_pads_no_prompt_where_a_state_takes_pads_in_or_may(family, tokenizer, questions, monkeypatch):
+    model = tiny.build(family, depth=3)
+    items = [item for item in questions for _ in range(2)]
+    alone = generate(model, tokenizer, items, max_new_tokens=8, token_budget=1)
+    work, sizes = model.generate, []
+
+    def counted(*, input_ids, **more):
+        sizes.append(len(input_ids))
+        return work(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(model, "generate", counted)
+    assert generate(model, tokenizer, items, max_new_tokens=8) == alone
+    assert min(sizes) > 1, "prompts of one length are still a batch"
+    assert (sizes == [len(items)]) is (family in ("mamba", "jamba"))
+
+
+GREED = {
+    "repetition_penalty": 1.5,
+    "num_beams": 4,
+    "no_repeat_ngram_size": 2,
+    "min_new_tokens": 5,
+    "suppress_tokens": list(range(3, 30)),
+    "bad_words_ids": [[number] for number in range(3, 30)],
+    "do_sample": True,
+}
+
+
+@pytest.mark.parametrize("name", GREED)
+def test_generation_is_greedy_whatever_the_checkpoint_says(name, tokenizer, questions):
+    model = tiny.build("llama", depth=2)
+    expected = generate(model, tokenizer, questions, max_new_tokens=12)
+    own = model.generation_config
+    setattr(own, name, GREED[name])
+    before = own.to_dict()
+    assert generate(model, tokenizer, questions, max_new_tokens=12) == expected
+    with pytest.raises(InputError):
+        generate(model, tokenizer, questions, max_new_tokens=64)
+    assert model.generation_config is own
+    assert own.to_dict() == before
+
+
+def test_generation_ends_where_the_checkpoint_says_and_leaves_its_config_after_a_failure(
+    tokenizer, questions, monkeypatch
+):
+    model = tiny.build("llama", depth=2)
+    own, work, ends = model.generation_config, model.generate, []
+    own.eos_token_id, own.repetition_penalty = [2, 7, 11, 13], 1.5
+
+    def watched(*, generation_config, **more):
+        ends.append(generation_config.eos_token_id)
+        return work(generation_config=generation_config, **more)
+
+    monkeypatch.setattr(model, "generate", watched)
+    generate(model, tokenizer, questions, max_new_tokens=4)
+    assert ends == [[2, 7, 11, 13]]
+
+    def broken(**_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(model, "generate", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        generate(model, tokenizer, questions, max_new_tokens=4)
+    assert model.generation_config is own
+
+
 def test_generation_in_batches_of_any_size_is_the_same_also_where_memory_ends(tokenizer, questions, monkeypatch):
     model = tiny.build("gpt2", depth=2).eval()
     expected = generate(model, tokenizer, questions, max_new_tokens=5)
@@ -405,6 +489,19 @@ def test_generation_cuts_prompts_from_the_left_and_refuses_to_cut_all(tokenizer)
     assert short == tokenizer.decode([last], skip_special_tokens=True).strip()
     with pytest.raises(InputError, match="fill the 64 tokens of a row"):
         generate(model, tokenizer, [Item("r:1", "q", (" a",))], max_new_tokens=64)
+
+
+def test_rows_longer_than_mpts_context_are_refused_or_cut(tokenizer):
+    model = tiny.build("mpt", depth=2)
+    long = Item("r:1", "qzx" * 30, (" a", " the cat"), 0, (1, 7))
+    with pytest.raises(InputError, match=r"1 of 1 rows do not fit the context of 64 tokens \(first: r:1"):
+        Scorer(model, tokenizer, [long])
+    scorer = Scorer(model, tokenizer, [long], truncate=True)
+    prompt, choices = scorer.encoded[0].prompt, scorer.encoded[0].continuations
+    assert max(len(prompt) + len(ids) - 1 for ids in choices) == 64
+    short = float(reference.token_logprobs(model, prompt, choices[0])[0].sum())
+    assert scorer.score(model).loglik[0][0] == pytest.approx(short, abs=1e-4)
+    assert len(generate(model, tokenizer, [long], max_new_tokens=3)) == 1
 
 
 def test_standard_error_counts_questions_of_one_group_as_dependent():

@@ -23,6 +23,7 @@ from trimllm.evaluation.encoding import rows
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan
 from trimllm.importance.scan import Part, positions, table
+from trimllm.tasks.items import Item
 
 DEPTH = 4
 CASES = [
@@ -72,6 +73,23 @@ def test_every_candidate_scores_as_if_really_deleted(family, unit, branches, res
         assert found != intact
         right = -sum(row[item.answer] for row, item in zip(expected, questions, strict=True))
         assert trial.loss == pytest.approx(right / _right_tokens(tokenizer, questions), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "phi3"])
+def test_a_long_row_without_branches_keeps_its_window_in_every_trial(family, tokenizer, monkeypatch):
+    monkeypatch.setitem(tiny.CONFIGS, f"{family}-window", tiny.CONFIGS[family] | {"sliding_window": 12})
+    model = tiny.build(f"{family}-window", DEPTH)
+    items = [
+        Item("r:1", "the cat", (" ran to", " the hat"), 0, (6, 7)),
+        Item("r:2", "the cat sat on the mat a dog ran to the hat. no hat? yes or no:", (" a", " s"), 0, (1, 1)),
+    ]
+    result, tables = run(model, tokenizer, items, budget=4096)
+    for candidate, trial, found in zip(result.candidates, result.trials, tables, strict=True):
+        expected = reference.logliks(reference.deleted(model, candidate), tokenizer, items)
+        for row, other in zip(found, expected, strict=True):
+            assert row == pytest.approx(other, abs=1e-4), candidate
+        right = -sum(row[item.answer] for row, item in zip(expected, items, strict=True))
+        assert trial.loss == pytest.approx(right / _right_tokens(tokenizer, items), abs=1e-4)
 
 
 def _right_tokens(tokenizer, items):

@@ -105,10 +105,33 @@ def merge(model: nn.Module, name: str | Path, *, allow_pickle: bool = False) -> 
 
 def unload(wrapped: Any, before: set[str]) -> nn.Module:
     """The model in a PEFT one, the adapter merged into its weights; `before` are the attributes it had before PEFT."""
+    _untie(wrapped.get_base_model())
     merged: nn.Module = wrapped.merge_and_unload(safe_merge=True)
     for left in set(vars(merged)) - before:  # the configs of the adapter
         delattr(merged, left)
     return merged.requires_grad_(True)
+
+
+def _untie(model: Any) -> None:
+    """Give the output head a weight of its own if it shares that of the embeddings and an adapter adds to one of them:
+    merged into the shared weight, it would change the other one, too.
+
+    Raises:
+        InputError: if the family's blocks share weights by the same entry of the config.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = any(hasattr(module, "get_base_layer") for module in (embeddings, head))
+    if head is None or not adapted or head.weight is not embeddings.weight:
+        return
+    if len(model.all_tied_weights_keys) > 1:
+        raise InputError(
+            f"cannot merge the adapter: it changes the embeddings or the output head, and {model.config.model_type} "
+            "shares their weight together with those of its blocks, or none: train one that targets neither"
+        )
+    plain = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+    plain.weight = nn.Parameter(plain.weight.detach().clone())
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
 
 
 def check_merged(model: nn.Module) -> None:

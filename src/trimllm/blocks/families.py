@@ -34,6 +34,8 @@ class Family:
     """A forward may start from an injected hidden state: blocks need nothing from the layers before but that."""
     branching: bool = True
     """4-D masks with custom position ids are exact: attention sees masks and position ids, not indices in the row."""
+    left_padding: bool = True
+    """Prompts in a batch may be padded on the left: no state takes the pads in."""
     per_layer_weights: tuple[str, ...] = ()
     """Decoder submodules whose output, and weight, is one slice per layer."""
     inverse_scale: tuple[str, str, str] | None = None
@@ -82,8 +84,14 @@ GEMMA3N = Family(
     per_layer_weights=("embed_tokens_per_layer", "per_layer_model_projection"),
     since="5.6.0",
 )
-GENERAL = Family(layers=None, whole="its blocks have no row in the table of families", resumable=False, branching=False)
-RECURRENT = replace(GENERAL, whole="its blocks do not split into attention and MLP")
+GENERAL = Family(
+    layers=None,
+    whole="its blocks have no row in the table of families",
+    resumable=False,
+    branching=False,
+    left_padding=False,
+)
+RECURRENT = replace(GENERAL, whole="its blocks do not split into attention and MLP", left_padding=True)
 MAMBA = replace(RECURRENT, cache_argument="cache_params")
 
 
@@ -109,7 +117,7 @@ FAMILIES: dict[str, Family] = {
     **_rows("lfm2 lfm2_moe", LFM2),
     **_rows("biogpt xglm", OPT),
     **_rows("mamba mamba2 falcon_mamba", MAMBA),
-    **_rows("nemotron_h recurrent_gemma zamba zamba2", RECURRENT),
+    **_rows("nemotron_h zamba zamba2", RECURRENT),
     "afmoe": Family(
         attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
         mlp=("pre_mlp_layernorm", "mlp", "post_mlp_layernorm"),
@@ -159,7 +167,9 @@ FAMILIES: dict[str, Family] = {
     "jamba": JAMBA,
     "llama4_text": Family(mlp=("post_attention_layernorm", "feed_forward"), mlp_attributes=("is_moe_layer",)),
     "minimax": Family(
-        reason="its linear attention decays at a rate set by the layer's number among all layers", branching=False
+        reason="its linear attention decays at a rate set by the layer's number among all layers",
+        branching=False,
+        left_padding=False,
     ),
     "mpt": Family(
         attention=("norm_1", "attn", "resid_attn_dropout"),
@@ -180,11 +190,14 @@ FAMILIES: dict[str, Family] = {
         mlp=("post_attention_layernorm", "mlp", "dropout"),
         variants=(("use_parallel_residual", True, {"whole": PARALLEL}),),
     ),
+    "recurrent_gemma": replace(RECURRENT, left_padding=False),
     "rwkv": replace(
-        RECURRENT, reason="transformers scales its weights by the layer's number at the first forward pass"
+        RECURRENT,
+        reason="transformers scales its weights by the layer's number at the first forward pass",
+        left_padding=False,
     ),
     "vaultgemma": Family(mlp=("pre_feedforward_layernorm", "mlp")),
-    "xlstm": replace(MAMBA, own_cache=True),
+    "xlstm": replace(MAMBA, own_cache=True, left_padding=False),
 }
 
 

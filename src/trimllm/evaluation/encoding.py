@@ -87,9 +87,10 @@ class Batch:
 
 
 def context_length(model_config: Any, limit: int | None = None) -> int:
-    """The longest row the model takes: its `max_position_embeddings`, or `limit` if that is less."""
+    """The longest row the model takes, as its config says, or `limit` if that is less."""
     text_config = model_config.get_text_config(decoder=True)
-    longest = getattr(text_config, "max_position_embeddings", None) or 2048
+    names = ("max_position_embeddings", "max_seq_len")
+    longest = next((length for name in names if (length := getattr(text_config, name, None))), 2048)
     return min(longest, limit) if limit else longest
 
 

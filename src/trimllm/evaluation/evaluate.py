@@ -251,13 +251,12 @@ class Scorer:
         many = [one for one in self.encoded if sum(len(ids) > 1 for ids in one.continuations) > 1]
         if not many:
             return True
-        by_length = sorted(many, key=_reach)
         window = encoding.attention_window(model.config)
-        if window and _reach(by_length[-1]) > window:
+        if window and max(map(_reach, self.encoded)) > window:  # a batch has one mask for all of its rows
             self.note = f"choices are scored one by one: rows are longer than the attention window of {window} tokens"
             return False
         largest = max(many, key=lambda one: sum(map(len, one.continuations)))
-        sample = [*many[:2], *by_length[-2:], largest]
+        sample = [*many[:2], *sorted(many, key=_reach)[-2:], largest]
         exact = families.branching(decoder.text_config(model))
         why = self._branching_fails(model, sample) if exact else INEXACT
         if why:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from trimllm import memory
+from trimllm.blocks import decoder, families
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.evaluation.evaluate import evaluating
@@ -30,7 +32,7 @@ def generate(
     token_budget: int | None = None,
 ) -> list[str]:
     """Greedy continuations of the items' prompts, decoded, cut at EOS; prompts are cut from the left to fit the
-    context, or `max_length` if that is less.
+    context, or `max_length` if that is less. Of the model's generation config only what ends a text counts.
 
     `token_budget` is of a batch, answers and padding included (default: 16 rows, whatever their length). Where memory
     ends, batches become smaller.
@@ -50,11 +52,12 @@ def generate(
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
     waiting = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     answers, most = [""] * len(items), len(items) if token_budget else ROWS
-    with evaluating(model):
+    padded = families.family(decoder.text_config(model)).left_padding
+    with evaluating(model), _without_own_rules(model):
         while waiting:
             longest = len(prompts[waiting[0]]) + max_new_tokens
             rows = min(most, max(1, token_budget // longest)) if token_budget else most
-            group = waiting[:rows]
+            group = [i for i in waiting[:rows] if padded or len(prompts[i]) == len(prompts[waiting[0]])]
             found = memory.attempt(partial(_rows, model, [prompts[i] for i in group], greedy))
             if found is None:
                 if len(group) == 1:
@@ -68,6 +71,16 @@ def generate(
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
             waiting = waiting[len(group) :]
     return answers
+
+
+@contextmanager
+def _without_own_rules(model: Any) -> Iterator[None]:
+    """Within, `generate` does not fill up its settings from the checkpoint's (penalties, beams, forbidden tokens)."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _rows(model: Any, prompts: Sequence[Sequence[int]], greedy: GenerationConfig) -> torch.Tensor:
