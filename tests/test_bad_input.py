@@ -375,3 +375,24 @@ def test_a_kill_half_way_leaves_no_checkpoint_and_blocks_nothing(way: str, base:
     assert load_model(out).config.num_hidden_layers == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert hashes(base) == before
+
+
+def test_a_folder_of_a_run_names_its_model(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "run" / "model")
+    with pytest.raises(InputError, match=rf"no config\.json; give {re.escape(str(tmp_path / 'run' / 'model'))}$"):
+        load_model(tmp_path / "run")
+
+
+def test_an_adapter_is_not_exported_and_how_to_merge_it_is_said(base: Path, tmp_path: Path, capsys: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    get_peft_model(load_model(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    line = refusal(capsys, "export", adapter, "--to", "gguf")
+    assert line == (
+        f'{adapter} is an adapter: make a checkpoint of it first, with python -c "from trimllm import *; '
+        f"save_trimmed(load_model('{adapter}'), 'merged', tokenizer=load_tokenizer('{adapter}'))\""
+    )
+    code = line.split('"')[1].replace("'merged'", repr(str(merged)))
+    exec(code, {})
+    assert cli.main(["export", str(merged), "--to", "gguf"]) == 0

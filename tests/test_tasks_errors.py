@@ -12,6 +12,7 @@ import zstandard
 from trimllm.errors import InputError
 from trimllm.tasks import load_task, load_text
 
+CHOICES = 'a list such as ["yes", "no"] or texts by letter such as {"A": "yes", "B": "no"}'
 GOOD = {"question": "Why?", "choices": ["a", "b"], "answer": 0}
 
 
@@ -55,7 +56,9 @@ def write(tmp_path, *rows, name="data.jsonl"):
         ),
         ({**GOOD, "choices": []}, "FILE:2: field 'choices' is empty; fill it in or drop the row"),
         ({**GOOD, "choices": ["a", ""]}, "FILE:2: field 'choices' has an empty entry; fill it in or drop the row"),
-        ({**GOOD, "choices": 3}, 'FILE:2: field \'choices\' must be a list such as ["yes", "no"], not int'),
+        ({**GOOD, "choices": 3}, f"FILE:2: field 'choices' must be {CHOICES}, not int"),
+        ({**GOOD, "choices": {"text": ["a"], "label": ["A"]}}, f"FILE:2: field 'choices' must be {CHOICES}, not dict"),
+        ({**GOOD, "choices": {"B": "a", "C": "b"}}, f"FILE:2: field 'choices' must be {CHOICES}, not dict"),
         ({**GOOD, "question": " "}, "FILE:2: cannot make the prompt: field 'question' is empty"),
         ({**GOOD, "question": None}, "FILE:2: cannot make the prompt: field 'question' is empty"),
         (
@@ -119,8 +122,48 @@ def test_columns_of_choices_that_are_not_known_are_named(tmp_path, names, answer
 def test_label_that_train_does_not_have(tmp_path):
     write(tmp_path, *({"text": f"t {n}", "label": "ab"[n % 2]} for n in range(10)), name="train.jsonl")
     write(tmp_path, {"text": "t", "label": "zz"}, name="test.jsonl")
-    expected = "FILE/test.jsonl:1: field 'label' is 'zz', which is no text of the choices 'a', 'b'"
+    expected = (
+        "FILE/test.jsonl:1: field 'label' is 'zz', which is no text of the choices 'a', 'b': these are the labels of "
+        "the training rows: add rows that have it, leave this one out, or list `choices` in a task YAML"
+    )
     assert message(tmp_path) == expected
+    (tmp_path / "own.yaml").write_text("kind: choice\nprompt: text\nchoices: [a, b]\nanswer: label\nanswer_as: text\n")
+    said = message(tmp_path / "own.yaml", files={"train": tmp_path / "train.jsonl", "test": tmp_path / "test.jsonl"})
+    assert said.endswith("which is no text of the choices 'a', 'b'")
+
+
+def test_errors_name_the_columns_that_are_there(tmp_path):
+    row = {"question": "Why?", "options": ["a", "b"], "answer": 0}
+    for options, expected in [
+        (["a", ""], "FILE:2: field 'options' has an empty entry; fill it in or drop the row"),
+        (3, f"FILE:2: field 'options' must be {CHOICES}, not int"),
+        ("a | b", f"FILE:2: field 'options' must be {CHOICES}, not str"),
+        ('["a", b]', "FILE:2: field 'options' is not a valid JSON list (Expecting value); fix the cell"),
+    ]:
+        assert message(write(tmp_path, row, {**row, "options": options}, *[row] * 8)) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "renamed"),
+    [
+        ("Text Label", "'Text' to 'text' and 'Label' to 'label'"),
+        ("question label", "'question' to 'text'"),
+        ("sentence label", "'sentence' to 'text'"),
+        ("prompt response", "'response' to 'completion'"),
+        ("question choices answerKey", "'answerKey' to 'answer'"),
+        ("Question Answer", "'Question' to 'question' and 'Answer' to 'answer'"),
+        ("question A B C Answer", "'Answer' to 'answer'"),
+        ("instruction context response category", "'response' to 'output'"),
+        ("conversations", "'conversations' to 'messages'"),
+        ("Text", "'Text' to 'text'"),
+    ],
+)
+def test_columns_of_nearly_the_right_names(tmp_path, columns, renamed):
+    said = message(write(tmp_path, *[{name: f"{name} {n}" for name in columns.split()} for n in range(9)]))
+    assert said == (
+        f"data: cannot tell the task from the columns {', '.join(sorted(columns.split()))}: rename {renamed}, or name "
+        "the columns in a task YAML (--task my.yaml)"
+    )
 
 
 def test_one_label_is_no_classification(tmp_path):

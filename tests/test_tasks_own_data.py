@@ -4,12 +4,14 @@ import csv
 import gzip
 import json
 import lzma
+from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer
 
 from trimllm.errors import InputError
 from trimllm.tasks import load_task, load_text
+from trimllm.tasks.sources import part_of
 from trimllm.tasks.text import pieces
 
 QUESTIONS = [
@@ -83,8 +85,46 @@ def test_lettered_choices_may_end_sooner(tmp_path):
     items = (*task.train, *task.calibration, *task.test)
     assert {item.continuations for item in items} == {(" red", " green", " blue"), (" red", " green")}
     (tmp_path / "q.csv").write_text(table + "q,red,,blue,C\n")
-    with pytest.raises(InputError, match=r"q.csv:14: field 'choices' has an empty entry"):
+    with pytest.raises(InputError, match=r"q.csv:14: cannot make the choices: field 'B' is empty; fill it in or drop"):
         load_task(tmp_path / "q.csv")
+    (tmp_path / "q.csv").write_text(table + "q,,,,C\n")
+    with pytest.raises(InputError, match=r"q.csv:14: cannot make the choices: field 'A' is empty"):
+        load_task(tmp_path / "q.csv")
+
+
+MEDQA = [
+    {
+        "question": f"q {n}",
+        "options": {"B": "green", "A": "red", "C": "blue"},
+        "answer": ["green", "blue"][n % 2],
+        "answer_idx": "BC"[n % 2],
+    }
+    for n in range(9)
+]
+
+
+@pytest.mark.parametrize("answer", ["text", "letter"])
+def test_choices_as_texts_by_letter(tmp_path, answer):
+    rows = [{**row, "answer": row["answer_idx"]} if answer == "letter" else row for row in MEDQA]
+    rows[0] = {**rows[0], "options": {**rows[0]["options"], "D": None}}  # as Parquet fills up
+    rows[1] = {**rows[1], "options": json.dumps(rows[1]["options"])}  # as a CSV cell holds it
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    items = (*task.train, *task.calibration, *task.test)
+    assert {item.continuations for item in items} == {(" red", " green", " blue")}
+    assert {int(item.prompt.split()[2]): item.target for item in items} == {
+        n: [" green", " blue"][n % 2] for n in range(9)
+    }
+    assert not [note for note in task.notes if "answer_idx" in note]
+
+
+def test_an_answer_that_its_letter_contradicts_counts_and_is_noted(tmp_path):
+    twice = {**MEDQA[7], "options": {"A": "blue", "B": "red", "C": "blue"}}
+    rows = [*MEDQA[:7], twice, {**MEDQA[8], "answer_idx": "A"}]
+    path = jsonl(tmp_path / "q.jsonl", rows)
+    task = load_task(path)
+    items = (*task.train, *task.calibration, *task.test)
+    assert next(item.target for item in items if "q 8" in item.prompt) == " green"
+    assert f"in 1 of 9 rows 'answer_idx' is another choice than 'answer', which counts (first: {path}:9)" in task.notes
 
 
 def test_answers_are_read_one_way_in_all_rows(tmp_path):
@@ -393,6 +433,130 @@ def test_a_split_anywhere_in_a_file_name_is_kept_apart(tmp_path, name, ending):
     task = load_task(tmp_path)
     assert len(task.train) + len(task.calibration) == 10
     assert {item.prompt for item in task.test} == {f"Question: {row['question']}\nAnswer:" for row in QUESTIONS[14:]}
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("trainset", "testset"),
+        ("TrainData", "TestData"),
+        ("Train_2024", "TestSet"),
+        ("my_traindata", "my_testdata"),
+        ("trainSplit", "devRows"),
+        ("XTrain", "XTest"),
+    ],
+)
+def test_a_split_in_a_compound_of_a_file_name_is_kept_apart(tmp_path, train, test):
+    jsonl(tmp_path / f"{train}.jsonl", QUESTIONS[:12])
+    jsonl(tmp_path / f"{test}.jsonl", QUESTIONS[12:])
+    task = load_task(tmp_path)
+    assert {item.place.split("/")[-1].split(":")[0] for item in task.test} == {f"{test}.jsonl"}
+    assert len(task.test) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *((name, None) for name in ("contest", "latest", "trainer_notes", "testament", "Attestation", "data_set")),
+        *((name, None) for name in ("device", "values", "restrain", "datasets", "TestamentData")),
+        ("testset_of_train", "train"),  # a word alone counts before a compound
+        ("validSet", "validation"),
+        ("TESTSET", "test"),
+    ],
+)
+def test_file_names_that_only_look_like_a_split(name, part):
+    assert part_of(Path(f"{name}.csv")) == part
+
+
+def test_files_that_are_pooled_are_named(tmp_path):
+    for number in range(7):
+        jsonl(tmp_path / f"part{number}.jsonl", QUESTIONS[2 * number : 2 * number + 2])
+    said = (
+        "pooled, as no name has train, valid or test in it: part0.jsonl, part1.jsonl, part2.jsonl, part3.jsonl, "
+        "part4.jsonl and 2 more"
+    )
+    assert load_task(tmp_path).notes[0] == said
+    (tmp_path / "own.yaml").write_text("kind: text\ntarget: question\n")
+    assert load_task(tmp_path / "own.yaml", files=tmp_path).notes[0] == said
+    for number in range(1, 7):
+        (tmp_path / f"part{number}.jsonl").unlink()
+    jsonl(tmp_path / "part0.jsonl", QUESTIONS)
+    assert "pooled" not in str(load_task(tmp_path).notes)
+
+
+def test_a_split_without_answers_is_said(tmp_path):
+    rows = [{"text": f"t {n}", "label": "ab"[n % 2]} for n in range(30)]
+    jsonl(tmp_path / "train.jsonl", rows[:20])
+    jsonl(tmp_path / "test.jsonl", [{"text": row["text"]} for row in rows[20:]])
+    task = load_task(tmp_path)
+    assert task.notes[0] == "not used: the 10 test rows, of which none has an answer (first: " + (
+        f"{tmp_path / 'test.jsonl'}:1)"
+    )
+    assert len(task.test) == 4
+
+
+@pytest.mark.parametrize("column", ["category", "labels", "class", "target", "Label", " label", "answer"])
+def test_texts_with_labels_in_a_column_of_another_name_are_refused(tmp_path, column):
+    rows = [{"text": f"t {n}", column: ["flu", "heart", "skin"][n % 3]} for n in range(12)]
+    with pytest.raises(InputError) as error:
+        load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert str(error.value) == (
+        f"q: column {column!r} looks like labels, and nothing reads it: rename it to 'label', or, to learn the texts, "
+        "give a task YAML of kind text"
+    )
+
+
+@pytest.mark.parametrize(
+    ("cells", "note"),
+    [
+        ({"source": ["web", "book"]}, "columns not read: source (if one of them holds labels, rename it to 'label')"),
+        ({"id": list(range(12)), "lang": ["en"]}, "columns not read: id, lang"),
+        (
+            {"target": [f"the answer {n}" for n in range(12)]},
+            "columns not read: target (if one of them holds labels, rename it to 'label')",
+        ),
+        ({"class": [["a", "b"]]}, "columns not read: class (if one of them holds labels, rename it to 'label')"),
+        ({f"c{n}": [n] for n in range(10)}, "columns not read: c0, c1, c2, c3, c4, c5, c6, c7 and 2 more"),
+    ],
+)
+def test_columns_that_are_not_read_are_said_and_texts_stay_texts(tmp_path, cells, note):
+    rows = [{"text": f"t {n}", **{name: each[n % len(each)] for name, each in cells.items()}} for n in range(12)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert (task.kind, task.notes[0]) == ("text", note)
+
+
+def test_columns_of_other_tasks_that_are_not_read_are_said(tmp_path):
+    task = load_task(jsonl(tmp_path / "q.jsonl", [{**row, "context": "", "subject": "sums"} for row in QUESTIONS]))
+    assert task.notes[0] == "columns not read: subject"
+    task = load_task(jsonl(tmp_path / "q.jsonl", [{**row, "answer": "A", "subject": "sums"} for row in LETTERED]))
+    assert task.notes[0] == "columns not read: subject"
+
+
+def test_labels_that_were_made_floats_are_said_and_stay(tmp_path):
+    rows = [{"text": f"t {n}", "label": float(n % 11)} for n in range(33)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert task.train[0].continuations[10] == " 10.0"
+    assert task.notes[0] == "labels are asked for as they stand: '0.0', '1.0' ...: whole numbers, or words, are shorter"
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("quote", ["", '"'])
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_a_csv_with_another_separator(tmp_path, separator, quote, ending):
+    import zstandard
+
+    opened = {"": open, ".gz": gzip.open, ".zst": zstandard.open}[ending]
+    with opened(tmp_path / f"q.csv{ending}", "wt") as file:
+        for cells in (("prompt", "completion"), *((f"say, {n}", f"it is {n},5") for n in range(9))):
+            file.write(separator.join(f"{quote}{cell}{quote}" for cell in cells) + "\n")
+    _, item = first(tmp_path / f"q.csv{ending}")
+    assert (item.prompt, item.target) == ("say, 0", " it is 0,5")
+    assert item.place.endswith(":2")
+
+
+def test_one_column_of_a_csv_may_hold_semicolons(tmp_path):
+    (tmp_path / "q.csv").write_text("text\n" + "".join(f"one; two {n}\n" for n in range(9)))
+    assert load_task(tmp_path / "q.csv").train[0].target.startswith("one; two")
 
 
 def test_test_split_without_answers_gives_way_to_validation(tmp_path):

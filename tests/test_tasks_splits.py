@@ -8,7 +8,7 @@ from trimllm.tasks.splits import normalize, split
 
 
 def choice(number, text=None, group=None):
-    return Item(f"f:{number}", text or f"Question {number}?", (" a", " b"), group=group)
+    return Item(f"f:{number}", text or f"Question {number}?", (" a", " b"), number % 2, group=group)
 
 
 def generation(number, prompt, target):
@@ -134,5 +134,75 @@ def test_too_few_rows():
         split([choice(number, group="one") for number in range(10)], [])
     with pytest.raises(InputError, match="there are no training rows"):
         split([], TEST)
-    with pytest.raises(InputError, match="every training row also stands in the calibration set"):
+    with pytest.raises(InputError, match="1 different training rows are too few to hold out a calibration set"):
         split([choice(number, "same") for number in range(10)], TEST)
+    with pytest.raises(InputError, match="every training row also stands in the calibration set"):
+        split([other(number, "same") for number in range(10)], TEST)
+
+
+def other(number, text):
+    """A row with choices that no other has."""
+    return Item(f"f:{number}", text, (f" a{number}", f" b{number}"))
+
+
+def test_no_question_is_drawn_twice_and_its_copies_are_not_trained_on():
+    items = [choice(number, f"Question {number % 250}?") for number in range(1000)]
+    done = split(items, [])
+    for part, size in ((done.test, 50), (done.calibration, 40)):
+        assert len({item.prompt for item in part}) == len(part) == size
+    assert len({item.prompt for item in done.train}) == 160
+    assert len(done.train) == 640
+    assert done.notes[0] == "no test split: 50 of 1,000 rows held out for the report (seed 0)"
+    grouped = [choice(number, f"Question {number % 250}?", group=f"g {number % 50}") for number in range(1000)]
+    test = split(grouped, []).test
+    assert len({item.prompt for item in test}) == len(test) == 50
+
+
+def test_rows_of_one_prompt_and_other_choices_or_answers_are_different_questions():
+    items = [other(number, f"Which is right, {number % 250}?") for number in range(1000)]
+    assert len(split(items, []).test) == 200
+    items = [generation(number, f"Write {number % 250}.", f"text {number}") for number in range(1000)]
+    assert len(split(items, []).test) == 200
+
+
+def test_a_draw_without_copies_is_what_it_always_was():
+    """Resumed runs compare their rows with those they began with."""
+    done = split(ITEMS, [])
+    assert [item.place for item in done.test[:4]] == ["f:0", "f:2", "f:10", "f:13"]
+    assert [item.place for item in done.calibration[:4]] == ["f:26", "f:29", "f:31", "f:35"]
+
+
+def test_reported_rows_that_stand_there_twice_are_counted():
+    twice = [*TEST, *TEST[:20], TEST[0]]
+    said = "41 of 321 reported rows stand there more than once (first: f:2000): the standard error counts each of them"
+    for only in (False, True):
+        done = split(ITEMS, twice, reported_only=only)
+        assert done.test == tuple(twice)
+        assert said in done.notes
+    assert not [note for note in split(ITEMS, twice, max_test=1).notes if "more than once" in note]
+
+
+def test_equal_questions_with_other_answers_are_counted():
+    items = [*ITEMS, Item("g:7", "question 7", (" b", " a"), answer=1)]
+    said = "2 of 1,301 rows ask what another row asks and answer it otherwise (first: f:7)"
+    assert said in split(items, TEST).notes
+    assert not [
+        note for note in split([*ITEMS, Item("g:7", "question 7", (" b", " a"), answer=0)], TEST).notes if "ask" in note
+    ]
+
+
+def test_an_answer_that_is_most_of_the_reported_rows_is_said():
+    def rows(first, share, count=100):
+        return [Item(f"f:{first + n}", f"Question {first + n}?", (" a", " b"), int(n >= share)) for n in range(count)]
+
+    said = "'a' is 90 % of the reported rows: always saying it scores 90.0"
+    assert said in split(rows(0, 50), rows(2000, 90)).notes
+    assert said in split([], rows(2000, 90), reported_only=True).notes
+    assert not [note for note in split(rows(0, 500, 1000), rows(2000, 60)).notes if "always" in note]
+    (note,) = (note for note in split(rows(0, 95), rows(2000, 50)).notes if "always" in note)
+    assert note.startswith("'a' is ")
+    assert "% of the calibration rows: always saying it scores" in note
+    own = [Item(f"f:{n}", f"Question {n}?", (f" a{n}", f" b{n}")) for n in range(100)]
+    assert not [note for note in split(own, []).notes if "always" in note]
+    words = [generation(n, f"Question {n}?", "the same") for n in range(100)]
+    assert not [note for note in split(words, []).notes if "always" in note]

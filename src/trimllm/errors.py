@@ -23,6 +23,12 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def first_line(error: object) -> str:
+    """The first line of an error's message, where those that follow are a trace or details."""
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0] if lines else error)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` with the known name that `name`, in whatever case, resembles; nothing if there is none."""
     by_case = {one.lower(): one for one in known}

@@ -132,7 +132,9 @@ def check_path(name: str, *, local: bool = False) -> None:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise InputError(f"cannot load {name!r}: the folder has no config.json; give the folder of a checkpoint")
+            run = (path / "model" / "config.json").exists()
+            wanted = path / "model" if run else "the folder of a checkpoint"
+            raise InputError(f"cannot load {name!r}: the folder has no config.json; give {wanted}")
     elif path.exists():
         raise InputError(f"cannot load {name!r}: it is a file; give the folder of a checkpoint")
     elif local or is_path(name):

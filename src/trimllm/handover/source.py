@@ -41,6 +41,12 @@ def checkpoint(command: config.ExportConfig) -> Iterator[Path]:
         yield run.model
     else:
         folder = Path(models.path_of(command.source))
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            merge = f"save_trimmed(load_model('{folder}'), 'merged', tokenizer=load_tokenizer('{folder}'))"
+            raise InputError(
+                f"{command.source} is an adapter: make a checkpoint of it first, with python -c "
+                f'"from trimllm import *; {merge}"'
+            )
         if not (folder / "config.json").exists():
             raise InputError(f"{command.source} holds neither a run nor a checkpoint: give one of the two")
         yield folder

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from trimllm.errors import InputError
+from trimllm.tasks.rows import blank
 
 Reading = Literal["index", "letter", "text"]
 AnswerAs = Literal["auto", "index", "letter", "text"]
 READINGS: tuple[Reading, ...] = ("index", "letter", "text")
 
 
-def answer_index(answer: Any, choices: tuple[str, ...], answer_as: AnswerAs, place: str, field: str = "answer") -> int:
+def answer_index(
+    answer: Any,
+    choices: tuple[str, ...],
+    answer_as: AnswerAs,
+    place: str,
+    field: str = "answer",
+    remedy: str = "",
+) -> int:
     """Index into `choices`. The answer is tried as text, letter and index; a truth value (`true`) as text only.
 
-    `answer_as` (index, letter or text) says which of these it is; "auto" does not. `field` is what the user calls it.
+    `answer_as` (index, letter or text) says which of these it is; "auto" does not. `field` is what the user calls it;
+    `remedy`, for one that names no choice.
 
     Raises:
         InputError: if the answer is out of range, names no choice, or names two different ones.
@@ -30,7 +40,9 @@ def answer_index(answer: Any, choices: tuple[str, ...], answer_as: AnswerAs, pla
         readings = {answer_as: readings[answer_as]} if answer_as in readings else {}
     if not readings:
         wanted = "index, letter or text" if answer_as == "auto" else answer_as
-        raise InputError(f"{place}: field '{field}' is {text!r}, which is no {wanted} of the choices {_shown(choices)}")
+        raise InputError(
+            f"{place}: field '{field}' is {text!r}, which is no {wanted} of the choices {_shown(choices)}{remedy}"
+        )
     if len(set(readings.values())) > 1:
         both = " and ".join(f"choice {index} by {kind}" for kind, index in readings.items())
         raise InputError(f"{place}: field '{field}' {text!r} names {both}; say which with answer_as in a task YAML")
@@ -68,13 +80,28 @@ def written(answer: Any) -> str:
 
 
 def read_list(value: Any) -> list[Any]:
-    """A list, or the JSON list that a string holds (a CSV cell); empty for anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    """A list, or texts by letter, also as JSON in a string (a CSV cell); empty for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             return []
+    value = by_letter(value)
     return list(value) if isinstance(value, list | tuple) else []
+
+
+def by_letter(value: Any) -> Any:
+    """The texts of `{"A": "yes", "B": "no"}` by letter, without empty ones at the end; anything else as it is."""
+    texts = {str(key).strip().upper(): text for key, text in value.items()} if isinstance(value, dict) else {}
+    if not texts or sorted(texts) != list(string.ascii_uppercase[: len(texts)]):
+        return value
+    return without_blank_end([texts[letter] for letter in sorted(texts)])
+
+
+def without_blank_end(values: list[Any]) -> list[Any]:
+    """The values without the empty ones at the end."""
+    last = max((n for n, value in enumerate(values, 1) if not blank(value)), default=0)
+    return values[:last]
 
 
 def _readings(answer: Any, choices: tuple[str, ...]) -> dict[Reading, int]:

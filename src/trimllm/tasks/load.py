@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,20 @@ from typing import Any
 from trimllm.config import RESOLUTION
 from trimllm.errors import InputError, did_you_mean
 from trimllm.tasks.catalog import builtin_tasks, find_builtin
+from trimllm.tasks.columns import contradictions_note, unread_note
 from trimllm.tasks.items import Item, TaskData
 from trimllm.tasks.recognize import labelled, recognize, without_shared_context
 from trimllm.tasks.render import Renderer
 from trimllm.tasks.rows import Row
-from trimllm.tasks.sources import Files, Parts, file_parts, spec_parts, unused_files
+from trimllm.tasks.sources import Files, Parts, file_notes, file_parts, spec_parts
 from trimllm.tasks.spec import TaskSpec, check_metric, read_spec
 from trimllm.tasks.splits import split
 from trimllm.tasks.text import PIECE, SMALL_PIECE, cut, piece_for
+
+_UNKNOWN_LABEL = (
+    ": these are the labels of the training rows: add rows that have it, leave this one out, or list `choices` in a "
+    "task YAML"
+)
 
 
 def load_task(
@@ -50,7 +57,8 @@ def load_task(
     """
     spec, parts, notes = _find(name_or_path, files, metric, tokenizer)
     train_rows, reported_rows = _roles(spec.name, parts, notes, reported_only=reported_only)
-    renderer = Renderer(spec, tokenizer)
+    own = files is None and spec.source is None
+    renderer = Renderer(spec, tokenizer, _UNKNOWN_LABEL if own and isinstance(spec.choices, list) else "")
     lenient = files is None and spec.source is not None and spec.source.hub is not None
     reported = _items(renderer, reported_rows, lenient, notes) if reported_only else []
     train = [] if reported else _items(renderer, train_rows, lenient, notes)
@@ -89,7 +97,9 @@ def _find(
         spec = read_spec(path)
     if spec is not None:
         check_metric(metric, spec.kind)
-        return spec, spec_parts(spec) if files is None else file_parts(files), []
+        if files is None:
+            return spec, spec_parts(spec), []
+        return spec, file_parts(files), file_notes(files)
     if files is not None:
         raise InputError(
             f"task {str(name_or_path)!r}: files can only stand in for a built-in task or one from a YAML file"
@@ -102,14 +112,22 @@ def _find(
 def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Parts, list[str]]:
     """A file or folder of the user's: the columns say what it is."""
     parts = file_parts(path)
-    notes = [f"not used: {file.name} (no train, valid or test in its name)" for file in unused_files(path)]
+    notes = file_notes(path)
     name = path.resolve().name.split(".")[0]
     rows = parts.get("train") or next(iter(parts.values()))
     spec = without_shared_context(recognize(name, rows, tokenizer), rows, notes)
     if "train" not in parts and isinstance(spec.choices, list):
         notes.append(f"choices are the {len(spec.choices)} labels of the rows at hand, as there are no training rows")
     check_metric(metric, spec.kind)
-    return spec, {part: rows for part, rows in parts.items() if part == "train" or labelled(rows, spec)}, notes
+    notes += unread_note(spec, rows)
+    notes += contradictions_note(spec, (row for several in parts.values() for row in several))
+    if isinstance(spec.choices, list) and all(re.fullmatch(r"-?\d+\.0+", choice) for choice in spec.choices):
+        shown = ", ".join(map(repr, spec.choices[:2]))
+        notes.append(f"labels are asked for as they stand: {shown} ...: whole numbers, or words, are shorter")
+    for part in [part for part, rows in parts.items() if part != "train" and not labelled(rows, spec)]:
+        out = parts.pop(part)
+        notes.append(f"not used: the {len(out):,} {part} rows, of which none has an answer (first: {out[0].place})")
+    return spec, parts, notes
 
 
 def _roles(name: str, parts: Parts, notes: list[str], *, reported_only: bool) -> tuple[list[Row], list[Row]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from trimllm.errors import InputError
 from trimllm.tasks.answers import common_reading, names_one, written
 from trimllm.tasks.chat import has_template
+from trimllm.tasks.columns import refuse_labelled_texts, renames
 from trimllm.tasks.rows import Row, blank
 from trimllm.tasks.spec import TaskSpec
 
@@ -73,10 +74,14 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
         _refuse_unread_choices(name, columns, rows)
         return _answers(name, columns)
     if "text" in present:
-        return TaskSpec(name=name, kind="text", target="{{ text }}")
+        spec = TaskSpec(name=name, kind="text", target="{{ text }}")
+        refuse_labelled_texts(name, spec, rows)
+        return spec
+    unknown = f"{name}: cannot tell the task from the columns {', '.join(sorted(present))}"
+    if near := renames(rows):
+        raise InputError(f"{unknown}: rename {near}, or name the columns in a task YAML (--task my.yaml)")
     raise InputError(
-        f"{name}: cannot tell the task from the columns {', '.join(sorted(present))}; recognized are {RECOGNIZED}; "
-        "rename the columns or name them in a task YAML (--task my.yaml)"
+        f"{unknown}; recognized are {RECOGNIZED}; rename the columns or name them in a task YAML (--task my.yaml)"
     )
 
 
@@ -146,11 +151,12 @@ def _lettered_choice(name: str, question: str, rows: Collection[Row]) -> TaskSpe
     if 2 * sum(names_one(*each) for each in asked) <= len(rows):
         return None
     listed = ", ".join(f"{letter} | default(none)" for letter in letters)
+    names = ", ".join(map(repr, letters))
     return TaskSpec(
         name=name,
         kind="choice",
         prompt=f"{_CONTEXT}Question: {_required(question)}\nAnswer:",
-        choices="{{ [" + listed + "] | filled }}",
+        choices="{{ [" + listed + "] | filled(" + names + ") }}",
         answer=answer,
         answer_as=common_reading(asked),
         group=_GROUP,

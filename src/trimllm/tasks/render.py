@@ -14,7 +14,7 @@ from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
 from trimllm.errors import InputError, one_line
-from trimllm.tasks.answers import answer_index
+from trimllm.tasks.answers import answer_index, by_letter, without_blank_end
 from trimllm.tasks.chat import chat_answer, chat_prompt
 from trimllm.tasks.items import Item
 from trimllm.tasks.rows import Row, blank
@@ -31,20 +31,22 @@ _EXPRESSION = re.compile(r"\s*\{\{((?:(?!\}\}|\{\{|\{%).)*)\}\}\s*", re.DOTALL)
 class Renderer:
     """The compiled templates of one spec; `item` turns a row into an item.
 
-    A tokenizer is only used for its chat template (`chat_prompt` filter).
+    A tokenizer is only used for its chat template (`chat_prompt` filter). `remedy` is what to do about an answer that
+    names no choice.
     """
 
-    def __init__(self, spec: TaskSpec, tokenizer: Any = None) -> None:
+    def __init__(self, spec: TaskSpec, tokenizer: Any = None, remedy: str = "") -> None:
         self.spec = spec
-        self._environment = _environment(tokenizer)
+        self._remedy = remedy
+        self._environment = environment(tokenizer)
         self._where = self._value(spec.where) if spec.where else None
         self._prompt = self._text(spec.prompt)
         self._target = self._text(spec.target or "")
         self._group = self._text(spec.group) if spec.group else None
         self._choices = self._values(spec.choices or [])
         self._answer = self._value(spec.answer)
-        named = _COLUMN.match(spec.answer) if isinstance(spec.answer, str) else None
-        self._answer_name = named[1] if named else "answer"
+        self._answer_name = _column_of(spec.answer) or "answer"
+        self._choices_name = _column_of(spec.choices) or "choices"
         self._references = self._values(spec.references) if spec.references else None
 
     def keeps(self, row: Row) -> bool:
@@ -62,9 +64,9 @@ class Renderer:
 
     def _choice(self, row: Row) -> Item:
         prompt = self._filled("prompt", self._prompt, row)
-        choices = _texts(self._apply("choices", self._choices, row), "choices", row.place)
+        choices = _texts(self._apply("choices", self._choices, row), self._choices_name, row.place)
         given = self._apply("answer", self._answer, row)
-        answer = answer_index(given, choices, self.spec.answer_as, row.place, self._answer_name)
+        answer = answer_index(given, choices, self.spec.answer_as, row.place, self._answer_name, self._remedy)
         return Item(
             place=row.place,
             prompt=prompt,
@@ -79,7 +81,7 @@ class Renderer:
         target = self._filled("target", self._target, row)
         references: tuple[str, ...] = (target.strip(),)
         if self._references is not None:
-            references = _texts(self._apply("references", self._references, row), "references", row.place)
+            references = _texts(self._apply("references", self._references, row), "references", row.place, single=True)
         continuation = self.spec.delimiter + target
         return Item(
             row.place, prompt, (continuation,), lengths=(len(target),), references=references, group=self._group_of(row)
@@ -147,34 +149,44 @@ class Renderer:
         return lambda values: [each(values) if callable(each) else each for each in entries]
 
 
+def _column_of(template: Any) -> str | None:
+    """The column that an expression is, or begins with."""
+    named = _COLUMN.match(template) if isinstance(template, str) else None
+    return named[1] if named else None
+
+
 @lru_cache(maxsize=1)
 def _continuations(delimiter: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     """The choices as they follow the prompt; rows with the same choices (all labels) share one tuple."""
     return tuple(delimiter + choice for choice in choices)
 
 
-def _texts(values: Any, field: str, place: str) -> tuple[str, ...]:
-    """A list of non-blank strings; a string is read as a JSON list, as a CSV cell holds it."""
-    if isinstance(values, str) and values.lstrip().startswith("["):
+def _texts(values: Any, field: str, place: str, *, single: bool = False) -> tuple[str, ...]:
+    """A list of non-blank strings; a string is read as JSON, as a CSV cell holds it. A `single` text may stand for a
+    list of one, texts by letter for one of several."""
+    if isinstance(values, str) and values.lstrip().startswith("[" if single else ("[", "{")):
         try:
             values = json.loads(values)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{place}: field '{field}' is not a valid JSON list ({error.msg}); fix the cell"
             ) from error
-    if isinstance(values, str) and field == "references":
+    if single and isinstance(values, str):
         values = [values]
+    if not single:
+        values = by_letter(values)
     if not isinstance(values, list | tuple):
-        raise InputError(
-            f'{place}: field \'{field}\' must be a list such as ["yes", "no"], not {type(values).__name__}'
-        )
+        or_texts = "" if single else ' or texts by letter such as {"A": "yes", "B": "no"}'
+        wanted = f'a list such as ["yes", "no"]{or_texts}'
+        raise InputError(f"{place}: field '{field}' must be {wanted}, not {type(values).__name__}")
     if not values or any(map(blank, values)):
         what = "has an empty entry" if values else "is empty"
         raise InputError(f"{place}: field '{field}' {what}; fill it in or drop the row")
     return tuple(str(value) for value in values)
 
 
-def _environment(tokenizer: Any) -> SandboxedEnvironment:
+def environment(tokenizer: Any = None) -> SandboxedEnvironment:
+    """What templates may use."""
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null)
     environment.filters.update(
         regex_replace=lambda text, pattern, replacement="": re.sub(pattern, replacement, text),
@@ -206,7 +218,10 @@ def _required(value: Any, column: str) -> Any:
     return value
 
 
-def _filled(values: list[Any]) -> list[Any]:
-    """The values without the empty ones at the end."""
-    last = max((n for n, value in enumerate(values, 1) if not blank(value)), default=0)
-    return values[:last]
+def _filled(values: list[Any], *columns: str) -> list[Any]:
+    """The values of these columns without the empty ones at the end; none before may be empty."""
+    filled = without_blank_end(values)
+    for value, column in zip(filled or values[:1], columns, strict=False):
+        if blank(value):
+            raise ValueError(f"field '{column}' is empty; fill it in or drop the row")
+    return filled

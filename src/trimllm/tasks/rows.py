@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from trimllm.errors import InputError, one_line
+from trimllm.errors import InputError, first_line
 
 COMPRESSED = (".xz", ".gz", ".bz2", ".zst")
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -59,7 +60,7 @@ def read_rows(path: Path) -> list[Row]:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except _damages() as error:
         raise InputError(
-            f"cannot read {path}: {one_line(error)}; check that it is a whole {path.suffix} file"
+            f"cannot read {path}: {first_line(error)}; check that it is a whole {path.suffix} file"
         ) from error
     if not rows:
         raise InputError(f"{path} has no rows; give a file with at least one")
@@ -77,7 +78,7 @@ def _text_rows(path: Path, kind: str) -> Iterator[Row]:
             if text.strip():
                 yield Row(f"{path}:1", {"text": text})
         else:
-            yield from _csv(path, file, "\t" if kind == ".tsv" else ",")
+            yield from _csv(path, file, "\t" if kind == ".tsv" else "")
 
 
 def _open(path: Path) -> IO[str]:
@@ -152,8 +153,12 @@ def _object(place: str, value: Any) -> dict[str, Any]:
 
 
 def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
+    """By default the delimiter is a comma, or what else stands in a header without one."""
     csv.field_size_limit(_LONGEST_CELL)
-    reader: Any = csv.DictReader(file, delimiter=delimiter, restkey=None, restval=None, strict=True)
+    first = file.readline()
+    delimiter = delimiter or next((each for each in ",;\t" if each in first), ",")
+    lines = chain([first], file) if first else ()
+    reader: Any = csv.DictReader(lines, delimiter=delimiter, restkey=None, restval=None, strict=True)
     try:
         header = [name for name in reader.fieldnames or () if name]
         if twice := sorted({name for name in header if header.count(name) > 1}):
@@ -177,6 +182,6 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         values = pq.read_table(path).to_pylist()
     except pa.ArrowException as error:
-        raise InputError(f"cannot read {path}: {one_line(error)}; check that it is a whole Parquet file") from error
+        raise InputError(f"cannot read {path}: {first_line(error)}; check that it is a whole Parquet file") from error
     for number, row in enumerate(values, 1):
         yield Row(f"{path}:row {number}", row)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trimllm.errors import InputError, did_you_mean
 from trimllm.tasks import world
+from trimllm.tasks.columns import shortened
 from trimllm.tasks.hub import read_hub
 from trimllm.tasks.rows import Row, format_of, read_rows
 from trimllm.tasks.spec import Source, TaskSpec
@@ -19,6 +20,9 @@ Parts = dict[str, list[Row]]
 
 PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 PARTS |= {"dev": "validation", "test": "test"}
+_SHOWN = 5
+_COMPOUND = re.compile(r"(sets?|data|split|rows)$")
+"""What may end a word that speaks of a part: `testset`, `TrainData`."""
 
 
 def spec_parts(spec: TaskSpec) -> Parts:
@@ -68,16 +72,25 @@ def data_files(folder: Path) -> list[Path]:
     return found
 
 
-def unused_files(path: Path) -> list[Path]:
-    """Data files of a folder that are not read, because they name no split while others do."""
-    files = data_files(path) if path.is_dir() else []
-    unnamed = [file for file in files if part_of(file) is None]
-    return unnamed if len(unnamed) < len(files) else []
+def file_notes(files: Files) -> list[str]:
+    """What the user should know of a folder: files that are not read, because they name no split while others do, and
+    files that are pooled, because none does."""
+    folder = None if isinstance(files, Mapping) else Path(files)
+    found = data_files(folder) if folder is not None and folder.is_dir() else []
+    unnamed = [file.name for file in found if part_of(file) is None]
+    if len(unnamed) < len(found):
+        return [f"not used: {name} (no train, valid or test in its name)" for name in unnamed]
+    if len(unnamed) < 2:
+        return []
+    return [f"pooled, as no name has train, valid or test in it: {shortened(unnamed, _SHOWN)}"]
 
 
 def part_of(path: Path) -> str | None:
-    """The part a file name speaks of first (`train`, `books_valid`, `data.test`, `test-00000-of-00001`), if any."""
+    """The part a file name speaks of first (`train`, `books_valid`, `data.test`, `test-00000-of-00001`), if any; if no
+    word of it does, the part of a compound (`testset`, `TrainData`)."""
     words = re.split(r"[^a-z]+", path.name.lower())
+    parts = re.split(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", path.name)
+    words += [_COMPOUND.sub("", word.lower()) for word in parts]
     return next((PARTS[word] for word in words if word in PARTS), None)
 
 

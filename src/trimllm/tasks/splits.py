@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trimllm.config import COARSEST, RESOLUTION
 from trimllm.errors import InputError
@@ -21,6 +21,8 @@ TEST_SHARE = 0.2
 """A test set that has to be held out is this part of the rows ..."""
 TEST_ROWS = 1000
 """... and at most this many."""
+MOSTLY = 0.6
+"""An answer to more than this part of the rows is worth saying."""
 INSTRUCTION_ROWS = 10
 """A prompt that stands in more rows than this is an instruction, not a question: the target tells its rows apart."""
 
@@ -48,7 +50,8 @@ def split(
 ) -> Split:
     """Holds the calibration set out of train, after everything that also stands in `test` has left it.
 
-    An empty `test` is held out of train first. `resolution` is what one calibration question may weigh, in percentage
+    An empty `test` is held out of train first. What is held out has no question twice; a given `test` is left as it is.
+    `resolution` is what one calibration question may weigh, in percentage
     points; it sets the size when `calibration_size` is not given. With `reported_only` the training rows are asked
     for nothing but a test set, where there is none.
 
@@ -57,8 +60,11 @@ def split(
     """
     _check(calibration_size, resolution, max_train, max_test)
     notes: list[str] = []
+    notes += _contradictions(train, test)
     if reported_only and test:
-        return Split((), (), tuple(_limit(test, max_test, seed, "reported", notes)), (), tuple(notes))
+        reported = _limit(test, max_test, seed, "reported", notes)
+        notes += [*_repeats(reported), *_one_sided(reported, "reported")]
+        return Split((), (), tuple(reported), (), tuple(notes))
     if not train:
         kind = "" if reported_only else "training "
         raise InputError(f"there are no {kind}rows (`where` keeps none of them): give other rows")
@@ -72,42 +78,56 @@ def split(
             )
         notes.append(f"no test split: {len(test):,} of {total:,} rows held out for the report (seed {seed})")
     train, leaked = _without(train, test, "reported", notes)
-    size = _calibration_size(len(train), len(leaked), calibration_size, resolution)
+    size = _calibration_size(len(train), distinct(train), len(leaked), calibration_size, resolution)
     rest, calibration = hold_out(train, size, f"{seed}:calibration")
     if not rest:
         raise InputError(f"all {len(train)} training rows would go into the calibration set: give more rows or groups")
     notes.append(_calibration_note(calibration, len(train), size))
     rest, doubles = _without(rest, calibration, "calibration", notes)
+    kept = _limit(rest, max_train, seed, "training", notes)
+    reported = _limit(test, max_test, seed, "reported", notes)
+    notes += _repeats(reported)
+    notes += _one_sided(reported, "reported") or _one_sided(calibration, "calibration")
     return Split(
-        train=tuple(_limit(rest, max_train, seed, "training", notes)),
+        train=tuple(kept),
         calibration=tuple(calibration),
-        test=tuple(_limit(test, max_test, seed, "reported", notes)),
+        test=tuple(reported),
         left_out=(*leaked, *doubles),
         notes=tuple(notes),
     )
 
 
 def hold_out_test(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
-    """(what remains, test): a seeded fifth of the rows, 1,000 at most."""
-    if len(items) < 3:
-        raise InputError(f"{len(items)} rows are too few to hold out a test and a calibration part: give at least 3")
-    return hold_out(items, max(1, min(TEST_ROWS, round(TEST_SHARE * len(items)))), f"{seed}:test")
+    """(what remains, test): a seeded fifth of the questions, 1,000 at most."""
+    available = distinct(items)
+    if available < 3:
+        rows = _counted(available, len(items), "rows")
+        raise InputError(f"{rows} are too few to hold out a test and a calibration part: give at least 3")
+    return hold_out(items, max(1, min(TEST_ROWS, round(TEST_SHARE * available))), f"{seed}:test")
 
 
 def hold_out(items: Sequence[Item], size: int, seed: str) -> tuple[list[Item], list[Item]]:
-    """(rest, held out): whole groups in a seeded order until `size` items are out; both keep the order of `items`."""
+    """(rest, held out): whole groups in a seeded order until `size` items are out, a question once; both keep the order
+    of `items`."""
     groups: dict[str, list[int]] = defaultdict(list)
     for position, item in enumerate(items):
         groups[f"item {position}" if item.group is None else f"group {item.group}"].append(position)
     order = list(groups)
     random.Random(seed).shuffle(order)
-    out: set[int] = set()
+    out: dict[Any, int] = {}
     for group in order:
         if len(out) >= size:
             break
-        out.update(groups[group])
-    rest = [item for position, item in enumerate(items) if position not in out]
-    return rest, [items[position] for position in sorted(out)]
+        for position in groups[group]:
+            out.setdefault(_question(items[position]), position)
+    held_out = set(out.values())
+    rest = [item for position, item in enumerate(items) if position not in held_out]
+    return rest, [items[position] for position in sorted(held_out)]
+
+
+def distinct(items: Iterable[Item]) -> int:
+    """How many different questions items are."""
+    return len({_question(item) for item in items})
 
 
 def without_overlap(items: Sequence[Item], held_out: Sequence[Item]) -> tuple[list[Item], list[str]]:
@@ -148,14 +168,60 @@ def _text(item: Item, common: set[str]) -> str:
     return prompt if item.prompt and prompt not in common else f"{prompt}\n{normalize(item.target)}"
 
 
+def _question(item: Item) -> tuple[str, Any]:
+    """What makes items copies of one another: the prompt, and the choices in any order, or the target."""
+    prompt, several = normalize(item.prompt), len(item.continuations) > 1
+    return prompt, frozenset(item.continuations) if several else normalize(item.target)
+
+
+def _repeats(items: Sequence[Item]) -> list[str]:
+    """A note on reported rows that are copies of one another, if any are."""
+    questions = [_question(item) for item in items]
+    counts = Counter(questions)
+    places = [item.place for item, question in zip(items, questions, strict=True) if counts[question] > 1]
+    if not places:
+        return []
+    return [
+        f"{len(places):,} of {len(items):,} reported rows stand there more than once (first: {places[0]}): the "
+        "standard error counts each of them"
+    ]
+
+
+def _contradictions(*sets: Sequence[Item]) -> list[str]:
+    """A note on questions with one right choice here and another there, if there are any."""
+    items = [item for each in sets for item in each if len(item.continuations) > 1]
+    questions = [_question(item) for item in items]
+    targets = defaultdict(set)
+    for item, question in zip(items, questions, strict=True):
+        targets[question].add(item.target)
+    places = [item.place for item, question in zip(items, questions, strict=True) if len(targets[question]) > 1]
+    if not places:
+        return []
+    return [
+        f"{len(places):,} of {len(items):,} rows ask what another row asks and answer it otherwise (first: {places[0]})"
+    ]
+
+
+def _one_sided(items: Sequence[Item], what: str) -> list[str]:
+    """A note on an answer that most rows have, where all have the same choices."""
+    choices = items[0].continuations
+    if len(choices) < 2 or any(item.continuations != choices for item in items):
+        return []
+    target, count = Counter(item.target for item in items).most_common(1)[0]
+    share = count / len(items)
+    if share <= MOSTLY:
+        return []
+    return [f"{target.strip()!r} is {100 * share:.0f} % of the {what} rows: always saying it scores {100 * share:.1f}"]
+
+
 def _instructions(items: Iterable[Item]) -> set[str]:
     counts = Counter(normalize(item.prompt) for item in items)
     return {prompt for prompt, count in counts.items() if count > INSTRUCTION_ROWS}
 
 
-def _calibration_size(available: int, leaked: int, wanted: int | None, resolution: float) -> int:
-    """How many of `available` training rows to hold out; `leaked` more could not be used."""
-    rows = f"{available} training rows" + (
+def _calibration_size(total: int, available: int, leaked: int, wanted: int | None, resolution: float) -> int:
+    """How many to hold out of `total` training rows, of which `available` differ; `leaked` more could not be used."""
+    rows = _counted(available, total, "training rows") + (
         f" ({leaked} more are left out: they stand in the reported set)" if leaked else ""
     )
     if wanted is not None:
@@ -165,6 +231,10 @@ def _calibration_size(available: int, leaked: int, wanted: int | None, resolutio
     if available < 5:
         raise InputError(f"{rows} are too few to hold out a calibration set: give at least 5")
     return max(1, min(round(100 / resolution), int(CALIBRATION_SHARE * available)))
+
+
+def _counted(available: int, total: int, what: str) -> str:
+    return f"{available} different {what}" if available < total else f"{total} {what}"
 
 
 def _calibration_note(calibration: Sequence[Item], available: int, asked: int) -> str:

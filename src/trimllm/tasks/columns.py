@@ -1,0 +1,152 @@
+"""Columns of own data that are not what they seem: nearly the right names, labels by other names, unread ones."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+
+from jinja2 import meta
+
+from trimllm.errors import InputError
+from trimllm.tasks.answers import answer_index, read_list
+from trimllm.tasks.render import environment
+from trimllm.tasks.rows import Row, blank
+from trimllm.tasks.spec import TaskSpec
+
+_SHAPES = (
+    ("messages",),
+    ("text", "label"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("question", "answer"),
+)
+_ASKED = ("question", "input")
+_ACCEPTED = {"question": _ASKED, "answer": ("answer", "answer_text")}
+"""Names that are read, where there are several."""
+_LABELS = ("label", "labels", "category", "categories", "class", "classes", "target", "answer")
+"""What a column of labels is called; others (`source`, `type`) are as often something else."""
+_NEAR = {
+    "messages": ("conversations", "conversation", "dialogue", "dialog", "chat"),
+    "text": ("sentence", "clause", "document", "content", *_ASKED),
+    "label": ("category", "class", "target", "type", "topic", "intent", "sentiment"),
+    "completion": ("response", "output", "answer"),
+    "output": ("response", "completion", "answer"),
+    "answer": ("answerkey", "answeridx", "cop", "label", "output", "response"),
+}
+"""What others call it, in small letters alone."""
+_SHOWN = 8
+_LONGEST_LABEL = 60
+_MOST_LABELS = 200
+
+
+def renames(rows: Iterable[Row]) -> str:
+    """`'Text' to 'text' and 'Label' to 'label'`: the fewest new names that make a task; empty if none do."""
+    values = [(column, value) for row in rows for column, value in row.values.items()]
+    nested = {column for column, value in values if isinstance(value, dict)}
+    columns = sorted({column for column, _ in values} - nested)
+    found = [pairs for shape in _SHAPES if (pairs := _fitted(shape, columns))]
+    pairs = min(found, key=len) if found else _fitted(("text",), [each for each in columns if each not in _ASKED])
+    return " and ".join(f"{column!r} to {name!r}" for column, name in pairs)
+
+
+def unread(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
+    """The columns, in the order of the rows, that no template of a recognized spec names."""
+    templates = [
+        each
+        for each in (spec.prompt, spec.choices, spec.answer, spec.target, spec.references, spec.group)
+        if isinstance(each, str)
+    ]
+    read = meta.find_undeclared_variables(environment().parse("\n".join(templates))) | set(templates)
+    if spec.answer == "answer" and isinstance(spec.choices, str) and spec.choices.isidentifier():
+        read.add("answer_idx")
+    return [column for column in dict.fromkeys(column for row in rows for column in row.values) if column not in read]
+
+
+def unread_note(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
+    """A note that names them, if there are any."""
+    columns = unread(spec, rows)
+    if not columns:
+        return []
+    doubt = spec.kind == "text" and any(_named_like_labels(each) or _like_labels(each, rows) for each in columns)
+    hint = " (if one of them holds labels, rename it to 'label')" if doubt else ""
+    return [f"columns not read: {shortened(columns, _SHOWN)}{hint}"]
+
+
+def refuse_labelled_texts(name: str, spec: TaskSpec, rows: Collection[Row]) -> None:
+    """Texts beside labels that nothing reads are to be classified, not learned.
+
+    Raises:
+        InputError: if there is a column that is called like labels and looks like them.
+    """
+    for column in unread(spec, rows):
+        if _plain(column) == "label" or (_named_like_labels(column) and _like_labels(column, rows)):
+            raise InputError(
+                f"{name}: column {column!r} looks like labels, and nothing reads it: rename it to 'label', or, to "
+                "learn the texts, give a task YAML of kind text"
+            )
+
+
+def contradictions_note(spec: TaskSpec, rows: Iterable[Row]) -> list[str]:
+    """A note on rows whose `answer_idx` (a letter beside the answer's text) is another choice, if there are any."""
+    asked = [row for row in rows if "answer_idx" in row.values] if spec.answer == "answer" else []
+    places = [row.place for row in asked if _contradicts(row, spec)]
+    if not places:
+        return []
+    share = f"in {len(places):,} of {len(asked):,} rows"
+    return [f"{share} 'answer_idx' is another choice than 'answer', which counts (first: {places[0]})"]
+
+
+def shortened(names: list[str], most: int) -> str:
+    """Names as a note shows them: not all of seventy."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _contradicts(row: Row, spec: TaskSpec) -> bool:
+    choices = tuple(map(str, read_list(row.values.get(str(spec.choices)))))
+    try:
+        letter = answer_index(row.values["answer_idx"], choices, "auto", row.place)
+        return choices[letter] != choices[answer_index(row.values.get("answer"), choices, spec.answer_as, row.place)]
+    except InputError:  # of the answer it is raised where the row is used
+        return False
+
+
+def _fitted(shape: Iterable[str], columns: list[str]) -> list[tuple[str, str]]:
+    """(column, its new name) for what a shape lacks; empty if no column comes near."""
+    left, pairs = list(columns), []
+    for role in shape:
+        pair = _nearest(role, left)
+        if pair is None:
+            return []
+        left.remove(pair[0])
+        pairs.append(pair)
+    return [(column, name) for column, name in pairs if column != name]
+
+
+def _nearest(role: str, columns: list[str]) -> tuple[str, str] | None:
+    """(column, the name it should have): the one so called, save for case and signs, or called by another word."""
+    accepted = _ACCEPTED.get(role, (role,))
+    plain = {_plain(column): column for column in columns}
+    alike = [(column, name) for name in accepted for column in (name, plain.get(_plain(name))) if column in columns]
+    if alike:
+        return alike[0]
+    near = [name for name in _NEAR.get(role, ()) if name in plain]
+    near += difflib.get_close_matches(role, plain, n=1, cutoff=0.8)
+    return (plain[near[0]], role) if near else None
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[\W_]+", "", column.lower())
+
+
+def _named_like_labels(column: str) -> bool:
+    return _plain(column) in _LABELS
+
+
+def _like_labels(column: str, rows: Iterable[Row]) -> bool:
+    """Short values, each of them several times."""
+    values = [value for row in rows if not blank(value := row.values.get(column))]
+    if not all(isinstance(value, str | int | float) for value in values):
+        return False
+    texts = {str(value).strip() for value in values}
+    return 2 <= len(texts) <= _MOST_LABELS and 3 * len(texts) <= len(values) and max(map(len, texts)) <= _LONGEST_LABEL
