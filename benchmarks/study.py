@@ -33,7 +33,7 @@ from _sides import machine, run
 
 from trimllm import config
 from trimllm.checkpoints import models
-from trimllm.config import plain_settings
+from trimllm.config import TrimConfig, plain_settings, without_idle
 from trimllm.console import Console, table
 from trimllm.demo.demo import RECIPE
 from trimllm.files import write_json
@@ -104,7 +104,7 @@ class Arm:
             spread["final_epochs"] += given["warmup_epochs"]
         if self.whole:
             warmup, spread = epochs * drops, {"epochs_per_drop": 0.0, "final_epochs": 0.0}
-        return {**given, **spread, "warmup_epochs": warmup, **self.changes}
+        return without_idle(TrimConfig, {**given, **spread, "warmup_epochs": warmup, **self.changes})
 
 
 def _peer(strategy: str, **more: Any) -> Arm:

@@ -136,6 +136,13 @@ def test_tied_embeddings_cannot_be_parted_where_blocks_are_tied_by_the_same_entr
         load_model(folder)
 
 
+def test_an_adapter_of_which_peft_leaves_a_part_is_refused(tmp_path: Path) -> None:
+    more = {"trainable_token_indices": [5, 7]}
+    folder, _ = saved_on_tied(tmp_path, "llama-tied", target_modules=["q_proj", "lm_head"], **more)
+    with pytest.raises(InputError, match=r"cannot merge the adapter: PEFT leaves \S+ as it is"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("kind", ["projection", "tokens"])
 @pytest.mark.parametrize("family", NAMES)
 def test_what_was_tied_stays_so_where_the_adapter_does_not_part_it(family: str, kind: str, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from trimllm.checkpoints import models
 from trimllm.config import plain_settings
 from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan
-from trimllm.run import rundir
+from trimllm.run import placing, rundir
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -237,6 +237,7 @@ def test_a_tilde_is_the_home_folder_in_every_setting_that_is_a_path(tmp_path, mo
         assert {name: getattr(made, name) for name in given} == {name: wanted[name] for name in given}, kind
     begun("trim")
     assert cli.parse(["trim", "--output=~/run", "--resume"]).lr == 1e-3
+    assert placing.same("model", "~/m", str(tmp_path / "m"))
 
 
 def test_yaml_that_is_missing_or_not_text_is_one_line(capsys, tmp_path):

@@ -89,3 +89,10 @@ def test_who_works_offline_is_left_alone(network: Network, monkeypatch: pytest.M
         pass
     assert not network.asked
     assert constants.is_offline_mode()
+
+
+@pytest.mark.parametrize("name", ["./not_there", "/not/there", "~/not_there", "not/there/either"])
+def test_what_can_only_be_a_path_is_no_reason_to_ask(network: Network, name: str) -> None:
+    with offline.hub_or_cache(name):
+        pass
+    assert not network.asked

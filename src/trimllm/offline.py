@@ -22,10 +22,10 @@ def hub_or_cache(name: str = "") -> Iterator[None]:
     """While files of the Hub are asked for: if it does not answer, work offline, as with `HF_HUB_OFFLINE=1`.
 
     What was downloaded before is then taken from the cache, and anything else is missed at once. Nothing is asked
-    where `name` is a folder or file of this machine.
+    where `name` can only be a folder or file of this machine.
     """
     before = constants.HF_HUB_OFFLINE
-    if not before and not (name and Path(name).exists()):
+    if not before and not (name and is_path(name)):
         constants.HF_HUB_OFFLINE = not _answers()
     try:
         yield

@@ -109,6 +109,10 @@ def unload(wrapped: Any, before: set[str]) -> nn.Module:
     merged: nn.Module = wrapped.merge_and_unload(safe_merge=True)
     for left in set(vars(merged)) - before:  # the configs of the adapter
         delattr(merged, left)
+    if (unmerged := _unmerged(merged)) is not None:
+        raise InputError(
+            f"cannot merge the adapter: PEFT leaves {unmerged} as it is: train one that does not target it"
+        )
     return merged.requires_grad_(True)
 
 
@@ -136,7 +140,11 @@ def _untie(model: Any) -> None:
 
 def check_merged(model: nn.Module) -> None:
     """Raise InputError for a model with adapters that are not merged: a cut would leave them at the wrong layers."""
-    for name, module in model.named_modules():
-        if type(module).__module__.partition(".")[0] == "peft":
-            place = f" (at {name})" if name else ""
-            raise InputError(f"the model has an adapter that is not merged{place}: {REMEDY}")
+    if (name := _unmerged(model)) is not None:
+        place = f" (at {name})" if name else ""
+        raise InputError(f"the model has an adapter that is not merged{place}: {REMEDY}")
+
+
+def _unmerged(model: nn.Module) -> str | None:
+    """The first module that is PEFT's."""
+    return next((name for name, one in model.named_modules() if type(one).__module__.partition(".")[0] == "peft"), None)

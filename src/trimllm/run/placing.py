@@ -43,7 +43,7 @@ def same(name: str, before: Any, now: Any) -> bool:
     """Whether two values of a setting, both seen from here, are equal or lead to the same file."""
     if name not in PATHS:
         return bool(before == now)
-    return bool(each_path(before, os.path.realpath) == each_path(now, os.path.realpath))
+    return bool(each_path(before, _real) == each_path(now, _real))
 
 
 def to_store(config: Settings, output: str | Path) -> str:
@@ -59,6 +59,10 @@ def to_store(config: Settings, output: str | Path) -> str:
             whole = each_path(now, lambda one: _whole(one, output, os.getcwd()))
             kept[name] = before[name] if same(name, here[name], now) else whole
     return to_yaml(type(config)(**config.model_dump() | kept), folder)
+
+
+def _real(name: str) -> str:
+    return os.path.realpath(os.path.expanduser(name))
 
 
 def _whole(name: str, output: str | Path, folder: str) -> str:
