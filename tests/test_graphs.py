@@ -160,11 +160,11 @@ def test_a_graph_that_is_not_the_model_is_not_written(
     monkeypatch.setattr(graphs, "_export", lambda *_: None)
     monkeypatch.setitem(graphs.STEPPERS, "onnx", by_transformers(model, error))
     if error == 0:
-        assert "differ by" in graphs.write(source, target, ExportConfig(source="", to="onnx"))
+        assert "differ by" in graphs.write(source, target, ExportConfig(source="run", to="onnx"))
         assert (target / "tokenizer.json").exists()
         return
     with pytest.raises(TrimError, match=r"the onnx graph is not the model: logits differ by (0\.05|nan) "):
-        graphs.write(source, target, ExportConfig(source="", to="onnx"))
+        graphs.write(source, target, ExportConfig(source="run", to="onnx"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -175,7 +175,7 @@ def test_a_failed_export_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypa
     monkeypatch.setattr(OnnxExporter, "export", fails)
     source = save(tiny.build("llama", 2), tmp_path / "model")
     with pytest.raises(TrimError, match="llama: the OnnxExporter of transformers failed: no such operator"):
-        graphs.write(source, tmp_path / "out", ExportConfig(source="", to="onnx"))
+        graphs.write(source, tmp_path / "out", ExportConfig(source="run", to="onnx"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -191,7 +191,7 @@ def test_a_graph_that_does_not_run_is_one_line_and_leaves_nothing(
     monkeypatch.setitem(graphs.STEPPERS, "onnx", fails)
     source = save(tiny.build("falcon-alibi", 2), tmp_path / "model")
     with pytest.raises(TrimError, match="falcon: onnxruntime cannot run the onnx graph: Could not find an impl"):
-        graphs.write(source, tmp_path / "out", ExportConfig(source="", to="onnx"))
+        graphs.write(source, tmp_path / "out", ExportConfig(source="run", to="onnx"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -212,12 +212,12 @@ def dynamic_rope() -> Any:
 def test_families_that_are_traced_wrongly_are_refused(model: Any, reason: str, tmp_path: Path) -> None:
     source = save(model(), tmp_path / "model")
     with pytest.raises(InputError, match=reason):
-        graphs.write(source, tmp_path / "out", ExportConfig(source="", to="onnx"))
+        graphs.write(source, tmp_path / "out", ExportConfig(source="run", to="onnx"))
 
 
 @pytest.mark.parametrize("to", ["onnx", "openvino"])
 def test_what_is_missing_is_named_before_work(to: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command, nowhere = ExportConfig(source="", to=to), tmp_path / "nowhere"
+    command, nowhere = ExportConfig(source="run", to=to), tmp_path / "nowhere"
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     with pytest.raises(InputError, match="the directory is not empty"):
