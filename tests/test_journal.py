@@ -167,6 +167,7 @@ def test_weights_that_stand_there_need_no_more_space(tmp_path, monkeypatch):
         rundir.check_space(tmp_path, 1001)
 
 
+@pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize(("changes", "copies"), [({"depth": 1}, 4), ({"depth": 4}, 3), ({"max_params": 1}, 3)], ids=str)
 def test_space_is_asked_for_every_depth_that_is_kept_and_not_of_a_finished_run(tmp_path, monkeypatch, changes, copies):
     base, task, asked = h.save_base(tmp_path / "base"), h.save_task(tmp_path / "task"), []

@@ -443,7 +443,6 @@ def test_a_split_anywhere_in_a_file_name_is_kept_apart(tmp_path, name, ending):
         ("Train_2024", "TestSet"),
         ("my_traindata", "my_testdata"),
         ("trainSplit", "devRows"),
-        ("XTrain", "XTest"),
     ],
 )
 def test_a_split_in_a_compound_of_a_file_name_is_kept_apart(tmp_path, train, test):
@@ -458,6 +457,7 @@ def test_a_split_in_a_compound_of_a_file_name_is_kept_apart(tmp_path, train, tes
     ("name", "part"),
     [
         *((name, None) for name in ("contest", "latest", "trainer_notes", "testament", "Attestation", "data_set")),
+        *((name, None) for name in ("DevOps", "TestPrep", "ABTest", "TrainStation", "RetrieVal")),
         *((name, None) for name in ("device", "values", "restrain", "datasets", "TestamentData")),
         ("testset_of_train", "train"),  # a word alone counts before a compound
         ("validSet", "validation"),

@@ -4,7 +4,7 @@ import pytest
 
 from trimllm.errors import InputError
 from trimllm.tasks.items import Item
-from trimllm.tasks.splits import normalize, split
+from trimllm.tasks.splits import distinct, normalize, split
 
 
 def choice(number, text=None, group=None):
@@ -182,8 +182,17 @@ def test_reported_rows_that_stand_there_twice_are_counted():
     assert not [note for note in split(ITEMS, twice, max_test=1).notes if "more than once" in note]
 
 
+def test_questions_that_differ_in_signs_alone_are_different_ones():
+    signs = [f"{n} {sign} 3 is" for n in range(40) for sign in "+-*/"]
+    items = [Item(f"f:{i}", prompt, (" a", " b"), answer=i % 2) for i, prompt in enumerate(signs)]
+    assert distinct(items) == len(items)
+    found = split(items, [], calibration_size=20)
+    assert (len(found.test), len(found.calibration)) == (32, 20)
+    assert not any("stand there" in note or "otherwise" in note for note in found.notes)
+
+
 def test_equal_questions_with_other_answers_are_counted():
-    items = [*ITEMS, Item("g:7", "question 7", (" b", " a"), answer=1)]
+    items = [*ITEMS, Item("g:7", "question  7?", (" b", " a"), answer=1)]
     said = "2 of 1,301 rows ask what another row asks and answer it otherwise (first: f:7)"
     assert said in split(items, TEST).notes
     assert not [

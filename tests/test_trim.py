@@ -344,6 +344,46 @@ def test_of_pairs_the_halves_that_are_left_count_as_staying(base, task, tmp_path
     assert second["trains"] == [3], "its MLP is left"
 
 
+def test_a_target_is_not_missed_by_a_depth_that_a_floor_took_back(base, task, tmp_path, scripted):
+    scripted({5: 80, 4: 80, 3: 10})
+    asked = {"max_params": 1, "min_depth": 3, "min_accuracy": 70.0}
+    h.run(base, task, tmp_path / "run", **asked)
+    result = h.result(tmp_path / "run")
+    assert result["depth"] == 4
+    assert result["drops"][-1]["reached"] == "the minimum depth, 3"
+    assert not any("not met" in line for line in result["warnings"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer_state": "fresh", "train_ratio": 0.5},
+        {"text": "demo_law", "warmup_epochs": 0},
+        {"one_shot": True, "optimizer_state": "fresh", "epochs_per_drop": 0.2},
+    ],
+    ids=str,
+)
+def test_a_run_that_an_earlier_version_began_with_settings_without_effect_goes_on(
+    base, task, tmp_path, monkeypatch, changes
+):
+    decide, scans = deciding.Decider.decide, []
+
+    def killed_in_the_last_scan(*arguments):
+        scans.append(1)
+        if len(scans) == (1 if changes.get("one_shot") else 2):
+            raise KeyboardInterrupt
+        return decide(*arguments)
+
+    asked = {"depth": 3, "warmup_epochs": 0.2, "epochs_per_drop": 0, **changes}
+    with monkeypatch.context() as patch:
+        patch.setattr(TrimConfig, "idle", lambda _: {})
+        patch.setattr(deciding.Decider, "decide", killed_in_the_last_scan)
+        with pytest.raises(KeyboardInterrupt):
+            h.run(base, task, tmp_path / "run", **asked)
+    assert cli.main(["trim", "--output", str(tmp_path / "run"), "--resume"]) == 0
+    assert h.result(tmp_path / "run")["depth"] == 3
+
+
 def test_the_card_says_of_every_unit_that_goes_at_once_why(base, task, tmp_path):
     h.run(base, task, tmp_path / "run", depth=2, one_shot=True, tie_tolerance=100.0, **NO_TRAINING)
     (drop,) = h.journal(tmp_path / "run", "drop")

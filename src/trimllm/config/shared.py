@@ -18,8 +18,9 @@ else:  # of a `tuple` pydantic-settings before 2.16, the last for Python 3.10, d
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Seed = Annotated[int, Field(ge=-(2**50), le=2**50)]
-"""Small enough for what is derived from it (one seed a stage) to fit 64 bits."""
+SEEDS = 2**63 // 1000 - 1
+"""Largest seed for which what is derived from it (a thousand times it, and the number of a stage) fits 64 bits."""
+Seed = Annotated[int, Field(ge=-SEEDS, le=SEEDS)]
 Threads = Annotated[int, Field(gt=0, le=4096)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file or folder, or in some settings a name. A shell expands a tilde at the beginning of a word only, and nothing

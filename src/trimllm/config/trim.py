@@ -94,13 +94,17 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the trimmed checkpoint; auto: as the base was saved."""
 
+    @property
+    def trains_after_drops(self) -> bool:
+        return bool(self.epochs_per_drop or self.final_epochs)
+
     def idle(self) -> dict[str, str]:
         found = super().idle()
         if self.schedule == "recover":  # sets of drops are judged within it
             found.pop("tie_tolerance", None)
         if self.text is not None and not self.text_ratio:
             found["text"] = f"--text {self.text} is not trained on with --text-ratio 0: leave one of them out"
-        if not self.epochs_per_drop and not self.final_epochs:
+        if not self.trains_after_drops:
             if self.text is not None and not self.warmup_epochs:
                 found["text"] = f"--text {self.text} is not trained on, since nothing is: leave it out, or train"
             found |= self._changed(AFTER_DROPS, "is about the training after drops, and there is none: leave it out")

@@ -163,8 +163,10 @@ def at_the_end(history: list[dict[str, Any]]) -> list[str]:
 
 def warnings(config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]]) -> list[str]:
     """Everything that the user was warned of on the way, in that order."""
-    worse = [worsened(row, history[0]) for row in history if row["event"] == "stage"]
-    missed = targets.missed(config, drops[-1]["reached"]) if drops and drops[-1]["reached"] else None
+    stages = [row for row in history if row["event"] == "stage"]
+    worse = [worsened(row, history[0]) for row in stages]
+    ended = drops[-1]["reached"] if drops and stages[-1]["depth"] == history[-1]["depth"] else None  # not by a floor
+    missed = targets.missed(config, ended) if ended else None
     return [line for line in (*worse, missed) if line] + at_the_end(history)
 
 

@@ -131,7 +131,7 @@ class Run:
         data = self._prepare(loaded)
         self._check_disk(loaded.model)
         asked = {"--task": data.digest()}
-        if self.config.text_ratio:
+        if self.config.text_ratio and (self.config.warmup_epochs or self.config.trains_after_drops):
             asked["--text"] = training_rows.digest(self.text_rows)
         rundir.same_data(rundir.data_of(self.dir), asked, self.config, f"the run in {self.config.output}")
         self.journal = Journal(
@@ -215,8 +215,9 @@ class Run:
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
         """Whether what AdamW knows at the end of the stage after these drops goes on. It does not after the warm-up (no
         drops), which trains everything where later stages train little, nor after the last stage."""
-        last = any(drop["reached"] for drop in drops)
-        return self.config.optimizer_state == "carried" and bool(drops) and not last
+        last, config = any(drop["reached"] for drop in drops), self.config
+        several = config.trains_after_drops and not config.one_shot
+        return config.optimizer_state == "carried" and several and bool(drops) and not last
 
     def _begin(self, loaded: Loaded, data: dict[str, str]) -> None:
         """Journal what the run begins with, `data` by their SHA-256; one that goes on must have the same base."""

@@ -45,7 +45,8 @@ def renames(rows: Iterable[Row]) -> str:
     values = [(column, value) for row in rows for column, value in row.values.items()]
     nested = {column for column, value in values if isinstance(value, dict)}
     columns = sorted({column for column, _ in values} - nested)
-    found = [pairs for shape in _SHAPES if (pairs := _fitted(shape, columns))]
+    shapes = [shape for shape in _SHAPES if "answer" not in shape or not nested & {"choices", "options"}]
+    found = [pairs for shape in shapes if (pairs := _fitted(shape, columns))]
     pairs = min(found, key=len) if found else _fitted(("text",), [each for each in columns if each not in _ASKED])
     return " and ".join(f"{column!r} to {name!r}" for column, name in pairs)
 
@@ -80,7 +81,8 @@ def refuse_labelled_texts(name: str, spec: TaskSpec, rows: Collection[Row]) -> N
         InputError: if there is a column that is called like labels and looks like them.
     """
     for column in unread(spec, rows):
-        if _plain(column) == "label" or (_named_like_labels(column) and _like_labels(column, rows)):
+        called = _plain(column) == "label" and any(not blank(row.values.get(column)) for row in rows)
+        if called or (_named_like_labels(column) and _like_labels(column, rows)):
             raise InputError(
                 f"{name}: column {column!r} looks like labels, and nothing reads it: rename it to 'label', or, to "
                 "learn the texts, give a task YAML of kind text"

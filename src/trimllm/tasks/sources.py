@@ -89,9 +89,8 @@ def part_of(path: Path) -> str | None:
     """The part a file name speaks of first (`train`, `books_valid`, `data.test`, `test-00000-of-00001`), if any; if no
     word of it does, the part of a compound (`testset`, `TrainData`)."""
     words = re.split(r"[^a-z]+", path.name.lower())
-    parts = re.split(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", path.name)
-    words += [_COMPOUND.sub("", word.lower()) for word in parts]
-    return next((PARTS[word] for word in words if word in PARTS), None)
+    compounds = [_COMPOUND.sub("", word) for word in words]
+    return next((PARTS[word] for word in (*words, *compounds) if word in PARTS), None)
 
 
 def _path_parts(path: Path) -> Parts:

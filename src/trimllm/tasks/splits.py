@@ -9,6 +9,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from trimllm.config import COARSEST, RESOLUTION
@@ -169,9 +170,20 @@ def _text(item: Item, common: set[str]) -> str:
 
 
 def _question(item: Item) -> tuple[str, Any]:
-    """What makes items copies of one another: the prompt, and the choices in any order, or the target."""
-    prompt, several = normalize(item.prompt), len(item.continuations) > 1
-    return prompt, frozenset(item.continuations) if several else normalize(item.target)
+    """What makes items copies of one another, save for case and white space: the prompt, and the choices in any order,
+    or the target. (Signs count: `5 + 3` is no copy of `5 - 3`.)"""
+    choices = item.continuations
+    return _spaced(item.prompt), _in_any_order(choices) if len(choices) > 1 else _spaced(item.target)
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+@lru_cache(maxsize=64)
+def _in_any_order(choices: tuple[str, ...]) -> frozenset[str]:
+    """The choices as a set; rows with the same choices (all labels) share one."""
+    return frozenset(choices)
 
 
 def _repeats(items: Sequence[Item]) -> list[str]:
