@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from trimllm import cli, compare, compare_report, memory
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job, plain
 from trimllm.checkpoints import folders, models, room
-from trimllm.config import CompareConfig, EvalConfig, plain_settings
+from trimllm.config import CompareConfig, EvalConfig, TrimConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import inputs
@@ -748,3 +748,27 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path, capsys: 
     assert (out, err.count("\n")) == ("", 1)
     assert "demo_lav" in err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_comparison_is_no_run_and_a_run_no_comparison(tmp_path, capsys):
+    made = {"cmp": CompareConfig(model="demo", task="demo_law", output=str(tmp_path / "cmp"))}
+    made["run"] = TrimConfig(model="demo", task="demo_law", output=str(tmp_path / "run"))
+    for name, settings in made.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(plain_settings.to_yaml(settings))
+    (tmp_path / "cmp" / "cells" / "full" / "model").mkdir(parents=True)
+    begin = ["--model", "demo", "--task", "demo_law"]
+    cmp, run = str(tmp_path / "cmp"), str(tmp_path / "run")
+    inside = f"{cmp} holds a comparison, not a run: give a checkpoint in it, such as {cmp}/cells/full/model"
+    no_run, no_comparison = "holds a comparison, not a run: choose", "holds a run, not a comparison: choose"
+    for words, said in (
+        (["trim", "--output", cmp, "--resume"], f"--output {cmp}: the directory {no_run}"),
+        (["trim", *begin, "--output", cmp], f"--output {cmp}: the directory {no_run}"),
+        (["compare", "--output", run, "--resume"], f"--output {run}: the directory {no_comparison}"),
+        (["compare", *begin, "--output", run], f"--output {run}: the directory {no_comparison}"),
+        (["export", cmp, "--to", "gguf"], inside),
+        (["export", cmp, "--depth", "3"], inside),
+        (["push", cmp, "me/x"], inside),
+    ):
+        assert cli.main(words) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]

@@ -176,6 +176,7 @@ def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareCo
     before = json.loads(digests.read_text(encoding="utf-8")) if digests.exists() else {}
     if settings.exists():
         if not command.resume:
+            placing.check_held(root, CompareConfig)
             raise InputError(
                 f"--output {root}: the directory already holds a comparison: add --resume to go on with it, or choose "
                 "another one"

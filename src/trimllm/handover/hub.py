@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from trimllm.checkpoints import folders
 from trimllm.checkpoints.loading import TOKENIZER_FILES
 from trimllm.errors import InputError, TrimError, one_line
+from trimllm.run import placing
 from trimllm.run.rundir import RunDir
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -76,6 +77,7 @@ def export_folder(directory: Path) -> Path:
         InputError: if there is none that trimllm wrote.
     """
     run = RunDir(directory)
+    placing.refuse_comparison(directory)
     if run.config.exists() and not run.result.exists():
         raise InputError(f"{directory}: the run is not finished: go on with trimllm trim --output {directory} --resume")
     folder = run.model if run.config.exists() else directory

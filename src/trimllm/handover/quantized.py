@@ -57,8 +57,9 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     model: Any = loading.load_model(folder, dtype=dtype, quantization=quantization, trust_remote_code=own_code)
     share = _share(model)
     if not share:
+        need = f" (inputs in multiples of {COLUMNS}, outputs of {ROWS}): take --to int8" if command.to == "int4" else ""
         raise InputError(
-            f"{command.source}: nothing to quantize: its model has no linear layers that {command.to} takes"
+            f"{command.source}: nothing to quantize: its model has no linear layers that {command.to} takes{need}"
         )
     with folders.appearing(target) as scratch:
         with loading.quiet():

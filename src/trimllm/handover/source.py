@@ -29,6 +29,7 @@ def checkpoint(command: config.ExportConfig) -> Iterator[Path]:
         InputError: if there is none.
     """
     run = RunDir(command.source)
+    placing.refuse_comparison(command.source)
     if command.depth is not None:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=run.root if run.root.is_dir() else None) as scratch:
             folder = Path(scratch) / "checkpoint"
@@ -59,6 +60,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         InputError: if there is no such run, or it did not keep that depth.
     """
     run = RunDir(command.source)
+    placing.refuse_comparison(command.source)
     if not run.config.exists():
         raise InputError(f"{command.source} holds no run: give the --output of a trimllm trim")
     assert command.depth is not None

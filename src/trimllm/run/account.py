@@ -97,7 +97,7 @@ def result(
         "history": history,
         "drops": drops,
         "tokens": tokens(history),
-        "settings": config.model_dump(mode="json"),
+        "settings": config.model_copy(update={"resume": False}).model_dump(mode="json"),
         "seconds": {
             "training": sum(row["train"]["seconds"] for row in history if "train" in row),
             "scans": sum(drop["seconds"] for drop in drops),

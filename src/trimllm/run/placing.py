@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from trimllm import files
 from trimllm.config import Settings, TrimConfig, each_path
-from trimllm.config.plain_settings import begun, stored, to_yaml
+from trimllm.config.plain_settings import begun, read_yaml, stored, to_yaml
+from trimllm.errors import InputError
 from trimllm.tasks.catalog import find_builtin
 
 CONFIG = "config.yaml"
@@ -18,11 +20,35 @@ PATHS = ("model", "task", "text", "task_files", "also")
 """Settings that may name files and folders."""
 
 
+def held(output: str | Path) -> str | None:
+    """What began in a folder: `run`, `comparison`, or neither."""
+    path = Path(output).expanduser() / CONFIG
+    if not files.there(path):
+        return None
+    return "comparison" if "methods" in read_yaml(path) else "run"
+
+
+def check_held(output: str | Path, kind: type[Settings]) -> None:
+    """Raise InputError where settings of a run are asked for and the folder holds a comparison, or the reverse."""
+    wanted = "comparison" if "methods" in kind.model_fields else "run"
+    if (found := held(output)) not in (None, wanted):
+        raise InputError(f"--output {output}: the directory holds a {found}, not a {wanted}: choose another one")
+
+
+def refuse_comparison(folder: str | Path) -> None:
+    """Raise InputError where a run or checkpoint is asked for and `folder` holds a comparison; names one in it."""
+    if held(folder) == "comparison":
+        made = sorted(Path(folder).glob("cells/*/model"))
+        example = f", such as {made[0]}" if made else ""
+        raise InputError(f"{folder} holds a comparison, not a run: give a checkpoint in it{example}")
+
+
 def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> dict[str, Any]:
     """The settings of the run or comparison in `output`, for `--resume`; empty if there is none yet. Paths to what lies
-    where it began, and not here, are whole."""
+    where it began, and not here, are whole. Raises as `check_held` does."""
     output = os.path.expanduser(output)
     path = Path(output) / CONFIG
+    check_held(output, kind)
     values, folder = stored(path, kind), begun(path)
     if folder is None or folder == os.getcwd():
         return values

@@ -80,6 +80,7 @@ def check(config: TrimConfig) -> None:
         if foreign:
             raise InputError(f"--output {run.root}: the directory already holds {foreign[0].name}: choose another one")
     elif not config.resume:
+        placing.check_held(run.root, TrimConfig)
         raise InputError(
             f"--output {run.root}: the directory already holds a run: add --resume to go on with it, "
             "or choose another one"
