@@ -241,7 +241,7 @@ def test_changed_base_weights_are_refused(task, tmp_path, monkeypatch):
         h.run(mine, task, output)
     file = mine / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(InputError, match="its weights are not those that the run in .* began with"):
+    with pytest.raises(InputError, match=r"its weights are not those that the run in .* began with"):
         h.run(mine, task, output, resume=True)
 
 
