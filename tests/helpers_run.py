@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
 from trimllm import cli
 from trimllm.bench import timing
+from trimllm.checkpoints import verification
 from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
 from trimllm.console import Console
@@ -114,12 +115,14 @@ def run(model: Path, task: Path, output: Path, **changes: Any) -> tuple[Any, lis
 
 
 def fast(monkeypatch: Any) -> None:
-    """Decode speeds as if every block took a millisecond, few words written freely, no waiting for the disk."""
+    """Decode speeds as if every block took a millisecond, few words written freely, saved models verified over one step
+    of decoding, no waiting for the disk."""
 
     def speeds(models: dict[str, Any], *, repeats: int = 5, **_: Any) -> dict[str, list[float]]:
         return {name: [1000.0 / model.config.num_hidden_layers] * repeats for name, model in models.items()}
 
     monkeypatch.setattr(timing, "decode_speed", speeds)
+    monkeypatch.setattr(verification, "STEPS", 1)
     monkeypatch.setattr(fluency, "TOKENS", 8)
     monkeypatch.setattr(os, "fsync", lambda _: None)
 

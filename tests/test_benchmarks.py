@@ -40,13 +40,17 @@ def test_every_benchmark_is_run_by_the_shared_function(script: Path) -> None:
     assert script.name not in WITHOUT_TRIMLLM or "trimllm" not in text.replace("trimllm/", "").split('"""', 2)[2]
 
 
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
+def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     (tmp_path / "law-0" / "published").mkdir(parents=True)
     (tmp_path / "law-0" / "published" / "foreign").touch()
     words = ["--seeds", "0", "--domains", "law", "--full-epochs", "--output", str(tmp_path)]
-    done = subprocess.run([sys.executable, FOLDER / "schedule.py", *words], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.startswith("schedule.py: --output ")
+    monkeypatch.setattr(sys, "argv", [str(FOLDER / "schedule.py"), *words])
+    schedule = module("schedule")
+    with pytest.raises(SystemExit) as ended:
+        schedule.run(schedule.main)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("schedule.py: --output ")
 
 
 @pytest.fixture(scope="module")

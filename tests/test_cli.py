@@ -118,11 +118,12 @@ def test_unknown_first_option_is_one_line(capsys):
     assert (code, err) == (2, "trimllm: unrecognized arguments: --verbose: see trimllm --help\n")
 
 
-def test_help_and_import_do_not_load_torch():
+def test_help_tasks_and_import_do_not_load_torch():
     program = (
         "import sys, time, trimllm; from trimllm import cli; code = cli.main(['--help'])\n"
+        "seconds = time.process_time(); code += cli.main(['tasks'])\n"
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'matplotlib'} & set(sys.modules)\n"
-        "print(code, heavy, time.process_time(), file=sys.stderr)"
+        "print(code, heavy, seconds, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     code, heavy, seconds = done.stderr.split()

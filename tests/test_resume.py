@@ -100,23 +100,28 @@ def count_parts(monkeypatch):
     return measured
 
 
+def scanned(*arguments, resume=False, **changes):
+    """A run as far as the first scan's table and the drop by it."""
+    h.killed_run((progressive.Run, "_stage", 1 if resume else 2), *arguments, **changes, resume=resume)
+
+
 def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path, straight, monkeypatch):
     output = tmp_path / "run"
     h.killed_run((scan, "_part", 2), base, task, output, depth=4)
     lines = (output / "scans" / "scan-000.jsonl").read_bytes().splitlines()
     assert len(lines) == 1
     measured = count_parts(monkeypatch)
-    h.run(base, task, output, depth=4, resume=True)
+    scanned(base, task, output, depth=4, resume=True)
     batches = len(measured) + 1
-    h.run(base, task, tmp_path / "other", depth=4)
+    scanned(base, task, tmp_path / "other", depth=4)
     assert len(measured) - (batches - 1) == batches
 
 
 def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path):
     output = tmp_path / "run"
     h.killed_run((scan, "_part", 2), base, task, output, depth=4)
-    h.run(base, task, output, depth=4, resume=True, eval_batch_size=40)
-    h.run(base, task, tmp_path / "straight", depth=4, eval_batch_size=40)
+    scanned(base, task, output, depth=4, resume=True, eval_batch_size=40)
+    scanned(base, task, tmp_path / "straight", depth=4, eval_batch_size=40)
     tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, tmp_path / "straight")]
     for one, other in zip(tables[0]["units"], tables[1]["units"], strict=True):
         assert one["value"] == other["value"]
@@ -131,25 +136,26 @@ def test_scan_that_another_kind_of_device_began_is_not_continued(base, task, tmp
         with pytest.raises(h.Killed):
             h.run(base, task, output, depth=4)
     assert (output / "scans" / "scan-000.jsonl").exists()
-    h.run(base, task, output, depth=4, resume=True)
-    h.run(base, task, tmp_path / "straight", depth=4)
+    scanned(base, task, output, depth=4, resume=True)
+    scanned(base, task, tmp_path / "straight", depth=4)
     tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, tmp_path / "straight")]
     assert [table | {"seconds": 0} for table in tables[:1]] == [table | {"seconds": 0} for table in tables[1:]]
 
 
-@pytest.mark.parametrize("call", [2, 4, 6])
-def test_race_that_another_kind_of_device_began_is_not_continued(base, tmp_path, monkeypatch, call):
-    task, output = h.save_task(tmp_path / "task", train=80), tmp_path / "run"
+def test_race_that_another_kind_of_device_began_is_not_continued(base, tmp_path, monkeypatch):
+    task, straight = h.save_task(tmp_path / "task", train=80), tmp_path / "straight"
     race = {"depth": 4, "scan": "racing", "calibration_size": 40, "eval_batch_size": 400}
-    with monkeypatch.context() as patch:
-        patch.setattr(encoding, "ENOUGH", {})
-        h.kill_at(patch, scan, "_part", call)
-        with pytest.raises(h.Killed):
-            h.run(base, task, output, **race)
-    h.run(base, task, output, **race, resume=True)
-    h.run(base, task, tmp_path / "straight", **race)
-    tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, tmp_path / "straight")]
-    assert [table["units"] for table in tables[:1]] == [table["units"] for table in tables[1:]]
+    scanned(base, task, straight, **race)
+    for call in (2, 4, 6):
+        output = tmp_path / f"run-{call}"
+        with monkeypatch.context() as patch:
+            patch.setattr(encoding, "ENOUGH", {})
+            h.kill_at(patch, scan, "_part", call)
+            with pytest.raises(h.Killed):
+                h.run(base, task, output, **race)
+        scanned(base, task, output, **race, resume=True)
+        tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, straight)]
+        assert tables[0]["units"] == tables[1]["units"]
 
 
 def test_scan_that_asked_all_choices_is_not_continued_with_right_ones_alone(base, task, tmp_path, monkeypatch):
@@ -159,9 +165,9 @@ def test_scan_that_asked_all_choices_is_not_continued_with_right_ones_alone(base
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**line, "metric": "acc"}) + "\n" for line in lines))
     measured = count_parts(monkeypatch)
-    h.run(base, task, output, depth=4, strategy="loss", resume=True)
+    scanned(base, task, output, depth=4, strategy="loss", resume=True)
     resumed = len(measured)
-    h.run(base, task, tmp_path / "straight", depth=4, strategy="loss")
+    scanned(base, task, tmp_path / "straight", depth=4, strategy="loss")
     assert len(measured) == 2 * resumed
 
 
@@ -250,29 +256,27 @@ def interrupted(*arguments, **changes):
     h.killed_run((progressive.Run, "_drop", 1), *arguments, **changes)
 
 
-@pytest.mark.parametrize("split", ["train", "test", "text"])
-def test_changed_rows_are_refused(base, tmp_path, split):
+def test_changed_rows_are_refused(base, tmp_path):
     rows, text, output = h.save_task(tmp_path / "rows"), tmp_path / "text.txt", tmp_path / "run"
     text.write_text("the cat sat on the mat. " * 40)
     interrupted(base, rows, output, text=str(text))
-    journaled = h.journal(output)
-    changed = text if split == "text" else rows / f"{split}.jsonl"
-    was = changed.read_text()
-    lines = was.splitlines(keepends=True)
-    changed.write_text("a dog. " + was if split == "text" else "".join([lines[1], lines[0], *lines[2:]]))
-    option = f"--text {text}" if split == "text" else f"--task {rows}"
-    with pytest.raises(InputError) as error:
-        h.run(base, rows, output, text=str(text), resume=True)
-    assert str(error.value) == (
-        f"{option}: its rows are not those that the run in {output} began with: give those, or another --output"
-    )
-    assert h.journal(output) == journaled
-    settings = (output / "config.yaml").read_bytes()
+    journaled, settings = h.journal(output), (output / "config.yaml").read_bytes()
+    for changed in (rows / "train.jsonl", rows / "test.jsonl", text):
+        was = changed.read_text()
+        lines = was.splitlines(keepends=True)
+        changed.write_text("a dog. " + was if changed == text else "".join([lines[1], lines[0], *lines[2:]]))
+        option = f"--text {text}" if changed == text else f"--task {rows}"
+        with pytest.raises(InputError) as error:
+            h.run(base, rows, output, text=str(text), resume=True)
+        assert str(error.value) == (
+            f"{option}: its rows are not those that the run in {output} began with: give those, or another --output"
+        )
+        changed.write_text(was)
     for other in ({"task": "demo_law", "text": str(text)}, {"task": str(rows), "text": "demo_law"}):
         with pytest.raises(InputError, match="its rows are not those"):
             trim(console=Console(quiet=True), **h.settings(base, rows, output, resume=True) | other)
+    assert h.journal(output) == journaled
     assert (output / "config.yaml").read_bytes() == settings
-    changed.write_text(was)
     h.run(base, rows, output, text=str(text), resume=True)
 
 

@@ -138,7 +138,7 @@ def test_newest_release_skips_no_family() -> None:
         assert [name for name in NAMES if absent(name)] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, scope="module")
 def test_trial_equals_bypassed_layers_and_leaves_no_trace(name: str) -> None:
     model = original(name)
     before, config = logits(model), model.config.to_dict()
@@ -161,7 +161,7 @@ def test_trial_equals_bypassed_layers_and_leaves_no_trace(name: str) -> None:
     assert depth(model) == 6
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, scope="module")
 def test_dropped_layers_equal_bypassed_layers_and_reload_exactly(name: str, tmp_path: Any) -> None:
     for dropped in DROPS:
         model = original(name)
@@ -192,7 +192,7 @@ def pair_oracle(model: Any, i: int) -> torch.Tensor:
         return logits(model)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, scope="module")
 def test_shifted_pairs_equal_the_stream_without_both_halves(name: str, tmp_path: Any) -> None:
     model = original(name)
     reason = whole_only(text_config(model))
@@ -223,7 +223,7 @@ def test_shifted_pairs_equal_the_stream_without_both_halves(name: str, tmp_path:
             save_trimmed(trimmed, tmp_path / str(i))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, scope="module")
 def test_bypassed_halves_equal_the_stream_without_them(name: str) -> None:
     model = original(name)
     if not bypassable(text_config(model)) or name == "minimax":
@@ -250,7 +250,7 @@ def test_bypassed_halves_equal_the_stream_without_them(name: str) -> None:
         apply_layout(model, layout)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS, scope="module")
 def test_branches_with_a_shared_prompt_are_exact_where_the_table_says_so(name: str) -> None:
     """Two continuations after one prompt, in one row, within every window: exact if the family branches."""
     model = original(name)

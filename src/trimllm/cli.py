@@ -1,7 +1,7 @@
 """The command line: parse, call one function per command, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failure, 2 bad input. Help and bad arguments are answered before torch is imported: `commands`,
-which imports it, is imported when a command runs.
+Exit codes: 0 done, 1 failure, 2 bad input. Help, bad arguments and `tasks` are answered before torch is imported:
+`commands`, which imports it, is imported when another command runs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from pydantic_settings import (
 )
 
 from trimllm import config as settings
-from trimllm import files
+from trimllm import files, tasks
 from trimllm.config import plain_settings
+from trimllm.console import table
 from trimllm.errors import InputError, TrimError, did_you_mean, one_line
 from trimllm.parallel import another_failed, first_to_fail
 
@@ -256,9 +257,19 @@ def _unknown_option(name: str, message: str) -> str:
 
 def run(command: settings.Settings) -> None:
     """Carry out one parsed command."""
-    from trimllm import commands
+    if isinstance(command, settings.TasksConfig):
+        _list_tasks()
+    else:
+        from trimllm import commands
 
-    commands.CARRY_OUT[type(command)](command)
+        commands.CARRY_OUT[type(command)](command)
+
+
+def _list_tasks() -> None:
+    """The built-in tasks, without waiting for torch."""
+    rows = [list(row) for row in tasks.list_tasks()]
+    print(table(["task", "kind", "metric", "about"], rows))
+    print("or your own rows: --task FILE_OR_DIR (JSONL, CSV, Parquet), --task FILE.yaml")
 
 
 def main(arguments: list[str] | None = None) -> int:

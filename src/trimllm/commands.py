@@ -411,13 +411,6 @@ def run_push(command: config.PushConfig) -> None:
     print(f"pushed: {push_to_hub(command.directory, command.repo_id, private=command.private)}")
 
 
-def run_tasks(_: config.TasksConfig) -> None:
-    """The built-in tasks."""
-    rows = [list(row) for row in tasks.list_tasks()]
-    print(table(["task", "kind", "metric", "about"], rows))
-    print("or your own rows: --task FILE_OR_DIR (JSONL, CSV, Parquet), --task FILE.yaml")
-
-
 def run_demo(command: config.DemoConfig) -> None:
     """The main job on the embedded model."""
     from trimllm.demo.demo import demo
@@ -440,6 +433,5 @@ CARRY_OUT: dict[type[config.Settings], Callable[[Any], None]] = {
     config.CompareConfig: run_compare,
     config.ExportConfig: run_export,
     config.PushConfig: run_push,
-    config.TasksConfig: run_tasks,
     config.DemoConfig: run_demo,
 }

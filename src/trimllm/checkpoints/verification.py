@@ -25,7 +25,7 @@ from trimllm.blocks.families import family
 from trimllm.checkpoints.loading import quiet, weight_files
 from trimllm.errors import TrimError, one_line
 
-PREFILL, STEPS = 8, 6
+PREFILL, STEPS = 6, 3
 """Tokens of the verification row that are read at once, and one by one."""
 
 
