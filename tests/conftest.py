@@ -1,4 +1,7 @@
-"""Shared by the tests: a tokenizer of 64 ids for the tiny models of `tiny.py`, and items in its alphabet."""
+"""Shared by the tests: a tokenizer of 64 ids for the tiny models of `tiny.py`, and items in its alphabet.
+
+torch is imported when it is needed: the process that hands tests to others begins without.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
-import helpers_run as h
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from trimllm.tasks.items import Item
 
@@ -24,6 +24,9 @@ def pytest_collection_finish() -> None:
 
 def make_tokenizer(template: str = "$A") -> Any:
     """Byte-level BPE of at most 64 ids, with the special ids of `tiny.py`; `template` says what surrounds a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -39,18 +42,24 @@ def make_tokenizer(template: str = "$A") -> Any:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model of `helpers_run.DEPTH` blocks."""
+    import helpers_run as h
+
     return h.save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of rows that such a model can be asked."""
+    import helpers_run as h
+
     return h.save_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes time in a run, and what is not looked at, is left out (see `helpers_run.fast`)."""
+    import helpers_run as h
+
     h.fast(monkeypatch)
 
 

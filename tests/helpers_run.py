@@ -123,7 +123,7 @@ def fast(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(timing, "decode_speed", speeds)
     monkeypatch.setattr(verification, "STEPS", 1)
-    monkeypatch.setattr(fluency, "TOKENS", 8)
+    monkeypatch.setattr(fluency, "TOKENS", 3)
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
