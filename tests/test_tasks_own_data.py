@@ -92,6 +92,32 @@ def test_lettered_choices_may_end_sooner(tmp_path):
         load_task(tmp_path / "q.csv")
 
 
+@pytest.mark.parametrize("labels", [["A", "B", "C"], ["1", "2", "3"], [1, 2, 3]], ids=str)
+@pytest.mark.parametrize("names", ["question answerKey", "question_stem answerKey", "question answer"])
+def test_choices_with_a_label_each(tmp_path, labels, names):
+    question, answer = names.split()
+    choices = {"text": ["red", "green", "blue"], "label": labels}
+    rows = [{"id": n, question: f"q {n}", "choices": choices, answer: labels[1]} for n in range(12)]
+    task = load_task(jsonl(tmp_path / "q.jsonl", rows))
+    assert {(item.continuations, item.target) for item in task.train} == {((" red", " green", " blue"), " green")}
+    assert task.train[0].prompt.startswith("Question: q ")
+    for wrong, message in (("E", "cannot make the answer: 'E' is not in list"), ("", f"field '{answer}' is empty")):
+        with pytest.raises(InputError, match=rf"q.jsonl:13: .*{message}"):
+            load_task(jsonl(tmp_path / "q.jsonl", [*rows, rows[0] | {answer: wrong}]))
+
+
+def test_a_test_file_with_keys_is_reported_and_one_without_is_not(tmp_path):
+    rows = [
+        {"question": f"q {n}", "choices": {"text": ["red", "green"], "label": ["A", "B"]}, "answerKey": "AB"[n % 2]}
+        for n in range(24)
+    ]
+    jsonl(tmp_path / "train.jsonl", rows[:20])
+    jsonl(tmp_path / "test.jsonl", rows[20:])
+    assert len(load_task(tmp_path).test) == 4
+    jsonl(tmp_path / "test.jsonl", [row | {"answerKey": ""} for row in rows[20:]])
+    assert not {item.prompt for item in load_task(tmp_path).test} & {f"Question: q {n}\nAnswer:" for n in range(20, 24)}
+
+
 MEDQA = [
     {
         "question": f"q {n}",

@@ -35,6 +35,12 @@ _OPTIONS = [
 ]
 """Names of columns that hold a choice each, in the order they are looked for."""
 
+_ANSWERS = ("answer", "label", "answerKey")
+"""Columns that may say which choice is right."""
+
+_KEYED = {"text", "label"}
+"""What a cell of choices holds that has a label for each."""
+
 _PASSAGES = 10
 """Fewer different contexts than this, each in more rows than this on average, are instructions, not passages."""
 
@@ -57,6 +63,8 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
     columns = _columns(present)
     if "messages" in present:
         return _chat(name, "messages", tokenizer)
+    if columns.choices and (spec := _keyed_choice(name, columns.choices, rows)):
+        return spec
     if columns.choices and columns.question and columns.answer:
         return _choice(name, columns, rows)
     if columns.question and "answer_text" not in present and (spec := _lettered_choice(name, columns.question, rows)):
@@ -107,7 +115,7 @@ def labelled(rows: Iterable[Row], spec: TaskSpec) -> bool:
     """Whether any row of a choice split has an answer (test sets are often published without)."""
     if spec.kind != "choice":
         return True
-    given = (row.values.get(column) for row in rows for column in ("answer", "label"))
+    given = (row.values.get(column) for row in rows for column in _ANSWERS)
     return any(not blank(value) and value not in (-1, "-1") for value in given)
 
 
@@ -134,6 +142,29 @@ def _choice(name: str, columns: Columns, rows: Iterable[Row]) -> TaskSpec:
         choices=choices,
         answer=answer,
         answer_as=common_reading((row.values.get(answer), row.values.get(choices)) for row in rows),
+        group=_GROUP,
+    )
+
+
+def _keyed_choice(name: str, choices: str, rows: Collection[Row]) -> TaskSpec | None:
+    """Choices as `{"text": [...], "label": ["A", ...]}` and the label of the right one, as ARC and OpenBookQA have
+    them; None if they are otherwise."""
+    present = {column for row in rows for column in row.values}
+    question = next((column for column in ("question", "question_stem", "input") if column in present), None)
+    answer = next((column for column in reversed(_ANSWERS) if column in present), None)
+    cells = [row.values.get(choices) for row in rows]
+    if not (question and answer and cells) or not all(
+        isinstance(each, dict) and each.keys() == _KEYED for each in cells
+    ):
+        return None
+    labels = f"({choices}.label | map('string') | map('trim') | list)"
+    return TaskSpec(
+        name=name,
+        kind="choice",
+        prompt=f"{_CONTEXT}Question: {_required(question)}\nAnswer:",
+        choices="{{ " + choices + ".text }}",
+        answer="{{ " + f"{labels}.index({answer} | required('{answer}') | string | trim)" + " }}",
+        answer_as="index",
         group=_GROUP,
     )
 
