@@ -204,8 +204,11 @@ def test_a_run_goes_on_with_its_settings_wherever_its_output_is_named(tmp_path, 
     assert cli.parse([name, "--config", str(path), "--resume"]) == wanted
     path.write_text(f"output: {output}\nresume: true\n")
     assert cli.parse([name, "--config", str(path)]) == wanted
-    with pytest.raises(InputError, match="--model is required"):
-        cli.parse([name, "--config", str(path), "--no-resume"])
+    for words in (["--config", str(path), "--no-resume"], ["--output", output]):
+        with pytest.raises(InputError, match=f"--model is required: to go on with the run in {output}, add --resume"):
+            cli.parse([name, *words])
+    with pytest.raises(InputError, match=f"--model is required: see trimllm {name} --help"):
+        cli.parse([name, "--output", "another"])
     path.write_text("output: another\nbatch_size: 64\n")
     assert cli.parse([name, f"--config={path}", "--resume", "--output", output]).lr == 1e-3, "the command line wins"
     assert cli.parse([name, f"--config={path}", "--resume", "--output", output]).batch_size == 64

@@ -160,9 +160,13 @@ def parse(arguments: list[str]) -> settings.Settings:
         root = _read(arguments, under)
     except ValidationError as error:
         lacking = any(one["type"] == "missing" for one in error.errors())
+        output = _output(arguments, given)
         if lacking and not stored and _resumes(name, arguments, given):
-            raise InputError(_no_run(_output(arguments, given))) from None
-        raise InputError(f"{plain_settings.explain(error)}: see trimllm {name} --help") from None
+            raise InputError(_no_run(output)) from None
+        remedy = f"see trimllm {name} --help"
+        if lacking and not stored and output is not None and _stored(name, [*arguments, "--resume"], given):
+            remedy = f"to go on with the run in {output}, add --resume"
+        raise InputError(f"{plain_settings.explain(error)}: {remedy}") from None
     except SettingsError as error:
         raise InputError(_unknown_option(name, str(error))) from None
     parsed = getattr(root, name)
