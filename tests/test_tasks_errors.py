@@ -59,8 +59,14 @@ def write(tmp_path, *rows, name="data.jsonl"):
         ({**GOOD, "choices": 3}, f"FILE:2: field 'choices' must be {CHOICES}, not int"),
         ({**GOOD, "choices": {"text": ["a"], "label": ["A"]}}, f"FILE:2: field 'choices' must be {CHOICES}, not dict"),
         ({**GOOD, "choices": {"B": "a", "C": "b"}}, f"FILE:2: field 'choices' must be {CHOICES}, not dict"),
-        ({**GOOD, "question": " "}, "FILE:2: cannot make the prompt: field 'question' is empty"),
-        ({**GOOD, "question": None}, "FILE:2: cannot make the prompt: field 'question' is empty"),
+        (
+            {**GOOD, "question": " "},
+            "FILE:2: cannot make the prompt: field 'question' is empty; fill it in or drop the row",
+        ),
+        (
+            {**GOOD, "question": None},
+            "FILE:2: cannot make the prompt: field 'question' is empty; fill it in or drop the row",
+        ),
         (
             {"question": "Why?", "choices": ["a", "b"]},
             "FILE:2: no value for the answer: 'answer' is undefined; columns found: question, choices",
@@ -81,9 +87,18 @@ def test_an_index_that_is_the_text_of_another_choice(tmp_path, answer):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "p", "completion": ""}, "FILE:1: cannot make the target: field 'completion' is empty"),
-        ({"prompt": "", "completion": "c"}, "FILE:1: cannot make the prompt: field 'prompt' is empty"),
-        ({"question": "q", "answer": []}, "FILE:1: cannot make the target: field 'answer' is empty"),
+        (
+            {"prompt": "p", "completion": ""},
+            "FILE:1: cannot make the target: field 'completion' is empty; fill it in or drop the row",
+        ),
+        (
+            {"prompt": "", "completion": "c"},
+            "FILE:1: cannot make the prompt: field 'prompt' is empty; fill it in or drop the row",
+        ),
+        (
+            {"question": "q", "answer": []},
+            "FILE:1: cannot make the target: field 'answer' is empty; fill it in or drop the row",
+        ),
         ({"text": "t", "label": ["a", "b"]}, "FILE:1: field 'label' must be one text or number, not several"),
         ({"text": "  "}, "FILE:1: the target is empty; fill it in or drop the row"),
         (

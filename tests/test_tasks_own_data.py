@@ -297,10 +297,25 @@ def test_a_column_without_a_name_is_left_out(tmp_path):
     assert (item.prompt, item.target) == ("say 0", " it is 0")
 
 
-def test_a_list_of_answers_is_learned_by_the_first_and_accepts_all(tmp_path):
-    rows = [{"question": f"q {n}", "answer": ["Paris", "City of Light"]} for n in range(9)]
+CITY = ["Paris", "City of Light"]
+
+
+@pytest.mark.parametrize(
+    "answer", [{"answer": CITY}, {"answers": CITY}, {"answers": {"text": CITY, "answer_start": [4, 17]}}], ids=str
+)
+def test_a_list_of_answers_is_learned_by_the_first_and_accepts_all(tmp_path, answer):
+    rows = [{"question": f"q {n}", **answer} for n in range(9)]
     item = load_task(jsonl(tmp_path / "g.jsonl", rows)).train[0]
     assert (item.target, item.references) == (" Paris", ("Paris", "City of Light"))
+
+
+def test_a_question_that_its_passage_does_not_answer_is_named(tmp_path):
+    """As SQuAD 2.0 writes them."""
+    rows = [{"context": f"c {n}", "question": "q", "answers": {"text": ["yes"], "answer_start": [0]}} for n in range(9)]
+    assert load_task(jsonl(tmp_path / "g.jsonl", rows)).train[0].prompt.endswith("\nQuestion: q\nAnswer:")
+    rows.append(rows[0] | {"answers": {"text": [], "answer_start": []}})
+    with pytest.raises(InputError, match=r"g.jsonl:10: .*field 'answers' is empty; fill it in or drop the row"):
+        load_task(jsonl(tmp_path / "g.jsonl", rows))
 
 
 MESSAGES = [

@@ -22,7 +22,7 @@ _SHAPES = (
     ("question", "answer"),
 )
 _ASKED = ("question", "input")
-_ACCEPTED = {"question": _ASKED, "answer": ("answer", "answer_text")}
+_ACCEPTED = {"question": _ASKED, "answer": ("answer", "answer_text", "answers")}
 """Names that are read, where there are several."""
 _LABELS = ("label", "labels", "category", "categories", "class", "classes", "target", "answer")
 """What a column of labels is called; others (`source`, `type`) are as often something else."""

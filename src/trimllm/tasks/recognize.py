@@ -17,7 +17,7 @@ from trimllm.tasks.spec import TaskSpec
 
 RECOGNIZED = (
     "messages | question, choices (or A, B ... or option_a, option_b ...), answer | text, label | prompt, completion | "
-    "instruction, output | question (or input), answer_text (or answer) | text"
+    "instruction, output | question (or input), answer_text (or answer, answers) | text"
 )
 """The column sets, in the order they are looked for; further columns are ignored (`context` is used where it is)."""
 
@@ -124,7 +124,7 @@ def _columns(present: set[str]) -> Columns:
         return next((name for name in names if name in present), None)
 
     choices = first("choices", "options")
-    answer = first("answer", "label") if choices else first("answer_text", "answer")
+    answer = first("answer", "label") if choices else first("answer_text", "answer", "answers")
     return Columns(first("question", "input"), choices, answer)
 
 
@@ -223,16 +223,18 @@ def _worded(value: Any) -> bool:
 
 
 def _answers(name: str, columns: Columns) -> TaskSpec:
-    """Question and free answer; a list of answers means that each is accepted and the first is learned."""
+    """Question and free answer; a list of answers (or `{"text": [...]}`, as in SQuAD) means that each is accepted and
+    the first is learned."""
     question, answer = str(columns.question), str(columns.answer)
     single = f"{answer} is string or {answer} is number"
-    first = f"({answer} if {single} else {answer} | first | default(''))"
+    several = f"({answer}.text if {answer} is mapping else {answer})"
+    first = f"({answer} if {single} else {several} | first | default(''))"
     return TaskSpec(
         name=name,
         kind="generation",
         prompt=f"{_CONTEXT}Question: {_required(question)}\nAnswer:",
         target="{{ " + first + f" | required('{answer}')" + " }}",
-        references="{{ " + f"[{answer} | string] if {single} else {answer}" + " }}",
+        references="{{ " + f"[{answer} | string] if {single} else {several}" + " }}",
         group=_GROUP,
     )
 

@@ -214,7 +214,7 @@ def _not_null(value: Any) -> Any:
 def _required(value: Any, column: str) -> Any:
     """The value, unless it is blank: then the row cannot be used."""
     if blank(value):
-        raise ValueError(f"field '{column}' is empty")
+        raise ValueError(_empty(column))
     return value
 
 
@@ -223,5 +223,9 @@ def _filled(values: list[Any], *columns: str) -> list[Any]:
     filled = without_blank_end(values)
     for value, column in zip(filled or values[:1], columns, strict=False):
         if blank(value):
-            raise ValueError(f"field '{column}' is empty; fill it in or drop the row")
+            raise ValueError(_empty(column))
     return filled
+
+
+def _empty(column: str) -> str:
+    return f"field '{column}' is empty; fill it in or drop the row"
