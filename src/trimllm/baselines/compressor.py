@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from trimllm.baselines.job import Job, Product
 from trimllm.blocks import decoder
-from trimllm.checkpoints import folders, loading
+from trimllm.checkpoints import export, folders, loading
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.handover import copy_companions, quantized
 
@@ -188,7 +188,7 @@ def save_quantized(job: Job, source: Path, loaded: Any) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     with folders.appearing(target) as scratch:
         with loading.quiet():
-            loaded.model.save_pretrained(scratch, save_compressed=True)
+            export.save_model(loaded.model, scratch, save_compressed=True)
             loaded.tokenizer.save_pretrained(scratch)
         copy_companions(source, scratch)
         quantized.compare(scratch, loaded.model, trust_remote_code=job.command.trust_remote_code)

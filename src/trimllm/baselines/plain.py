@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from trimllm.baselines.job import Job, Product
-from trimllm.checkpoints import models
+from trimllm.checkpoints import export, models
 from trimllm.run import model_card
 
 
@@ -17,7 +17,7 @@ def run(job: Job) -> Product:
     if name == "full":
         loaded = job.load()
         report = job.tune(loaded, job.command.warmup_epochs, stage=0)
-        loaded.model.save_pretrained(job.folder / "trained")
+        export.save_model(loaded.model, job.folder / "trained")
         loaded.tokenizer.save_pretrained(job.folder / "trained")
         base = models.origin(job.command.model)
         for file in filter(None, (*model_card.terms(base), model_card.card_of(base))):  # whose licence cuts of it name

@@ -18,7 +18,7 @@ from trimllm.blocks import adapters
 from trimllm.blocks.decoder import depth
 from trimllm.blocks.layout import Layout, plan_record, whole
 from trimllm.checkpoints import folders, verification
-from trimllm.checkpoints.loading import quiet
+from trimllm.checkpoints.loading import plain_generation, quiet
 from trimllm.checkpoints.streaming import REFERS_TO_LAYERS
 from trimllm.checkpoints.verification import Report, weight_bytes
 from trimllm.errors import InputError, TrimError
@@ -79,15 +79,25 @@ def save_trimmed(
 
 def _write(model: nn.Module, folder: Path, tokenizer: Any, layout: Layout, base: Any, card: str | None) -> None:
     with quiet():
-        model.save_pretrained(folder)  # type: ignore[operator]
+        save_model(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        # In the file, not in the object: transformers refuses to save an inconsistent one that was changed.
-        kept = json.loads(generation.read_text(encoding="utf-8"))
-        kept = {name: value for name, value in kept.items() if name not in REFERS_TO_LAYERS}
-        generation.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     (folder / "plan.json").write_text(json.dumps(plan_record(layout, base), indent=2) + "\n", encoding="utf-8")
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_model(model: Any, folder: Path, **options: Any) -> None:
+    """`model.save_pretrained(folder, **options)`, without what generation settings say about layers.
+
+    transformers refuses to save settings that contradict each other, as some are published (a temperature without
+    sampling): before 5.6 all of them, later those that were changed. So it saves its own, and those of the model are
+    written here.
+    """
+    with plain_generation(model) as own:
+        model.save_pretrained(folder, **options)
+    file = folder / "generation_config.json"
+    if own is not None and file.exists():
+        kept = json.loads(own.to_json_string())
+        kept = {name: value for name, value in kept.items() if name not in (*REFERS_TO_LAYERS, "compile_config")}
+        file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

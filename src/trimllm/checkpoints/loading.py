@@ -20,7 +20,7 @@ import huggingface_hub
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trimllm.blocks import adapters
 from trimllm.checkpoints import backends, shards
@@ -231,6 +231,20 @@ def fingerprint_of_adapter(name: str, base: str, merged: nn.Module) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint."""
     return sorted(folder.glob("*.safetensors"))
+
+
+@contextmanager
+def plain_generation(model: Any) -> Iterator[Any]:
+    """Within, transformers' own settings of generation stand in place of the model's, which are given: `generate`
+    fills up from them (penalties, beams, forbidden tokens)."""
+    own = getattr(model, "generation_config", None)
+    if own is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        yield own
+    finally:
+        if own is not None:
+            model.generation_config = own
 
 
 @contextmanager

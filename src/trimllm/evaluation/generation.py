@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import GenerationConfig
 
 from trimllm import memory
 from trimllm.blocks import decoder, families
+from trimllm.checkpoints.loading import plain_generation
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.evaluation.evaluate import evaluating
@@ -53,7 +53,7 @@ def generate(
     waiting = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     answers, most = [""] * len(items), len(items) if token_budget else ROWS
     padded = families.family(decoder.text_config(model)).left_padding
-    with evaluating(model), _without_own_rules(model):
+    with evaluating(model), plain_generation(model):
         while waiting:
             longest = len(prompts[waiting[0]]) + max_new_tokens
             rows = min(most, max(1, token_budget // longest)) if token_budget else most
@@ -71,16 +71,6 @@ def generate(
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
             waiting = waiting[len(group) :]
     return answers
-
-
-@contextmanager
-def _without_own_rules(model: Any) -> Iterator[None]:
-    """Within, `generate` does not fill up its settings from the checkpoint's (penalties, beams, forbidden tokens)."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _rows(model: Any, prompts: Sequence[Sequence[int]], greedy: GenerationConfig) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from trimllm import config, files
 from trimllm.blocks.layout import plan_record, whole
-from trimllm.checkpoints import folders, loading, models
+from trimllm.checkpoints import export, folders, loading, models
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.evaluation import encoding, inputs
 from trimllm.handover import copy_companions
@@ -64,7 +64,7 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     with folders.appearing(target) as scratch:
         with loading.quiet():
             # Before any forward: on CPUs that repacks the 4-bit weights, rounding scales.
-            model.save_pretrained(scratch)
+            export.save_model(model, scratch)
             tokenizer.save_pretrained(scratch)
         copy_companions(folder, scratch)
         if not (scratch / "plan.json").exists():

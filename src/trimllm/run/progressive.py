@@ -386,7 +386,7 @@ class Run:
     def _checkpoint(self, state: State) -> None:
         if self.share.first:
             with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
-                state.model.save_pretrained(folder)
+                export.save_model(state.model, folder)
                 self.tokenizer.save_pretrained(folder)
                 if self._carries(state.pending):
                     optimizer_state.save(state.moments, state.model, folder)
