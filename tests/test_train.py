@@ -145,8 +145,12 @@ def test_no_training_rows_is_an_error(tokenizer):
 
 
 def rows_of(kind, count):
-    """Distinct rows of 3 to 9 ids; the first id says which kind they are of."""
-    return [Example((kind, *range(100 * n, 100 * n + 2 + n % 7)), 1) for n in range(count)]
+    """Distinct rows of 3 to 9 ids; all their ids say which kind they are of."""
+    return [Example(tuple(range(10**6 * kind + 100 * n, 10**6 * kind + 100 * n + 3 + n % 7)), 1) for n in range(count)]
+
+
+def kind_of(row):
+    return row.ids[0] // 10**6
 
 
 def test_every_row_stands_once_in_an_epoch_and_batches_keep_to_the_budget(settings):
@@ -166,17 +170,17 @@ def test_text_takes_its_ratio_in_tokens_and_never_shares_a_step(settings):
         plan = steps(task, text, settings.model_copy(update={"text_ratio": ratio}), 2, seed=0)
         tokens = Counter()
         for batch in plan:
-            assert len({row.ids[0] for row in batch}) == 1
-            tokens[batch[0].ids[0]] += sum(len(row.ids) for row in batch)
-        assert ratio * tokens[1] <= tokens[2] < ratio * tokens[1] + 2 * 9
-    drawn = [row for batch in plan for row in batch if row.ids[0] == 2]
+            assert len({kind_of(row) for row in batch}) == 1
+            tokens[kind_of(batch[0])] += sum(len(row.ids) for row in batch)
+        assert tokens[2] == pytest.approx(ratio * tokens[1], abs=2)
+    drawn = [row for batch in plan for row in batch if row in text]
     assert (
         max(Counter(drawn).values()) - min(Counter(drawn).values()) <= 1
         if len(drawn) >= 500
         else len(set(drawn)) == len(drawn)
     )
     assert all(
-        row.ids[0] == 1
+        kind_of(row) == 1
         for batch in steps(task, text, settings.model_copy(update={"text_ratio": 0.0}), 1, 0)
         for row in batch
     )
@@ -184,9 +188,23 @@ def test_text_takes_its_ratio_in_tokens_and_never_shares_a_step(settings):
 
 def test_text_rows_are_used_again_only_when_all_were_used(settings):
     text = rows_of(2, 10)
-    drawn = Counter(row for batch in steps(rows_of(1, 40), text, settings, 1, 0) for row in batch if row.ids[0] == 2)
+    drawn = Counter(row for batch in steps(rows_of(1, 40), text, settings, 1, 0) for row in batch if row in text)
     assert len(drawn) == 10
     assert max(drawn.values()) - min(drawn.values()) <= 1
+
+
+@pytest.mark.parametrize("length", [4, 100, 900])
+def test_many_short_stages_take_as_much_text_as_a_long_one(settings, length):
+    """Rows of text may be longer than all the text that a stage takes: a piece of one is taken, each time another."""
+    task, text = rows_of(1, 40), [Example(tuple(range(2 * 10**6, 2 * 10**6 + length)), 1)]
+    stages = [steps(task, text, settings, share, seed) for seed, share in enumerate([0.1] * 8 + [3.2])]
+    tokens, pieces = Counter(), set()
+    for row in (row for plan in stages for batch in plan for row in batch):
+        tokens[kind_of(row)] += len(row.ids)
+        pieces.add(row)
+    assert tokens[2] == pytest.approx(tokens[1], abs=2 * len(stages))
+    seen = {number for row in pieces if kind_of(row) == 2 for number in row.ids}
+    assert len(seen) > length / 3
 
 
 def test_a_fraction_of_an_epoch_takes_that_share_of_the_rows(settings):
@@ -201,7 +219,7 @@ def test_the_plan_depends_on_the_seed_and_mixes_both_kinds(settings):
     task, text = rows_of(1, 60), rows_of(2, 60)
     plans = [steps(task, text, settings, 1, seed) for seed in (5, 5, 6)]
     assert plans[0] == plans[1] != plans[2]
-    kinds = [batch[0].ids[0] for batch in plans[0]]
+    kinds = [kind_of(batch[0]) for batch in plans[0]]
     assert kinds != sorted(kinds)
     assert kinds != sorted(kinds, reverse=True)
 

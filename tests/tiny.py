@@ -456,7 +456,14 @@ CUT_ONLY: dict[str, dict[str, Any]] = {
 """Families and vision-language models of which whole blocks are cut; nothing else is tested of them."""
 
 
-SINCE = {"gemma3n_text": "5.6.0", "gemma4_text": "5.5.2", "nemotron_h": "5.6.0", "dbrx": "5.15.0"}
+SINCE = {
+    "dbrx": "5.15.0",
+    "gemma3n_text": "5.6.0",
+    "gemma4_text": "5.5.2",
+    "glm_moe_dsa": "5.11.0",
+    "nemotron_h": "5.6.0",
+    "zamba2": "5.15.0",
+}
 """The first release of transformers that has the family as it is tested here, where its name came earlier."""
 
 

@@ -31,7 +31,7 @@ from trimllm import files, tasks
 from trimllm.config import plain_settings
 from trimllm.console import table
 from trimllm.errors import InputError, TrimError, did_you_mean, one_line
-from trimllm.parallel import another_failed, first_to_fail
+from trimllm.parallel import another_failed, first_to_fail, processes
 
 
 class _Configurable(BaseModel):
@@ -260,7 +260,17 @@ def _unknown_option(name: str, message: str) -> str:
 
 
 def run(command: settings.Settings) -> None:
-    """Carry out one parsed command."""
+    """Carry out one parsed command.
+
+    Raises:
+        InputError: if several processes were started for a command that cannot share its work.
+    """
+    if processes() > 1 and not isinstance(command, settings.TrimConfig):
+        name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
+        raise InputError(
+            f"{name} is work for one process, and {processes()} were started: call it without torchrun or "
+            "accelerate launch (trim alone shares its work)"
+        )
     if isinstance(command, settings.TasksConfig):
         _list_tasks()
     else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import Any
 
 from trimllm.baselines import Cell
+from trimllm.bench import tables
 from trimllm.config import CompareConfig
 from trimllm.console import clock, table
 from trimllm.plot import picture
@@ -27,7 +27,7 @@ def record(command: CompareConfig, rows: list[dict[str, Any]]) -> dict[str, Any]
     """The contents of compare.json."""
     return {
         "settings": command.model_dump(mode="json"),
-        "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine()},
+        "machine": tables.machine(),
         "rows": rows,
     }
 

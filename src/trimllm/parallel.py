@@ -63,6 +63,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def processes() -> int:
+    """How many processes torchrun or accelerate has started for this command."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 def first_to_fail() -> bool:
     """Whether this process is the one that reports an error: the first of all that asks.
 

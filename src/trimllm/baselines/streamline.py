@@ -51,7 +51,8 @@ def run(job: Job) -> Product:
         pad = encoding.pad_id(loaded.tokenizer, model)
         replacement, errors = train_replacement(model, start, length, steps, job.command, pad)
         decoder.blocks(model)[start].load_state_dict(replacement.state_dict())
-        note += f"; its mean squared error went from {errors[0]:.3g} to {errors[-1]:.3g} in training"
+        if len(errors) > 1:
+            note += f"; its mean squared error went from {errors[0]:.3g} to {errors[-1]:.3g} in training"
     apart = time.perf_counter() - found
     drop_layers(model, gone)
     report = job.tune(loaded, job.epochs, stage=1)

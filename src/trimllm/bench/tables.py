@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 from typing import Any
+
+import torch
 
 from trimllm.bench import timing
 from trimllm.bench.benching import percentiles
 from trimllm.config import BenchConfig
 from trimllm.console import table
+
+
+def machine() -> dict[str, str]:
+    """What was measured on."""
+    return {"platform": platform.platform(), "processor": platform.processor() or platform.machine()}
 
 
 def record(
@@ -19,6 +27,9 @@ def record(
     The ideal ratio is that of the bytes which a decode step must read, weights and cache.
     """
     return {
+        "machine": machine(),
+        "threads": torch.get_num_threads() if command.threads is None else command.threads,
+        "attention": command.attention,
         "sequence": command.sequence,
         "new_tokens": command.new_tokens,
         "repeats": command.repeats,

@@ -117,7 +117,7 @@ FAMILIES: dict[str, Family] = {
     **_rows("lfm2 lfm2_moe", LFM2),
     **_rows("biogpt xglm", OPT),
     **_rows("mamba mamba2 falcon_mamba", MAMBA),
-    **_rows("nemotron_h zamba zamba2", RECURRENT),
+    **_rows("nemotron_h zamba", RECURRENT),
     "afmoe": Family(
         attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
         mlp=("pre_mlp_layernorm", "mlp", "post_mlp_layernorm"),
@@ -198,6 +198,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "vaultgemma": Family(mlp=("pre_feedforward_layernorm", "mlp")),
     "xlstm": replace(MAMBA, own_cache=True, left_padding=False),
+    "zamba2": replace(RECURRENT, since="5.15.0"),
 }
 
 

@@ -45,7 +45,7 @@ def warning(base: Fluency | None, now: Fluency | None) -> str | None:
     what = " and ".join(f"{said[name]} ({now[name]:.0f} %, the base {base[name]:.0f} %)" for name in worse)
     return (
         f"the trimmed model {what} where it writes freely, whatever its accuracy says: for open-ended use keep more "
-        "layers, or mix in domain text with --text"
+        "layers, or mix in (more) domain text: --text, --text-ratio"
     )
 
 

@@ -73,7 +73,8 @@ def steps(
 ) -> list[list[Example]]:
     """The optimizer steps of a stage: batches of task rows and of text rows in random order, never both in one.
 
-    Text rows take `text_ratio` times the tokens of the task rows; each is used again only when all were used.
+    Text rows take `text_ratio` times the tokens of the task rows, to the token: of the last one of an epoch, or of a
+    part of one, a random piece is taken. Each is used again only when all were used.
     """
     rng = random.Random(f"stage:{seed}")
     text_rows = _endless(text, rng)
@@ -81,10 +82,12 @@ def steps(
     whole = [1.0] * int(epochs) + ([epochs % 1] if epochs % 1 > 1e-9 else [])
     for share in whole:
         rows = rng.sample(list(task), max(1, round(share * len(task))))
-        wanted = settings.text_ratio * sum(len(row.ids) for row in rows) if text else 0
+        wanted = round(settings.text_ratio * sum(len(row.ids) for row in rows)) if text else 0
         drawn: list[Example] = []
-        while wanted > 0:
-            drawn.append(next(text_rows))
+        while wanted > 1:
+            ids = next(text_rows).ids
+            begin = rng.randrange(max(0, len(ids) - wanted) + 1)
+            drawn.append(Example(ids[begin : begin + wanted], 1))
             wanted -= len(drawn[-1].ids)
         batches = [*_batches(rows, settings.batch_size, rng), *_batches(drawn, settings.batch_size, rng)]
         rng.shuffle(batches)
