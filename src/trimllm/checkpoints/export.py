@@ -91,7 +91,7 @@ def save_model(model: Any, folder: Path, **options: Any) -> None:
     """`model.save_pretrained(folder, **options)`, without what generation settings say about layers.
 
     transformers refuses to save settings that contradict each other, as some are published (a temperature without
-    sampling): before 5.6 all of them, later those that were changed. So it saves its own, and those of the model are
+    sampling): before 5.23 all of them, later those that were changed. So it saves its own, and those of the model are
     written here.
     """
     with plain_generation(model) as own:

@@ -135,12 +135,13 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
     """
     needed = {name: getattr(config, name) for name, field in type(config).model_fields.items() if field.is_required()}
     before = make(type(config), needed | placing.stored_settings(output, type(config))).model_dump(mode="json")
+    kind = "comparison" if isinstance(config, CompareConfig) else "run"
     for name, value in config.model_dump(mode="json").items():
         if name not in free and not placing.same(name, before[name], value):
             option = "--" + name.replace("_", "-")
             raise InputError(
-                f"{option} {value}: the run in {output} has {before[name]}: give that or leave it out, "
-                "or start another run"
+                f"{option} {value}: the {kind} in {output} has {before[name]}: give that or leave it out, "
+                f"or start another {kind}"
             )
 
 
