@@ -101,9 +101,16 @@ def test_choices_with_a_label_each(tmp_path, labels, names):
     task = load_task(jsonl(tmp_path / "q.jsonl", rows))
     assert {(item.continuations, item.target) for item in task.train} == {((" red", " green", " blue"), " green")}
     assert task.train[0].prompt.startswith("Question: q ")
-    for wrong, message in (("E", "cannot make the answer: 'E' is not in list"), ("", f"field '{answer}' is empty")):
-        with pytest.raises(InputError, match=rf"q.jsonl:13: .*{message}"):
+    for wrong, message in (("E", "is 'E', which is none of the labels"), ("", "is empty")):
+        with pytest.raises(InputError, match=rf"q.jsonl:13: .*field '{answer}' {message}"):
             load_task(jsonl(tmp_path / "q.jsonl", [*rows, rows[0] | {answer: wrong}]))
+
+
+@pytest.mark.parametrize("more", [{"label": "hard"}, {"label": "2", "answerKey": None}], ids=str)
+def test_the_key_is_the_column_that_is_most_surely_one(tmp_path, more):
+    choices = {"text": ["red", "green", "blue"], "label": ["1", "2", "3"]}
+    rows = [{"question": f"q {n}", "choices": choices, "answer": "3", **more} for n in range(12)]
+    assert {item.target for item in load_task(jsonl(tmp_path / "q.jsonl", rows)).train} == {" blue"}
 
 
 def test_a_test_file_with_keys_is_reported_and_one_without_is_not(tmp_path):
@@ -301,12 +308,32 @@ CITY = ["Paris", "City of Light"]
 
 
 @pytest.mark.parametrize(
-    "answer", [{"answer": CITY}, {"answers": CITY}, {"answers": {"text": CITY, "answer_start": [4, 17]}}], ids=str
+    "answer",
+    [
+        {"answer": CITY},
+        {"answers": CITY},
+        {"answers": json.dumps(CITY)},
+        {"answers": {"text": CITY, "answer_start": [4, 17]}},
+        {"answers": [{"text": text, "answer_start": 4} for text in CITY]},
+    ],
+    ids=str,
 )
 def test_a_list_of_answers_is_learned_by_the_first_and_accepts_all(tmp_path, answer):
     rows = [{"question": f"q {n}", **answer} for n in range(9)]
     item = load_task(jsonl(tmp_path / "g.jsonl", rows)).train[0]
     assert (item.target, item.references) == (" Paris", ("Paris", "City of Light"))
+
+
+@pytest.mark.parametrize("answer", ["Paris", {"text": "Paris", "answer_start": 4}, ["Paris"]], ids=str)
+@pytest.mark.parametrize("column", ["answer", "answers"])
+def test_a_single_answer_is_itself(tmp_path, column, answer):
+    item = load_task(jsonl(tmp_path / "g.jsonl", [{"question": f"q {n}", column: answer} for n in range(9)])).train[0]
+    assert (item.target, item.references) == (" Paris", ("Paris",))
+
+
+def test_an_answer_in_brackets_stays_what_it_is(tmp_path):
+    rows = [{"question": f"q {n}", "answer": "[1, 2]"} for n in range(9)]
+    assert load_task(jsonl(tmp_path / "g.jsonl", rows)).train[0].target == " [1, 2]"
 
 
 def test_a_question_that_its_passage_does_not_answer_is_named(tmp_path):

@@ -15,7 +15,7 @@ from trimllm.console import table
 
 
 def machine() -> dict[str, str]:
-    """What was measured on."""
+    """The platform that was measured on."""
     return {"platform": platform.platform(), "processor": platform.processor() or platform.machine()}
 
 

@@ -79,6 +79,17 @@ def written(answer: Any) -> str:
     return "" if answer is None else str(answer).strip()
 
 
+def accepted(value: Any, column: str) -> list[Any]:
+    """Every answer that counts, the first of which is learned: a text or number, a list of them, or SQuAD's
+    `{"text": [...]}` or `[{"text": ...}]`. In a column `answers`, a list may be JSON in a string."""
+    if column == "answers" and isinstance(value, str):
+        value = read_list(value) or value
+    if isinstance(value, dict):
+        value = value.get("text")
+    values = value if isinstance(value, list | tuple) else [] if value is None else [str(value)]
+    return [each.get("text") if isinstance(each, dict) else each for each in values]
+
+
 def read_list(value: Any) -> list[Any]:
     """A list, or texts by letter, also as JSON in a string (a CSV cell); empty for anything else."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):

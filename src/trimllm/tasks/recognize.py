@@ -35,7 +35,7 @@ _OPTIONS = [
 ]
 """Names of columns that hold a choice each, in the order they are looked for."""
 
-_ANSWERS = ("answer", "label", "answerKey")
+_ANSWERS = ("answerKey", "answer", "label")
 """Columns that may say which choice is right."""
 
 _KEYED = {"text", "label"}
@@ -151,19 +151,19 @@ def _keyed_choice(name: str, choices: str, rows: Collection[Row]) -> TaskSpec | 
     them; None if they are otherwise."""
     present = {column for row in rows for column in row.values}
     question = next((column for column in ("question", "question_stem", "input") if column in present), None)
-    answer = next((column for column in reversed(_ANSWERS) if column in present), None)
+    given = {column for row in rows for column in _ANSWERS if not blank(row.values.get(column))}
+    answer = next((column for column in _ANSWERS if column in given), None)
     cells = [row.values.get(choices) for row in rows]
     if not (question and answer and cells) or not all(
         isinstance(each, dict) and each.keys() == _KEYED for each in cells
     ):
         return None
-    labels = f"({choices}.label | map('string') | map('trim') | list)"
     return TaskSpec(
         name=name,
         kind="choice",
         prompt=f"{_CONTEXT}Question: {_required(question)}\nAnswer:",
         choices="{{ " + choices + ".text }}",
-        answer="{{ " + f"{labels}.index({answer} | required('{answer}') | string | trim)" + " }}",
+        answer="{{ " + f"{choices}.label | place_of({answer}, '{answer}')" + " }}",
         answer_as="index",
         group=_GROUP,
     )
@@ -223,18 +223,16 @@ def _worded(value: Any) -> bool:
 
 
 def _answers(name: str, columns: Columns) -> TaskSpec:
-    """Question and free answer; a list of answers (or `{"text": [...]}`, as in SQuAD) means that each is accepted and
-    the first is learned."""
+    """Question and free answer; a list of answers, also as SQuAD has it, means that each is accepted and the first is
+    learned."""
     question, answer = str(columns.question), str(columns.answer)
-    single = f"{answer} is string or {answer} is number"
-    several = f"({answer}.text if {answer} is mapping else {answer})"
-    first = f"({answer} if {single} else {several} | first | default(''))"
+    given = f"{answer} | accepted('{answer}')"
     return TaskSpec(
         name=name,
         kind="generation",
         prompt=f"{_CONTEXT}Question: {_required(question)}\nAnswer:",
-        target="{{ " + first + f" | required('{answer}')" + " }}",
-        references="{{ " + f"[{answer} | string] if {single} else {several}" + " }}",
+        target="{{ " + given + f" | first | default('') | required('{answer}')" + " }}",
+        references="{{ " + given + " }}",
         group=_GROUP,
     )
 

@@ -6,7 +6,7 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,7 @@ from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
 from trimllm.errors import InputError, one_line
-from trimllm.tasks.answers import answer_index, by_letter, without_blank_end
+from trimllm.tasks.answers import accepted, answer_index, by_letter, without_blank_end, written
 from trimllm.tasks.chat import chat_answer, chat_prompt
 from trimllm.tasks.items import Item
 from trimllm.tasks.rows import Row, blank
@@ -192,6 +192,8 @@ def environment(tokenizer: Any = None) -> SandboxedEnvironment:
         regex_replace=lambda text, pattern, replacement="": re.sub(pattern, replacement, text),
         literal=ast.literal_eval,
         required=_required,
+        accepted=accepted,
+        place_of=_place_of,
         filled=_filled,
         digest=_digest,
         chat_prompt=lambda messages: chat_prompt(messages, tokenizer),
@@ -216,6 +218,14 @@ def _required(value: Any, column: str) -> Any:
     if blank(value):
         raise ValueError(_empty(column))
     return value
+
+
+def _place_of(labels: Sequence[Any], answer: Any, column: str) -> int:
+    """Which of the labels an answer is."""
+    texts, text = [written(label) for label in labels], written(_required(answer, column))
+    if text not in texts:
+        raise ValueError(f"field '{column}' is {text!r}, which is none of the labels {', '.join(texts)}")
+    return texts.index(text)
 
 
 def _filled(values: list[Any], *columns: str) -> list[Any]:

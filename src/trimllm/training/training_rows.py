@@ -17,6 +17,9 @@ from trimllm.training.packing import Example
 Settings = TrimConfig | CompareConfig
 """What is trained on, and how."""
 
+SMALLEST = 16
+"""The smallest piece of a text row that is trained on is its length by this."""
+
 
 def examples(
     settings: Settings, tokenizer: Any, model_config: Any, items: Sequence[Item], text_length: int
@@ -73,8 +76,9 @@ def steps(
 ) -> list[list[Example]]:
     """The optimizer steps of a stage: batches of task rows and of text rows in random order, never both in one.
 
-    Text rows take `text_ratio` times the tokens of the task rows, to the token: of the last one of an epoch, or of a
-    part of one, a random piece is taken. Each is used again only when all were used.
+    Text rows take `text_ratio` times the tokens of the task rows: of the last one of an epoch, or of a part of one, a
+    random piece is taken (or nothing, if less than a sixteenth of it is wanted). Each is used again only when all were
+    used.
     """
     rng = random.Random(f"stage:{seed}")
     text_rows = _endless(text, rng)
@@ -86,6 +90,8 @@ def steps(
         drawn: list[Example] = []
         while wanted > 1:
             ids = next(text_rows).ids
+            if drawn and wanted < len(ids) // SMALLEST:  # hardly anything, in a step of its own
+                break
             begin = rng.randrange(max(0, len(ids) - wanted) + 1)
             drawn.append(Example(ids[begin : begin + wanted], 1))
             wanted -= len(drawn[-1].ids)
