@@ -448,7 +448,8 @@ def test_what_was_begun_when_options_without_effect_were_taken_goes_on(tmp_path,
     rundir.same_settings(resumed, tmp_path, ["resume"])
     with pytest.raises(InputError, match=r"--train-ratio 0\.5 is for some"):
         cli.parse([name, "--output", str(tmp_path), "--resume", "--train-ratio", "0.5"])
-    with pytest.raises(InputError, match=r"--sparse-update static: the run in .* has off"):
+    what = {"trim": "run", "compare": "comparison"}[name]
+    with pytest.raises(InputError, match=rf"--sparse-update static: the {what} in .* has off: .* another {what}"):
         rundir.same_settings(resumed.model_copy(update={"sparse_update": "static"}), tmp_path, ["resume"])
 
 
