@@ -150,6 +150,7 @@ def test_streamline_makes_a_stock_checkpoint_of_the_kept_depth(job_of):
     assert decoder.depth(reloaded(product)) == 2
     first, last = product.note.split()[1], product.note.split()[3]
     assert int(last) - int(first) == 2
+    assert "; its mean squared error went from " in product.note
     kept = [i for i in range(4) if not int(first) < i <= int(last)]
     plan = json.loads((product.checkpoint / "plan.json").read_text(encoding="utf-8"))
     assert plan["layers"] == kept

@@ -293,6 +293,7 @@ def test_bench_measures_every_model_in_its_own_memory(tmp_path, capsys):
     assert [(row["batch"], row["model"]) for row in record["rows"]] == [
         (batch, name) for batch in (1, 2) for name in (large, str(tmp_path / "small"))
     ]
+    assert (record["threads"], record["attention"], set(record["machine"])) == (1, "auto", {"platform", "processor"})
     big, small = record["models"]
     weights = 2 * big["parameters"]
     assert weights > 10**8

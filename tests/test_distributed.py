@@ -97,17 +97,26 @@ def test_failure_of_one_process_ends_both_with_one_line(pair):
     assert "src/trimllm" not in done.stderr, "the process that lost its peer prints no traceback"
 
 
+ALONE = {
+    "scan": "--model m --task t --output o",
+    "drop": "--model m --layers 1 --output o",
+    "eval": "--model m --task t",
+    "bench": "m",
+    "compare": "--model m --task t --output o",
+    "export": "m --to gguf",
+    "push": "d u/n",
+    "tasks": "",
+    "demo": "",
+}
+"""Commands that are work for one process, and what each needs to be parsed."""
+
+
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "trim"])
 def test_commands_that_cannot_share_their_work_are_refused(monkeypatch, capsys, name):
-    words = {"drop": ["--layers", "1"], "tasks": [], "demo": []}
-    given = [*words.get(name, []), *(["--model", "m"] if name in ("scan", "drop", "eval", "compare") else [])]
-    given += ["--task", "t"] if name in ("scan", "eval", "compare") else []
-    given += ["--output", "o"] if name in ("scan", "drop", "compare") else []
-    given += {"bench": ["m"], "export": ["m", "--to", "gguf"], "push": ["d", "u/n"]}.get(name, [])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        assert cli.main([name, *given]) == 2
+        assert cli.main([name, *ALONE[name].split()]) == 2
         out, err = capsys.readouterr()
         said = f"trimllm: {name} is work for one process, and 2 were started: call it without torchrun"
         assert (out, err.startswith(said), err.count("\n")) == ("", rank == 0, 1 - rank), err

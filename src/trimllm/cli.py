@@ -149,7 +149,8 @@ def parse(arguments: list[str]) -> settings.Settings:
     if not name.startswith("-") and name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}: trimllm --help lists them")
     given = _configured(name, arguments)
-    stored = _stored(name, arguments, given)
+    resumes, output = _resumes(name, arguments, given), _output(arguments, given)
+    stored = _stored(name, output) if resumes else {}
     beneath = stored | given
     if name in COMMANDS:
         for key in beneath:
@@ -160,11 +161,10 @@ def parse(arguments: list[str]) -> settings.Settings:
         root = _read(arguments, under)
     except ValidationError as error:
         lacking = any(one["type"] == "missing" for one in error.errors())
-        output = _output(arguments, given)
-        if lacking and not stored and _resumes(name, arguments, given):
+        if lacking and resumes and not stored:
             raise InputError(_no_run(output)) from None
         remedy = f"see trimllm {name} --help"
-        if lacking and not stored and output is not None and _stored(name, [*arguments, "--resume"], given):
+        if lacking and not resumes and _stored(name, output):
             remedy = f"to go on with the run in {output}, add --resume"
         raise InputError(f"{plain_settings.explain(error)}: {remedy}") from None
     except SettingsError as error:
@@ -207,10 +207,9 @@ def _configured(name: str, arguments: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _stored(name: str, arguments: list[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the run to resume; empty if there is none, or none is to be resumed."""
-    output = _output(arguments, given)
-    if output is None or not _resumes(name, arguments, given):
+def _stored(name: str, output: str | None) -> dict[str, Any]:
+    """Settings of the run in that directory; empty if there is none, or the command makes none."""
+    if output is None or name not in RESUMABLE:
         return {}
     from trimllm.run import placing
 
