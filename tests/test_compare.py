@@ -203,11 +203,20 @@ def test_table_and_picture_name_the_metric(tmp_path: Path, monkeypatch: Any) -> 
     labels: list[str] = []
     accuracy = {"notes": DONE["accuracy"]["t"] | {"metric": "likelihood"}, "t": DONE["accuracy"]["t"]}
     row = DONE | {"method": "base", "keep": None, "title": "no training", "accuracy": accuracy}
-    found = {"rows": [row], "settings": {"model": "m", "task": "notes"}}
+    found = {"rows": [row], "settings": {"model": "m", "task": "notes", "methods": ["base", "full"], "keep": [0.5]}}
     assert "\nnotes: likelihood, t: acc, in percent +- standard error" in compare_report.report(found)
     monkeypatch.setattr(Axes, "set_ylabel", lambda _, text: labels.append(text))
     compare_report.compare_plot(found, tmp_path / "compare.png")
     assert labels == ["likelihood on the reported split (%)"]
+
+
+def test_rows_of_earlier_calls_that_are_not_there_are_named() -> None:
+    rows = [DONE | {"method": name, "keep": None, "title": name} for name in ("base", "full")]
+    settings: dict[str, Any] = {"methods": ["trim", "llm-int8"], "keep": [0.5, 0.25]}
+    said = "\nasked for in an earlier call, and not there yet: trim-0.5, trim-0.25, llm-int8"
+    assert compare_report.report({"rows": rows, "settings": settings}).endswith(said)
+    settings["methods"] = ["base"]
+    assert "not there yet" not in compare_report.report({"rows": rows, "settings": settings})
 
 
 def test_modules_in_the_users_folder_are_not_those_of_python(

@@ -122,8 +122,9 @@ def test_a_test_file_with_keys_is_reported_and_one_without_is_not(tmp_path):
     jsonl(tmp_path / "test.jsonl", rows[20:])
     own = {f"Question: q {n}\nAnswer:" for n in range(20, 24)}
     assert {item.prompt for item in load_task(tmp_path).test} == own
-    jsonl(tmp_path / "test.jsonl", [row | {"answerKey": ""} for row in rows[20:]])
-    assert not {item.prompt for item in load_task(tmp_path).test} & own
+    for more in ({}, {"label": "hard"}):  # which is no key, since the training rows have another column for it
+        jsonl(tmp_path / "test.jsonl", [row | {"answerKey": "", **more} for row in rows[20:]])
+        assert not {item.prompt for item in load_task(tmp_path).test} & own
 
 
 MEDQA = [

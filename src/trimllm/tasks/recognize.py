@@ -8,10 +8,13 @@ from collections.abc import Collection, Iterable
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+from jinja2 import meta
+
 from trimllm.errors import InputError
 from trimllm.tasks.answers import common_reading, names_one, written
 from trimllm.tasks.chat import has_template
 from trimllm.tasks.columns import refuse_labelled_texts, renames
+from trimllm.tasks.render import environment
 from trimllm.tasks.rows import Row, blank
 from trimllm.tasks.spec import TaskSpec
 
@@ -115,7 +118,9 @@ def labelled(rows: Iterable[Row], spec: TaskSpec) -> bool:
     """Whether any row of a choice split has an answer (test sets are often published without)."""
     if spec.kind != "choice":
         return True
-    given = (row.values.get(column) for row in rows for column in _ANSWERS)
+    template = str(spec.answer) if "{{" in str(spec.answer) else "{{ " + str(spec.answer) + " }}"
+    read = meta.find_undeclared_variables(environment().parse(template))
+    given = (row.values.get(column) for row in rows for column in read.intersection(_ANSWERS))
     return any(not blank(value) and value not in (-1, "-1") for value in given)
 
 
