@@ -203,7 +203,8 @@ def test_files_that_cannot_be_read(tmp_path):
     for ending, whole in {".xz": lzma, ".gz": gzip, ".bz2": bz2, ".zst": zstandard}.items():
         path = tmp_path / f"damaged.jsonl{ending}"
         packed = whole.compress(b"".join(b'{"text": "row %d"}\n' % number for number in range(999)))
-        for data in (b'{"text": "not compressed"}\n', packed[:30] + b"damage" * 20 + packed[150:]):
+        cut = packed + whole.compress(b'{"text": "one more"}\n')[:-2]
+        for data in (b'{"text": "not compressed"}\n', packed[:30] + b"damage" * 20 + packed[150:], cut):
             path.write_bytes(data)
             said = message(path)
             assert said.startswith("cannot read FILE: ")

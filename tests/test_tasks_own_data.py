@@ -474,9 +474,10 @@ def test_a_csv_cell_may_hold_a_long_document(tmp_path):
 def test_zstandard(tmp_path):
     import zstandard
 
-    with zstandard.open(tmp_path / "q.jsonl.zst", "wt") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    assert len(load_task(tmp_path / "q.jsonl.zst").test) == 4
+    lines = [(json.dumps(row) + "\n").encode() for row in QUESTIONS]
+    for frames in ([b"".join(lines)], lines):
+        (tmp_path / "q.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, frames)))
+        assert len(load_task(tmp_path / "q.jsonl.zst").test) == 4
 
 
 def test_folder_by_file_names(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from itertools import chain
@@ -97,12 +98,29 @@ def _open(path: Path) -> IO[str]:
 
         return cast("IO[str]", bz2.open(path, "rt", encoding="utf-8-sig"))
     if ending == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise InputError(f"{path}: reading .zst needs `pip install zstandard`; or decompress the file") from error
-        return cast("IO[str]", zstandard.open(path, "rt", encoding="utf-8-sig"))
+        return io.TextIOWrapper(io.BytesIO(_zstd(path)), encoding="utf-8-sig")
     return open(path, encoding="utf-8-sig", newline="" if ending in (".csv", ".tsv") else None)
+
+
+def _zstd(path: Path) -> bytes:
+    """What all frames of the file hold. (The library's own reader takes a cut file for a whole one.)
+
+    Raises:
+        InputError: if the library is missing.
+        EOFError: if the last frame is cut.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(f"{path}: reading .zst needs `pip install zstandard`; or decompress the file") from error
+    left, parts = path.read_bytes(), list[bytes]()
+    while left:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(left))
+        if not frame.eof:
+            raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+        left = frame.unused_data
+    return b"".join(parts)
 
 
 def _damages() -> tuple[type[Exception], ...]:
