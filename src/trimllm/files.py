@@ -18,7 +18,8 @@ import yaml
 from trimllm.errors import TrimError, one_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+ELSEWHERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+"""Another folder helps: no right to write, or a file system (or `ulimit -f`) that allows no file so large."""
 
 
 def there(path: str | Path) -> bool:
@@ -131,7 +132,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             raise TrimError(full_disk(path)) from error
         if number is None and not isinstance(error, OSError):
             raise
-        remedy = ": choose another --output" if number in DENIED else ""
+        remedy = ": choose another --output" if number in ELSEWHERE else ""
         reason = os.strerror(number) if number else one_line(error)
         other = f" ({name})" if (name := getattr(error, "filename", None)) and _outside(name, path) else ""
         raise TrimError(f"cannot write to {path}: {reason}{other}{remedy}") from error
