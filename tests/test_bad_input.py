@@ -299,7 +299,7 @@ def test_a_disk_that_takes_no_more_half_way(base: Path, tmp_path: Path, capsys: 
     before = hashes(base)
     with largest_file((base / ONE).stat().st_size // 2):
         line = refusal(capsys, *drop(base, tmp_path / "a" / "out"), *way, code=1)
-    assert line == f"cannot write to {tmp_path / 'a' / 'out'}: File too large"
+    assert line == f"cannot write to {tmp_path / 'a' / 'out'}: File too large: choose another --output"
     assert not list(tmp_path.iterdir())
     assert hashes(base) == before
 

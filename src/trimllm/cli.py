@@ -12,10 +12,11 @@ import os
 import re
 import sys
 from contextlib import redirect_stderr, suppress
+from functools import cache
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -88,18 +89,24 @@ COMMANDS: dict[str, type[settings.Settings]] = {
     "tasks": settings.TasksConfig,
     "demo": settings.DemoConfig,
 }
-
+READ_AS: dict[str, type[BaseModel]] = {
+    **COMMANDS,
+    "trim": _Trim,
+    "scan": _Scan,
+    "drop": _Drop,
+    "eval": _Eval,
+    "bench": _Bench,
+    "compare": _Compare,
+    "export": _Export,
+    "push": _Push,
+}
+"""What the words of a command are read as: its settings, with those that the command line alone has."""
 
 RESUMABLE = ("trim", "compare")
 """Commands whose output directory remembers their settings."""
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 """Errors of the operating system that are about a path which the user gave and no command looked at. (Missing files
 and folders in a file's place are refused by the commands.)"""
-
-
-def _about(kind: type[BaseModel]) -> Any:
-    """A command with the first line of its help."""
-    return Field(description=(kind.__doc__ or "").splitlines()[0])
 
 
 class _Root(BaseSettings):
@@ -116,16 +123,6 @@ class _Root(BaseSettings):
         cli_avoid_json=True,
         cli_exit_on_error=False,
     )
-    trim: CliSubCommand[_Trim] = _about(_Trim)
-    scan: CliSubCommand[_Scan] = _about(_Scan)
-    drop: CliSubCommand[_Drop] = _about(_Drop)
-    eval: CliSubCommand[_Eval] = _about(_Eval)
-    bench: CliSubCommand[_Bench] = _about(_Bench)
-    compare: CliSubCommand[_Compare] = _about(_Compare)
-    export: CliSubCommand[_Export] = _about(_Export)
-    push: CliSubCommand[_Push] = _about(_Push)
-    tasks: CliSubCommand[settings.TasksConfig] = _about(settings.TasksConfig)
-    demo: CliSubCommand[settings.DemoConfig] = _about(settings.DemoConfig)
 
     @classmethod
     def settings_customise_sources(  # type: ignore[override]
@@ -133,6 +130,17 @@ class _Root(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The command line over the YAML file; never the environment."""
         return (init_settings,)
+
+
+@cache
+def _root(name: str) -> type[_Root]:
+    """What reads the words of this command alone, since options take time to list; without a command's name, of all."""
+    kinds = {name: READ_AS[name]} if name in READ_AS else READ_AS
+    fields: dict[str, Any] = {
+        each: (CliSubCommand[kind], Field(description=(kind.__doc__ or "").splitlines()[0]))  # type: ignore[misc,valid-type]
+        for each, kind in kinds.items()
+    }
+    return create_model("_Root", __base__=_Root, __doc__=_Root.__doc__, **fields)
 
 
 def parse(arguments: list[str]) -> settings.Settings:
@@ -158,7 +166,7 @@ def parse(arguments: list[str]) -> settings.Settings:
                 raise InputError(f"--config: unknown setting {key!r}{did_you_mean(key, COMMANDS[name].model_fields)}")
     under: dict[str, Any] = {name: beneath} if beneath else {}
     try:
-        root = _read(arguments, under)
+        root = _read(name, arguments, under)
     except ValidationError as error:
         lacking = any(one["type"] == "missing" for one in error.errors())
         if lacking and resumes and not stored:
@@ -184,12 +192,12 @@ def _negative_lists(arguments: list[str]) -> list[str]:
     return out
 
 
-def _read(arguments: list[str], under: dict[str, Any]) -> Any:
+def _read(name: str, arguments: list[str], under: dict[str, Any]) -> Any:
     """The command line over `under`. In pydantic-settings before 2.16 commands print what is wrong, and end."""
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            root = CliApp.run(_Root, cli_args=arguments, cli_exit_on_error=False, **under)
+            root = CliApp.run(_root(name), cli_args=arguments, cli_exit_on_error=False, **under)
     except SystemExit as stop:
         if stop.code != 2:
             raise
@@ -200,8 +208,7 @@ def _read(arguments: list[str], under: dict[str, Any]) -> Any:
 
 def _configured(name: str, arguments: list[str]) -> dict[str, Any]:
     """Settings from the YAML file of `--config`."""
-    field = _Root.model_fields.get(name)
-    configurable = field is not None and any(issubclass(kind, _Configurable) for kind in get_args(field.annotation))
+    configurable = issubclass(READ_AS.get(name, BaseModel), _Configurable)
     if configurable and (path := _value(arguments, "--config")):
         return plain_settings.read_yaml(os.path.expanduser(path))
     return {}
