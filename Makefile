@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 # Two threads that wait for each other on a busy machine are slower than one; passive waiting avoids the worst of it.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests start dozens of processes, which would each compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The oldest release we support, one between, and the newest (the one in constraints.txt).
 MATRIX ?= 5.5.0 5.17.0 $(shell sed -n 's/^transformers==\([0-9.]*\).*/\1/p' constraints.txt)

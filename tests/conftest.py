@@ -13,13 +13,14 @@ import pytest
 
 from trimllm.tasks.items import Item
 
+gc.disable()  # until all tests are collected
 TEXT = "the cat sat on the mat. a dog ran to the cat; the man had no hat? yes or no: maybe yes."
 
 
 def pytest_collection_finish() -> None:
     """Spare every garbage collection what importing and collecting made: a tenth of the tests' time."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def make_tokenizer(template: str = "$A") -> Any:

@@ -977,6 +977,31 @@ def test_time_left_is_that_of_what_is_done_since_the_first_call(capsys, terminal
     ]
 
 
+def test_a_line_is_written_in_one_piece_where_nothing_is_buffered(monkeypatch):
+    """Two processes of a run write to one standard error; `python -u`, as in many containers."""
+    pieces = []
+
+    class Pieces(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            pieces.append(bytes(data))
+            return len(data)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(Pieces(), write_through=True))
+    shown = console.Console()
+    monkeypatch.setattr(console, "LOG_EVERY", 0.0)
+    with shown.progress("scan") as show:
+        show(1, 2)
+    shown.say("a note")
+    assert cli.main(["trimm"]) == 2
+    said = [b"scan  1/2\n", b"a note\n"]
+    assert (pieces[:2], len(pieces), pieces[2][:9], pieces[2][-1:]) == (said, 3, b"trimllm: ", b"\n")
+    monkeypatch.setattr(sys, "stderr", None)  # as it is where standard error was closed
+    assert (cli.main(["trimm"]), cli.main(["tasks"])) == (2, 0)
+
+
 def test_every_setting_of_a_run_is_documented_and_typed():
     for name, info in config.TrimConfig.model_fields.items():
         assert info.description, name

@@ -30,7 +30,7 @@ from pydantic_settings import (
 from trimllm import config as settings
 from trimllm import files, tasks
 from trimllm.config import plain_settings
-from trimllm.console import table
+from trimllm.console import table, to_stderr
 from trimllm.errors import InputError, TrimError, did_you_mean, one_line
 from trimllm.parallel import another_failed, first_to_fail, processes
 
@@ -202,7 +202,7 @@ def _read(name: str, arguments: list[str], under: dict[str, Any]) -> Any:
         if stop.code != 2:
             raise
         raise SettingsError(said.getvalue().rpartition("error: ")[2].strip()) from None
-    sys.stderr.write(said.getvalue())
+    to_stderr(said.getvalue())
     return root
 
 
@@ -312,7 +312,7 @@ def _carried_out(words: list[str]) -> int:
         run(parse(words))
     except TrimError as error:
         if first_to_fail():
-            print(f"trimllm: {error}", file=sys.stderr)
+            to_stderr(f"trimllm: {error}\n")
         return error.exit_code
     except RuntimeError as error:
         if another_failed():
@@ -324,11 +324,11 @@ def _carried_out(words: list[str]) -> int:
         remedy = (
             "a smaller --micro-batch-size or --eval-batch-size, or --gradient-checkpointing; trim goes on with --resume"
         )
-        print(f"trimllm: out of memory on the device: {remedy}", file=sys.stderr)
+        to_stderr(f"trimllm: out of memory on the device: {remedy}\n")
         return 1
     except KeyboardInterrupt:
         remedy = "; a run that has begun goes on with --resume" if words and words[0] in RESUMABLE else ""
-        print(f"trimllm: interrupted{remedy}", file=sys.stderr)
+        to_stderr(f"trimllm: interrupted{remedy}\n")
         return 1
     except OSError as error:
         if error.errno is None:  # of a library, and no word of the operating system
@@ -347,7 +347,7 @@ def _refused(error: OSError) -> int:
     if error.filename is None:
         _give_up_output()
     if not isinstance(error, BrokenPipeError) and first_to_fail():
-        print(f"trimllm: {_system_line(error)}", file=sys.stderr)
+        to_stderr(f"trimllm: {_system_line(error)}\n")
     return 2 if error.errno in UNUSABLE else 1
 
 

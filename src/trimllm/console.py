@@ -19,12 +19,20 @@ CLEAR = "\r\x1b[K"
 """Takes the live line away."""
 
 
+def to_stderr(text: str) -> None:
+    """Write it in one piece: where Python is unbuffered, `print` writes the end of a line apart, and what another
+    process of the run says comes between."""
+    if sys.stderr is not None:  # as it is where standard error was closed
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 class Console:
     """Prints on standard error; `quiet` prints nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
 
     @property
     def live(self) -> bool:
@@ -33,7 +41,7 @@ class Console:
     def say(self, text: str) -> None:
         """One line that stays."""
         if not self.quiet:
-            print((CLEAR if self.live else "") + text, file=sys.stderr, flush=True)
+            to_stderr((CLEAR if self.live else "") + text + "\n")
 
     @contextmanager
     def progress(self, name: str) -> Iterator[Callable[..., None]]:
@@ -53,13 +61,13 @@ class Console:
             line = "  ".join(filter(None, [f"{name}  {done}/{total}", detail, left]))
             if self.live:  # a line that wraps could not be taken away
                 line = CLEAR + line[: _columns() - 1]
-            print(line, end="" if self.live else "\n", file=sys.stderr, flush=True)
+            to_stderr(line if self.live else line + "\n")
 
         try:
             yield show
         finally:
             if self.live:
-                print(CLEAR, end="", file=sys.stderr, flush=True)
+                to_stderr(CLEAR)
 
 
 def _columns() -> int:
