@@ -13,7 +13,7 @@ import pytest
 
 from trimllm.tasks.items import Item
 
-gc.disable()  # until all tests are collected
+gc.disable()  # until all tests are collected (with several workers, their controller collects none, and has little)
 TEXT = "the cat sat on the mat. a dog ran to the cat; the man had no hat? yes or no: maybe yes."
 
 

@@ -264,6 +264,7 @@ EVAL, SCAN, COMPARE = (["eval", *TRIM[1:]], ["scan", *TRIM[1:]], ["compare", *TR
         (["trim", "--modle", "x"], "unknown option --modle (did you mean '--model'?)"),
         ([*TRIM, "--leer=3"], "unknown option --leer"),
         ([*TRIM, "stray"], "unexpected argument 'stray'"),
+        ([*TRIM, ""], "unexpected argument ''"),
         (["trim", "--task", "demo_law", "--output", "o"], "--model is required"),
         (["export", "--depth", "3"], "required: SOURCE"),
         ([*TRIM, "--lr", "fast"], "--lr fast: must be a valid number"),

@@ -210,13 +210,14 @@ def test_table_and_picture_name_the_metric(tmp_path: Path, monkeypatch: Any) -> 
     assert labels == ["likelihood on the reported split (%)"]
 
 
-def test_rows_of_earlier_calls_that_are_not_there_are_named() -> None:
+def test_rows_that_a_resume_would_make_are_named() -> None:
     rows = [DONE | {"method": name, "keep": None, "title": name} for name in ("base", "full")]
-    settings: dict[str, Any] = {"methods": ["trim", "llm-int8"], "keep": [0.5, 0.25]}
-    said = "\nasked for in an earlier call, and not there yet: trim-0.5, trim-0.25, llm-int8"
+    rows.append(DONE | {"method": "trim", "keep": 0.333333, "title": "trim"})  # as a child is told 1/3
+    settings: dict[str, Any] = {"methods": ["trim", "llm-int8"], "keep": [0.5, 1 / 3]}
+    said = "\n--resume without --methods and --keep would also make: trim-0.5, llm-int8"
     assert compare_report.report({"rows": rows, "settings": settings}).endswith(said)
     settings["methods"] = ["base"]
-    assert "not there yet" not in compare_report.report({"rows": rows, "settings": settings})
+    assert "would also make" not in compare_report.report({"rows": rows, "settings": settings})
 
 
 def test_modules_in_the_users_folder_are_not_those_of_python(

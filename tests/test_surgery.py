@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from tiny import COMMON, CUT_ONLY, GPT2, VOCAB, build, randomize
-from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MllamaForCausalLM
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from trimllm.blocks import config_rules, legality
@@ -93,6 +93,22 @@ def test_refused_cut_changes_nothing() -> None:
         drop_layers(model, [1])
     assert torch.equal(logits(model), before)
     assert model.config.to_dict() == config
+
+
+class Growing(LlamaForCausalLM):
+    """Custom code: a parameter that is longer in every block, and gets its shape from a function of `nn.init`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for place, block in enumerate(self.model.layers):
+            block.extra = torch.nn.Parameter(torch.nn.init.ones_(torch.empty(4 + place)))
+
+
+def test_what_custom_code_builds_by_place_is_refused() -> None:
+    model = Growing(build("llama").config)
+    reason = "layer 1 cannot become layer 0: its extra is (5,), and the config can only give (4,) there"
+    assert refusal(model, without(whole(6), [0])) == reason
+    assert refusal(model, without(whole(6), [5])) is None
 
 
 def test_refusals_name_the_layers_and_the_reason() -> None:

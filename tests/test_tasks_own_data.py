@@ -125,6 +125,13 @@ def test_a_test_file_with_keys_is_reported_and_one_without_is_not(tmp_path):
     for more in ({}, {"label": "hard"}):  # which is no key, since the training rows have another column for it
         jsonl(tmp_path / "test.jsonl", [row | {"answerKey": "", **more} for row in rows[20:]])
         assert not {item.prompt for item in load_task(tmp_path).test} & own
+    jsonl(tmp_path / "test.jsonl", [{**row, "label": row["answerKey"], "answerKey": None} for row in rows[20:]])
+    assert not {item.prompt for item in load_task(tmp_path).test} & own
+    for row in rows[20:]:
+        row["label"] = row.pop("answerKey")
+    jsonl(tmp_path / "test.jsonl", rows[20:])
+    with pytest.raises(InputError, match=r"test.jsonl:1: .*'answerKey' is undefined; columns found: .*label"):
+        load_task(tmp_path)
 
 
 MEDQA = [

@@ -253,7 +253,7 @@ def _no_run(output: str | None) -> str:
 def _unknown_option(name: str, message: str) -> str:
     message = message.removeprefix("error parsing CLI: ")
     if message.startswith("unrecognized arguments: ") and name in COMMANDS:
-        given = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        given = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
         if not given.startswith("-"):
             return f"unexpected argument {given!r}: see trimllm {name} --help"
         options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trimllm.baselines import Cell, cells
+from trimllm.baselines import METHODS, Cell, cells
 from trimllm.bench import tables
 from trimllm.config import CompareConfig
 from trimllm.console import clock, table
@@ -52,10 +52,10 @@ def report(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         if row["status"] != "done":
             out += f"\n{row['title']}: {row['status']}: {row['why']}"
-    there = {(row["method"], row["keep"]) for row in found["rows"]}
-    asked = cells(found["settings"]["methods"], found["settings"]["keep"])
-    if missing := [each.name for each in asked if (each.method.name, each.keep) not in there]:
-        out += f"\nasked for in an earlier call, and not there yet: {', '.join(missing)}"
+    there = {Cell(METHODS[row["method"]], row["keep"]).name for row in found["rows"]}
+    asked = [each.name for each in cells(found["settings"]["methods"], found["settings"]["keep"])]
+    if missing := [name for name in asked if name not in there]:
+        out += f"\n--resume without --methods and --keep would also make: {', '.join(missing)}"
     return out
 
 

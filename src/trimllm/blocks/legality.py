@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.initialization import no_init_weights
 
 from trimllm.blocks import config_rules, families
 from trimllm.blocks.decoder import (
@@ -120,7 +119,7 @@ def _built_facts(model_class: Any, config: Any) -> Built:
     """Facts of the model that this config builds, without weights. The latest few are kept."""
     key = (model_class, config.to_json_string(use_diff=False))
     if key not in _BUILT:
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"):
             built = model_class(config.__class__.from_dict(config.to_diff_dict()))
         while len(_BUILT) >= 4:
             del _BUILT[next(iter(_BUILT))]

@@ -114,13 +114,15 @@ def without_shared_context(spec: TaskSpec, rows: Collection[Row], notes: list[st
     return spec.model_copy(update={"group": None})
 
 
-def labelled(rows: Iterable[Row], spec: TaskSpec) -> bool:
-    """Whether any row of a choice split has an answer (test sets are often published without)."""
+def labelled(rows: Collection[Row], spec: TaskSpec) -> bool:
+    """Whether any row of a choice split has an answer (test sets are often published without): in the column that the
+    task reads, or, where the rows lack that, in another one, which is to be renamed."""
     if spec.kind != "choice":
         return True
     template = str(spec.answer) if "{{" in str(spec.answer) else "{{ " + str(spec.answer) + " }}"
     read = meta.find_undeclared_variables(environment().parse(template))
-    given = (row.values.get(column) for row in rows for column in read.intersection(_ANSWERS))
+    there = {column for row in rows for column in row.values}
+    given = (row.values.get(column) for row in rows for column in read & there & {*_ANSWERS} or _ANSWERS)
     return any(not blank(value) and value not in (-1, "-1") for value in given)
 
 

@@ -113,13 +113,15 @@ def _zstd(path: Path) -> bytes:
         import zstandard
     except ImportError as error:
         raise InputError(f"{path}: reading .zst needs `pip install zstandard`; or decompress the file") from error
-    left, parts = path.read_bytes(), list[bytes]()
-    while left:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        parts.append(frame.decompress(left))
-        if not frame.eof:
-            raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-        left = frame.unused_data
+    parts, frame, left = list[bytes](), None, b""
+    with path.open("rb") as file:
+        while left := left or file.read(2**16):  # what follows a frame is copied: little at a time
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            parts.append(frame.decompress(left))
+            left = frame.unused_data
+            frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
     return b"".join(parts)
 
 
