@@ -28,7 +28,7 @@ from pydantic_settings import (
 )
 
 from trimllm import config as settings
-from trimllm import files, tasks
+from trimllm import files, startup, tasks
 from trimllm.config import plain_settings
 from trimllm.console import table, to_stderr
 from trimllm.errors import InputError, TrimError, did_you_mean, one_line
@@ -280,7 +280,8 @@ def run(command: settings.Settings) -> None:
     if isinstance(command, settings.TasksConfig):
         _list_tasks()
     else:
-        from trimllm import commands
+        with startup.uncollected():
+            from trimllm import commands
 
         commands.CARRY_OUT[type(command)](command)
 

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimllm import startup
 from trimllm.baselines import METHODS, Cell
 from trimllm.config import CompareConfig, plain_settings
 from trimllm.errors import InputError, TrimError, one_line
@@ -65,11 +66,12 @@ def check_libraries(cell: Cell) -> None:
 
 def measure(command: CompareConfig, cell: Cell, root: Path) -> dict[str, Any]:
     """The row: what the method made, how good, how large and how fast it is, and what making it took."""
-    import torch
-    import transformers
+    with startup.uncollected():
+        import torch
+        import transformers
 
-    from trimllm import memory
-    from trimllm.baselines.job import Job
+        from trimllm import memory
+        from trimllm.baselines.job import Job
 
     transformers.utils.logging.disable_progress_bar()
     if command.threads:

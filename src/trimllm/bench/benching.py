@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import gc
 import math
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from trimllm import memory
+from trimllm import memory, startup
 from trimllm.bench import reads, shapes, timing
 from trimllm.blocks import adapters, decoder
 from trimllm.checkpoints import arithmetic, backends, loading, models, room
@@ -233,9 +232,8 @@ def measure(
 
 
 def _pool() -> ProcessPoolExecutor:
-    """The process of one model. Ctrl-C, which it gets too, ends it at once and without a traceback."""
-    quiet = (signal.SIGINT, signal.SIG_DFL)
-    return ProcessPoolExecutor(1, get_context("spawn"), initializer=signal.signal, initargs=quiet)
+    """The process of one model."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=startup.child, initargs=(__name__,))
 
 
 def _check(command: BenchConfig) -> None:

@@ -116,16 +116,20 @@ _BUILT: dict[tuple[type, str], Built] = {}
 
 
 def _built_facts(model_class: Any, config: Any) -> Built:
-    """Facts of the model that this config builds, without weights. The latest few are kept."""
+    """Facts of the model that this config builds, without weights. Those of the few that were last asked for are kept:
+    the uncut one is among them."""
     key = (model_class, config.to_json_string(use_diff=False))
-    if key not in _BUILT:
+    if key in _BUILT:
+        found = _BUILT.pop(key)
+    else:
         with torch.device("meta"):
             built = model_class(config.__class__.from_dict(config.to_diff_dict()))
         while len(_BUILT) >= 4:
             del _BUILT[next(iter(_BUILT))]
         text = text_config(built)
-        _BUILT[key] = Built(tuple(_facts(block, text) for block in blocks(built)), _held(container(built)[0], text))
-    return _BUILT[key]
+        found = Built(tuple(_facts(block, text) for block in blocks(built)), _held(container(built)[0], text))
+    _BUILT[key] = found
+    return found
 
 
 def _difference(row: families.Family, old: tuple[Facts, ...], new: tuple[Facts, ...], layout: Layout) -> str | None:
