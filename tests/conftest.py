@@ -6,6 +6,7 @@ torch is imported when it is needed: the process that hands tests to others begi
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from trimllm.tasks.items import Item
 
 gc.disable()  # until all tests are collected (with several workers, their controller collects none, and has little)
 TEXT = "the cat sat on the mat. a dog ran to the cat; the man had no hat? yes or no: maybe yes."
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is asked of every family comes first, a family after the other, so that few workers import its code."""
+    count = Counter(item.nodeid.partition("[")[0] for item in items)
+    place: dict[str, int] = {}
+    rank = {}
+    for item in items:
+        test, _, case = item.nodeid.partition("[")
+        rank[item] = place.setdefault(case, len(place)) if count[test] > 80 else len(items)
+    items.sort(key=rank.__getitem__)
 
 
 def pytest_collection_finish() -> None:

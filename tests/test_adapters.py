@@ -124,7 +124,7 @@ def test_embeddings_and_head_that_were_tied_each_take_what_the_adapter_adds_to_t
     assert not model.config.tie_word_embeddings
     drop_layers(model, [1, 4])
     assert torch.allclose(logits(model), bypassed(reference, {1, 4}), atol=1e-5)
-    save_trimmed(model, tmp_path / "out")
+    save_trimmed(model, tmp_path / "out", verify=False)
     again = load_model(tmp_path / "out")
     assert not tied(again)
     assert torch.allclose(logits(again), bypassed(reference, {1, 4}), atol=1e-5)

@@ -272,8 +272,9 @@ def test_a_shape_that_cannot_be_built_is_one_line(tmp_path, text, message):
 
 def test_bench_measures_every_model_in_its_own_memory(tmp_path, capsys):
     build("llama", depth=2).save_pretrained(tmp_path / "small")
-    large = shape(tmp_path, hidden_size=512, intermediate_size=2048, vocab_size=20000, num_hidden_layers=8)
+    large = shape(tmp_path, hidden_size=512, intermediate_size=2048, vocab_size=10000, num_hidden_layers=4)
     words = [large, str(tmp_path / "small"), "--batch-size", "2,1", "--sequence", "24", "--new-tokens", "6"]
+    words += ["--dtype", "float32"]
     words += [
         "--repeats",
         "2",
@@ -295,7 +296,7 @@ def test_bench_measures_every_model_in_its_own_memory(tmp_path, capsys):
     ]
     assert (record["threads"], record["attention"], set(record["machine"])) == (1, "auto", {"platform", "processor"})
     big, small = record["models"]
-    weights = 2 * big["parameters"]
+    weights = 4 * big["parameters"]
     assert weights > 10**8
     assert big["stored_bytes"] == weights
     assert f"  {weights / 1e6:.0f}  " in out
