@@ -847,6 +847,32 @@ def test_eval_prints_and_writes_the_same_numbers(base, task, tmp_path, capsys):
     assert "needs a generation task" in refusal(capsys, "eval", *words, "--generate")
 
 
+def test_eval_against_another_model_tells_the_difference_of_paired_answers(base, task, tmp_path, capsys):
+    words = ["--task", task, "--calibration-size", "6", "--output", tmp_path / "e.json"]
+    call(capsys, "drop", "--model", base, "--layers", "0,2", "--output", tmp_path / "cut")
+    found = []
+    for one, other in ((base, tmp_path / "cut"), (tmp_path / "cut", base), (base, base)):
+        code, out, err = call(capsys, "eval", "--model", one, "--against", other, *words)
+        assert code == 0, err
+        found.append(json.loads((tmp_path / "e.json").read_text()))
+        against = found[-1]["against"]
+        assert f"against {other}: acc {against['value']:.1f} +- " in out
+        assert f"difference: {against['difference']:+.1f} +- {against['difference_stderr']:.1f} points (paired)" in out
+        assert against["difference"] == pytest.approx(found[-1]["value"] - against["value"])
+    there, back, none = found
+    assert there["loss"] == back["against"]["loss"] == none["loss"] == none["against"]["loss"]
+    assert there["against"]["loss"] == back["loss"] != none["loss"]
+    assert there["against"]["difference"] == -back["against"]["difference"]
+    assert (none["against"]["difference"], none["against"]["difference_stderr"]) == (0, 0)
+
+
+def test_eval_against_a_model_that_is_not_there_is_refused_before_the_first_is_asked(
+    base, task, tmp_path, capsys, no_model
+):
+    words = ["eval", "--model", base, "--task", task, "--against", tmp_path / "none"]
+    assert refusal(capsys, *words).startswith(f"--against {tmp_path / 'none'}: cannot load ")
+
+
 def test_eval_writes_before_it_prints(base, task, tmp_path, capsys, monkeypatch):
     def gone(*_, **__):
         raise OSError(errno.EIO, "Input/output error")

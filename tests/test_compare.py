@@ -172,6 +172,24 @@ def test_figures_are_those_of_the_checkpoints(whole: Any, world: tuple[Path, Pat
     assert rows["trim"]["parameters"] == rows["shortgpt"]["parameters"] < rows["base"]["parameters"]
 
 
+def test_rows_are_held_against_full_fine_tuning_question_by_question(
+    whole: Any, world: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, rows, printed = whole
+    full = output / rows["full"]["checkpoint"]
+    assert rows["full"]["above_full"] == {}
+    for name in ("base", "trim"):
+        told = output.parent / f"{name}.json"
+        model = str(output / rows[name]["checkpoint"])
+        words = ["eval", "--model", model, "--task", str(world[1]), "--calibration-size", "6", "--against", str(full)]
+        assert cli.main([*words, "--device", "cpu", "--output", str(told)]) == 0
+        wanted = json.loads(told.read_text())["against"]
+        (above,) = rows[name]["above_full"].values()
+        assert (above["difference"], above["stderr"]) == (wanted["difference"], wanted["difference_stderr"])
+        line = next(line for line in printed.splitlines() if line.startswith(rows[name]["title"] + "  "))
+        assert f"  {above['difference']:+.1f} +- {above['stderr']:.1f}  " in line
+
+
 def test_peers_train_as_long_as_the_progressive_run(whole: Any) -> None:
     output, *_ = whole
     stages = {}
@@ -202,7 +220,7 @@ def test_table_shows_the_rows(whole: Any) -> None:
 def test_table_and_picture_name_the_metric(tmp_path: Path, monkeypatch: Any) -> None:
     labels: list[str] = []
     accuracy = {"notes": DONE["accuracy"]["t"] | {"metric": "likelihood"}, "t": DONE["accuracy"]["t"]}
-    row = DONE | {"method": "base", "keep": None, "title": "no training", "accuracy": accuracy}
+    row = DONE | {"method": "base", "keep": None, "title": "no training", "accuracy": accuracy, "above_full": {}}
     found = {"rows": [row], "settings": {"model": "m", "task": "notes", "methods": ["base", "full"], "keep": [0.5]}}
     assert "\nnotes: likelihood, t: acc, in percent +- standard error" in compare_report.report(found)
     monkeypatch.setattr(Axes, "set_ylabel", lambda _, text: labels.append(text))
@@ -211,8 +229,8 @@ def test_table_and_picture_name_the_metric(tmp_path: Path, monkeypatch: Any) -> 
 
 
 def test_rows_that_a_resume_would_make_are_named() -> None:
-    rows = [DONE | {"method": name, "keep": None, "title": name} for name in ("base", "full")]
-    rows.append(DONE | {"method": "trim", "keep": 0.333333, "title": "trim"})  # as a child is told 1/3
+    cells = [("base", None), ("full", None), ("trim", 0.333333)]  # as a child is told 1/3
+    rows = [DONE | {"method": name, "keep": keep, "title": name, "above_full": {}} for name, keep in cells]
     settings: dict[str, Any] = {"methods": ["trim", "llm-int8"], "keep": [0.5, 1 / 3]}
     said = "\n--resume without --methods and --keep would also make: trim-0.5, llm-int8"
     assert compare_report.report({"rows": rows, "settings": settings}).endswith(said)

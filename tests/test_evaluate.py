@@ -17,6 +17,7 @@ from trimllm.evaluation import encoding, evaluate
 from trimllm.evaluation.encoding import encode_pair
 from trimllm.evaluation.evaluate import Scorer, Scores, judge
 from trimllm.evaluation.generation import generate
+from trimllm.evaluation.paired import difference
 from trimllm.tasks.items import Item
 
 WIDE = {"sliding_window": 48}
@@ -321,6 +322,47 @@ def test_acc_takes_the_highest_sum_and_acc_norm_the_highest_per_character():
     assert acc.stderr == pytest.approx(100 * math.sqrt(0.25 / 3))
     assert acc.loss == pytest.approx((4 + 10 + 30 + 2) / 4)
     assert acc.n == 4
+
+
+def test_a_value_is_the_mean_of_what_each_item_gives_and_its_error_that_of_their_mean():
+    numbers = np.random.default_rng(0)
+    items = choice_items(numbers.integers(0, 2, 50), (3, 5))
+    scores = scores_of(
+        numbers.normal(-8, 4, (50, 2)), tokens=tuple(map(tuple, numbers.integers(1, 9, (50, 2)).tolist()))
+    )
+    for metric in ("acc", "acc_norm", "likelihood"):
+        found = judge(items, scores, metric)
+        assert np.mean(found.per_item) == pytest.approx(found.value)
+        assert np.std(found.per_item, ddof=metric != "likelihood") / math.sqrt(50) == pytest.approx(found.stderr)
+        assert "per_item" not in found.summary()
+
+
+def test_a_difference_is_as_certain_as_paired_answers_make_it():
+    """Against the spread of many draws of the items, for a likelihood too, whose items have different lengths."""
+    numbers = np.random.default_rng(1)
+    count, items = 400, [Item(f"r:{n}", "q", (" a",)) for n in range(400)]
+    length = numbers.integers(1, 9, count)
+    hard = -numbers.gamma(2, 1, count)
+    rows = [length * (hard + numbers.normal(shift, 0.2, count)) for shift in (-0.1, 0.0)]
+
+    def value(row, chosen):
+        return 100 * math.exp(row[chosen].sum() / length[chosen].sum())
+
+    one, other = (judge(items, scores_of(row[:, None], [(int(n),) for n in length]), "likelihood") for row in rows)
+    apart, error = difference(one.per_item, other.per_item)
+    assert apart == pytest.approx(one.value - other.value)
+    draws = [numbers.integers(0, count, count) for _ in range(2000)]
+    assert error == pytest.approx(np.std([value(rows[0], d) - value(rows[1], d) for d in draws]), rel=0.1)
+    assert error < math.hypot(one.stderr, other.stderr) / 3
+    assert difference(one.per_item, one.per_item) == (0.0, 0.0)
+
+
+def test_a_difference_counts_questions_of_one_group_as_one():
+    one, other = [100.0, 100.0, 0.0, 0.0, 100.0, 100.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 100.0, 100.0, 100.0, 100.0]
+    apart, alone = difference(one, other)
+    assert (apart, alone) == (0.0, pytest.approx(100 * math.sqrt(4 / 7 / 8)))
+    assert difference(one, other, list("aabbccdd")) == (0.0, pytest.approx(100 * math.sqrt(8 * 4 / 3) / 8))
+    assert difference(one, other, [None, *"abbccdd"]) == (0.0, alone)
 
 
 def test_acc_norm_without_given_lengths_counts_the_characters_of_the_choices():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimllm import config, files, parallel, tasks
+from trimllm import config, files, memory, parallel, tasks
 from trimllm.blocks import decoder, legality, surgery
 from trimllm.blocks.layout import Unit, describe, positions, remove, units, whole, without
 from trimllm.checkpoints import arithmetic, export, folders, models
@@ -23,6 +23,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Evaluation, Scorer
 from trimllm.evaluation.generation import generate
+from trimllm.evaluation.paired import difference
 from trimllm.importance import scan, select, weights
 from trimllm.importance.scores import Evidence
 from trimllm.run import account, model_card, rundir
@@ -290,6 +291,26 @@ def run_eval(command: config.EvalConfig) -> None:
     if command.output:
         _check_result(Path(command.output))
         folders.check_writable(Path(command.output).parent)
+    if command.against:
+        _check_against(command)
+    loaded, data, evaluation = _evaluate(command)
+    record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
+    _write_result(command.output, record)
+    print(f"{data.name}: {evaluation_line(evaluation)}")
+    if command.generate:
+        record["generation"] = _generation(command, loaded, data)
+        _write_result(command.output, record)
+        print("generated: " + ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items()))
+    if command.against:
+        tokenizer = loaded.tokenizer
+        del loaded
+        memory.release()
+        record["against"] = _against(command, tokenizer, evaluation)
+        _write_result(command.output, record)
+
+
+def _evaluate(command: config.EvalConfig) -> tuple[models.Loaded, tasks.TaskData, Evaluation]:
+    """The model, what it is asked, and how it answers."""
     loaded = _load(command, evaluating=True)
     data = inputs.task_data(command, loaded.tokenizer, reported_only=True)
     if command.generate and data.kind != "generation":
@@ -298,14 +319,33 @@ def run_eval(command: config.EvalConfig) -> None:
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.test)
     for note in (*data.notes, *encoding.row_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
         console.say(f"  {note}")
-    evaluation = scorer.evaluate(loaded.model, data.metric)
-    record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
-    _write_result(command.output, record)
-    print(f"{data.name}: {evaluation_line(evaluation)}")
-    if command.generate:
-        record["generation"] = _generation(command, loaded, data)
-        _write_result(command.output, record)
-        print("generated: " + ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items()))
+    return loaded, data, scorer.evaluate(loaded.model, data.metric)
+
+
+def _check_against(command: config.EvalConfig) -> None:
+    """Refuse another model that is not there, before the first one is asked."""
+    try:
+        models.config_of(models.path_of(str(command.against)), trust_remote_code=command.trust_remote_code)
+    except InputError as error:
+        raise InputError(f"--against {command.against}: {error}") from None
+
+
+def _against(command: config.EvalConfig, tokenizer: Any, evaluation: Evaluation) -> dict[str, Any]:
+    """Ask the other model the same, and print how far the first one is above it.
+
+    Raises:
+        InputError: if a token is something else to it, and tokens are what the metric counts.
+    """
+    loaded, data, other = _evaluate(command.model_copy(update={"model": command.against, "generate": False}))
+    if evaluation.metric == "likelihood" and loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"--against {command.against}: its tokenizer is another one, so that likelihoods of a token cannot be "
+            "compared: leave --against out"
+        )
+    apart, error = difference(evaluation.per_item, other.per_item, [item.group for item in data.test])
+    print(f"against {command.against}: {evaluation_line(other)}")
+    print(f"difference: {apart:+.1f} +- {error:.1f} points (paired)")
+    return {"model": command.against, **other.summary(), "difference": apart, "difference_stderr": error}
 
 
 def _write_result(output: str | None, record: dict[str, Any]) -> None:

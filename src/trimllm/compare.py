@@ -163,7 +163,15 @@ def finished(root: Path) -> list[dict[str, Any]]:
     order = list(METHODS)
     rows.sort(key=lambda row: (order.index(row["method"]), -(row["keep"] or 0)))
     made = [Cell(METHODS[row["method"]], row["keep"]) for row in rows]
-    return [row | {"title": each.title, "source": each.method.source} for row, each in zip(rows, made, strict=True)]
+    more = [{"title": each.title, "source": each.method.source, "above_full": above_full(each, root)} for each in made]
+    return [row | added for row, added in zip(rows, more, strict=True)]
+
+
+def above_full(each: Cell, root: Path) -> dict[str, Any]:
+    """By task, how far a row is above the fully fine-tuned model; empty where that is not known."""
+    full = Cell(METHODS["full"], None)
+    found = {} if each == full else each.above(full, root)
+    return {task: {"difference": apart, "stderr": error} for task, (apart, error) in found.items()}
 
 
 def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareConfig:

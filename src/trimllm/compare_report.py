@@ -36,15 +36,16 @@ def report(found: dict[str, Any]) -> str:
     """The table; rows that have no figures say why below it."""
     done = [row for row in found["rows"] if row["status"] == "done"]
     metrics = {task: found["metric"] for row in done for task, found in row["accuracy"].items()}
-    header = ["method", "layers", *metrics, "acc_norm", "M params", "disk MB", "peak MB", "prefill/s", "decode/s"]
-    header += ["of the base's", "M tokens", "train min", "compress min"]
+    header = ["method", "layers", *metrics, "above full", "acc_norm", "M params", "disk MB", "peak MB"]
+    header += ["prefill/s", "decode/s", "of the base's", "M tokens", "train min", "compress min"]
     out = ""
     if done:
         out = table(header, [_line(row, list(metrics)) for row in done])
         out += (
             f"\n{', '.join(f'{task}: {metric}' for task, metric in metrics.items())}, in percent +- standard error on "
-            "the reported split; speed: tokens a second at batch 1, in turn with the base;\npeak: memory while "
-            "decoding; tokens and minutes: those of the method itself, without what it starts from"
+            "the reported split; above full: points above full fine-tuning, question by question;\n"
+            "speed: tokens a second at batch 1, in turn with the base; peak: memory while decoding;\n"
+            "tokens and minutes: those of the method itself, without what it starts from"
         )
     for row in done:
         if row["note"]:
@@ -62,11 +63,13 @@ def report(found: dict[str, Any]) -> str:
 def _line(row: dict[str, Any], tasks: list[str]) -> list[Any]:
     speed, ratio = row["speed"], row["speed"]["ratio"]
     accuracies = [row["accuracy"].get(task) for task in tasks]
-    own = next(iter(row["accuracy"].values()))
+    name, own = next(iter(row["accuracy"].items()))
+    above = row["above_full"].get(name)
     return [
         row["title"],
         row["depth"],
         *(f"{found['value']:.1f} +- {found['stderr']:.1f}" if found else "-" for found in accuracies),
+        f"{above['difference']:+.1f} +- {above['stderr']:.1f}" if above else "-",
         f"{own['acc_norm']:.1f}" if "acc_norm" in own else "-",
         f"{row['parameters'] / 1e6:.2f}",
         f"{row['disk_bytes'] / 1e6:.1f}",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimllm.errors import InputError, did_you_mean
+from trimllm.evaluation.paired import difference
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,28 @@ class Cell:
 
     def row(self, root: Path) -> dict[str, Any]:
         """Its row; empty if there is none yet."""
-        path = self.file(root)
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return found
+        return _read(self.file(root))
+
+    def outcomes(self, root: Path) -> Path:
+        """Where it keeps what `Evaluation.per_item` says of each task, and the groups of the items."""
+        return self.file(root).with_name("outcomes.json")
+
+    def above(self, other: Cell, root: Path) -> dict[str, tuple[float, float]]:
+        """By how many points its model is above that of another row, by task, with the paired standard error.
+
+        Empty if either has not said what it answered.
+        """
+        own, others = _read(self.outcomes(root)), _read(other.outcomes(root))
+        return {
+            task: difference(found["values"], others[task]["values"], found["groups"])
+            for task, found in own.items()
+            if task in others
+        }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def cells(names: Sequence[str], keeps: Sequence[float]) -> list[Cell]:

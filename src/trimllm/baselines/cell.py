@@ -103,17 +103,22 @@ def relative(path: str | Path, root: Path) -> str:
 
 
 def evaluate(job: Job, product: Product) -> dict[str, Any]:
-    """The reported split of the task and of those of --also, by the checkpoint as it stands on the disk."""
+    """The reported split of the task and of those of --also, by the checkpoint as it stands on the disk; what it
+    answered to each item goes into a file beside the row."""
+    from trimllm import files
     from trimllm.bench import benching
     from trimllm.blocks import decoder
     from trimllm.evaluation import inputs
 
     loaded = job.load(product.checkpoint, training=False, evaluating=True)
-    found = {}
+    found, outcomes = {}, {}
     for settings in tasks(job.command):
         data = inputs.task_data(settings, loaded.tokenizer, reported_only=True)
         scorer = inputs.scorer(settings, loaded.model, loaded.tokenizer, data.test)
-        found[data.name] = scorer.evaluate(loaded.model, data.metric).summary()
+        evaluation = scorer.evaluate(loaded.model, data.metric)
+        found[data.name] = evaluation.summary()
+        outcomes[data.name] = {"values": evaluation.per_item, "groups": [item.group for item in data.test]}
+    files.write_json(job.cell.outcomes(job.root), outcomes)
     return {
         "accuracy": found,
         "depth": decoder.depth(loaded.model),

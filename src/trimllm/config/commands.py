@@ -101,8 +101,12 @@ class EvalConfig(TaskSettings, ModelSettings):
 
     Example:
       trimllm eval --model runs/medicine/model --task demo_medicine
+      trimllm eval --model runs/medicine/model --task demo_medicine --against demo
     """
 
+    against: Annotated[str, Field(min_length=1)] | None = None
+    """Another model (a directory or a Hub id; `demo`) that is asked the same: the difference between the two, with its
+    standard error over paired answers."""
     output: Location | None = None
     """JSON file for the result."""
     eval_batch_size: Positive | None = None

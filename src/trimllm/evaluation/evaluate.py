@@ -22,6 +22,7 @@ from trimllm.checkpoints.dtypes import name_of
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.evaluation.encoding import Batch, Batches, Encoded
+from trimllm.evaluation.paired import standard_error
 from trimllm.parallel import ALONE, Share
 from trimllm.tasks.items import Item
 
@@ -66,7 +67,10 @@ class Evaluation:
     greedy: float | None = None
     """generation: percent of targets that greedy decoding reproduces."""
     correct: tuple[bool, ...] = ()
-    """Per item, for paired comparisons; empty for generation and text."""
+    """Per item; empty for generation and text."""
+    per_item: tuple[float, ...] = ()
+    """What `value` is the mean of: 100 or 0 for a choice; for a likelihood, `value` and what the item moves it by, to
+    first order. See `paired.difference`."""
     dtype: str | None = None
     """Dtype of the weights when they computed it: a CPU that emulates the 16 bits of a checkpoint takes float32."""
 
@@ -80,7 +84,7 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """What goes into result files: everything but the per-item outcomes."""
-        kept = {key: value for key, value in vars(self).items() if key != "correct" and value is not None}
+        kept = {k: value for k, value in vars(self).items() if k not in ("correct", "per_item") and value is not None}
         return kept | {"perplexity": self.perplexity}
 
 
@@ -314,19 +318,22 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
     loss = float(-right.sum() / tokens.sum())
     n = len(items)
     if metric == "likelihood":
-        spread = float(np.sqrt(np.square(right + loss * tokens).sum()) / tokens.sum())
+        moved = (right + loss * tokens) / tokens.sum()
         value = 100 * math.exp(-loss)
+        error = value * float(np.sqrt(np.square(moved).sum()))
         exact = 100 * float(np.mean([row[a] for row, a in zip(scores.greedy, answers, strict=True)]))
-        return Evaluation(metric, value, value * spread, n, loss, greedy=exact)
+        per_item = tuple((value * (1 + n * moved)).tolist())
+        return Evaluation(metric, value, error, n, loss, greedy=exact, per_item=per_item)
     if metric not in ("acc", "acc_norm"):
         raise InputError(f"unknown metric {metric!r}: use acc, acc_norm or likelihood")
     if any(len(item.continuations) < 2 for item in items):
         raise InputError(f"metric {metric} needs choices, and this task has none: use likelihood")
     hits = {name: outcomes(items, scores, name)[0] for name in ("acc", "acc_norm")}
-    error = 100 * _standard_error(hits[metric], [item.group for item in items])
+    error = 100 * standard_error(hits[metric], [item.group for item in items])
     percent = {name: 100 * float(hit.mean()) for name, hit in hits.items()}
-    correct = tuple(map(bool, hits[metric]))
-    return Evaluation(metric, percent[metric], error, n, loss, percent["acc"], percent["acc_norm"], correct=correct)
+    correct, per_item = tuple(map(bool, hits[metric])), tuple((100.0 * hits[metric]).tolist())
+    both = percent["acc"], percent["acc_norm"]
+    return Evaluation(metric, percent[metric], error, n, loss, *both, correct=correct, per_item=per_item)
 
 
 def outcomes(items: Sequence[Item], scores: Scores, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -348,20 +355,6 @@ def estimate(share: float, seen: int, metric: str) -> Evaluation:
     """An evaluation that was broken off after `seen` items: the share of hits that is expected over all."""
     error = 100 * math.sqrt(share * (1 - share) / max(seen - 1, 1))
     return Evaluation(metric, 100 * float(share), error, seen, math.nan)
-
-
-def _standard_error(hits: np.ndarray, groups: Sequence[str | None]) -> float:
-    """Binomial standard error of the share of hits; questions of one group (an entity, an article) are not independent,
-    so where there are groups theirs is taken if it is larger (the cluster-robust variance of a mean)."""
-    share, n = hits.mean(), len(hits)
-    binomial = math.sqrt(share * (1 - share) / max(n - 1, 1))
-    sums: dict[str | None, float] = {}
-    for hit, group in zip(hits, groups, strict=True):
-        sums[group] = sums.get(group, 0.0) + float(hit - share)
-    if None in sums or len(sums) < 2:
-        return binomial
-    clustered = math.sqrt(sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / n
-    return max(binomial, clustered)
 
 
 def evaluate(model: Any, tokenizer: Any, items: Sequence[Item], metric: str, **settings: Any) -> Evaluation:
