@@ -338,6 +338,7 @@ def test_training_is_foretold(base, task, tmp_path, monkeypatch, capsys, changes
     (total,) = re.findall(r"training: .* tokens an epoch, ([\d,]+) in all\n", lines)
     assert int(total.replace(",", "")) == pytest.approx(h.result(tmp_path / "run")["tokens"]["total"], rel=0.05)
     assert ("training after drops: about" in lines) == (config.warmup_epochs > 0)
+    assert f" parameters; {stages[-1]['depth']} layers are to stay\n" in lines
 
 
 def test_of_training_that_may_end_sooner_the_most_is_foretold():

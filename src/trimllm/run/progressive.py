@@ -237,7 +237,8 @@ class Run:
         """Say what is there, and measure the base."""
         config, say = self.config, self.console.say
         parameters = recording.size(loaded.model, self.save_dtype).parameters
-        say(f"{config.model}: {self.base_depth} layers, {parameters:,} parameters")
+        end = "" if self.decider.wanted is None else f"; {self.decider.wanted} layers are to stay"
+        say(f"{config.model}: {self.base_depth} layers, {parameters:,} parameters{end}")
         for note in loaded.notes:
             say(f"  {note}")
         say(
