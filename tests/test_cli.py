@@ -24,6 +24,7 @@ from trimllm.blocks import legality
 from trimllm.checkpoints import models
 from trimllm.config import plain_settings
 from trimllm.errors import InputError, TrimError
+from trimllm.evaluation.paired import shown
 from trimllm.importance import scan
 from trimllm.run import placing, rundir
 
@@ -857,20 +858,63 @@ def test_eval_against_another_model_tells_the_difference_of_paired_answers(base,
         found.append(json.loads((tmp_path / "e.json").read_text()))
         against = found[-1]["against"]
         assert f"against {other}: acc {against['value']:.1f} +- " in out
-        assert f"difference: {against['difference']:+.1f} +- {against['difference_stderr']:.1f} points (paired)" in out
-        assert against["difference"] == pytest.approx(found[-1]["value"] - against["value"])
+        assert f"difference: {shown(against['above'])} points (paired)" in out
+        assert against["above"]["difference"] == pytest.approx(found[-1]["value"] - against["value"])
     there, back, none = found
     assert there["loss"] == back["against"]["loss"] == none["loss"] == none["against"]["loss"]
     assert there["against"]["loss"] == back["loss"] != none["loss"]
-    assert there["against"]["difference"] == -back["against"]["difference"]
-    assert (none["against"]["difference"], none["against"]["difference_stderr"]) == (0, 0)
+    assert there["against"]["above"]["difference"] == -back["against"]["above"]["difference"]
+    assert none["against"]["above"] == {"difference": 0, "stderr": 0}
 
 
-def test_eval_against_a_model_that_is_not_there_is_refused_before_the_first_is_asked(
-    base, task, tmp_path, capsys, no_model
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [
+        ("everything", "cannot load "),
+        ("model.safetensors", "the folder has no model.safetensors"),
+        ("tokenizer.json", "cannot load a tokenizer from"),
+    ],
+)
+def test_eval_against_what_cannot_be_asked_is_refused_before_the_first_is(
+    base, task, tmp_path, capsys, no_model, lacks, said
 ):
-    words = ["eval", "--model", base, "--task", task, "--against", tmp_path / "none"]
-    assert refusal(capsys, *words).startswith(f"--against {tmp_path / 'none'}: cannot load ")
+    other = tmp_path / "other"
+    if lacks != "everything":
+        shutil.copytree(base, other, ignore=shutil.ignore_patterns(lacks))
+    message = refusal(capsys, "eval", "--model", base, "--task", task, "--against", other)
+    assert message.startswith(f"--against {other}: ")
+    assert said in message
+    assert "--model" not in message
+
+
+def test_eval_against_a_model_with_another_template_says_so(base, tmp_path, capsys):
+    for name, user in (("one", "user: "), ("other", "[user] ")):
+        shutil.copytree(base, tmp_path / name)
+        template = "{%- for m in messages %}{{ (WHO if m.role == 'user' else '> ') + m.content }}\n{% endfor %}"
+        template += "{%- if add_generation_prompt %}{{ '> ' }}{% endif %}"
+        (tmp_path / name / "chat_template.jinja").write_text(template.replace("WHO", repr(user)))
+    talk = [{"role": "user", "content": "who is it?"}, {"role": "assistant", "content": "a cat"}]
+    rows = [json.dumps({"messages": [talk[0] | {"content": f"who is it {n}?"}, talk[1]]}) for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = ["eval", "--task", tmp_path / "rows.jsonl", "--model", tmp_path / "one", "--against"]
+    for name in ("one", "other"):
+        code, _, err = call(capsys, *words, tmp_path / name)
+        assert code == 0, err
+        assert ("is asked in other words: the two have different chat templates" in err) == (name == "other")
+
+
+def test_likelihoods_of_other_tokens_are_not_compared(base, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    (tmp_path / "text.txt").write_text("it was a long, long day. " * 400)
+    words = ["eval", "--model", base, "--task", tmp_path / "text.txt", "--against", other]
+    code, out, err = call(capsys, *words, "--output", tmp_path / "e.json")
+    assert code == 2
+    assert out.startswith("text: likelihood ")
+    assert f"trimllm: --against {other}: its tokenizer, chat template or context makes other tokens of" in err
+    assert json.loads((tmp_path / "e.json").read_text())["metric"] == "likelihood"
 
 
 def test_eval_writes_before_it_prints(base, task, tmp_path, capsys, monkeypatch):

@@ -29,6 +29,7 @@ from trimllm.config import CompareConfig, EvalConfig, TrimConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import inputs
+from trimllm.evaluation.paired import shown
 
 DEPTH = 4
 KEEPS = (0.75, 0.5)
@@ -183,11 +184,25 @@ def test_rows_are_held_against_full_fine_tuning_question_by_question(
         model = str(output / rows[name]["checkpoint"])
         words = ["eval", "--model", model, "--task", str(world[1]), "--calibration-size", "6", "--against", str(full)]
         assert cli.main([*words, "--device", "cpu", "--output", str(told)]) == 0
-        wanted = json.loads(told.read_text())["against"]
         (above,) = rows[name]["above_full"].values()
-        assert (above["difference"], above["stderr"]) == (wanted["difference"], wanted["difference_stderr"])
+        assert above == json.loads(told.read_text())["against"]["above"]
         line = next(line for line in printed.splitlines() if line.startswith(rows[name]["title"] + "  "))
-        assert f"  {above['difference']:+.1f} +- {above['stderr']:.1f}  " in line
+        assert f"  {shown(above)}  " in line
+    assert "\nabove full: points of task above full fine-tuning, +- standard error over paired answers" in printed
+
+
+def test_rows_are_not_held_against_what_is_not_there(whole: Any, tmp_path: Path) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(whole[0], output)
+    full = Cell(METHODS["full"], None)
+    assert [bool(row["above_full"]) for row in compare.finished(output)] == [True, False, True, True]
+    (output / "cells" / "trim-0.5" / "answers.json").unlink()  # as of an earlier version
+    assert [bool(row["above_full"]) for row in compare.finished(output)] == [True, False, False, True]
+    full.file(output).write_text(json.dumps(full.row(output) | {"status": "failed", "why": "w"}))
+    rows = compare.finished(output)
+    assert not any(row["above_full"] for row in rows)
+    settings = {"methods": ["base"], "keep": [0.5]}
+    assert "above full" not in compare_report.report({"rows": rows, "settings": settings})
 
 
 def test_peers_train_as_long_as_the_progressive_run(whole: Any) -> None:

@@ -333,7 +333,7 @@ def test_a_value_is_the_mean_of_what_each_item_gives_and_its_error_that_of_their
     for metric in ("acc", "acc_norm", "likelihood"):
         found = judge(items, scores, metric)
         assert np.mean(found.per_item) == pytest.approx(found.value)
-        assert np.std(found.per_item, ddof=metric != "likelihood") / math.sqrt(50) == pytest.approx(found.stderr)
+        assert np.std(found.per_item, ddof=1) / math.sqrt(50) == pytest.approx(found.stderr)
         assert "per_item" not in found.summary()
 
 
@@ -362,7 +362,11 @@ def test_a_difference_counts_questions_of_one_group_as_one():
     apart, alone = difference(one, other)
     assert (apart, alone) == (0.0, pytest.approx(100 * math.sqrt(4 / 7 / 8)))
     assert difference(one, other, list("aabbccdd")) == (0.0, pytest.approx(100 * math.sqrt(8 * 4 / 3) / 8))
-    assert difference(one, other, [None, *"abbccdd"]) == (0.0, alone)
+    ones_apart = 1 + 1 + 0 + 0 + 2**2  # an item without a group is one by itself
+    assert difference(one, other, [None, None, *"bbccdd"]) == (
+        0.0,
+        pytest.approx(100 * math.sqrt(ones_apart * 5 / 4) / 8),
+    )
 
 
 def test_acc_norm_without_given_lengths_counts_the_characters_of_the_choices():
@@ -383,7 +387,12 @@ def test_likelihood_is_the_geometric_mean_probability_with_the_delta_methods_err
     assert result.loss == pytest.approx(loss)
     assert result.value == pytest.approx(100 * math.exp(-loss))
     residuals = np.array([-2 + loss, -6 + 4 * loss, -1 + 2 * loss])
-    assert result.stderr == pytest.approx(result.value * math.sqrt((residuals**2).sum()) / 7)
+    assert result.stderr == pytest.approx(result.value * math.sqrt((residuals**2).sum() * 3 / 2) / 7)
+    grouped = [replace(item, group=group) for item, group in zip(items, "aab", strict=True)]
+    sums = np.array([residuals[0] + residuals[1], residuals[2]])
+    assert judge(grouped, scores, "likelihood").stderr == pytest.approx(
+        result.value * max(math.sqrt((residuals**2).sum() * 3 / 2), math.sqrt((sums**2).sum() * 2)) / 7
+    )
     assert result.greedy == pytest.approx(100 / 3)
     assert result.correct == ()
     assert "perplexity" in str(result)

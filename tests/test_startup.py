@@ -41,10 +41,14 @@ def test_a_process_that_is_not_ours_is_left_as_it_is(young: list[str], monkeypat
     assert young == []
 
 
-def test_a_child_imports_its_module_and_is_ended_by_an_interrupt(young: list[str]) -> None:
+def test_a_child_imports_its_module_and_is_ended_by_an_interrupt(
+    young: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = signal.getsignal(signal.SIGINT)
+    monkeypatch.delitem(sys.modules, "trimllm.errors")
     try:
         startup.child("trimllm.errors")
+        assert "trimllm.errors" in sys.modules
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,12 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     assert (a - b).abs().max() <= EXACT * max(1.0, float(b.abs().max()))
 
 
+def save_exactly(model: Any, folder: Path) -> None:
+    report = save_trimmed(model, folder)
+    assert report is not None
+    assert max(report.plain, report.cached, report.static or 0.0) < 1e-4
+
+
 def test_newest_release_skips_no_family() -> None:
     if Version(transformers.__version__) >= Version("5.23.0"):
         assert [name for name in NAMES if absent(name)] == []
@@ -183,9 +190,7 @@ def test_dropped_layers_equal_bypassed_layers_and_reload_exactly(name: str, tmp_
         else:
             assert torch.equal(logits(trimmed), expected)
         if (dropped == (0, 3) and whole_only(text_config(model))) or name in NOT_EXACT:  # others: with a pair, below
-            report = save_trimmed(trimmed, tmp_path / "-".join(map(str, dropped)))
-            assert report is not None
-            assert max(report.plain, report.cached, report.static or 0.0) < 1e-4
+            save_exactly(trimmed, tmp_path / "-".join(map(str, dropped)))
 
 
 def pair_oracle(model: Any, i: int) -> torch.Tensor:
@@ -223,7 +228,7 @@ def test_shifted_pairs_equal_the_stream_without_both_halves(name: str, tmp_path:
             apply_layout(trimmed, remove_all(whole(6), [Unit("pair", i), *(Unit("block", place) for place in gone)]))
             with skip_blocks(model, gone):
                 close(logits(trimmed), pair_oracle(model, i))
-            save_trimmed(trimmed, tmp_path / str(i))
+            save_exactly(trimmed, tmp_path / str(i))
 
 
 @pytest.mark.parametrize("name", NAMES, scope="module")

@@ -17,9 +17,11 @@ from trimllm import cli
 from trimllm.blocks import decoder
 from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
-from trimllm.config import STRATEGIES, TrimConfig
+from trimllm.config import STRATEGIES, EvalConfig, TrimConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation.evaluate import Scorer
+from trimllm.evaluation import inputs
+from trimllm.evaluation.evaluate import Scorer, evaluate
+from trimllm.evaluation.paired import difference
 from trimllm.importance import scores
 from trimllm.run import account, deciding, progressive, rundir
 from trimllm.training import losses, train
@@ -119,6 +121,39 @@ def test_every_file_of_a_run_agrees_with_the_others(trained, base):
     assert steps[2] > steps[1], "final epochs train longer after the last drop"
 
 
+def test_the_result_is_held_against_all_layers_before_the_drops(trained, task):
+    output, model, history = trained
+    result, kept = (
+        h.result(output),
+        {path.stem: json.loads(path.read_text()) for path in (output / "answers").iterdir()},
+    )
+    assert kept.keys() == {"base", "depth-5", "depth-4", "depth-3", "saved"}
+    command = EvalConfig(model=str(output / "model"), task=str(task), calibration_size=6, device="cpu")
+    items = inputs.task_data(command, load_tokenizer(output / "model")).test
+    answered = evaluate(model, load_tokenizer(output / "model"), items, "acc").per_item
+    assert kept["saved"]["values"] == list(answered)
+    assert kept["saved"]["groups"] == [item.group for item in items]
+    apart, error = difference(answered, kept["depth-5"]["values"], kept["saved"]["groups"])
+    assert result["above_full"] == {"difference": apart, "stderr": error}
+    assert apart == pytest.approx(history[-1]["test"]["value"] - history[1]["test"]["value"])
+    told = f"{apart:+.1f} +- {error:.1f} points against all 5 layers before the drops (paired answers)"
+    assert told in (output / "model" / "README.md").read_text()
+
+
+def test_without_a_warm_up_all_layers_are_those_of_the_base(base, task, tmp_path, capsys):
+    progressive.trim(**h.settings(base, task, tmp_path / "run", depth=4, **NO_TRAINING))
+    history, above = h.result(tmp_path / "run")["history"], h.result(tmp_path / "run")["above_full"]
+    assert above["difference"] == pytest.approx(history[-1]["test"]["value"] - history[0]["test"]["value"])
+    assert (
+        f"  {above['difference']:+.1f} +- {above['stderr']:.1f} points against all 5 layers" in capsys.readouterr().err
+    )
+
+
+def test_a_result_is_not_held_against_what_was_not_asked(base, task, tmp_path):
+    h.run(base, task, tmp_path / "run", depth=4)
+    assert h.result(tmp_path / "run")["above_full"] is None
+
+
 def test_model_card_names_base_layers_and_accuracy(trained):
     output, _, history = trained
     card = (output / "model" / "README.md").read_text()
@@ -194,6 +229,7 @@ def test_a_run_that_drops_nothing_says_so(base, task, tmp_path, scripted, capsys
     assert "warning: nothing was dropped: the first drop fell below the accuracy floor\n" in capsys.readouterr().err
     warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
     assert warned == ["nothing was dropped: the first drop fell below the accuracy floor"]
+    assert h.result(tmp_path / "run")["above_full"] is None
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert ", with all of its 5 layers\n" in card
     assert f"fine-tuned on `{task.name}`, and no layer was dropped." in card

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from trimllm.checkpoints import arithmetic, export, folders, models
 from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.console import Console, table
 from trimllm.errors import InputError
-from trimllm.evaluation import encoding, inputs
+from trimllm.evaluation import encoding, inputs, paired
 from trimllm.evaluation.evaluate import Evaluation, Scorer
 from trimllm.evaluation.generation import generate
-from trimllm.evaluation.paired import difference
 from trimllm.importance import scan, select, weights
 from trimllm.importance.scores import Evidence
 from trimllm.run import account, model_card, rundir
@@ -293,7 +292,8 @@ def run_eval(command: config.EvalConfig) -> None:
         folders.check_writable(Path(command.output).parent)
     if command.against:
         _check_against(command)
-    loaded, data, evaluation = _evaluate(command)
+    loaded, data, scorer = _asked(command)
+    evaluation = scorer.evaluate(loaded.model, data.metric)
     record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
     _write_result(command.output, record)
     print(f"{data.name}: {evaluation_line(evaluation)}")
@@ -302,50 +302,71 @@ def run_eval(command: config.EvalConfig) -> None:
         _write_result(command.output, record)
         print("generated: " + ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items()))
     if command.against:
-        tokenizer = loaded.tokenizer
         del loaded
         memory.release()
-        record["against"] = _against(command, tokenizer, evaluation)
+        record["against"] = _against(command, data, scorer, evaluation)
         _write_result(command.output, record)
 
 
-def _evaluate(command: config.EvalConfig) -> tuple[models.Loaded, tasks.TaskData, Evaluation]:
-    """The model, what it is asked, and how it answers."""
+def _asked(command: config.EvalConfig, earlier: tasks.TaskData | None = None) -> tuple[models.Loaded, Any, Scorer]:
+    """The model, what it is asked, and that as it reads it; what was said of the `earlier` data is not said again."""
     loaded = _load(command, evaluating=True)
     data = inputs.task_data(command, loaded.tokenizer, reported_only=True)
     if command.generate and data.kind != "generation":
         raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}: leave it out")
     console = Console()
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.test)
-    for note in (*data.notes, *encoding.row_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
+    notes = [note for note in data.notes if earlier is None or note not in earlier.notes]
+    for note in (*notes, *encoding.row_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
         console.say(f"  {note}")
-    return loaded, data, scorer.evaluate(loaded.model, data.metric)
+    return loaded, data, scorer
 
 
 def _check_against(command: config.EvalConfig) -> None:
-    """Refuse another model that is not there, before the first one is asked."""
+    """Refuse another model that is not there or cannot be one, before the first one is asked."""
+    from trimllm.checkpoints import loading
+
+    path = models.path_of(str(command.against))
+    with _of_against(command):
+        models.checked_config(path, command)
+        loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
+
+
+@contextmanager
+def _of_against(command: config.EvalConfig) -> Iterator[None]:
+    """Within, an error is one of the other model: it names --against."""
     try:
-        models.config_of(models.path_of(str(command.against)), trust_remote_code=command.trust_remote_code)
+        yield
     except InputError as error:
-        raise InputError(f"--against {command.against}: {error}") from None
+        text = str(error).removeprefix(f"--model {command.against}").removeprefix(": ").lstrip()
+        raise InputError(f"--against {command.against}: {text}") from None
 
 
-def _against(command: config.EvalConfig, tokenizer: Any, evaluation: Evaluation) -> dict[str, Any]:
+def _against(
+    command: config.EvalConfig, data: tasks.TaskData, scorer: Scorer, evaluation: Evaluation
+) -> dict[str, Any]:
     """Ask the other model the same, and print how far the first one is above it.
 
     Raises:
-        InputError: if a token is something else to it, and tokens are what the metric counts.
+        InputError: if it divides what is to be likely into other tokens.
     """
-    loaded, data, other = _evaluate(command.model_copy(update={"model": command.against, "generate": False}))
-    if evaluation.metric == "likelihood" and loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise InputError(
-            f"--against {command.against}: its tokenizer is another one, so that likelihoods of a token cannot be "
-            "compared: leave --against out"
-        )
-    apart, error = difference(evaluation.per_item, other.per_item, [item.group for item in data.test])
-    print(f"against {command.against}: {evaluation_line(other)}")
-    print(f"difference: {apart:+.1f} +- {error:.1f} points (paired)")
-    return {"model": command.against, **other.summary(), "difference": apart, "difference_stderr": error}
+    other = command.model_copy(update={"model": command.against, "generate": False})
+    with _of_against(command):
+        loaded, theirs, own = _asked(other, data)
+        divided = [[row.target for row in each.encoded] for each in (scorer, own)]
+        if data.metric == "likelihood" and divided[0] != divided[1]:
+            raise InputError(
+                "its tokenizer, chat template or context makes other tokens of the rows, whose likelihoods cannot be "
+                "compared: leave --against out"
+            )
+    if theirs.digest() != data.digest():
+        Console().say(f"  {command.against} is asked in other words: the two have different chat templates")
+    found = own.evaluate(loaded.model, data.metric)
+    answers = [paired.answers(one.per_item, asked.test) for one, asked in ((evaluation, data), (found, theirs))]
+    above = paired.apart(*answers)
+    print(f"against {command.against}: {evaluation_line(found)}")
+    print(f"difference: {paired.shown(above)} points (paired)")
+    return {"model": command.against, **found.summary(), "above": above}
 
 
 def _write_result(output: str | None, record: dict[str, Any]) -> None:

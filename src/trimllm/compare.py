@@ -126,16 +126,11 @@ def check_model(command: CompareConfig) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trimllm.blocks import adapters, decoder
-    from trimllm.checkpoints import loading, models, shards
+    from trimllm.blocks import decoder
+    from trimllm.checkpoints import loading, models
 
     path = models.path_of(command.model)
-    config = models.config_of(path, trust_remote_code=command.trust_remote_code)
-    folder = Path(adapters.base_of(path) or path)
-    if folder.is_dir():
-        loading.check_folder(folder)
-        if not shards.present(folder) and not command.allow_pickle:
-            raise InputError(loading.no_safetensors(str(folder)))
+    config = models.checked_config(path, command)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"cannot use model {path!r}: it is an encoder-decoder, not a causal language model")
     try:
@@ -163,15 +158,12 @@ def finished(root: Path) -> list[dict[str, Any]]:
     order = list(METHODS)
     rows.sort(key=lambda row: (order.index(row["method"]), -(row["keep"] or 0)))
     made = [Cell(METHODS[row["method"]], row["keep"]) for row in rows]
-    more = [{"title": each.title, "source": each.method.source, "above_full": above_full(each, root)} for each in made]
-    return [row | added for row, added in zip(rows, more, strict=True)]
-
-
-def above_full(each: Cell, root: Path) -> dict[str, Any]:
-    """By task, how far a row is above the fully fine-tuned model; empty where that is not known."""
     full = Cell(METHODS["full"], None)
-    found = {} if each == full else each.above(full, root)
-    return {task: {"difference": apart, "stderr": error} for task, (apart, error) in found.items()}
+    above = [each.above(full, root) if each != full else {} for each in made]
+    return [
+        row | {"title": each.title, "source": each.method.source, "above_full": found}
+        for row, each, found in zip(rows, made, above, strict=True)
+    ]
 
 
 def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareConfig:
@@ -231,7 +223,8 @@ def make_row(command: CompareConfig, each: Cell, root: Path, lock: int) -> None:
     arguments = [str(root), each.method.name, *([f"{each.keep:g}"] if each.method.keeps else [])]
     path = each.file(root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+    for left in (path, each.answers(root)):
+        left.unlink(missing_ok=True)
     if command.baselines_python and cell.missing(each):
         if lacks := elsewhere.lacking(command.baselines_python, each):
             why = f"--baselines-python {command.baselines_python} {lacks}"

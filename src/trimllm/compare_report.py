@@ -9,6 +9,7 @@ from trimllm.baselines import METHODS, Cell, cells
 from trimllm.bench import tables
 from trimllm.config import CompareConfig
 from trimllm.console import clock, table
+from trimllm.evaluation.paired import shown
 from trimllm.plot import picture
 
 
@@ -36,17 +37,20 @@ def report(found: dict[str, Any]) -> str:
     """The table; rows that have no figures say why below it."""
     done = [row for row in found["rows"] if row["status"] == "done"]
     metrics = {task: found["metric"] for row in done for task, found in row["accuracy"].items()}
-    header = ["method", "layers", *metrics, "above full", "acc_norm", "M params", "disk MB", "peak MB"]
-    header += ["prefill/s", "decode/s", "of the base's", "M tokens", "train min", "compress min"]
+    own, *also = metrics or [""]
+    above = any(row["above_full"] for row in done)
+    header = ["method", "layers", own, *(["above full"] if above else []), *also, "acc_norm", "M params", "disk MB"]
+    header += ["peak MB", "prefill/s", "decode/s", "of the base's", "M tokens", "train min", "compress min"]
     out = ""
     if done:
-        out = table(header, [_line(row, list(metrics)) for row in done])
+        out = table(header, [_line(row, list(metrics), above=above) for row in done])
         out += (
             f"\n{', '.join(f'{task}: {metric}' for task, metric in metrics.items())}, in percent +- standard error on "
-            "the reported split; above full: points above full fine-tuning, question by question;\n"
-            "speed: tokens a second at batch 1, in turn with the base; peak: memory while decoding;\n"
-            "tokens and minutes: those of the method itself, without what it starts from"
+            "the reported split; speed: tokens a second at batch 1, in turn with the base;\npeak: memory while "
+            "decoding; tokens and minutes: those of the method itself, without what it starts from"
         )
+    if above:
+        out += f"\nabove full: points of {own} above full fine-tuning, +- standard error over paired answers"
     for row in done:
         if row["note"]:
             out += f"\n{row['title']}: {row['note']}"
@@ -60,16 +64,18 @@ def report(found: dict[str, Any]) -> str:
     return out
 
 
-def _line(row: dict[str, Any], tasks: list[str]) -> list[Any]:
+def _line(row: dict[str, Any], tasks: list[str], *, above: bool) -> list[Any]:
     speed, ratio = row["speed"], row["speed"]["ratio"]
     accuracies = [row["accuracy"].get(task) for task in tasks]
+    first, *others = (f"{found['value']:.1f} +- {found['stderr']:.1f}" if found else "-" for found in accuracies)
     name, own = next(iter(row["accuracy"].items()))
-    above = row["above_full"].get(name)
+    apart = row["above_full"].get(name)
     return [
         row["title"],
         row["depth"],
-        *(f"{found['value']:.1f} +- {found['stderr']:.1f}" if found else "-" for found in accuracies),
-        f"{above['difference']:+.1f} +- {above['stderr']:.1f}" if above else "-",
+        first,
+        *([shown(apart) if apart else "-"] if above else []),
+        *others,
         f"{own['acc_norm']:.1f}" if "acc_norm" in own else "-",
         f"{row['parameters'] / 1e6:.2f}",
         f"{row['disk_bytes'] / 1e6:.1f}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimllm.errors import InputError, did_you_mean
-from trimllm.evaluation.paired import difference
+from trimllm.evaluation.paired import apart
 
 
 @dataclass(frozen=True)
@@ -117,21 +117,17 @@ class Cell:
         """Its row; empty if there is none yet."""
         return _read(self.file(root))
 
-    def outcomes(self, root: Path) -> Path:
-        """Where it keeps what `Evaluation.per_item` says of each task, and the groups of the items."""
-        return self.file(root).with_name("outcomes.json")
+    def answers(self, root: Path) -> Path:
+        """Where it keeps what its model answered, by task (see `paired.answers`)."""
+        return self.file(root).with_name("answers.json")
 
-    def above(self, other: Cell, root: Path) -> dict[str, tuple[float, float]]:
-        """By how many points its model is above that of another row, by task, with the paired standard error.
-
-        Empty if either has not said what it answered.
-        """
-        own, others = _read(self.outcomes(root)), _read(other.outcomes(root))
-        return {
-            task: difference(found["values"], others[task]["values"], found["groups"])
-            for task, found in own.items()
-            if task in others
-        }
+    def above(self, other: Cell, root: Path) -> dict[str, dict[str, float]]:
+        """By how many points its model is above that of another row, by task, with the paired standard error; empty if
+        one of the rows is not there, or kept no answers."""
+        if any(one.row(root).get("status") != "done" for one in (self, other)):
+            return {}
+        own, others = _read(self.answers(root)), _read(other.answers(root))
+        return {task: apart(found, others[task]) for task, found in own.items() if task in others}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -108,17 +108,17 @@ def evaluate(job: Job, product: Product) -> dict[str, Any]:
     from trimllm import files
     from trimllm.bench import benching
     from trimllm.blocks import decoder
-    from trimllm.evaluation import inputs
+    from trimllm.evaluation import inputs, paired
 
     loaded = job.load(product.checkpoint, training=False, evaluating=True)
-    found, outcomes = {}, {}
+    found, answers = {}, {}
     for settings in tasks(job.command):
         data = inputs.task_data(settings, loaded.tokenizer, reported_only=True)
         scorer = inputs.scorer(settings, loaded.model, loaded.tokenizer, data.test)
         evaluation = scorer.evaluate(loaded.model, data.metric)
         found[data.name] = evaluation.summary()
-        outcomes[data.name] = {"values": evaluation.per_item, "groups": [item.group for item in data.test]}
-    files.write_json(job.cell.outcomes(job.root), outcomes)
+        answers[data.name] = paired.answers(evaluation.per_item, data.test)
+    files.write_json(job.cell.answers(job.root), answers)
     return {
         "accuracy": found,
         "depth": decoder.depth(loaded.model),

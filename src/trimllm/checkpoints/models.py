@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trimllm.blocks import adapters
-from trimllm.checkpoints import arithmetic, backends, loading, room
+from trimllm.checkpoints import arithmetic, backends, loading, room, shards
 from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.config import ModelSettings, TrainedModel
 from trimllm.errors import InputError
@@ -228,6 +228,21 @@ def config_of(path: str, *, trust_remote_code: bool = False) -> Any:
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InputError(loading.explain(name, error)) from error
+
+
+def checked_config(path: str, settings: ModelSettings) -> Any:
+    """The config of a model whose weights, where it is a folder (of an adapter, its base's), are there.
+
+    Raises:
+        InputError: if they are missing, torn, or not of a kind that the settings allow; see also `config_of`.
+    """
+    config = config_of(path, trust_remote_code=settings.trust_remote_code)
+    folder = Path(adapters.base_of(path) or path)
+    if folder.is_dir():
+        loading.check_folder(folder)
+        if not shards.present(folder) and not settings.allow_pickle:
+            raise InputError(loading.no_safetensors(str(folder)))
+    return config
 
 
 def saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:

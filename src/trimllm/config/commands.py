@@ -104,9 +104,9 @@ class EvalConfig(TaskSettings, ModelSettings):
       trimllm eval --model runs/medicine/model --task demo_medicine --against demo
     """
 
-    against: Annotated[str, Field(min_length=1)] | None = None
-    """Another model (a directory or a Hub id; `demo`) that is asked the same: the difference between the two, with its
-    standard error over paired answers."""
+    against: str | None = None
+    """Another model (a directory, a Hub id or `demo`) that is asked the same: by how many points of the metric the
+    first is above it, with the standard error over paired answers."""
     output: Location | None = None
     """JSON file for the result."""
     eval_batch_size: Positive | None = None

@@ -320,10 +320,10 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
     if metric == "likelihood":
         moved = (right + loss * tokens) / tokens.sum()
         value = 100 * math.exp(-loss)
-        error = value * float(np.sqrt(np.square(moved).sum()))
         exact = 100 * float(np.mean([row[a] for row, a in zip(scores.greedy, answers, strict=True)]))
-        per_item = tuple((value * (1 + n * moved)).tolist())
-        return Evaluation(metric, value, error, n, loss, greedy=exact, per_item=per_item)
+        per_item = value * (1 + n * moved)
+        error = standard_error(per_item, [item.group for item in items])
+        return Evaluation(metric, value, error, n, loss, greedy=exact, per_item=tuple(per_item.tolist()))
     if metric not in ("acc", "acc_norm"):
         raise InputError(f"unknown metric {metric!r}: use acc, acc_norm or likelihood")
     if any(len(item.continuations) < 2 for item in items):

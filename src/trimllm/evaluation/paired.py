@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from trimllm.tasks.items import Item
+
+
+def answers(per_item: Sequence[float], items: Sequence[Item]) -> dict[str, Any]:
+    """What a file keeps of an evaluation, to compare it with others of the same items."""
+    return {"values": list(per_item), "groups": [item.group for item in items]}
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """`difference` of two such records, as result files hold it."""
+    value, error = difference(one["values"], other["values"], one["groups"])
+    return {"difference": value, "stderr": error}
+
+
+def shown(found: dict[str, float]) -> str:
+    """Such a difference as people read it: `-0.3 +- 0.8`."""
+    return f"{round(found['difference'], 1) + 0.0:+.1f} +- {found['stderr']:.1f}"
 
 
 def difference(
@@ -17,22 +36,25 @@ def difference(
         one, other: `Evaluation.per_item` of two models that were asked the same items.
         groups: `Item.group` of each item (none: items are independent).
 
-    Both models find the same items hard, so the error is smaller than that of two independent evaluations.
+    Both models find the same items hard, so the error is mostly smaller than that of two independent evaluations.
     """
     apart = np.array(one, float) - np.array(other, float)
     return float(apart.mean()), standard_error(apart, groups or [None] * len(apart))
 
 
 def standard_error(values: np.ndarray, groups: Sequence[str | None]) -> float:
-    """Standard error of the mean (of a share of hits: the binomial one); questions of one group (an entity, an article)
-    are not independent, so where there are groups theirs is taken if it is larger (the cluster-robust variance of a
-    mean)."""
-    n, mean = len(values), values.mean()
-    independent = math.sqrt(float(np.square(values - mean).sum()) / max(n - 1, 1) / n)
-    sums: dict[str | None, float] = {}
-    for value, group in zip(values, groups, strict=True):
-        sums[group] = sums.get(group, 0.0) + float(value - mean)
-    if None in sums or len(sums) < 2:
+    """Standard error of the mean of values, one per item (of a share of hits: the binomial one).
+
+    Items of one group (an entity, an article) are not independent; where there are groups, theirs is taken if it is
+    larger (the cluster-robust variance of a mean, an item without a group being one by itself).
+    """
+    n, offsets = len(values), values - values.mean()
+    independent = math.sqrt(float(np.square(offsets).sum()) / max(n - 1, 1) / n)
+    sums: dict[str | int, float] = {}
+    for place, (offset, group) in enumerate(zip(offsets, groups, strict=True)):
+        own = place if group is None else group
+        sums[own] = sums.get(own, 0.0) + float(offset)
+    if len(sums) < 2:
         return independent
     clustered = math.sqrt(sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / n
     return max(independent, clustered)

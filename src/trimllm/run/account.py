@@ -13,6 +13,7 @@ from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluation import fluency
 from trimllm.evaluation.evaluate import Evaluation
+from trimllm.evaluation.paired import shown
 from trimllm.importance.joint import Joint, accepted
 from trimllm.importance.scan import ScanResult
 from trimllm.importance.select import Choice
@@ -36,6 +37,11 @@ def what(row: dict[str, Any]) -> str:
 def percent(record: dict[str, Any] | None) -> str:
     """`87.2 +- 1.5` of a journaled evaluation."""
     return f"{record['value']:.1f} +- {record['stderr']:.1f}" if record else "-"
+
+
+def above_line(above: dict[str, float], depth: int) -> str:
+    """`-0.3 +- 0.8 points ...`: the saved model against the one that the drops began with."""
+    return f"{shown(above)} points against all {depth} layers before the drops (paired answers)"
 
 
 def depth_table(history: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from trimllm.checkpoints import folders, models
 from trimllm.checkpoints.loading import quiet
 from trimllm.config import TrimConfig
 from trimllm.offline import hub_or_cache, is_path
-from trimllm.run.account import depth_table
+from trimllm.run.account import above_line, depth_table
 from trimllm.run.targets import LATE_SHARE
 from trimllm.tasks import TaskData
 from trimllm.tasks.catalog import find_builtin
@@ -50,14 +50,21 @@ class Licence:
 
 
 def trimmed(
-    config: TrimConfig, data: TaskData, layout: Layout, history: list[dict[str, Any]], base: dict[str, str]
+    config: TrimConfig,
+    data: TaskData,
+    layout: Layout,
+    history: list[dict[str, Any]],
+    base: dict[str, str],
+    above: dict[str, float] | None,
 ) -> str:
-    """The card of a run's result. `history` has a row per depth, the base first and the saved model last."""
+    """The card of a run's result. `history` has a row per depth, the base first and the saved model last; `above` is
+    how far the latter is above all layers (see `Recorder.above_full`)."""
     last = history[-1]
     results = [evaluation(data.name, data.metric, last["test"], config.task)] if last["test"] else []
     tests = f", {data.metric} {last['test']['value']:.1f} +- {last['test']['stderr']:.1f} (n={last['test']['n']})"
     depth = history[0]["depth"]
     cut = f"trimmed to {len(layout)} of {depth} layers" if len(layout) < depth else f"with all of its {depth} layers"
+    further = f"\nThis checkpoint: {above_line(above, depth)}.\n" if above else ""
     return f"""{_front(base, results, name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
 # {_short(base)}, {cut}
 
@@ -80,7 +87,7 @@ It has {_kept(layout)}.
 The last row is this checkpoint, loaded again after it was saved; the others were measured on the way, in
 training precision. `test` is the reported split ({data.metric}, with its standard error), which no decision was taken
 on; `calibration` ({len(data.calibration)} rows held out of train) decided what was dropped.
-
+{further}
 {_how_to_load()}"""
 
 

@@ -237,7 +237,8 @@ class Run:
         """Say what is there, and measure the base."""
         config, say = self.config, self.console.say
         parameters = recording.size(loaded.model, self.save_dtype).parameters
-        end = "" if self.decider.wanted is None else f"; {self.decider.wanted} layers are to stay"
+        least = "at least " if targets.ends_sooner(config) else ""
+        end = "" if self.decider.wanted is None else f"; {least}{self.decider.wanted} layers are to stay"
         say(f"{config.model}: {self.base_depth} layers, {parameters:,} parameters{end}")
         for note in loaded.notes:
             say(f"  {note}")
@@ -500,6 +501,8 @@ class Run:
         self.console.say(
             f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {reached}, reloaded and compared"
         )
+        if above := self.recorder.above_full(self.history()):
+            self.console.say(f"  {account.above_line(above, self.base_depth)}")
         self.journal.add("done", table=f"{depth} layers, {reached}")
         self._forget()
         return saved, self.history()

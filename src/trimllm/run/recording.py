@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from trimllm.blocks.layout import Layout, dump_layout, load_layout, plan_record
 from trimllm.checkpoints import arithmetic, loading, models
 from trimllm.config import TrimConfig
 from trimllm.console import Console
-from trimllm.evaluation import fluency
+from trimllm.evaluation import fluency, paired
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.parallel import Share
 from trimllm.run import account, model_card
@@ -58,6 +59,9 @@ class Recorder:
         if self.share.first and event != "saved":  # before the journal's line: what that says is done is not redone
             plan = plan_record(layout, models.origin(self.config.model))
             files.write_json(folder.plans / f"depth-{now.depth}.json", plan)
+        if self.share.first and test:
+            kept = paired.answers(test.per_item, self.test.items)
+            files.write_json(folder.answers_of(event, now.depth), kept)
         self.journal.add(
             event,
             depth=now.depth,
@@ -96,11 +100,25 @@ class Recorder:
     ) -> None:
         """The model card of the depth that `stage` ended with, and result.json; `row` is that of the saved model."""
         folder, drops = RunDir(self.config.output), self.journal.of("drop")
-        text = model_card.trimmed(self.config, data, load_layout(stage["layout"]), history, base)
+        above = self.above_full(history)
+        text = model_card.trimmed(self.config, data, load_layout(stage["layout"]), history, base, above)
         files.write_atomic(folder.model / "README.md", text)
         speeds = self.final_speeds(saved)
         result = account.result(self.config, data, stage, history, drops, base, row, verified, speeds)
-        files.write_json(folder.result, result)
+        files.write_json(folder.result, result | {"above_full": above})
+
+    def above_full(self, history: list[dict[str, Any]]) -> dict[str, float] | None:
+        """By how many points the saved model is above the one with all layers from which the drops began, question by
+        question. None if nothing was dropped, or one of the two was not asked; `history` is as in `write_result`."""
+        base, stage, *_, saved = history
+        full = stage if stage["train"]["steps"] else base
+        one, other = (self._answers(row["event"], row["depth"]) for row in (saved, full))
+        return paired.apart(one, other) if one and other and saved["depth"] < full["depth"] else None
+
+    def _answers(self, event: str, depth: int) -> dict[str, Any]:
+        path = RunDir(self.config.output).answers_of(event, depth)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found
 
     def size(self, model: Any) -> Size:
         """The size of a model, with its decode speed against the base if a target asks for it."""

@@ -3,6 +3,7 @@
 config.yaml      the resolved settings            plan.json, plans/     which original layers each depth holds
 journal.jsonl    what happened, in order          scans/                one table per scan
 checkpoints/     weights at the end of stages     model/, result.json   the product
+answers/         what the reported split was answered
 """
 
 from __future__ import annotations
@@ -43,12 +44,17 @@ class RunDir:
         self.checkpoints = self.root / "checkpoints"
         self.scans = self.root / "scans"
         self.plans = self.root / "plans"
+        self.answers = self.root / "answers"
         self.plan = self.root / "plan.json"
         self.result = self.root / "result.json"
         self.model = self.root / "model"
 
     def checkpoint(self, depth: int) -> Path:
         return self.checkpoints / f"depth-{depth}"
+
+    def answers_of(self, event: str, depth: int) -> Path:
+        """What a journaled model answered to each item of the reported split (see `paired.answers`)."""
+        return self.answers / f"{f'depth-{depth}' if event == 'stage' else event}.json"
 
     def batches_of_scan(self, number: int) -> Path:
         """Finished batches of the scan that leads, or led, to the drop of this number."""
