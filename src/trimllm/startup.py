@@ -1,7 +1,7 @@
 """How our own processes start: no garbage is collected while torch and transformers are imported.
 
 They make some 200,000 objects that all stay, and the collector would look at them again and again. Without it a command
-starts in about four fifths of the time (docs/lab.md).
+starts in about three quarters of the time (docs/lab.md).
 """
 
 from __future__ import annotations
