@@ -906,8 +906,9 @@ def test_eval_against_a_model_with_another_template_says_so(base, tmp_path, caps
 def test_likelihoods_of_other_tokens_are_not_compared(base, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(base, other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:50]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "text.txt").write_text("it was a long, long day. " * 400)
     words = ["eval", "--model", base, "--task", tmp_path / "text.txt", "--against", other]
     code, out, err = call(capsys, *words, "--output", tmp_path / "e.json")
@@ -915,6 +916,30 @@ def test_likelihoods_of_other_tokens_are_not_compared(base, tmp_path, capsys):
     assert out.startswith("text: likelihood ")
     assert f"trimllm: --against {other}: its tokenizer, chat template or context makes other tokens of" in err
     assert json.loads((tmp_path / "e.json").read_text())["metric"] == "likelihood"
+
+
+def test_the_same_tokens_in_other_pieces_are_compared_and_that_is_said(base, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    (tmp_path / "text.txt").write_text("it was a long, long day. " * 400)
+    words = [
+        "eval",
+        "--model",
+        base,
+        "--task",
+        tmp_path / "text.txt",
+        "--against",
+        other,
+        "--output",
+        tmp_path / "e.json",
+    ]
+    for more, told in (([], True), (["--max-length", "16"], False)):
+        code, _, err = call(capsys, *words, *more)
+        assert code == 0, err
+        assert (f"{other} reads in other pieces: contexts differ" in err) == told
+        assert (json.loads((tmp_path / "e.json").read_text())["against"]["above"]["difference"] != 0) == told
 
 
 def test_eval_writes_before_it_prints(base, task, tmp_path, capsys, monkeypatch):
@@ -925,6 +950,9 @@ def test_eval_writes_before_it_prints(base, task, tmp_path, capsys, monkeypatch)
     words = ["eval", "--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "e.json"]
     assert refusal(capsys, *words, code=1) == "Input/output error"
     assert json.loads((tmp_path / "e.json").read_text())["n"] == 8
+    monkeypatch.setattr(commands, "print", lambda text: gone() if text.startswith("against") else None)
+    assert refusal(capsys, *words, "--against", base, code=1) == "Input/output error"
+    assert json.loads((tmp_path / "e.json").read_text())["against"]["n"] == 8
 
 
 def test_generated_answers_are_judged_against_every_reference(base, tmp_path, capsys, monkeypatch):

@@ -25,7 +25,7 @@ from trimllm.importance.joint import Joint
 from trimllm.parallel import ALONE
 from trimllm.run import account, deciding, progressive, recovery
 from trimllm.run.recovery import Recovery
-from trimllm.run.targets import ends_sooner, least_depth, stage_epochs, stages_ahead
+from trimllm.run.targets import drops_end_sooner, least_depth, stage_epochs, stages_ahead
 from trimllm.training import train, training_rows
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -338,8 +338,13 @@ def test_training_is_foretold(base, task, tmp_path, monkeypatch, capsys, changes
     (total,) = re.findall(r"training: .* tokens an epoch, ([\d,]+) in all\n", lines)
     assert int(total.replace(",", "")) == pytest.approx(h.result(tmp_path / "run")["tokens"]["total"], rel=0.05)
     assert ("training after drops: about" in lines) == (config.warmup_epochs > 0)
-    least = "at least " if ends_sooner(config) else ""
-    assert f" parameters; {least}{stages[-1]['depth']} layers are to stay\n" in lines
+    assert f" parameters; {stages[-1]['depth']} layers are to stay\n" in lines
+
+
+def test_layers_that_are_to_stay_may_be_more_where_a_floor_or_a_size_ends_the_drops():
+    asked = [{}, {"schedule": "recover"}, {"keep": 0.5, "max_drop": 2}, {"keep": 0.5, "max_params": 9}]
+    found = [drops_end_sooner(TrimConfig(model="m", task="t", output="o", **settings)) for settings in asked]
+    assert found == [False, False, True, True]
 
 
 def test_of_training_that_may_end_sooner_the_most_is_foretold():

@@ -136,7 +136,9 @@ def test_the_result_is_held_against_all_layers_before_the_drops(trained, task):
     apart, error = difference(answered, kept["depth-5"]["values"], kept["saved"]["groups"])
     assert result["above_full"] == {"difference": apart, "stderr": error}
     assert apart == pytest.approx(history[-1]["test"]["value"] - history[1]["test"]["value"])
-    told = f"{apart:+.1f} +- {error:.1f} points against all 5 layers before the drops (paired answers)"
+    told = (
+        f"{apart:+.1f} +- {error:.1f} points against all 5 layers, before drops and the training since (paired answers)"
+    )
     assert told in (output / "model" / "README.md").read_text()
 
 
@@ -152,6 +154,16 @@ def test_without_a_warm_up_all_layers_are_those_of_the_base(base, task, tmp_path
 def test_a_result_is_not_held_against_what_was_not_asked(base, task, tmp_path):
     h.run(base, task, tmp_path / "run", depth=4)
     assert h.result(tmp_path / "run")["above_full"] is None
+
+
+def test_answers_that_a_killed_run_left_of_another_model_are_not_used(base, task, tmp_path):
+    output, settings = tmp_path / "run", {"depth": 4, "report_depths": True}
+    h.killed_run((progressive.recording.Recorder, "write_result", 1), base, task, output, **settings)
+    path = output / "answers" / "saved.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"values": [12.34] * 8}))
+    h.run(base, task, output, **settings, resume=True)
+    assert h.result(output)["above_full"] is None
 
 
 def test_model_card_names_base_layers_and_accuracy(trained):
@@ -225,8 +237,11 @@ def test_a_target_that_is_not_met_and_a_depth_that_is_not_trained_are_said(base,
 
 def test_a_run_that_drops_nothing_says_so(base, task, tmp_path, scripted, capsys):
     scripted({5: 80, 4: 10})
-    progressive.trim(TrimConfig(**h.settings(base, task, tmp_path / "run", min_accuracy=70)))
-    assert "warning: nothing was dropped: the first drop fell below the accuracy floor\n" in capsys.readouterr().err
+    progressive.trim(TrimConfig(**h.settings(base, task, tmp_path / "run", min_accuracy=70, report_depths=True)))
+    told = capsys.readouterr().err
+    assert "warning: nothing was dropped: the first drop fell below the accuracy floor\n" in told
+    assert "points against" not in told
+    assert (tmp_path / "run" / "answers" / "depth-5.json").exists()
     warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
     assert warned == ["nothing was dropped: the first drop fell below the accuracy floor"]
     assert h.result(tmp_path / "run")["above_full"] is None

@@ -304,8 +304,9 @@ def run_eval(command: config.EvalConfig) -> None:
     if command.against:
         del loaded
         memory.release()
-        record["against"] = _against(command, data, scorer, evaluation)
+        record["against"], told = _against(command, data, scorer, evaluation)
         _write_result(command.output, record)
+        print(told)
 
 
 def _asked(command: config.EvalConfig, earlier: tasks.TaskData | None = None) -> tuple[models.Loaded, Any, Scorer]:
@@ -323,7 +324,7 @@ def _asked(command: config.EvalConfig, earlier: tasks.TaskData | None = None) ->
 
 
 def _check_against(command: config.EvalConfig) -> None:
-    """Refuse another model that is not there or cannot be one, before the first one is asked."""
+    """Refuse another model that is not there, or has no weights or tokenizer, before the first one is asked."""
     from trimllm.checkpoints import loading
 
     path = models.path_of(str(command.against))
@@ -344,8 +345,8 @@ def _of_against(command: config.EvalConfig) -> Iterator[None]:
 
 def _against(
     command: config.EvalConfig, data: tasks.TaskData, scorer: Scorer, evaluation: Evaluation
-) -> dict[str, Any]:
-    """Ask the other model the same, and print how far the first one is above it.
+) -> tuple[dict[str, Any], str]:
+    """Ask the other model the same: what is known of it and of the difference, and how that is told.
 
     Raises:
         InputError: if it divides what is to be likely into other tokens.
@@ -353,20 +354,28 @@ def _against(
     other = command.model_copy(update={"model": command.against, "generate": False})
     with _of_against(command):
         loaded, theirs, own = _asked(other, data)
-        divided = [[row.target for row in each.encoded] for each in (scorer, own)]
-        if data.metric == "likelihood" and divided[0] != divided[1]:
+        if data.metric == "likelihood" and _targets(own) != _targets(scorer):
             raise InputError(
                 "its tokenizer, chat template or context makes other tokens of the rows, whose likelihoods cannot be "
-                "compared: leave --against out"
+                "compared: give both the same --max-length, or leave --against out"
             )
     if theirs.digest() != data.digest():
         Console().say(f"  {command.against} is asked in other words: the two have different chat templates")
+    elif data.kind == "text" and own.encoded != scorer.encoded:
+        Console().say(f"  {command.against} reads in other pieces: contexts differ; --max-length makes them equal")
     found = own.evaluate(loaded.model, data.metric)
     answers = [paired.answers(one.per_item, asked.test) for one, asked in ((evaluation, data), (found, theirs))]
     above = paired.apart(*answers)
-    print(f"against {command.against}: {evaluation_line(found)}")
-    print(f"difference: {paired.shown(above)} points (paired)")
-    return {"model": command.against, **found.summary(), "above": above}
+    told = f"against {command.against}: {evaluation_line(found)}\ndifference: {paired.shown(above)} points (paired)"
+    return {"model": command.against, **found.summary(), "above": above}, told
+
+
+def _targets(scorer: Scorer) -> dict[int, tuple[int, ...]]:
+    """Per item, the tokens whose likelihood is asked for, in however many pieces."""
+    found: dict[int, tuple[int, ...]] = {}
+    for row in scorer.encoded:
+        found[row.item] = found.get(row.item, ()) + row.target
+    return found
 
 
 def _write_result(output: str | None, record: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """How our own processes start: no garbage is collected while torch and transformers are imported.
 
-They make some 200,000 objects that all stay, and the collector would look at them again and again. Without it a command
-starts in about three quarters of the time (docs/lab.md).
+They make some 200,000 objects that all stay, and the collector would look at them again and again. A command starts in
+three quarters of the time that it takes with it (docs/performance.md).
 """
 
 from __future__ import annotations

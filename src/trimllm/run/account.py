@@ -41,7 +41,7 @@ def percent(record: dict[str, Any] | None) -> str:
 
 def above_line(above: dict[str, float], depth: int) -> str:
     """`-0.3 +- 0.8 points ...`: the saved model against the one that the drops began with."""
-    return f"{shown(above)} points against all {depth} layers before the drops (paired answers)"
+    return f"{shown(above)} points against all {depth} layers, before drops and the training since (paired answers)"
 
 
 def depth_table(history: list[dict[str, Any]]) -> str:

@@ -237,7 +237,7 @@ class Run:
         """Say what is there, and measure the base."""
         config, say = self.config, self.console.say
         parameters = recording.size(loaded.model, self.save_dtype).parameters
-        least = "at least " if targets.ends_sooner(config) else ""
+        least = "at least " if targets.drops_end_sooner(config) else ""
         end = "" if self.decider.wanted is None else f"; {least}{self.decider.wanted} layers are to stay"
         say(f"{config.model}: {self.base_depth} layers, {parameters:,} parameters{end}")
         for note in loaded.notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,13 +113,16 @@ class Recorder:
         question. None if nothing was dropped, or one of the two was not asked; `history` is as in `write_result`."""
         base, stage, *_, saved = history
         full = stage if stage["train"]["steps"] else base
-        one, other = (self._answers(row["event"], row["depth"]) for row in (saved, full))
+        one, other = self._answers(saved), self._answers(full)
         return paired.apart(one, other) if one and other and saved["depth"] < full["depth"] else None
 
-    def _answers(self, event: str, depth: int) -> dict[str, Any]:
-        path = RunDir(self.config.output).answers_of(event, depth)
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return found
+    def _answers(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What a journaled model answered; empty where that is not known. A kill may leave the answers of another."""
+        path = RunDir(self.config.output).answers_of(row["event"], row["depth"])
+        if row["test"] is None or not path.exists():
+            return {}
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found if math.isclose(float(np.mean(found["values"])), row["test"]["value"], abs_tol=1e-6) else {}
 
     def size(self, model: Any) -> Size:
         """The size of a model, with its decode speed against the base if a target asks for it."""

@@ -113,9 +113,14 @@ def stages_ahead(config: TrimConfig, base_depth: int, length: int = 1) -> list[t
     return stages
 
 
+def drops_end_sooner(config: TrimConfig) -> bool:
+    """Whether drops may end before the wanted depth: by a floor, or another size."""
+    return any(getattr(config, name) is not None for name in (*FLOORS, *MEASURED))
+
+
 def ends_sooner(config: TrimConfig) -> bool:
-    """Whether training may end before the wanted depth (a floor, another size) or a stage before its epochs."""
-    return config.schedule == "recover" or any(getattr(config, name) is not None for name in (*FLOORS, *MEASURED))
+    """Whether training may end before the wanted depth, or a stage before its epochs."""
+    return config.schedule == "recover" or drops_end_sooner(config)
 
 
 def floor(config: TrimConfig, values: Sequence[float]) -> float:
