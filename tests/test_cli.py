@@ -924,17 +924,8 @@ def test_the_same_tokens_in_other_pieces_are_compared_and_that_is_said(base, tmp
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     (tmp_path / "text.txt").write_text("it was a long, long day. " * 400)
-    words = [
-        "eval",
-        "--model",
-        base,
-        "--task",
-        tmp_path / "text.txt",
-        "--against",
-        other,
-        "--output",
-        tmp_path / "e.json",
-    ]
+    words = ["eval", "--model", base, "--task", tmp_path / "text.txt", "--against", other]
+    words += ["--output", tmp_path / "e.json"]
     for more, told in (([], True), (["--max-length", "16"], False)):
         code, _, err = call(capsys, *words, *more)
         assert code == 0, err
