@@ -111,6 +111,16 @@ def test_what_custom_code_builds_by_place_is_refused() -> None:
     assert refusal(model, without(whole(6), [5])) is None
 
 
+def test_the_uncut_model_is_built_once_however_many_cuts_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, built, facts = build("llama", depth=8), list[int](), legality._held
+    for known in (legality._BUILT, legality._JUDGED):
+        known.clear()  # type: ignore[attr-defined]
+    monkeypatch.setattr(legality, "_held", lambda owner, config: (built.append(depth(owner)), facts(owner, config))[1])
+    for count in range(1, 8):
+        assert refusal(model, without(whole(8), range(count))) is None
+    assert sorted(built) == list(range(1, 9))
+
+
 def test_refusals_name_the_layers_and_the_reason() -> None:
     model = build("gemma4_text")
     assert "layer 2 computes the keys and values that layers [4] reuse" in str(refusal(model, without(whole(6), [2])))
