@@ -309,7 +309,9 @@ def run_eval(command: config.EvalConfig) -> None:
         print(told)
 
 
-def _asked(command: config.EvalConfig, earlier: tasks.TaskData | None = None) -> tuple[models.Loaded, Any, Scorer]:
+def _asked(
+    command: config.EvalConfig, earlier: tasks.TaskData | None = None
+) -> tuple[models.Loaded, tasks.TaskData, Scorer]:
     """The model, what it is asked, and that as it reads it; what was said of the `earlier` data is not said again."""
     loaded = _load(command, evaluating=True)
     data = inputs.task_data(command, loaded.tokenizer, reported_only=True)
