@@ -274,19 +274,8 @@ def test_bench_measures_every_model_in_its_own_memory(tmp_path, capsys):
     build("llama", depth=2).save_pretrained(tmp_path / "small")
     large = shape(tmp_path, hidden_size=512, intermediate_size=2048, vocab_size=10000, num_hidden_layers=4)
     words = [large, str(tmp_path / "small"), "--batch-size", "2,1", "--sequence", "24", "--new-tokens", "6"]
-    words += ["--dtype", "float32"]
-    words += [
-        "--repeats",
-        "2",
-        "--cache",
-        "static",
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    words += ["--dtype", "float32", "--repeats", "2", "--cache", "static", "--threads", "1", "--device", "cpu"]
+    words += ["--output", str(tmp_path / "out")]
     assert cli.main(["bench", *words]) == 0
     out = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "bench.json").read_text(), parse_constant=pytest.fail)

@@ -23,6 +23,7 @@ from trimllm.compare_report import compare_plot, record, report, row_line
 from trimllm.config import CompareConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError
+from trimllm.evaluation import paired
 from trimllm.run import placing, rundir
 
 FREE_OF_CHOICE = {*rundir.COMPUTING, "methods", "keep", "baselines_python"} - {"attention"}
@@ -54,7 +55,7 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
                 make_row(command, each, root, lock)
                 earlier = each.row(root)
             console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
-            made = record(whole, finished(root))
+            made = record(whole, against_full(finished(root), root))
             files.write_json(root / "compare.json", made)
         print(report(made))
         compare_plot(made, root / "compare.png")
@@ -158,12 +159,24 @@ def finished(root: Path) -> list[dict[str, Any]]:
     order = list(METHODS)
     rows.sort(key=lambda row: (order.index(row["method"]), -(row["keep"] or 0)))
     made = [Cell(METHODS[row["method"]], row["keep"]) for row in rows]
-    full = Cell(METHODS["full"], None)
-    above = [each.above(full, root) if each != full else {} for each in made]
-    return [
-        row | {"title": each.title, "source": each.method.source, "above_full": found}
-        for row, each, found in zip(rows, made, above, strict=True)
-    ]
+    return [row | {"title": each.title, "source": each.method.source} for row, each in zip(rows, made, strict=True)]
+
+
+def against_full(rows: list[dict[str, Any]], root: Path) -> list[dict[str, Any]]:
+    """The rows with `above_full`: by task, how far each is above full fine-tuning, with the paired standard error;
+    empty where one of the two is not done, or kept no answers."""
+
+    def answers(row: dict[str, Any]) -> dict[str, Any]:
+        each = Cell(METHODS[row["method"]], row["keep"])
+        return files.read_json(each.answers(root)) if row["status"] == "done" else {}
+
+    full = next((answers(row) for row in rows if row["method"] == "full"), {})
+    found = []
+    for row in rows:
+        own = answers(row) if row["method"] != "full" else {}
+        above = {task: paired.apart(said, full[task]) for task, said in own.items() if task in full}
+        found.append(row | {"above_full": above})
+    return found
 
 
 def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareConfig:
@@ -173,7 +186,7 @@ def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareCo
         InputError: see `compare`; or if its data or base, by these SHA-256, changed.
     """
     settings, digests = root / placing.CONFIG, root / "data.json"
-    before = json.loads(digests.read_text(encoding="utf-8")) if digests.exists() else {}
+    before = files.read_json(digests)
     if settings.exists():
         if not command.resume:
             placing.check_held(root, CompareConfig)
@@ -223,8 +236,7 @@ def make_row(command: CompareConfig, each: Cell, root: Path, lock: int) -> None:
     arguments = [str(root), each.method.name, *([f"{each.keep:g}"] if each.method.keeps else [])]
     path = each.file(root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in (path, each.answers(root)):
-        left.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     if command.baselines_python and cell.missing(each):
         if lacks := elsewhere.lacking(command.baselines_python, each):
             why = f"--baselines-python {command.baselines_python} {lacks}"

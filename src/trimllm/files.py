@@ -75,6 +75,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote there; empty where nothing is."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
 def finite(value: Any) -> Any:
     """The value with null for infinite and undefined numbers."""
     if isinstance(value, dict):

@@ -6,14 +6,13 @@ speed and size are measured alike for all, outside (see `cell.py`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimllm.errors import InputError, did_you_mean
-from trimllm.evaluation.paired import apart
+from trimllm.files import read_json
 
 
 @dataclass(frozen=True)
@@ -115,24 +114,11 @@ class Cell:
 
     def row(self, root: Path) -> dict[str, Any]:
         """Its row; empty if there is none yet."""
-        return _read(self.file(root))
+        return read_json(self.file(root))
 
     def answers(self, root: Path) -> Path:
         """Where it keeps what its model answered, by task (see `paired.answers`)."""
         return self.file(root).with_name("answers.json")
-
-    def above(self, other: Cell, root: Path) -> dict[str, dict[str, float]]:
-        """By how many points its model is above that of another row, by task, with the paired standard error; empty if
-        one of the rows is not there, or kept no answers."""
-        if any(one.row(root).get("status") != "done" for one in (self, other)):
-            return {}
-        own, others = _read(self.answers(root)), _read(other.answers(root))
-        return {task: apart(found, others[task]) for task, found in own.items() if task in others}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
 
 
 def cells(names: Sequence[str], keeps: Sequence[float]) -> list[Cell]:

@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trimllm import files
 from trimllm.demo.steps import (
     fixed,
     lr_share,
@@ -265,8 +266,7 @@ def pretrain(args: argparse.Namespace) -> dict:
 
 def accuracies(output: Path, steps: int) -> dict[str, str]:
     """What --check found of the model after so many steps, by domain."""
-    path = output / FIGURES
-    figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    figures = files.read_json(output / FIGURES)
     return figures["accuracy"] if figures.get("steps") == steps else {}
 
 

@@ -9,7 +9,6 @@ and other vectors stay float32; below 8 bits the output matrix is q8_0; rows tha
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -90,8 +89,7 @@ def _file_type(wanted: Type) -> int:
 
 def _about(folder: Path, command: ExportConfig, depth: int) -> dict[str, Any]:
     """Name, base and licence of the model, and which blocks of the base it kept."""
-    path = folder / "plan.json"
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = files.read_json(folder / "plan.json")
     base = kept.get("base")
     base = base.get("name") if isinstance(base, dict) else base
     name = Path(base or command.source).name or folder.name

@@ -71,6 +71,7 @@ def result(
     drops: list[dict[str, Any]],
     base: dict[str, str],
     saved: dict[str, Any],
+    above: dict[str, float] | None,
     verified: Any,
     speeds: dict[str, list[float]] | None,
 ) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def result(
         "task": data.name,
         "metric": data.metric,
         "test": saved["test"],
+        "above_full": above,
         "calibration": saved["calibration"],
         "depth": stage["depth"],
         "base_depth": history[0]["depth"],

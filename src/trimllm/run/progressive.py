@@ -493,15 +493,17 @@ class Run:
         if (last["event"], last["layout"]) != ("saved", good["layout"]):
             self.recorder.record("saved", saved, layout)
         row = self.journal.events[-1]
+        above = None
         if self.share.first:
-            self.recorder.write_result(data, good, self.history(), base, row, report, saved)
+            above = self.recorder.above_full(self.history())
+            self.recorder.write_result(data, good, self.history(), base, row, above, report, saved)
         for line in account.at_the_end(self.history()):
             self.console.say(f"warning: {line}")
         reached = f"{self.metric} {account.percent(row['test'])}"
         self.console.say(
             f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {reached}, reloaded and compared"
         )
-        if above := self.recorder.above_full(self.history()):
+        if above:
             self.console.say(f"  {account.above_line(above, self.base_depth)}")
         self.journal.add("done", table=f"{depth} layers, {reached}")
         self._forget()

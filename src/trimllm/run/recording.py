@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,17 +95,18 @@ class Recorder:
         history: list[dict[str, Any]],
         base: dict[str, str],
         row: dict[str, Any],
+        above: dict[str, float] | None,
         verified: Any,
         saved: Any,
     ) -> None:
-        """The model card of the depth that `stage` ended with, and result.json; `row` is that of the saved model."""
+        """The model card of the depth that `stage` ended with, and result.json; `row` is that of the saved model, and
+        `above` what `above_full` says of it."""
         folder, drops = RunDir(self.config.output), self.journal.of("drop")
-        above = self.above_full(history)
         text = model_card.trimmed(self.config, data, load_layout(stage["layout"]), history, base, above)
         files.write_atomic(folder.model / "README.md", text)
         speeds = self.final_speeds(saved)
-        result = account.result(self.config, data, stage, history, drops, base, row, verified, speeds)
-        files.write_json(folder.result, result | {"above_full": above})
+        result = account.result(self.config, data, stage, history, drops, base, row, above, verified, speeds)
+        files.write_json(folder.result, result)
 
     def above_full(self, history: list[dict[str, Any]]) -> dict[str, float] | None:
         """By how many points the saved model is above the one with all layers from which the drops began, question by
@@ -118,10 +118,9 @@ class Recorder:
 
     def _answers(self, row: dict[str, Any]) -> dict[str, Any]:
         """What a journaled model answered; empty where that is not known. A kill may leave the answers of another."""
-        path = RunDir(self.config.output).answers_of(row["event"], row["depth"])
-        if row["test"] is None or not path.exists():
+        found = files.read_json(RunDir(self.config.output).answers_of(row["event"], row["depth"]))
+        if row["test"] is None or not found:
             return {}
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found if math.isclose(float(np.mean(found["values"])), row["test"]["value"], abs_tol=1e-6) else {}
 
     def size(self, model: Any) -> Size:
