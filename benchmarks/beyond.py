@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 from _sides import machine, run
 from study import ARMS, PARTS, Settings, folder
 
-from trimllm import config
-from trimllm.commands import run_eval
+from trimllm import commands, config
 from trimllm.console import table
 from trimllm.files import write_json
 from trimllm.run.rundir import RunDir
@@ -95,7 +94,7 @@ def measured(one: Trained, name: str, asked: Settings, threads: int | None) -> S
     settings = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     kept = one.model.parent / f"beyond-{one.model.name}-{name}-{settings[:16]}.json"
     if not kept.exists():
-        run_eval(config.EvalConfig(model=str(one.model), output=str(kept), threads=threads, **asked))
+        commands.carry_out("eval", config.EvalConfig(model=str(one.model), output=str(kept), threads=threads, **asked))
     found: Settings = json.loads(kept.read_text(encoding="utf-8"))
     return found
 

@@ -380,7 +380,7 @@ def test_bench_writes_before_it_prints(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "record", lambda *_: {"models": []})
     monkeypatch.setattr(tables, "report", gone)
     with pytest.raises(OSError, match="no terminal"):
-        commands.run_bench(config.BenchConfig(models=("demo",), output=str(tmp_path / "out")))
+        commands.carry_out("bench", config.BenchConfig(models=("demo",), output=str(tmp_path / "out")))
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == {"models": []}
 
 

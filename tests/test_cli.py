@@ -19,9 +19,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from trimllm import cli, commands, config, console, files
+from trimllm import cli, config, console, files
 from trimllm.blocks import legality
 from trimllm.checkpoints import models
+from trimllm.commands import eval as eval_command
 from trimllm.config import plain_settings
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.paired import shown
@@ -937,11 +938,11 @@ def test_eval_writes_before_it_prints(base, task, tmp_path, capsys, monkeypatch)
     def gone(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(commands, "print", gone, raising=False)
+    monkeypatch.setattr(eval_command, "print", gone, raising=False)
     words = ["eval", "--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "e.json"]
     assert refusal(capsys, *words, code=1) == "Input/output error"
     assert json.loads((tmp_path / "e.json").read_text())["n"] == 8
-    monkeypatch.setattr(commands, "print", lambda text: gone() if text.startswith("against") else None)
+    monkeypatch.setattr(eval_command, "print", lambda text: gone() if text.startswith("against") else None)
     assert refusal(capsys, *words, "--against", base, code=1) == "Input/output error"
     assert json.loads((tmp_path / "e.json").read_text())["against"]["n"] == 8
 
@@ -950,7 +951,7 @@ def test_generated_answers_are_judged_against_every_reference(base, tmp_path, ca
     rows = [{"question": f"Name {i}?", "answer": ["the blue whale", "whale"]} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     answers = ["Whale", "the red whale"] * 20
-    monkeypatch.setattr(commands, "generate", lambda *arguments, **_: answers[: len(arguments[2])])
+    monkeypatch.setattr(eval_command, "generate", lambda *arguments, **_: answers[: len(arguments[2])])
     words = ["eval", "--model", base, "--task", tmp_path / "rows.jsonl", "--generate", "--output", tmp_path / "e.json"]
     code, out, err = call(capsys, *words)
     assert code == 0, err

@@ -487,7 +487,7 @@ def test_missing_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch, 
 def test_command_writes_the_file_and_one_line(checkpoints: Any, tmp_path: Path, capsys: Any) -> None:
     target = tmp_path / "sub" / "model.gguf"
     command = ExportConfig(source=str(checkpoints("llama")), to="gguf", output=str(target))
-    commands.run_export(command)
+    commands.carry_out("export", command)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1
     assert printed[0].startswith(f"{target}: f16, 4 blocks, ")

@@ -94,7 +94,7 @@ def test_graph_decodes_as_the_trimmed_model(
     if narrow := family != "qwen2-sliding":
         models.cast(model, torch.bfloat16)
     source = save(model, tmp_path / "model")
-    commands.run_export(ExportConfig(source=str(source), to=to))
+    commands.carry_out("export", ExportConfig(source=str(source), to=to))
     target = tmp_path / f"model-{to}"
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{target}: {depth - 1} layers in float32")

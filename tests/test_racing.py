@@ -11,9 +11,10 @@ import torch
 from helpers_run import DEPTH
 
 import trimllm
-from trimllm import cli, commands, tasks
+from trimllm import cli, tasks
 from trimllm.blocks.layout import units, whole
 from trimllm.checkpoints.models import DEMO
+from trimllm.commands.scan import scan_table
 from trimllm.errors import InputError
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.evaluate import Scorer
@@ -204,7 +205,7 @@ def test_table_of_a_race_says_which_accuracies_are_foreseen():
     result = scan.ScanResult(units_, base, [seen, foreseen], ones, ones, ones, ones, 0.0, running=(0,))
     record = scan.table(result, result.evidence(np.arange(2.0), 2), "scan+norm", ["block 0", "block 1"])
     assert ["n" in row for row in record["units"]] == [False, True]
-    lines = commands.scan_table(record | {"metric": "acc"}).splitlines()
+    lines = scan_table(record | {"metric": "acc"}).splitlines()
     assert ["(foreseen from 8)" in line for line in lines[-2:]] == [True, False]
 
 

@@ -1,7 +1,7 @@
-"""The command line: parse, call one function per command, turn errors into one line and an exit code.
+"""The command line: parse, carry out one command, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failure, 2 bad input. Help, bad arguments and `tasks` are answered before torch is imported:
-`commands`, which imports it, is imported when another command runs.
+Exit codes: 0 done, 1 failure, 2 bad input. Help, bad arguments and `tasks` are answered before torch is imported: the
+modules of the other commands, which import it, are imported when one runs.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from trimllm import commands, files
 from trimllm import config as settings
-from trimllm import files, startup, tasks
 from trimllm.config import plain_settings
-from trimllm.console import table, to_stderr
+from trimllm.console import to_stderr
 from trimllm.errors import InputError, TrimError, did_you_mean, one_line
 from trimllm.parallel import another_failed, first_to_fail, processes
 
@@ -271,26 +271,13 @@ def run(command: settings.Settings) -> None:
     Raises:
         InputError: if several processes were started for a command that cannot share its work.
     """
-    if processes() > 1 and not isinstance(command, settings.TrimConfig):
-        name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
+    name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
+    if processes() > 1 and name != "trim":
         raise InputError(
             f"{name} is work for one process, and {processes()} were started: call it without torchrun or "
             "accelerate launch (trim alone shares its work)"
         )
-    if isinstance(command, settings.TasksConfig):
-        _list_tasks()
-    else:
-        with startup.uncollected():
-            from trimllm import commands
-
-        commands.CARRY_OUT[type(command)](command)
-
-
-def _list_tasks() -> None:
-    """The built-in tasks, without waiting for torch."""
-    rows = [list(row) for row in tasks.list_tasks()]
-    print(table(["task", "kind", "metric", "about"], rows))
-    print("or your own rows: --task FILE_OR_DIR (JSONL, CSV, Parquet), --task FILE.yaml")
+    commands.carry_out(name, command)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,75 @@
+"""`trimllm drop`: surgery only, in memory or from folder to folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trimllm import config, files
+from trimllm.blocks import decoder, surgery
+from trimllm.blocks.layout import positions, whole, without
+from trimllm.checkpoints import export, folders, models
+from trimllm.checkpoints.streaming import drop_on_disk
+from trimllm.commands import shared
+from trimllm.console import Console
+from trimllm.errors import InputError
+from trimllm.run import model_card
+
+
+def run(command: config.DropConfig) -> None:
+    """Surgery only: the model as saved, less some layers."""
+    if not command.layers:
+        raise InputError("--layers names no layer: give at least one, such as --layers 3,7")
+    folders.check_target(command.output, source=models.path_of(command.model))
+    if command.streaming:
+        _drop_on_disk(command)
+        return
+    loaded = shared.load(command)
+    if getattr(loaded.model, "is_quantized", False):
+        raise InputError(
+            f"--model {command.model} is quantized: add --streaming, which moves its weights as they are, or drop from "
+            "the unquantized model"
+        )
+    depth = decoder.depth(loaded.model)
+    dropped = positions(command.layers, depth)
+    surgery.drop_layers(loaded.model, dropped)
+    layout, base = without(whole(depth), dropped), models.origin(command.model)
+    report = export.save_trimmed(
+        loaded.model,
+        command.output,
+        tokenizer=loaded.tokenizer,
+        layout=layout,
+        base=base,
+        card=model_card.cut(base, layout, depth),
+        companions=model_card.terms(base),
+    )
+    compared = f"reloaded and compared ({shared.differences(report)})"
+    print(f"{command.output}: {depth - len(dropped)} of {depth} layers, {compared}")
+
+
+def _drop_on_disk(command: config.DropConfig) -> None:
+    source = models.path_of(command.model)
+    if (Path(source) / "adapter_config.json").exists():
+        raise InputError(
+            f"--model {command.model} is an adapter, and --streaming only moves tensors: leave it out, or merge the "
+            "adapter into its base first"
+        )
+    if not Path(source).is_dir():
+        raise InputError(
+            f"--model {command.model}: --streaming cuts a directory on this disk: download the model first"
+        )
+    with Console().progress("bytes") as show:
+        done = drop_on_disk(
+            source,
+            command.layers,
+            command.output,
+            max_shard_size=command.max_shard_size or "5GB",
+            trust_remote_code=command.trust_remote_code,
+            base=command.model,
+            progress=show,
+        )
+    layout = tuple(whole(done.depth)[layer] for layer in done.kept)
+    files.write_atomic(Path(command.output) / "README.md", model_card.cut(command.model, layout, done.depth))
+    print(
+        f"{command.output}: {len(done.kept)} of {done.depth} layers, {done.bytes / 1e9:.3f} GB in "
+        f"{done.shards} file(s), names, shapes and config checked"
+    )
