@@ -15,6 +15,7 @@ from trimllm.config import DemoConfig
 from trimllm.demo import demo, pretrain
 from trimllm.demo.steps import lr_share, option
 from trimllm.errors import InputError
+from trimllm.evaluation.evaluate import Evaluation
 from trimllm.tasks import world
 from trimllm.tasks.world_data import ATTRIBUTES
 
@@ -217,3 +218,17 @@ def test_demo_replaces_what_a_kill_left_of_an_earlier_one(left, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         demo.demo(DemoConfig(domain="law", output=str(tmp_path)))
     assert not any(name in seen[0] for name in (left.split("/")[-1], "config.json"))
+
+
+def test_demo_says_how_far_the_cut_models_are_from_full_over_the_same_questions():
+    def line(name, depth, hits):
+        right = [100.0 * (place < hits) for place in range(500)]
+        return demo.Line(
+            name, depth, 1, 2, {d: Evaluation("acc", hits / 5, 1.0, 500, 0.1, per_item=right) for d in world.DOMAINS}
+        )
+
+    lines = [line("base", 16, 250), line(demo.FULL, 16, 480), line("trimmed", 8, 470), line("one-shot", 8, 480)]
+    speeds = {line.name: [1.0] for line in lines}
+    assert "over paired answers: trimmed -2.0 +- 0.7, one-shot +0.0 +- 0.0" in demo.report("law", lines, speeds)
+    rows = demo.record(DemoConfig(domain="law"), lines, speeds)["models"]
+    assert [row["above_full"] and row["above_full"]["difference"] for row in rows] == [None, None, -2.0, 0.0]
