@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trimllm import commands
 from trimllm.config import DemoConfig, EvalConfig
 from trimllm.demo.steps import option
 from trimllm.errors import InputError, TrimError
@@ -300,11 +301,11 @@ def test_finished_runs_of_other_settings_are_not_taken_for_those_of_a_schedule(
 def test_answers_beyond_are_cut_as_in_training_and_of_their_own_data(tmp_path: Path, monkeypatch: Any) -> None:
     beyond, made = module("beyond"), []
 
-    def evaluate(asked: EvalConfig) -> None:
+    def evaluate(_: str, asked: EvalConfig) -> None:
         made.append(asked.task)
         Path(str(asked.output)).write_text(json.dumps({"value": len(made)}))
 
-    monkeypatch.setattr(beyond, "run_eval", evaluate)
+    monkeypatch.setattr(commands, "carry_out", evaluate)
     one = beyond.Trained("medquad_gen", 0, "full", 16, tmp_path / "model", {})
 
     def measured(**changes: Any) -> int:
