@@ -20,7 +20,7 @@ from trimllm.checkpoints import loading
 from trimllm.config import TrainSettings, TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.errors import InputError
-from trimllm.run import progressive
+from trimllm.run import progressive, recording
 from trimllm.run.rundir import RunDir
 from trimllm.training import optimizer_state, sparse, train
 from trimllm.training.packing import Example
@@ -135,7 +135,8 @@ def fast(monkeypatch):
 
     def checked(self, state, *rest):
         assert set(state.moments) <= set(state.model.parameters())
-        assert bool(state.moments) == (self.config.optimizer_state == "carried" and state.stages > 1)
+        several = state.stages > 1 or state.trained is not None
+        assert bool(state.moments) == (self.config.optimizer_state == "carried" and several)
         return begin(self, state, *rest)
 
     monkeypatch.setattr(progressive.Run, "_stage", checked)
@@ -171,6 +172,8 @@ POINTS = {
     "in the middle of a stage": (train, "_step", 5, False),
     "while the state is written": (optimizer_state, "save", 2, False),
     "between a checkpoint and its journal line": (progressive.Run, "_checkpoint", 2, True),
+    "while the first cut is measured": (recording.Recorder, "record", 3, False),
+    "while a later one is measured": (recording.Recorder, "record", 4, False),
     "between the journal line and cleaning up": (progressive.Run, "_clean", 3, False),
     "between a drop's line and its scan's leftovers": (progressive.Run, "_drop", 2, True),
 }

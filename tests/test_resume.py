@@ -55,6 +55,7 @@ POINTS = {
     "before the base is journaled": (recording.Recorder, "record", 1, False),
     "in the warm-up": (train, "_step", 2, False),
     "between the first checkpoint and its journal line": (progressive.Run, "_checkpoint", 1, True),
+    "while the fine-tuned model is measured": (recording, "size", 2, False),
     "between warm-up and scan": (progressive.Run, "_drop", 1, False),
     "in the first scan": (scan, "_part", 2, False),
     "between scan and choice": (deciding.Decider, "_choose", 1, False),
@@ -63,6 +64,7 @@ POINTS = {
     "in the middle of a stage": (train, "_step", 7, False),
     "while a checkpoint is written": (PreTrainedModel, "save_pretrained", 2, True),
     "between a checkpoint and its journal line": (progressive.Run, "_checkpoint", 2, True),
+    "while a depth is measured": (recording.Recorder, "record", 3, False),
     "between the journal line and cleaning up": (progressive.Run, "_clean", 2, False),
     "while an old checkpoint is deleted": (shutil, "rmtree", 4, False),
     "in the second scan": (scan, "_part", 4, False),
@@ -91,6 +93,17 @@ def test_run_killed_again_and_again_still_ends_the_same(base, task, tmp_path, st
             except h.Killed:
                 resume = True
     h.run(base, task, output, resume=True)
+    assert_same(output, straight)
+
+
+@pytest.mark.parametrize("call", [2, 3, 4])
+def test_a_stage_is_not_trained_again_that_was_only_not_measured(base, task, tmp_path, straight, monkeypatch, call):
+    """Of the warm-up, of a depth on the way, of the last one."""
+    output, trained, train_stage = tmp_path / "run", [], train.train_stage
+    h.killed_run((recording.Recorder, "record", call), base, task, output)
+    monkeypatch.setattr(train, "train_stage", lambda *a, **k: trained.append(1) or train_stage(*a, **k))
+    h.run(base, task, output, resume=True)
+    assert len(trained) == 4 - call
     assert_same(output, straight)
 
 

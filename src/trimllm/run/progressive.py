@@ -3,9 +3,9 @@
     import trimllm
     model, history = trimllm.trim(model="demo", task="demo_law", text="demo_law", lr=3e-4, output="runs/law")
 
-Every stage of training and every drop is journaled when it is done. A run that was killed goes on from the last one:
-weights and what AdamW knows are those of the last checkpoint, the order of training rows comes from the seed and the
-stage's number.
+Every stage of training, every measurement and every drop is journaled when it is done. A run that was killed goes on
+from the last one: weights and what AdamW knows are those of the last checkpoint, the order of training rows comes from
+the seed and the stage's number.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class State:
     """Stages of training that are finished."""
     pending: list[dict[str, Any]] = field(default_factory=list)
     """Drops since the last stage."""
+    trained: dict[str, Any] | None = None
+    """What the stage after those drops was, where it is trained already, and only measured no more."""
     chosen: list[int] | None = None
     """Original blocks that train (sparse update); None: all."""
     reached: str | None = None
@@ -262,27 +264,34 @@ class Run:
 
     def _restore(self, loaded: Loaded) -> State:
         """The state that the journal describes, weights included."""
-        stage = self.journal.last("stage")
+        done, trained, last = (self.journal.last(event) for event in ("stage", "trained", "drop"))
         state = State(loaded.model, whole(self.base_depth))
-        if stage is not None:
-            self.console.say(f"going on after stage {stage['stage']}, at depth {len(stage['layout'])}")
-            layout = load_layout(stage["layout"])
-            folder = self.dir.checkpoint(len(layout))
-            state = State(self._load(folder), layout, stage["stage"] + 1)
-            if self._carries(stage["dropped"]):
+        if done is not None:
+            state.layout, state.stages = load_layout(done["layout"]), done["stage"] + 1
+            self.console.say(f"going on after stage {done['stage']}, at depth {len(state.layout)}")
+        if last is not None:
+            state.chosen, state.reached = last["trains"], last["reached"]
+        state.pending = [drop for drop in self.journal.of("drop") if drop["stage"] == state.stages]
+        dropped = None if done is None else done["dropped"]
+        if trained is not None and trained["stage"] == state.stages:
+            self.console.say(f"stage {state.stages} is trained: it is measured now")
+            state.trained, state.layout, dropped = trained["train"], self._layout_after(state), state.pending
+        if dropped is not None:
+            folder = self.dir.checkpoint(len(state.layout))
+            state.model = self._load(folder)
+            if self._carries(dropped):
                 state.moments = optimizer_state.load(state.model, folder)
-        for drop in self.journal.of("drop"):
-            state.chosen = drop["trains"]
-            if drop["stage"] == state.stages:
+        if state.trained is None:
+            for drop in state.pending:
                 surgery.apply_layout(state.model, load_layout(drop["cut"]))
-                state.layout = load_layout(drop["layout"])
-                state.pending.append(drop)
-                state.reached = drop["reached"]
-        if stage is not None and not state.pending and (last := self.journal.last("drop")) is not None:
-            state.reached = last["reached"]
+            state.layout = self._layout_after(state)
         state.moments = optimizer_state.present(state.moments, state.model)
-        self._clean()
+        self._clean(*([len(state.layout)] if state.trained else []))
         return state
+
+    def _layout_after(self, state: State) -> Layout:
+        """The layout after the pending drops."""
+        return load_layout(state.pending[-1]["layout"]) if state.pending else state.layout
 
     def _load(self, folder: Path) -> Any:
         """A checkpoint that this run wrote."""
@@ -333,9 +342,27 @@ class Run:
         return False
 
     def _stage(self, state: State, epochs: float, name: str) -> None:
-        """Train, save, evaluate; on disk when it returns."""
-        config = self.config
-        warm = state.stages == 0
+        """Train, save, evaluate; on disk when it returns. What a kill left trained is only evaluated."""
+        config, warm = self.config, state.stages == 0
+        if state.trained is None:
+            state.trained = self._train(state, epochs, name)
+        known = {"stage": state.stages, "train": state.trained, "dropped": state.pending}
+        self.recorder.record("stage", state.model, state.layout, **known)
+        if overfit := account.worsened(self.journal.events[-1], self.journal.of("base")[0]):
+            self.console.say(f"warning: {overfit}")
+        if (
+            warm
+            and not config.distill
+            and (time := account.time_ahead(self.ahead, self.tokens_per_epoch, self.journal.events[-1]))
+        ):
+            self.console.say(time)
+        state.stages += 1
+        state.pending, state.trained = [], None
+        self._clean()
+
+    def _train(self, state: State, epochs: float, name: str) -> dict[str, Any]:
+        """Train, and save a checkpoint; returns what the journal says of it, where it stands by then."""
+        config, warm = self.config, state.stages == 0
         chosen = None if warm or config.sparse_update == "off" else state.chosen
         parameters = sparse.freeze(state.model, state.layout, chosen, embeddings=warm or config.train_embeddings)
         seed = config.seed * 1000 + state.stages
@@ -368,18 +395,8 @@ class Run:
         self._checkpoint(state)
         remedies = {"lr": config.lr, "max_grad_norm": config.max_grad_norm}  # a run may go on with others
         done = asdict(report) | remedies | ({"recovery": watch.record()} if watch else {})
-        self.recorder.record("stage", state.model, state.layout, stage=state.stages, train=done, dropped=state.pending)
-        if overfit := account.worsened(self.journal.events[-1], self.journal.of("base")[0]):
-            self.console.say(f"warning: {overfit}")
-        if (
-            warm
-            and not config.distill
-            and (time := account.time_ahead(self.ahead, self.tokens_per_epoch, self.journal.events[-1]))
-        ):
-            self.console.say(time)
-        state.stages += 1
-        state.pending = []
-        self._clean()
+        self.journal.add("trained", stage=state.stages, train=done)
+        return done
 
     def _teacher(self) -> Teacher:
         """The model at the end of the warm-up; not kept between stages, in which scans may need the memory."""
@@ -394,13 +411,13 @@ class Run:
                     optimizer_state.save(state.moments, state.model, folder)
         self.accelerator.wait_for_everyone()
 
-    def _clean(self) -> None:
+    def _clean(self, *trained: int) -> None:
         """Delete checkpoints that neither the user, nor a floor, nor a teacher, nor a resumed run needs, and batches of
-        scans that led to a drop."""
+        scans that led to a drop; `trained` is the depth of one that is trained and not yet measured."""
         if self.share.first:
             for number in range(len(self.journal.of("drop"))):
                 self.dir.batches_of_scan(number).unlink(missing_ok=True)
-            stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
+            stages = [*(len(stage["layout"]) for stage in self.journal.of("stage")), *trained]
             teacher = [self.base_depth] if self.config.distill else []
             self.dir.clean(stages, teacher, every=self.config.keep_checkpoints)
 
