@@ -9,6 +9,8 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import helpers_run as h
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,11 +19,12 @@ from transformers import GenerationConfig
 
 from trimllm.blocks.layout import Block
 from trimllm.blocks.surgery import drop_layers
-from trimllm.checkpoints import verification
+from trimllm.checkpoints import models, verification
 from trimllm.checkpoints.export import save_trimmed
 from trimllm.checkpoints.loading import fingerprint, load_model, load_tokenizer
 from trimllm.checkpoints.models import path_of
 from trimllm.checkpoints.verification import verify
+from trimllm.config import EvalConfig
 from trimllm.errors import InputError, TrimError
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(3))
@@ -282,3 +285,29 @@ def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert load_model("~/m").config.num_hidden_layers == 2
     assert len(load_tokenizer("~/m")) == len(load_tokenizer(path_of("demo")))
     assert path_of("~/m") == str(tmp_path / "m")
+
+
+def test_a_model_of_the_hub_has_the_fingerprint_of_the_folder_that_was_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever shards, and whatever lies beside them."""
+    folder = tmp_path / "cache" / "models--org--name" / "snapshots" / ("a" * 40)
+    build("llama", depth=2).save_pretrained(folder, max_shard_size="20KB")
+    load_tokenizer(path_of("demo")).save_pretrained(folder)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    local = shutil.copytree(folder, tmp_path / "local")
+    save_file({"x": torch.zeros(3)}, local / "consolidated.safetensors")
+    one, other = (models.load(EvalConfig(model=name, task="x", device="cpu")) for name in ("org/name", str(local)))
+    assert one.fingerprint == other.fingerprint == fingerprint(folder) != fingerprint(one.model)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_base_is_saved_in_the_dtype_of_its_weights_where_its_config_names_none(tmp_path: Path, named: bool) -> None:
+    h.save_base(tmp_path, dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config if named else config | {"dtype": None}))
+    loaded = models.load(EvalConfig(model=str(tmp_path), task="x", device="cpu"), training=True)
+    assert (loaded.model.dtype, loaded.saved) == (torch.float32, torch.bfloat16)

@@ -11,7 +11,7 @@ import helpers_run as h
 import pytest
 import yaml
 
-from trimllm import files
+from trimllm import cli, files
 from trimllm.blocks.layout import Block, dump_layout, load_layout, whole_layers
 from trimllm.checkpoints import loading
 from trimllm.config import TrimConfig
@@ -165,6 +165,17 @@ def test_weights_that_stand_there_need_no_more_space(tmp_path, monkeypatch):
     rundir.check_space(tmp_path, 1000)
     with pytest.raises(InputError, match="GiB free"):
         rundir.check_space(tmp_path, 1001)
+
+
+@pytest.mark.usefixtures("fast")
+def test_space_for_every_depth_that_may_be_kept_is_only_pointed_out(tmp_path, monkeypatch, capsys):
+    base, task = h.save_base(tmp_path / "base"), h.save_task(tmp_path / "task")
+    weights = sum(parameter.nbytes for parameter in loading.load_model(base).parameters())
+    run = {"keep_checkpoints": True, "min_accuracy": 0, "min_depth": 3, "warmup_epochs": 0, "epochs_per_drop": 0}
+    for number, (free, told) in enumerate([(3.39, True), (3.41, False)]):  # depths 3, 4 and 5 of 5, and the result
+        monkeypatch.setattr(rundir.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=int(free * weights)))
+        assert cli.main(["trim", *h.arguments(h.settings(base, task, tmp_path / f"run-{number}", **run))]) == 0
+        assert ("warning: --keep-checkpoints needs up to " in capsys.readouterr().err) == told
 
 
 @pytest.mark.usefixtures("fast")

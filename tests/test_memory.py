@@ -112,8 +112,18 @@ OTHER = RuntimeError("shapes do not fit")
 def test_commands_say_in_one_line_that_memory_ended(error, monkeypatch, capsys):
     monkeypatch.setattr(cli, "parse", lambda _: None)
     monkeypatch.setattr(cli, "run", raising(error))
-    assert cli.main([]) == 1
-    assert capsys.readouterr().err.startswith("trimllm: out of memory on the device: a smaller --micro-batch-size")
+    remedies = {
+        "trim": "a smaller --micro-batch-size or a smaller --eval-batch-size or --gradient-checkpointing or a narrower "
+        "--dtype; what is done is kept: go on with --resume",
+        "drop": "--streaming or a narrower --dtype",
+        "export": "use a device that has more",
+    }
+    for name, remedy in remedies.items():
+        assert cli.main([name]) == 1
+        assert capsys.readouterr().err == f"trimllm: out of memory on the device: {remedy}\n"
+    monkeypatch.setattr(cli, "first_to_fail", lambda: False)
+    assert cli.main(["trim"]) == 1
+    assert capsys.readouterr().err == "", "another process has said it"
     with pytest.raises(TrimError, match="m: out of memory on the device"):
         benching._ask(SimpleNamespace(submit=raising(error)), "m", print)
     said = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import helpers_run as h
@@ -64,6 +65,31 @@ def test_card_of_a_run_names_base_licence_layers_scores_and_accuracy(run: Path) 
     assert "AutoModelForCausalLM.from_pretrained" in card.text
     for drop in result["drops"]:
         assert f"| {drop['units'][0]} | {drop['value'][0]:.1f} | {drop['importance'][0]:.4g} |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("warm", "after", "changes", "made"),
+    [
+        (3, 0, {}, "it was fine-tuned on `task`, then layers were dropped, and nothing was trained since\n(TrimLLM"),
+        (0, 2, {}, "it was fine-tuned on `task` while layers were dropped\n(TrimLLM"),
+        (3, 2, {"one_shot": True}, "it was fine-tuned on `task`, layers were dropped at once, and it was trained on\n"),
+        (0, 2, {"one_shot": True}, "layers were dropped at once, then it was fine-tuned on `task`\n"),
+        (0, 0, {"one_shot": True}, "layers were dropped at once by what they are worth on `task`, and nothing was"),
+    ],
+)
+def test_card_says_what_was_trained_and_when(
+    warm: int, after: int, changes: dict[str, bool], made: str, tmp_path: Path
+) -> None:
+    data: Any = SimpleNamespace(name="task")
+    rows = [
+        {"event": "base", "depth": 4},
+        {"event": "stage", "depth": 4, "dropped": [], "train": {"steps": warm}},
+        {"event": "stage", "depth": 2, "dropped": [{"units": ["block 1", "block 2"]}], "train": {"steps": after}},
+    ]
+    config = TrimConfig(model="m", task="t", output=str(tmp_path), keep=0.5, **changes)
+    told = model_card._made(config, data, rows, 2)
+    assert told.startswith(made)
+    assert ("sparse update" in told) == (after > 0)
 
 
 def test_card_of_a_kept_depth_lists_only_the_drops_down_to_it(run: Path, tmp_path: Path) -> None:

@@ -118,6 +118,28 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     assert "GiB free" in said[-1]
 
 
+def test_memory_without_room_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix.room, "free_bytes", lambda device, swap: 10)
+    report, said, _ = stage(tiny.build("llama", 4), [3], tmp_path, cache_frozen_prefix="memory")
+    assert "GiB needed, 0.0 GiB free in main memory" in said[-1]
+    assert report.cached == 0
+
+
+def test_a_step_that_is_taken_back_leaves_its_rows_to_come(tmp_path):
+    model = tiny.build("llama", 3)
+    sparse.freeze(model, whole(3), [2], embeddings=False)
+    kept = prefix.Prefix(model, [TASK[0], TASK[0], TASK[1], TASK[1]])
+    packed = train.packing.pack(TASK[:2], train.packing.ALONE, 0)
+    kept.begin()
+    for _ in range(2):
+        with kept.resumed(packed):
+            pass
+        assert kept.left[TASK[0]] == kept.left[TASK[1]]
+    assert (kept.left[TASK[0]], kept.read) == (0, packed.tokens)
+    kept.take_back()
+    assert (kept.left[TASK[0]], kept.left[TASK[1]], kept.read) == (2, 2, 0)
+
+
 def test_only_rows_that_come_again_are_kept(tmp_path):
     model = tiny.build("llama", 3)
     sparse.freeze(model, whole(3), [2], embeddings=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import helpers_run as h
 import numpy as np
@@ -226,3 +227,20 @@ def test_what_does_not_fit_a_race_is_one_line(options, message):
     with pytest.raises(InputError) as error:
         cli.parse(["trim", "--model", "demo", "--task", "demo_law", "--output", "x", *options])
     assert message in str(error.value)
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_run_says_once_that_there_is_no_race(base, task, tmp_path, capsys):
+    words = h.arguments(h.settings(base, task, tmp_path / "run", scan="racing", warmup_epochs=0, epochs_per_drop=0))
+    assert cli.main(["trim", *words]) == 0
+    assert capsys.readouterr().err.count("no race: it needs choices, and items enough") == 1
+
+
+def test_a_scan_of_random_scores_names_what_a_run_would_drop_first(base, task, tmp_path, capsys):
+    run = {"strategy": "random", "depth": DEPTH - 1, "warmup_epochs": 0, "epochs_per_drop": 0}
+    for seed in (0, 1, 2):
+        h.run(base, task, tmp_path / f"run-{seed}", seed=seed, **run)
+        asked = {"model": base, "task": task, "output": tmp_path / f"scan-{seed}", "strategy": "random", "seed": seed}
+        assert cli.main(["scan", *h.arguments(asked | {"calibration_size": 6})]) == 0
+        first = json.loads((tmp_path / f"scan-{seed}" / "scan.json").read_text())["first"]
+        assert [[first]] == h.drops(tmp_path / f"run-{seed}")

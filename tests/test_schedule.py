@@ -356,6 +356,18 @@ def test_of_training_that_may_end_sooner_the_most_is_foretold():
     most = "training: 1 epoch of all layers, at most 6 epochs after drops; 1,000 tokens an epoch, at most 7,000 in all"
     assert line(keep=0.5, max_drop=2) == line(schedule="recover") == line(keep=0.5, max_params=9) == most
     assert line(max_drop=2) == "training: 1 epoch of all layers, 1 epoch after every drop; 1,000 tokens an epoch"
+    unknown = {
+        "0.333 epochs after every drop, 0.667 epochs for each after the last": {},
+        "0.333 epochs after every 2 drops, 0.667 epochs for each after the last, 3 epochs after the last one": {
+            "drops_per_stage": 2,
+            "final_epochs": 3,
+        },
+        "2 epochs after every drop": {"schedule": "epoch", "epochs_per_drop": 2},
+        "at most 1 epoch after every dropped unit": {"schedule": "recover"},
+    }
+    for told, settings in unknown.items():
+        asked = {"max_params": 9, "warmup_epochs": 0, **settings}
+        assert line(**asked) == f"training: {told}; 1,000 tokens an epoch"
     assert line(warmup_epochs=0) == "training: 6 epochs after drops; 1,000 tokens an epoch, 6,000 in all"
     config = TrimConfig(model="m", task="t", output="o", schedule="epoch")
     assert stages_ahead(config, 12, length=3) == [(9, 1), (6, 1)]
@@ -367,6 +379,7 @@ def test_time_ahead_is_less_for_fewer_blocks():
         "training after drops: about 1 min 45 s, and the scans"  # (9 + 2 * 6) / 12 minutes
     )
     assert account.time_ahead([], 1000, warm) is None
+    assert account.time_ahead([(9, 0.0), (6, 0.0)], 1000, warm) is None
     assert account.time_ahead([(9, 1.0)], 1000, {"depth": 12, "train": {"tokens": 0, "seconds": 0.0}}) is None
 
 

@@ -546,3 +546,13 @@ def test_steps_in_bfloat16_are_rounded_away_where_the_note_says(lr):
         optimizer.step()
     assert (weight.detach() != before).tolist() == [False, True]
     assert rounding_note(TrimConfig(model="m", task="t", output="o", lr=lr)) is None
+
+
+def test_gradient_checkpointing_is_refused_where_the_family_has_none(settings):
+    model = tiny.build("llama", 2)
+    asked = settings.model_copy(update={"gradient_checkpointing": True})
+    train.check(model, asked)
+    model.supports_gradient_checkpointing = False  # as JetMoE's class says
+    with pytest.raises(InputError, match=r"^--gradient-checkpointing: models of type llama do not support it"):
+        train.check(model, asked)
+    train.check(model, settings)

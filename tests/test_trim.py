@@ -134,7 +134,7 @@ def test_the_result_is_held_against_all_layers_before_the_drops(trained, task):
     apart, error = difference(answered, kept["depth-5"]["values"], kept["saved"]["groups"])
     assert result["above_full"] == {"difference": apart, "stderr": error}
     assert apart == pytest.approx(history[-1]["test"]["value"] - history[1]["test"]["value"])
-    told = f"{apart:+.1f} +- {error:.1f} points against all 5 layers, before drops and the training since"
+    told = f"{apart:+.1f} +- {error:.1f} points against all 5 layers, as they were before the drops"
     assert told in (output / "model" / "README.md").read_text()
 
 

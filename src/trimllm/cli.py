@@ -309,10 +309,8 @@ def _carried_out(words: list[str]) -> int:
 
         if not memory.is_out_of_memory(error):
             raise
-        remedy = (
-            "a smaller --micro-batch-size or --eval-batch-size, or --gradient-checkpointing; trim goes on with --resume"
-        )
-        to_stderr(f"trimllm: out of memory on the device: {remedy}\n")
+        if first_to_fail():
+            to_stderr(f"trimllm: out of memory on the device: {_less_memory(words[0])}\n")
         return 1
     except KeyboardInterrupt:
         remedy = "; a run that has begun goes on with --resume" if words and words[0] in RESUMABLE else ""
@@ -325,6 +323,20 @@ def _carried_out(words: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def _less_memory(name: str) -> str:
+    """What makes a command take less memory."""
+    ways = {
+        "micro_batch_size": "a smaller --micro-batch-size",
+        "eval_batch_size": "a smaller --eval-batch-size",
+        "gradient_checkpointing": "--gradient-checkpointing",
+        "streaming": "--streaming",
+        "dtype": "a narrower --dtype",
+    }
+    there = [way for option, way in ways.items() if option in COMMANDS[name].model_fields]
+    goes_on = "; what is done is kept: go on with --resume" if name in RESUMABLE else ""
+    return f"{' or '.join(there) or 'use a device that has more'}{goes_on}"
 
 
 def _refused(error: OSError) -> int:

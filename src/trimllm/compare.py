@@ -144,13 +144,13 @@ def check_model(command: CompareConfig) -> Any:
 
 
 def weights_mark(path: str) -> str:
-    """SHA-256 of the safetensors files in the folder of the base, and of an adapter's base; empty where there are none:
-    on the Hub, or pickled."""
+    """SHA-256 of the safetensors files of the base, and of an adapter's base; empty where there are none on this
+    disk."""
     from trimllm.blocks import adapters
     from trimllm.checkpoints import loading
 
-    parts = [path, *filter(None, [adapters.base_of(path)])]
-    return " ".join(loading.fingerprint(part) for part in parts if loading.weight_files(Path(part)))
+    parts = map(loading.on_disk, [path, *filter(None, [adapters.base_of(path)])])
+    return " ".join(loading.fingerprint(part) for part in parts if part and loading.weight_files(part))
 
 
 def finished(root: Path) -> list[dict[str, Any]]:

@@ -143,12 +143,8 @@ def _wake(device: torch.device) -> None:
 def disk_bytes(path: str, allow_pickle: bool) -> int:
     """Size of the weight files that were loaded: of a directory, or of the Hub's local copy; of an adapter its base's,
     too."""
-    base = adapters.base_of(path)
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(path, local_files_only=True))
+    base, folder = adapters.base_of(path), loading.on_disk(path)
+    assert folder is not None  # the model was loaded from there
     files = loading.weight_files(folder) or ([*folder.glob("*.bin"), *folder.glob("*.pt")] if allow_pickle else [])
     return sum(file.stat().st_size for file in files) + (disk_bytes(base, allow_pickle) if base else 0)
 

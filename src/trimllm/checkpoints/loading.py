@@ -22,6 +22,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from trimllm import files
 from trimllm.blocks import adapters
 from trimllm.checkpoints import backends, shards
 from trimllm.errors import InputError, one_line
@@ -219,18 +220,33 @@ def fingerprint(source: nn.Module | str | Path) -> str:
 
 
 def fingerprint_of_adapter(name: str, base: str, merged: nn.Module) -> str:
-    """SHA-256 of an adapter's files and its base's; of the merged weights where one of them is on the hub.
+    """SHA-256 of an adapter's files and its base's; of the merged weights where one of them has no safetensors.
 
     Merging rounds, perhaps otherwise with another number of threads; the files are what they are.
     """
-    if not weight_files(Path(name)) or not weight_files(Path(base)):
+    folders = [folder for folder in (on_disk(base), on_disk(name)) if folder and weight_files(folder)]
+    if len(folders) < 2:
         return fingerprint(merged)
-    return hashlib.sha256(f"{fingerprint(base)} {fingerprint(name)}".encode()).hexdigest()
+    return hashlib.sha256(" ".join(map(fingerprint, folders)).encode()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
-    return sorted(folder.glob("*.safetensors"))
+    """The safetensors files that are read of a checkpoint or an adapter; others may lie beside them."""
+    if (folder / shards.SINGLE).exists():
+        return [folder / shards.SINGLE]
+    placed = files.read_json(folder / shards.INDEX).get("weight_map", {})
+    return sorted({folder / name for name in placed.values()} or folder.glob("*.safetensors"))
+
+
+def on_disk(name: str) -> Path | None:
+    """The folder of a model by its name: the model's own, or what was downloaded of a name on the Hub; None if nothing
+    was."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except Exception:  # not a name of the Hub, or not downloaded yet
+        return None
 
 
 @contextmanager

@@ -139,7 +139,8 @@ def load(
     if base is not None:
         mark = loading.fingerprint_of_adapter(path, base, model)
     else:
-        mark = loading.fingerprint(path if any(Path(path).glob("*.safetensors")) else model)
+        folder = loading.on_disk(path)
+        mark = loading.fingerprint(folder if folder and loading.weight_files(folder) else model)
     notes = [f"{settings.model} is an adapter: merged into its base {base}"] if base is not None else []
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
@@ -246,6 +247,8 @@ def checked_config(path: str, settings: ModelSettings) -> Any:
 
 
 def saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:
-    """The dtype that the checkpoint's config names; of an adapter, its base's."""
+    """The dtype that the checkpoint's config names, or else that most of its weights have; of an adapter, its base's.
+    None where neither is known."""
     config = config_of(path, trust_remote_code=settings.trust_remote_code)
-    return config.dtype or config.get_text_config(decoder=True).dtype
+    named = config.dtype or config.get_text_config(decoder=True).dtype
+    return named or room.dtype_of_weights(adapters.base_of(path) or path)

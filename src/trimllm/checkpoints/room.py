@@ -7,13 +7,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimllm.blocks import adapters
 from trimllm.checkpoints import shards
 from trimllm.checkpoints.dtypes import FLOATS
-from trimllm.checkpoints.loading import quiet
+from trimllm.checkpoints.loading import on_disk, quiet
 from trimllm.errors import InputError
 
 GB = 1e9
@@ -47,24 +46,36 @@ def weights(path: str, dtype: torch.dtype | None) -> int | None:
 
     Of an adapter in a folder its base counts. None where there are no safetensors files on this disk.
     """
-    if Path(path).is_dir():
-        path = adapters.base_of(path) or path
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(path, local_files_only=True))
-        except Exception:  # not a name of the Hub, or not downloaded yet: loading says so
-            return None
-    if not shards.present(folder):
-        return None
-    try:
-        tensors, _ = shards.read(folder)
-    except InputError:  # loading says so, after what else may be wrong with the folder
+    tensors = _tensors(path)
+    if tensors is None:
         return None
     quantized = any(tensor.dtype not in FLOATS for tensor in tensors)
     if dtype is None or quantized:
         return sum(tensor.size for tensor in tensors)
     return sum(math.prod(tensor.shape) * dtype.itemsize for tensor in tensors)
+
+
+def dtype_of_weights(path: str) -> torch.dtype | None:
+    """The floating-point dtype that most bytes of a checkpoint's weights have; None as for `weights`, or where there is
+    none."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in _tensors(path) or []:
+        if tensor.dtype in FLOATS:
+            dtype = FLOATS[tensor.dtype]
+            sizes[dtype] = sizes.get(dtype, 0) + tensor.size
+    return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def _tensors(path: str) -> list[shards.Tensor] | None:
+    """What the headers say of a checkpoint, or of the base of an adapter in a folder; None where this disk has none."""
+    base = adapters.base_of(path) if Path(path).is_dir() else None
+    folder = on_disk(base or path)
+    if folder is None or not shards.present(folder):
+        return None
+    try:
+        return shards.read(folder)[0]
+    except InputError:  # loading says so, after what else may be wrong with the folder
+        return None
 
 
 def weights_of_config(file: str, dtype: torch.dtype | None, *, trust_remote_code: bool = False) -> int | None:

@@ -125,7 +125,7 @@ def _check_result(path: Path) -> None:
         return
     with suppress(OSError, ValueError):
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(earlier, dict) and {"model", "task", "metric"} <= earlier.keys():
+        if isinstance(earlier, dict) and {"model", "task", "metric", "perplexity"} <= earlier.keys():
             return
     raise InputError(f"--output {path}: the file exists, and is no earlier result: choose another one")
 

@@ -90,7 +90,7 @@ def _scan(command: config.ScanConfig, prepared: _Prepared, console: Console) -> 
             command.unit,
             length=prepared.length,
             run=command.run or max(1, depth // 2),
-            race=race_of(command, prepared.tolerance, may_go, command.seed),
+            race=race_of(command, prepared.tolerance, may_go, command.seed + depth),  # as a run's first scan
             progress=show,
         )
     for note in result.notes:
@@ -102,7 +102,7 @@ def _show(command: config.ScanConfig, prepared: _Prepared, result: scan.ScanResu
     """Print the table and what would go first; write scan.json, which is returned, and its picture."""
     model, depth, output = prepared.model, decoder.depth(prepared.model), Path(command.output)
     extra = weights.evidence(command.strategy, model, prepared.scorer, result.candidates)
-    evidence = result.evidence(scan.positions(result.candidates, range(depth)), depth, command.seed, **extra)
+    evidence = result.evidence(scan.positions(result.candidates, range(depth)), depth, command.seed + depth, **extra)
     names = [describe(unit, whole(depth)) for unit in result.candidates]
     record = scan.table(result, evidence, command.strategy, names)
     choice, reason = _first(command, model, result, evidence, prepared.protected, prepared.tolerance)

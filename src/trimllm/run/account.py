@@ -41,7 +41,7 @@ def percent(record: dict[str, Any] | None) -> str:
 
 def above_line(above: dict[str, float], depth: int) -> str:
     """`-0.3 +- 0.8 points ...`: the saved model against the one that the drops began with."""
-    return f"{shown(above)} points against all {depth} layers, before drops and the training since (paired answers)"
+    return f"{shown(above)} points against all {depth} layers, as they were before the drops (paired answers)"
 
 
 def depth_table(history: list[dict[str, Any]]) -> str:
@@ -119,11 +119,24 @@ def training_ahead(config: TrimConfig, stages: Sequence[tuple[int, float]], toke
     """How much will be trained, for the user: `stages` are those of `targets.stages_ahead`, `tokens` an epoch's."""
     warm = f"training: {_epochs(config.warmup_epochs)} of all layers, " if config.warmup_epochs else "training: "
     if not stages:
-        return f"{warm}{_epochs(config.epochs_per_drop)} after every drop; {tokens:,} tokens an epoch"
+        return f"{warm}{_per_drop(config)}; {tokens:,} tokens an epoch"
     after = sum(epochs for _, epochs in stages)
     most = "at most " if targets.ends_sooner(config) else ""
     total = round((config.warmup_epochs + after) * tokens)
     return f"{warm}{most}{_epochs(after)} after drops; {tokens:,} tokens an epoch, {most}{total:,} in all"
+
+
+def _per_drop(config: TrimConfig) -> str:
+    """The training after drops of which nobody knows how many there will be."""
+    several = config.drops_per_stage
+    each = "every drop" if several == 1 else f"every {several} drops"
+    now = targets.stage_epochs(config, several, 1, last=False)
+    most, after = ("at most ", "every dropped unit") if config.schedule == "recover" else ("", each)
+    later = (
+        [] if now == config.epochs_per_drop else [f"{_epochs(config.epochs_per_drop - now)} for each after the last"]
+    )
+    more = [f"{_epochs(config.final_epochs)} after the last one"] if config.final_epochs else []
+    return ", ".join([f"{most}{_epochs(now)} after {after}", *later, *more])
 
 
 def _epochs(count: float) -> str:
@@ -133,9 +146,9 @@ def _epochs(count: float) -> str:
 
 def time_ahead(stages: Sequence[tuple[int, float]], tokens: int, warm: dict[str, Any]) -> str | None:
     """About how long the stages take, by what the warm-up took (its journaled row) and the blocks that are left; None
-    where that trained nothing."""
+    where that, or they, train nothing."""
     train = warm["train"]
-    if not stages or not train["tokens"]:
+    if not any(epochs for _, epochs in stages) or not train["tokens"]:
         return None
     seconds = train["seconds"] / train["tokens"] * tokens * sum(left * epochs for left, epochs in stages)
     return f"training after drops: about {clock(seconds / warm['depth'])}, and the scans"

@@ -92,6 +92,11 @@ class Decider:
         if shifted and all(shifted):
             raise InputError(f"--unit pair: {shifted[0]}")
         free = self.droppable(model, whole(self.base_depth))
+        if not free and self.base_depth - self.length < self.config.min_depth:
+            raise InputError(
+                f"--min-depth {self.config.min_depth}: nothing can be dropped: layers of the {self.base_depth} go "
+                f"{self.length} at a time: allow {self.base_depth - self.length}"
+            )
         if not free:
             raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
         if self.config.one_shot and self.wanted is not None:

@@ -93,16 +93,28 @@ on; `calibration` ({len(data.calibration)} rows held out of train) decided what 
 
 def _made(config: TrimConfig, data: TaskData, history: list[dict[str, Any]], depth: int) -> str:
     """How it was made, in sentences."""
-    trained = any(row["train"]["steps"] for row in history if "train" in row and row["depth"] >= depth)
+    stages = [row for row in history if "train" in row and row["depth"] >= depth]
+    before = any(row["train"]["steps"] for row in stages if not row["dropped"])
+    after = any(row["train"]["steps"] for row in stages if row["dropped"])
     if depth == history[0]["depth"]:
-        return f"{f'fine-tuned on `{data.name}`' if trained else 'not trained'}, and no layer was dropped."
+        return f"{f'fine-tuned on `{data.name}`' if before else 'not trained'}, and no layer was dropped."
     how = f"TrimLLM, arXiv 2412.11242; strategy {config.strategy}, unit {config.unit}"
-    if not trained:
-        return f"""layers were dropped by what they are worth on `{data.name}`, and nothing was trained
+    dropped = f"layers were dropped{' at once' if config.one_shot else ''}"
+    if not before and not after:
+        return f"""{dropped} by what they are worth on `{data.name}`, and nothing was trained
 ({how})."""
-    share = "" if config.sparse_update == "off" else f" with r = {config.train_ratio}"
-    return f"""it was fine-tuned on `{data.name}` while layers were dropped
-({how}, sparse update {config.sparse_update}{share}). Knowledge outside that domain is reduced."""
+    tuned = f"it was fine-tuned on `{data.name}`"
+    if not after:
+        made = f"{tuned}, then {dropped}, and nothing was trained since"
+    elif not config.one_shot:
+        made = f"{tuned} while {dropped}"
+    else:
+        made = f"{tuned}, {dropped}, and it was trained on" if before else f"{dropped}, then {tuned}"
+    if after:
+        how += f", sparse update {config.sparse_update}"
+        how += "" if config.sparse_update == "off" else f" with r = {config.train_ratio}"
+    return f"""{made}
+({how}). Knowledge outside that domain is reduced."""
 
 
 def cut(base: Origin, layout: Layout, depth: int) -> str:

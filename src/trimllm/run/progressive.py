@@ -109,6 +109,8 @@ class Run:
     """Those of the task and of the domain text between."""
     journal: Journal
     recorder: Recorder
+    said: set[str]
+    """Notes that stand in the output already: scans have the same ones again and again."""
 
     def __init__(self, config: TrimConfig, console: Console) -> None:
         self.config, self.console = config, console
@@ -191,6 +193,7 @@ class Run:
         data = replace(data, notes=(*data.notes, *cut))
         self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
         self.decider.check(model)
+        train.check(model, config)
         self.ahead = targets.stages_ahead(config, depth, self.decider.length)
         mixed = 1 + config.text_ratio if self.text_rows else 1
         self.tokens_per_epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
@@ -205,8 +208,14 @@ class Run:
             copies = max(copies, 2 + sum(left for left, _ in self.ahead) / self.base_depth)
         weights = verification.weight_bytes(model)
         state = 2 * optimizer_state.most_bytes(config, model) if self._keeps_state() else 0  # while the new is written
-        if rundir.happened(self.dir, "done") is None:
-            rundir.check_space(config.output, round(copies * weights) + state)
+        if rundir.happened(self.dir, "done") is not None:
+            return
+        rundir.check_space(config.output, round(copies * weights) + state)
+        if config.keep_checkpoints and not self.ahead:
+            depths = range(targets.least_depth(config, self.base_depth), self.base_depth + 1)
+            most = round((1 + sum(depths) / self.base_depth) * weights) + state  # 1: the result
+            if note := rundir.space_note(config.output, most):
+                self.console.say(note)
 
     def _keeps_state(self) -> bool:
         """Whether AdamW's state will stand in checkpoints: between stages after drops, if there are several."""
@@ -248,7 +257,8 @@ class Run:
             f"{data.name}: {len(data.train):,} training rows, {len(data.calibration):,} for calibration, "
             f"{len(data.test):,} reported; metric {data.metric}"
         )
-        for note in (*data.notes, *filter(None, {self.calibration.note, self.test.note})):
+        self.said = {note for note in (self.calibration.note, self.test.note) if note}
+        for note in (*data.notes, *self.said):
             say(f"  {note}")
         if self.text_rows:
             say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
@@ -459,6 +469,10 @@ class Run:
                 reached=state.reached,
             )
         )
+        for note in decision.result.notes:
+            if note not in self.said:
+                self.console.say(f"  {note}")
+                self.said.add(note)
         self.console.say(f"  {account.drop_line(choices, before, decision.result, decision.joint)}")
 
     def history(self) -> History:

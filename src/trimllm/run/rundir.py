@@ -153,12 +153,27 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
 
 def check_space(output: str | Path, needed: int) -> None:
     """Raises InputError if the disk cannot hold so many bytes in all, of which some may be there."""
-    needed -= sum(file.stat().st_size for file in Path(output).rglob("*.safetensors"))
-    parent = Path(output).absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free, needed = _space(output, needed)
     if free < needed:
         raise InputError(
             f"--output {output}: {free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed: free some space"
         )
+
+
+def space_note(output: str | Path, most: int) -> str | None:
+    """One line if the disk cannot hold so many bytes, which every depth that is kept takes if the run goes to the
+    last."""
+    free, most = _space(output, most)
+    if free >= most:
+        return None
+    sizes = f"up to {most / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+    return f"warning: --keep-checkpoints needs {sizes}: a full disk interrupts the run"
+
+
+def _space(output: str | Path, needed: int) -> tuple[int, int]:
+    """Bytes that are free, and how many of those needed are not there yet."""
+    there = sum(file.stat().st_size for file in Path(output).rglob("*.safetensors"))
+    parent = Path(output).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free, needed - there

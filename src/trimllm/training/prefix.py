@@ -19,6 +19,7 @@ from torch import nn
 
 from trimllm.blocks import decoder, families
 from trimllm.blocks.trial import Injection
+from trimllm.checkpoints import room
 from trimllm.training.packing import Example, Packed
 
 NOISE = ("dropout", "layerdrop", "jitter")
@@ -66,6 +67,8 @@ class Prefix:
         """Where a kept row begins in the store."""
         self.read = 0
         """Tokens that were read back and not computed."""
+        self._since: tuple[int, list[Example]] = (0, [])
+        """What was read when the step began, and the rows that it has used since."""
         blocks = decoder.blocks(model)
         returns_tuple = families.family(decoder.text_config(model)).block_returns_tuple
         self._injections = [Injection(returns_tuple) for _ in range(self.depth)]
@@ -78,6 +81,16 @@ class Prefix:
         self._rows = sum(row.inputs for row, count in self.left.items() if count > 1)
         self._store: torch.Tensor | None = None
 
+    def begin(self) -> None:
+        """A step begins, which may be taken back."""
+        self._since = (self.read, [])
+
+    def take_back(self) -> None:
+        """As if the step had not begun, but that what it kept stays."""
+        self.read, rows = self._since
+        self.left.update(rows)
+        self.begin()
+
     @contextmanager
     def resumed(self, packed: Packed) -> Iterator[None]:
         """Within, the model's forward over `packed` begins after the first blocks."""
@@ -89,6 +102,7 @@ class Prefix:
             self._keep(packed, hidden)
         for row, *_ in packed.spans:
             self.left[row] -= 1
+            self._since[1].append(row)
         for injection in self._injections:
             injection.hidden = hidden
         self._owner._modules[self._name] = self._rest
@@ -144,10 +158,13 @@ class Prefix:
         return hidden.to(packed.where.device)
 
 
-def no_room(model: Any, uses: Sequence[Example], folder: str | Path | None) -> str | None:
-    """Why the disk cannot hold what would be kept, or None."""
+def no_room(model: Any, uses: Sequence[Example], folder: Path | None, *, copies: int = 1) -> str | None:
+    """Why the disk, or main memory where `folder` is None, cannot hold what would be kept by so many processes alike;
+    None if it can."""
     rows = sum(row.inputs for row, count in Counter(uses).items() if count > 1)
-    needed, free = rows * decoder.text_config(model).hidden_size * 4, shutil.disk_usage(folder or ".").free
-    if needed < free:
+    needed = copies * rows * decoder.text_config(model).hidden_size * 4
+    free = room.free_bytes(torch.device("cpu"), swap=False) if folder is None else shutil.disk_usage(folder).free
+    if free is None or needed < free:
         return None
-    return f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free in {folder}"
+    place = "main memory" if folder is None else folder
+    return f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free in {place}"

@@ -130,12 +130,13 @@ def train_stage(
 
     Raises:
         TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
-        InputError: if the processes share the weights between them (FSDP, DeepSpeed).
+        InputError: if the processes share the weights between them (FSDP, DeepSpeed); see also `check`.
         torch.OutOfMemoryError: if not even one row fits.
     """
     started = time.perf_counter()
     if not plan or not parameters:
         return StageReport(0, 0, None, 0.0)
+    check(model, settings)
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise InputError(f"processes of type {kind} share the weights: launch plain ones, with a whole model each")
@@ -147,7 +148,7 @@ def train_stage(
     ways.teacher = teacher
     ways.size = min(ways.size, fitted or ways.size)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpointing(model, on=True)
     model.train()
     fused = accelerator.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
@@ -177,7 +178,7 @@ def train_stage(
                 break
     finally:
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpointing(model, on=False)
         for parameter in parameters:
             parameter.grad = None
         model.eval()
@@ -194,6 +195,28 @@ def train_stage(
         cached=ways.prefix.read / max(1, ways.tokens) if ways.prefix else 0.0,
         micro_batch_size=ways.size,
     )
+
+
+def check(model: Any, settings: TrainSettings) -> None:
+    """Refuse settings that the model cannot be trained with.
+
+    Raises:
+        InputError: if its activations are to be computed again, and its class cannot.
+    """
+    if settings.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise InputError(
+            f"--gradient-checkpointing: models of type {model.config.model_type} do not support it: leave it out (a "
+            "smaller --micro-batch-size takes less memory, too)"
+        )
+
+
+def _checkpointing(model: Any, *, on: bool) -> None:
+    """Let activations be computed again in the backward pass, or no more; older releases have another name for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def _ways(
@@ -220,8 +243,10 @@ def _ways(
     if settings.cache_frozen_prefix != "off" and not all(p.requires_grad for p in model.parameters()):
         on_disk = settings.cache_frozen_prefix == "disk"
         mine = [row for rows in plan for row in rows[accelerator.process_index :: accelerator.num_processes]]
-        if (why := prefix.refusal(model) or (prefix.no_room(model, mine, folder) if on_disk else None)) is None:
-            cache = Prefix(model, mine, folder=Path(folder or ".") if on_disk else None)
+        place = Path(folder or ".") if on_disk else None
+        why = prefix.refusal(model) or prefix.no_room(model, mine, place, copies=accelerator.num_processes)
+        if why is None:
+            cache = Prefix(model, mine, folder=place)
         else:
             say(f"  the frozen blocks are computed again in every epoch: {why}")
     return _Ways(way, places, cache, settings.micro_batch_size or settings.batch_size)
@@ -331,7 +356,8 @@ def _passes(
     """Forward and backward over one process's micro-batches; None if memory runs out."""
     total = torch.zeros((), device=accelerator.device)
     tokens = cells = 0
-    read = ways.prefix.read if ways.prefix else 0
+    if ways.prefix:
+        ways.prefix.begin()
     try:
         for part in parts:
             packed = packing.pack(part, ways.packing, pad_id, accelerator.device)
@@ -348,7 +374,7 @@ def _passes(
         if not memory.is_out_of_memory(error):
             raise
         if ways.prefix:
-            ways.prefix.read = read  # the step is done again
+            ways.prefix.take_back()  # the step is done again
         return None
     ways.tokens, ways.cells = ways.tokens + tokens, ways.cells + cells
     return total
