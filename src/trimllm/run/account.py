@@ -70,7 +70,6 @@ def result(
     history: list[dict[str, Any]],
     drops: list[dict[str, Any]],
     base: dict[str, str],
-    saved: dict[str, Any],
     above: dict[str, float] | None,
     verified: Any,
     speeds: dict[str, list[float]] | None,
@@ -79,6 +78,7 @@ def result(
     speedup = (
         dict(zip(("median", "min", "max"), timing.ratio(speeds, "trimmed", "base"), strict=True)) if speeds else None
     )
+    saved = history[-1]
     return {
         "base": base,
         "task": data.name,

@@ -60,15 +60,15 @@ def trimmed(
     """The card of a run's result. `history` has a row per depth, the base first and the saved model last; `above` is
     how far the latter is above all layers (see `Recorder.above_full`)."""
     last = history[-1]
-    results = [evaluation(data.name, data.metric, last["test"], config.task)] if last["test"] else []
-    tests = f", {data.metric} {last['test']['value']:.1f} +- {last['test']['stderr']:.1f} (n={last['test']['n']})"
+    results = [evaluation(data.name, data.metric, last["test"], config.task)]
+    tests = f"{data.metric} {last['test']['value']:.1f} +- {last['test']['stderr']:.1f} (n={last['test']['n']})"
     depth = history[0]["depth"]
     cut = f"trimmed to {len(layout)} of {depth} layers" if len(layout) < depth else f"with all of its {depth} layers"
     further = f"\nThis checkpoint: {above_line(above, depth)}.\n" if above else ""
     return f"""{_front(base, results, name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
 # {_short(base)}, {cut}
 
-A stock {data.name} specialist{tests if last["test"] else ""}: {_made(config, data, history, len(layout))}
+A stock {data.name} specialist, {tests}: {_made(config, data, history, len(layout))}
 
 {_origin(base)}
 

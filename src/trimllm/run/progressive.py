@@ -527,7 +527,7 @@ class Run:
         above = None
         if self.share.first:
             above = self.recorder.above_full(self.history())
-            self.recorder.write_result(data, good, self.history(), base, row, above, report, saved)
+            self.recorder.write_result(data, good, self.history(), base, above, report, saved)
         for line in account.at_the_end(self.history()):
             self.console.say(f"warning: {line}")
         reached = f"{self.metric} {account.percent(row['test'])}"

@@ -47,12 +47,12 @@ class Recorder:
     def record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
         """Evaluate a depth and journal it, with a row for the user; of base and result also how fluently they write."""
         folder = RunDir(self.config.output)
-        whole = event != "stage"
+        first_or_last = event != "stage"
         with self._fast(model):
-            if whole:
+            if first_or_last:
                 more["fluency"] = fluency.measure(model, self.tokenizer, self.calibration.items)
             calibration = self.calibration.evaluate(model, self.metric, self.share)
-            report = self.config.report_depths or whole
+            report = self.config.report_depths or first_or_last
             test = self.test.evaluate(model, self.metric, self.share) if report else None
         now = size(model, self.save_dtype)
         speed = timing.decode_speed({"now": model}, repeats=3)["now"] if self.share.first else [0.0]
@@ -94,18 +94,17 @@ class Recorder:
         stage: dict[str, Any],
         history: list[dict[str, Any]],
         base: dict[str, str],
-        row: dict[str, Any],
         above: dict[str, float] | None,
         verified: Any,
         saved: Any,
     ) -> None:
-        """The model card of the depth that `stage` ended with, and result.json; `row` is that of the saved model, and
-        `above` what `above_full` says of it."""
+        """The model card of the depth that `stage` ended with, and result.json. `history` ends with the row of the
+        saved model, and `above` is what `above_full` says of it; `base` names the base."""
         folder, drops = RunDir(self.config.output), self.journal.of("drop")
         text = model_card.trimmed(self.config, data, load_layout(stage["layout"]), history, base, above)
         files.write_atomic(folder.model / "README.md", text)
         speeds = self.final_speeds(saved)
-        result = account.result(self.config, data, stage, history, drops, base, row, above, verified, speeds)
+        result = account.result(self.config, data, stage, history, drops, base, above, verified, speeds)
         files.write_json(folder.result, result)
 
     def above_full(self, history: list[dict[str, Any]]) -> dict[str, float] | None:

@@ -90,12 +90,12 @@ def stage_epochs(config: TrimConfig, units: int, stage: int, *, last: bool) -> f
     most)."""
     if config.schedule == "recover":
         return max(config.epochs_per_drop, config.final_epochs) if last else config.epochs_per_drop * units
-    stages = units if config.one_shot else 1  # that this one stands for
-    now = config.epochs_per_drop * stages
+    own = config.epochs_per_drop * (units if config.one_shot else 1)  # one stage in place of one per unit
+    before = config.epochs_per_drop * (stage - 1)
+    final = config.final_epochs if last else 0.0
     if config.schedule != "late":
-        return now + (config.final_epochs if last else 0.0)
-    put_off = LATE_SHARE * config.epochs_per_drop * (stages + stage - 1)
-    return (1 - LATE_SHARE) * now + (put_off + config.final_epochs if last else 0.0)
+        return own + final
+    return own + LATE_SHARE * before + final if last else (1 - LATE_SHARE) * own
 
 
 def stages_ahead(config: TrimConfig, base_depth: int, length: int = 1) -> list[tuple[int, float]]:
