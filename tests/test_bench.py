@@ -161,7 +161,7 @@ def test_compiled_steps_are_compiled_and_give_the_same_logits(monkeypatch):
         (
             "llama",
             {"cache": "static", "compiled": True},
-            r"--compile: the model cannot do it \(no compiler\): leave it out",
+            r"--compile: it failed with this model, here \(no compiler\): leave it out",
         ),
     ],
 )

@@ -27,6 +27,7 @@ from trimllm.run import account, deciding, progressive, recovery
 from trimllm.run.recovery import Recovery
 from trimllm.run.targets import drops_end_sooner, least_depth, stage_epochs, stages_ahead
 from trimllm.training import train, training_rows
+from trimllm.training.packing import Example
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -371,6 +372,17 @@ def test_of_training_that_may_end_sooner_the_most_is_foretold():
     assert line(warmup_epochs=0) == "training: 6 epochs after drops; 1,000 tokens an epoch, 6,000 in all"
     config = TrimConfig(model="m", task="t", output="o", schedule="epoch")
     assert stages_ahead(config, 12, length=3) == [(9, 1), (6, 1)]
+
+
+def test_text_that_comes_again_and_again_is_counted():
+    config = TrimConfig(model="m", task="t", output="o", text="notes.txt", text_ratio=2)
+    task, text = [Example(tuple(range(10)), 1)] * 5, [Example(tuple(range(20)), 1)]
+    assert account.text_line(config, text, task, stages_ahead(config, 12)) == (
+        "notes.txt: 20 tokens of domain text, each about 35 times"  # twice 50 tokens in each of 7 epochs
+    )
+    assert (
+        account.text_line(config, text * 30, task, stages_ahead(config, 12)) == "notes.txt: 600 tokens of domain text"
+    )
 
 
 def test_time_ahead_is_less_for_fewer_blocks():

@@ -40,7 +40,7 @@ def test_within_the_tolerance_the_largest_norm_goes():
     known = evidence([70, 80, 78, 78.1, 77.9], [9, 1, 3, 2, 8])
     assert choose(BLOCKS, known, tolerance=2).index == 2
     assert choose(BLOCKS, known, tolerance=2).tied == (1, 2, 3)
-    assert choose(BLOCKS, known, tolerance=2).why == "tied with 2 by the scan, largest norm"
+    assert choose(BLOCKS, known, tolerance=2).why == "tied with 2 others by the scan, largest norm"
     assert choose(BLOCKS, known, tolerance=2.2).index == 4
     assert choose(BLOCKS, known, tolerance=0).index == 1
 
@@ -49,7 +49,7 @@ def test_within_the_tolerance_the_least_loss_goes():
     known = replace(evidence([70, 80, 78, 78.1, 77.9]), loss=np.array([0.1, 0.9, 0.3, 0.2, 0.1]))
     choice = choose(BLOCKS, known, "scan+loss", tolerance=2)
     assert (choice.index, choice.tied) == (3, (1, 2, 3))
-    assert choice.why == "tied with 2 by the scan, least loss"
+    assert choice.why == "tied with 2 others by the scan, least loss"
     assert choose(BLOCKS, known, "scan+loss").index == 1
 
 
@@ -64,7 +64,7 @@ def test_without_a_tie_breaker_the_tolerance_is_not_used_and_equals_go_to_the_de
     known = evidence([80, 79.9, 80, 60, 70], [9, 99, 1, 1, 1])
     choice = choose(BLOCKS, known, "scan", tolerance=5)
     assert (choice.index, choice.tied) == (2, (0, 2))
-    assert choice.why == "tied with 1 in importance, deepest"
+    assert choice.why == "tied with 1 other in importance, deepest"
 
 
 def test_equal_norms_go_to_the_deeper():

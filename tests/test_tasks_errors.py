@@ -38,7 +38,11 @@ def write(tmp_path, *rows, name="data.jsonl"):
         ),
         ("[1]", 'FILE:2: a row must be a JSON object such as {"text": ...}, not list'),
         ({**GOOD, "answer": ""}, "FILE:2: field 'answer' is empty; fill it in or drop the row"),
-        ({**GOOD, "answer": 2}, "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1)"),
+        (
+            {**GOOD, "answer": 2},
+            "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1); answers count from 0: subtract one from "
+            "each",
+        ),
         ({**GOOD, "answer": -1}, "FILE:2: field 'answer' is -1, but there are 2 choices (0 to 1)"),
         ({**GOOD, "answer": "C"}, "FILE:2: field 'answer' is C, but there are 2 choices (A to B)"),
         (
@@ -108,7 +112,7 @@ def test_an_index_that_is_the_text_of_another_choice(tmp_path, answer):
         ),
         (
             {"messages": [{"role": "user"}]},
-            "FILE:1: cannot make the prompt: message 0 needs 'role' and 'content', both text",
+            "FILE:1: cannot make the prompt: message 0 needs 'role' and 'content' (or 'from' and 'value'), both text",
         ),
     ],
 )
@@ -118,9 +122,7 @@ def test_bad_generation_row(tmp_path, row, expected):
 
 def test_unknown_columns_are_listed_with_what_is_recognized(tmp_path):
     said = message(write(tmp_path, {"frage": 1, "antwort": 2}))
-    assert said.startswith(
-        "data: cannot tell the task from the columns antwort, frage; recognized are messages | question,"
-    )
+    assert said.startswith("data: cannot tell the task from the columns antwort, frage; recognized are messages (or ")
     assert said.endswith("rename the columns or name them in a task YAML (--task my.yaml)")
 
 
@@ -153,7 +155,11 @@ def test_errors_name_the_columns_that_are_there(tmp_path):
         (["a", ""], "FILE:2: field 'options' has an empty entry; fill it in or drop the row"),
         (3, f"FILE:2: field 'options' must be {CHOICES}, not int"),
         ("a | b", f"FILE:2: field 'options' must be {CHOICES}, not str"),
-        ('["a", b]', "FILE:2: field 'options' is not a valid JSON list (Expecting value); fix the cell"),
+        (
+            '["a", b]',
+            "FILE:2: field 'options' is not a valid JSON list (Expecting value; texts stand in double quotes); fix the "
+            "cell",
+        ),
     ]:
         assert message(write(tmp_path, row, {**row, "options": options}, *[row] * 8)) == expected
 
@@ -169,7 +175,8 @@ def test_errors_name_the_columns_that_are_there(tmp_path):
         ("Question Answer", "'Question' to 'question' and 'Answer' to 'answer'"),
         ("question A B C Answer", "'Answer' to 'answer'"),
         ("instruction context response category", "'response' to 'output'"),
-        ("conversations", "'conversations' to 'messages'"),
+        ("conversation", "'conversation' to 'messages'"),
+        ("question choices correct_answer", "'correct_answer' to 'answer'"),
         ("Text", "'Text' to 'text'"),
     ],
 )
@@ -217,9 +224,9 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_malformed_csv_and_json(tmp_path):
     said = message(write(tmp_path, "question,answer", "a,b", "c", name="a.csv"))
-    assert said == "FILE:3: fewer fields than the header's 2; fix the line"
+    assert said == "FILE:3: fewer fields than the header's 2, parted by ','; fix the line"
     said = message(write(tmp_path, "question,answer", "a,b,c", name="b.csv"))
-    assert said == "FILE:2: more fields than the header's 2; fix the line"
+    assert said == "FILE:2: more fields than the header's 2, parted by ','; fix the line"
     said = message(write(tmp_path, "text,label,label", "a,b,c", name="twice.csv"))
     assert said == "FILE:1: column 'label' stands in the header more than once; rename one of them"
     said = message(write(tmp_path, '{"text": "a"}', '{"text": "b"}', name="c.json"))
@@ -322,3 +329,24 @@ def test_domain_text_errors(tmp_path):
         with pytest.raises(InputError) as error:
             load_text(given)
         assert expected in str(error.value)
+
+
+def test_too_few_rows_of_one_file_say_how_many_are_needed(tmp_path):
+    rows = [{**GOOD, "question": f"q {n}"} for n in range(5)]
+    said = message(write(tmp_path, *rows))
+    assert said == (
+        "4 training rows are too few to hold out a calibration set: give at least 6 rows in all (1 are held out for "
+        "the report)"
+    )
+    load_task(write(tmp_path, *rows, {**GOOD, "question": "q 5"}))
+
+
+def test_a_folder_without_training_rows_says_what_it_has(tmp_path):
+    for name in ("blood_test.jsonl", "xray.jsonl"):
+        write(tmp_path, GOOD, name=name)
+    assert message(tmp_path).endswith("to be split) (not used: xray.jsonl (no train, valid or test in its name))")
+
+
+def test_the_place_of_a_csv_record_is_its_first_line(tmp_path):
+    said = message(write(tmp_path, "question,answer_text", '"a', "b", 'c",', name="a.csv"))
+    assert said.startswith("FILE:2: ")

@@ -47,7 +47,7 @@ def test_answer_by_index_letter_or_text(tmp_path, answer):
 LETTERED = [{"question": f"q {n}", "A": "red", "B": "green", "C": "blue"} for n in range(9)]
 
 
-@pytest.mark.parametrize("answer", ["B", "b", "green", 1, "1"])
+@pytest.mark.parametrize("answer", ["B", "b", "B.", "B)", "(b)", "option B", "green", 1, "1"])
 def test_choices_in_lettered_columns(tmp_path, answer):
     for column in ("answer", "label"):
         rows = jsonl(tmp_path / "q.jsonl", [{**row, column: answer, "Z": "no choice"} for row in LETTERED])
@@ -55,6 +55,91 @@ def test_choices_in_lettered_columns(tmp_path, answer):
         assert (task.kind, task.train[0].prompt[:12]) == ("choice", "Question: q ")
         assert {item.continuations for item in task.train} == {(" red", " green", " blue")}
         assert {item.target for item in task.train} == {" green"}
+
+
+def test_answers_of_which_many_name_no_lettered_column_are_refused(tmp_path):
+    rows = [{**row, "answer": "B" if n % 2 else "the green one"} for n, row in enumerate(LETTERED)]
+    with pytest.raises(InputError, match=r"q.jsonl:1: field 'answer' is 'the green one', which names none of A, B, C"):
+        load_task(jsonl(tmp_path / "q.jsonl", rows))
+
+
+def notes(path, **settings):
+    return " | ".join(load_task(path, **settings).notes)
+
+
+def test_answers_that_may_count_from_one_are_pointed_out(tmp_path):
+    rows = [{"question": f"q {n}", "choices": ["a", "b", "c", "d"], "answer": 1 + n % 3} for n in range(24)]
+    doubt = "no 'answer' is 0, the first choice: answers count from 0; if these count from 1, every one is read wrong"
+    assert doubt in notes(jsonl(tmp_path / "one.jsonl", rows))
+    assert doubt not in notes(jsonl(tmp_path / "zero.jsonl", [*rows, {**rows[0], "question": "q", "answer": 0}]))
+    assert doubt not in notes(jsonl(tmp_path / "letters.jsonl", [{**row, "answer": "B"} for row in rows]))
+
+
+def test_written_answers_that_are_the_same_few_are_pointed_out(tmp_path):
+    rows = [{"question": f"Is {n} even?", "answer": ("yes", "no")[n % 2]} for n in range(24)]
+    told = notes(jsonl(tmp_path / "q.jsonl", rows))
+    assert "answers are to be written, though all are among 2 (no, yes): to have these as choices, rename" in told
+    assert "to be written" not in notes(
+        jsonl(tmp_path / "r.jsonl", [{**row, "answer": row["question"]} for row in rows])
+    )
+
+
+def test_labels_that_may_mean_none_or_the_same_are_pointed_out(tmp_path):
+    lines = [f"text {n},{('NaN', 'acute', 'Acute')[n % 3]}" for n in range(24)]
+    (tmp_path / "d.csv").write_text("\n".join(["text,label", *lines]))
+    told = notes(tmp_path / "d.csv")
+    assert "'NaN' is a label like any other: drop its rows if it means none" in told
+    assert "labels that differ in case alone: 'Acute', 'acute'" in told
+
+
+def test_a_single_file_named_test_is_reported_whole_where_nothing_is_trained(tmp_path):
+    path = jsonl(tmp_path / "test.jsonl", QUESTIONS)
+    asked, trained = load_task(path, reported_only=True), load_task(path)
+    assert (len(asked.test), asked.drawn) == (20, False)
+    assert (len(trained.test), trained.drawn) == (4, True)
+    three = load_task(jsonl(tmp_path / "three.jsonl", QUESTIONS[:3]), reported_only=True)
+    assert (len(three.test), three.calibration, three.drawn) == (1, (), True), "nothing else is held out"
+
+
+def test_dialogues_as_sharegpt_has_them(tmp_path):
+    def dialogue(n):
+        turns = [("system", "Be brief."), ("human", f"{n} + 2?"), ("gpt", str(n + 2))]
+        return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+    _, item = first(jsonl(tmp_path / "chat.jsonl", [dialogue(n) for n in range(9)]))
+    assert item.prompt == "System: Be brief.\nUser: 0 + 2?\nAssistant:"
+    assert item.target == " 2"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sep=;\nquestion;answer_text\nq, {n};a\n",
+        "question|answer_text\nq, {n}|a\n",
+        "question;answer_text;note, free\nq, {n};a;x\n;;\n",
+        'question,answer_text\n"q, {n}",a\n,\n',
+    ],
+    ids=["sep=", "pipe", "semicolon and a comma", "comma"],
+)
+def test_csv_by_what_parts_its_header(tmp_path, text):
+    head, *lines = (
+        text.splitlines() if not text.startswith("sep") else [text[: text.index("\nq,")], *text.splitlines()[2:]]
+    )
+    body = [line.format(n=n) for n in range(9) for line in lines]
+    (tmp_path / "q.csv").write_text("\n".join([head, *body]))
+    task = load_task(tmp_path / "q.csv")
+    assert len(task.train) + len(task.calibration) + len(task.test) == 9, "empty lines are none"
+    assert task.train[0].prompt.startswith("Question: q, ")
+    assert task.train[0].target == " a"
+
+
+def test_what_is_about_the_data_is_no_data(tmp_path):
+    jsonl(tmp_path / "questions.jsonl", QUESTIONS)
+    (tmp_path / "README.txt").write_text("What this is.")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    told = notes(tmp_path)
+    assert "not used: README.txt (about the data)" in told
+    assert "not used: dataset_infos.json (about the data)" in told
 
 
 @pytest.mark.parametrize("names", ["a b c", "option_a option_b option_c", "opa opb opc", "choiceA choiceB choiceC"])

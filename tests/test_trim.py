@@ -433,7 +433,11 @@ def test_a_run_that_an_earlier_version_began_with_settings_without_effect_goes_o
 def test_the_card_says_of_every_unit_that_goes_at_once_why(base, task, tmp_path):
     h.run(base, task, tmp_path / "run", depth=2, one_shot=True, tie_tolerance=100.0, **NO_TRAINING)
     (drop,) = h.journal(tmp_path / "run", "drop")
-    assert [why.partition(" by")[0] for why in drop["why"]] == ["tied with 4", "tied with 3", "tied with 2"]
+    assert [why.partition(" by")[0] for why in drop["why"]] == [
+        "tied with 4 others",
+        "tied with 3 others",
+        "tied with 2 others",
+    ]
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     for unit, why in zip(drop["units"], drop["why"], strict=True):
         assert re.search(rf"\| {unit} \| .* \| {re.escape(why)} \|\n", card)

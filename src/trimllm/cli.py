@@ -102,6 +102,16 @@ READ_AS: dict[str, type[BaseModel]] = {
 }
 """What the words of a command are read as: its settings, with those that the command line alone has."""
 
+ELSEWHERE = {
+    "--learning-rate": "--lr",
+    "--model-name-or-path": "--model",
+    "--output-dir": "--output",
+    "--dataset": "--task",
+    "--tasks": "--task",
+    "--per-device-train-batch-size": "--micro-batch-size",
+}
+"""What options are called in other programs for fine-tuning and evaluation, where that is far from our name."""
+
 RESUMABLE = ("trim", "compare")
 """Commands whose output directory remembers their settings."""
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
@@ -257,7 +267,9 @@ def _unknown_option(name: str, message: str) -> str:
         if not given.startswith("-"):
             return f"unexpected argument {given!r}: see trimllm {name} --help"
         options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]
-        return f"unknown option {given}{did_you_mean(given, options)}: see trimllm {name} --help"
+        ours = ELSEWHERE.get(given.replace("_", "-"))
+        meant = f" (did you mean {ours!r}?)" if ours in options else did_you_mean(given, options)
+        return f"unknown option {given}{meant}: see trimllm {name} --help"
     if found := re.match(r"Parsing error encountered for \w+\.(\w+)", message):
         return f"--{found[1].replace('_', '-')} cannot be read: see trimllm {name} --help for how to write it"
     if message.startswith("error parsing value for field"):  # which, is not said

@@ -106,6 +106,7 @@ def report(found: dict[str, Any]) -> str:
     first = found["models"][0]
     way = f"{found['cache']} cache{', compiled' if found['compile'] else ''}"
     batch = "" if several else f", batch {found['rows'][0]['batch']}"
+    compiler = ", with the compiler" if found["compile"] else ""
     memory = "allocated on the GPU" if first["device"].startswith("cuda") else "growth of the resident set"
     columns = [
         "",
@@ -125,8 +126,8 @@ def report(found: dict[str, Any]) -> str:
             f"{found['sequence']}, {found['repeats']} rounds in turn; milliseconds: p50 / p90 / p99",
             "",
             table([*byte_columns, "MB read a step", "GB/s"], size),
-            f"loaded: the weights as the model holds them; peak: {memory} while decoding;\ncache: growth at token "
-            f"{found['sequence']} and size there, per sequence; read: weights + cache; ideal: by bytes read",
+            f"loaded: the weights as the model holds them; peak: {memory} while decoding{compiler};\ncache: growth at "
+            f"token {found['sequence']} and size there, per sequence; read: weights + cache; ideal: by bytes read",
         ]
     )
 

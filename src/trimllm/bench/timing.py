@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -149,7 +150,8 @@ def runner(model: Any, *, cache: str = "dynamic", compiled: bool = False, **size
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{option}: the model cannot do it ({one_line(error)[:120]}): {remedy}") from error
+        said = shorten(one_line(error), width=160, placeholder=" ...")
+        raise InputError(f"{option}: it failed with this model, here ({said}): {remedy}") from error
     _same(found, expected, model, option, remedy)
     return made
 

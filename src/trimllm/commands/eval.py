@@ -16,6 +16,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs, paired
 from trimllm.evaluation.evaluate import Evaluation, Scorer
 from trimllm.evaluation.generation import generate
+from trimllm.run import placing
 from trimllm.tasks import metrics
 
 
@@ -58,6 +59,12 @@ def _asked(
     notes = [note for note in data.notes if earlier is None or note not in earlier.notes]
     for note in (*notes, *encoding.row_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
         console.say(f"  {note}")
+    made = placing.run_of(command.model)
+    if data.drawn and made and made.get("seed", 0) != command.seed and placing.same("task", made["task"], command.task):
+        console.say(
+            f"warning: {command.model} was trained on some of these rows: its run drew the reported ones with --seed "
+            f"{made['seed']}: give that"
+        )
     return loaded, data, scorer
 
 

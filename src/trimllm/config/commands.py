@@ -240,7 +240,8 @@ class ExportConfig(Settings):
     quant: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
     """With --to gguf: type of the matrices (default: f16)."""
     task: Location | None = None
-    """With --to int8 or int4: also evaluate the quantized model on this task (as `trimllm eval` does)."""
+    """With --to int8 or int4: also evaluate the quantized model on this task (as `trimllm eval` does; rows are drawn by
+    the seed of the run that made it)."""
     truncate: bool = False
     """With --task: cut rows that exceed the context, as `trimllm eval` does. Without it such rows are an error."""
     trust_remote_code: bool = False

@@ -23,7 +23,7 @@ from trimllm.checkpoints import export, folders, loading, models
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.evaluation import encoding, inputs
 from trimllm.handover import copy_companions
-from trimllm.run import model_card
+from trimllm.run import model_card, placing
 
 COLUMNS, ROWS = 64, 32
 """bitsandbytes' 4-bit kernel for CPUs takes matrices whose sizes are multiples of these; a GPU takes any."""
@@ -96,9 +96,11 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
 
 
 def _evaluation(command: config.ExportConfig, folder: Path) -> config.EvalConfig:
+    """What is asked of the quantized model: of a run's, rows that it was not trained on."""
     assert command.task is not None
     shared: dict[str, Any] = {"truncate": command.truncate, "trust_remote_code": command.trust_remote_code}
-    return config.EvalConfig(model=str(folder), task=command.task, **shared)
+    seed = placing.run_of(command.source).get("seed", 0)
+    return config.EvalConfig(model=str(folder), task=command.task, seed=seed, **shared)
 
 
 def _bytes(folder: Path) -> int:

@@ -61,7 +61,7 @@ def choose(
     index = min(tied, key=lambda i: (ranks[i], -evidence.position[i]))
     others = len(tied) - 1
     rule = f"by the scan, {BREAKS_TIES[breakers[0]]}" if breakers else "in importance, deepest"
-    why = f"tied with {others} {rule}" if others else "least important"
+    why = f"tied with {others} other{'s' if others > 1 else ''} {rule}" if others else "least important"
     return Choice(candidates[index], index, float(values[index]), tuple(tied), why)
 
 

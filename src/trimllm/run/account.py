@@ -20,10 +20,13 @@ from trimllm.importance.select import Choice
 from trimllm.run import targets
 from trimllm.run.targets import Size
 from trimllm.tasks import TaskData
+from trimllm.training.packing import Example
 
 LIBRARIES = ("trimllm", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
+KINDS = {"choice": "choices", "generation": "written answers", "text": "text"}
+"""What is asked in a task of each kind."""
 STEPS = {"base": "base", "stage": "fine-tuned", "saved": "as saved"}
 """What a row without a drop is."""
 
@@ -113,6 +116,17 @@ def result(
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "libraries": {name: version(name) for name in LIBRARIES},
     }
+
+
+def text_line(
+    config: TrimConfig, text: Sequence[Example], task: Sequence[Example], stages: Sequence[tuple[int, float]]
+) -> str:
+    """How much domain text there is, and how often it will be trained on; `stages` as in `training_ahead`."""
+    there = sum(len(row.ids) for row in text)
+    epochs = config.warmup_epochs + sum(epochs for _, epochs in stages)
+    times = config.text_ratio * sum(len(row.ids) for row in task) * epochs / there
+    often = f", each about {times:.0f} times" if times >= 1.5 else ""
+    return f"{config.text}: {there:,} tokens of domain text{often}"
 
 
 def training_ahead(config: TrimConfig, stages: Sequence[tuple[int, float]], tokens: int) -> str:

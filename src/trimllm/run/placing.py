@@ -59,6 +59,16 @@ def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> di
     return placed
 
 
+def run_of(model: str | Path) -> dict[str, Any]:
+    """The settings of the run that made a checkpoint, by where it lies: `model` is the run's folder, its result or a
+    depth that it kept. Empty where that is no run."""
+    path = Path(model).expanduser()
+    for folder in (path, path.parent, path.parent.parent):
+        if path.is_dir() and held(folder) == "run":
+            return stored_settings(folder)
+    return {}
+
+
 def place(name: str, output: str | Path) -> str:
     """Where a path that the run in `output` was given lies, seen from here."""
     folder = begun(Path(output) / CONFIG)

@@ -255,13 +255,13 @@ class Run:
             say(f"  {note}")
         say(
             f"{data.name}: {len(data.train):,} training rows, {len(data.calibration):,} for calibration, "
-            f"{len(data.test):,} reported; metric {data.metric}"
+            f"{len(data.test):,} reported; {account.KINDS[data.kind]}, metric {data.metric}"
         )
         self.said = {note for note in (self.calibration.note, self.test.note) if note}
         for note in (*data.notes, *self.said):
             say(f"  {note}")
         if self.text_rows:
-            say(f"{config.text}: {sum(len(row.ids) for row in self.text_rows):,} tokens of domain text")
+            say(account.text_line(config, self.text_rows, self.task_rows, self.ahead))
         say(account.training_ahead(config, self.ahead, self.tokens_per_epoch))
         may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
         if may_change and (slow := scan.many_choices_note(self.calibration, config.strategy)):

@@ -14,6 +14,8 @@ from trimllm.tasks.rows import blank
 Reading = Literal["index", "letter", "text"]
 AnswerAs = Literal["auto", "index", "letter", "text"]
 READINGS: tuple[Reading, ...] = ("index", "letter", "text")
+_LETTER = re.compile(r"(?:(?:option|choice)\s*)?[(\[]?([a-z])[)\].:]?", re.IGNORECASE)
+"""`B` as people write it: `b`, `B.`, `(B)`, `option B`."""
 
 
 def answer_index(
@@ -50,8 +52,9 @@ def answer_index(
     if not 0 <= index < len(choices):
         last = chr(ord("A") + len(choices) - 1) if "letter" in readings else len(choices) - 1
         first = "A" if "letter" in readings else 0
+        hint = "; answers count from 0: subtract one from each" if "index" in readings and index == len(choices) else ""
         raise InputError(
-            f"{place}: field '{field}' is {text}, but there are {len(choices)} choices ({first} to {last})"
+            f"{place}: field '{field}' is {text}, but there are {len(choices)} choices ({first} to {last}){hint}"
         )
     return index
 
@@ -124,8 +127,8 @@ def _readings(answer: Any, choices: tuple[str, ...]) -> dict[Reading, int]:
         if literal and literal in texts:
             readings["text"] = texts.index(literal)
             break
-    if len(text) == 1 and "A" <= text.upper() <= "Z":
-        readings["letter"] = ord(text.upper()) - ord("A")
+    if letter := _LETTER.fullmatch(text):
+        readings["letter"] = ord(letter[1].upper()) - ord("A")
     if text.removeprefix("-").isdecimal():
         readings["index"] = int(text)
     if "text" in readings and len(readings) > 1:

@@ -8,6 +8,8 @@ from datetime import datetime
 from typing import Any
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+"""Roles as data in ShareGPT's form has them, beside keys `from` and `value`."""
 
 
 TODAY = datetime(2024, 7, 26)
@@ -58,14 +60,22 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
         raise ValueError(
             "messages must be a list such as [{role: user, content: ...}, {role: assistant, content: ...}]"
         )
+    messages = [_turn(turn) for turn in messages]
     for number, turn in enumerate(messages):
         if (
             not isinstance(turn, dict)
             or not isinstance(turn.get("role"), str)
             or not isinstance(turn.get("content"), str)
         ):
-            raise ValueError(f"message {number} needs 'role' and 'content', both text")
+            raise ValueError(f"message {number} needs 'role' and 'content' (or 'from' and 'value'), both text")
     return messages
+
+
+def _turn(turn: Any) -> Any:
+    """A message as chat templates have it."""
+    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+        return turn
+    return {"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
 def _last(messages: Any) -> int:

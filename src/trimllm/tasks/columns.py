@@ -27,17 +27,21 @@ _ACCEPTED = {"question": _ASKED, "answer": ("answer", "answer_text", "answers")}
 _LABELS = ("label", "labels", "category", "categories", "class", "classes", "target", "answer")
 """What a column of labels is called; others (`source`, `type`) are as often something else."""
 _NEAR = {
-    "messages": ("conversations", "conversation", "dialogue", "dialog", "chat"),
+    "messages": ("conversation", "dialogue", "dialog", "chat"),
     "text": ("sentence", "clause", "document", "content", *_ASKED),
     "label": ("category", "class", "target", "type", "topic", "intent", "sentiment"),
     "completion": ("response", "output", "answer"),
     "output": ("response", "completion", "answer"),
-    "answer": ("answerkey", "answeridx", "cop", "label", "output", "response"),
+    "answer": ("answerkey", "answeridx", "correctanswer", "correct", "cop", "label", "output", "response"),
 }
 """What others call it, in small letters alone."""
 _SHOWN = 8
 _LONGEST_LABEL = 60
 _MOST_LABELS = 200
+_FEW = 10
+"""Written answers that are no more than this may be meant as choices."""
+_ENOUGH = 20
+"""Rows from which on what is in none of them says something."""
 
 
 def renames(rows: Iterable[Row]) -> str:
@@ -97,6 +101,46 @@ def contradictions_note(spec: TaskSpec, rows: Iterable[Row]) -> list[str]:
         return []
     share = f"in {len(places):,} of {len(asked):,} rows"
     return [f"{share} 'answer_idx' is another choice than 'answer', which counts (first: {places[0]})"]
+
+
+def one_based_note(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
+    """A note where no answer by index is the first choice: they may count from 1."""
+    if spec.answer_as != "index" or not isinstance(spec.answer, str) or len(rows) < _ENOUGH:
+        return []
+    values = {str(value).removesuffix(".0") for row in rows if not blank(value := row.values.get(spec.answer))}
+    if not values or "0" in values:
+        return []
+    doubt = "if these count from 1, every one is read wrong: subtract one from each"
+    return [f"no '{spec.answer}' is 0, the first choice: answers count from 0; {doubt}"]
+
+
+def few_answers_note(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
+    """A note where written answers are the same few again and again: they may be meant as choices."""
+    column = next((each for each in _ACCEPTED["answer"] if spec.kind == "generation" and each in str(spec.target)), "")
+    if not column or len(rows) < _ENOUGH or not _like_labels(column, rows):
+        return []
+    texts = sorted({str(row.values[column]).strip() for row in rows if not blank(row.values.get(column))})
+    if len(texts) > _FEW:
+        return []
+    return [
+        f"answers are to be written, though all are among {len(texts)} ({shortened(texts, 3)}): to have these as "
+        "choices, rename the columns to 'text' and 'label'"
+    ]
+
+
+def doubtful_labels_note(spec: TaskSpec) -> list[str]:
+    """Notes on labels that say nothing, or differ in case alone."""
+    labels = spec.choices if isinstance(spec.choices, list) else []
+    notes = [f"{label!r} is a label like any other: drop its rows if it means none" for label in labels if _none(label)]
+    by_case: dict[str, list[str]] = {}
+    for label in labels:
+        by_case.setdefault(label.casefold(), []).append(label)
+    same = [alike for alike in by_case.values() if len(alike) > 1]
+    return notes + [f"labels that differ in case alone: {', '.join(map(repr, alike))}" for alike in same]
+
+
+def _none(label: str) -> bool:
+    return label.casefold() in ("nan", "none", "null", "n/a", "na")
 
 
 def shortened(names: list[str], most: int) -> str:

@@ -10,12 +10,18 @@ from typing import Any
 from trimllm.config import RESOLUTION
 from trimllm.errors import InputError, did_you_mean
 from trimllm.tasks.catalog import builtin_tasks, find_builtin
-from trimllm.tasks.columns import contradictions_note, unread_note
+from trimllm.tasks.columns import (
+    contradictions_note,
+    doubtful_labels_note,
+    few_answers_note,
+    one_based_note,
+    unread_note,
+)
 from trimllm.tasks.items import Item, TaskData
 from trimllm.tasks.recognize import labelled, recognize, without_shared_context
 from trimllm.tasks.render import Renderer
 from trimllm.tasks.rows import Row
-from trimllm.tasks.sources import Files, Parts, file_notes, file_parts, spec_parts
+from trimllm.tasks.sources import Files, Parts, file_notes, file_parts, part_of, spec_parts
 from trimllm.tasks.spec import TaskSpec, check_metric, read_spec
 from trimllm.tasks.splits import split
 from trimllm.tasks.text import PIECE, SMALL_PIECE, cut, piece_for
@@ -55,7 +61,7 @@ def load_task(
     Raises:
         InputError: if the task, its data or an option cannot be used; the message says where and what to do.
     """
-    spec, parts, notes = _find(name_or_path, files, metric, tokenizer)
+    spec, parts, notes = _find(name_or_path, files, metric, tokenizer, reported_only=reported_only)
     train_rows, reported_rows = _roles(spec.name, parts, notes, reported_only=reported_only)
     own = files is None and spec.source is None
     renderer = Renderer(spec, tokenizer, _UNKNOWN_LABEL if own and isinstance(spec.choices, list) else "")
@@ -83,12 +89,13 @@ def load_task(
         calibration=done.calibration,
         test=done.test,
         left_out=done.left_out,
+        drawn=done.drawn,
         notes=(*notes, *done.notes),
     )
 
 
 def _find(
-    name_or_path: str | Path, files: Files | None, metric: str | None, tokenizer: Any
+    name_or_path: str | Path, files: Files | None, metric: str | None, tokenizer: Any, *, reported_only: bool
 ) -> tuple[TaskSpec, Parts, list[str]]:
     """The spec, the raw rows by part, and notes."""
     path = Path(name_or_path)
@@ -106,20 +113,24 @@ def _find(
         )
     if not path.exists():
         raise _unknown(str(name_or_path))
-    return _own(path, metric, tokenizer)
+    return _own(path, metric, tokenizer, reported_only=reported_only)
 
 
-def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Parts, list[str]]:
-    """A file or folder of the user's: the columns say what it is."""
+def _own(path: Path, metric: str | None, tokenizer: Any, *, reported_only: bool) -> tuple[TaskSpec, Parts, list[str]]:
+    """A file or folder of the user's: the columns say what it is. A single file is train, whatever its name, but for
+    one that speaks of test where nothing is trained."""
     parts = file_parts(path)
     notes = file_notes(path)
+    if reported_only and not path.is_dir() and part_of(path) == "test":
+        parts = {"test": parts["train"]}
     name = path.resolve().name.split(".")[0]
     rows = parts.get("train") or next(iter(parts.values()))
     spec = without_shared_context(recognize(name, rows, tokenizer), rows, notes)
     if "train" not in parts and isinstance(spec.choices, list):
         notes.append(f"choices are the {len(spec.choices)} labels of the rows at hand, as there are no training rows")
     check_metric(metric, spec.kind)
-    notes += unread_note(spec, rows)
+    notes += [*unread_note(spec, rows), *one_based_note(spec, rows), *few_answers_note(spec, rows)]
+    notes += doubtful_labels_note(spec)
     notes += contradictions_note(spec, (row for several in parts.values() for row in several))
     if isinstance(spec.choices, list) and all(re.fullmatch(r"-?\d+\.0+", choice) for choice in spec.choices):
         shown = ", ".join(map(repr, spec.choices[:2]))
@@ -138,7 +149,10 @@ def _roles(name: str, parts: Parts, notes: list[str], *, reported_only: bool) ->
             return [], test
         if reported_only:
             raise InputError(f"task {name!r} has no rows with answers: give a test split that has them")
-        raise InputError(f"task {name!r} has no training rows: give a train split (or a single file, to be split)")
+        known = f" ({'; '.join(notes)})" if notes else ""
+        raise InputError(
+            f"task {name!r} has no training rows: give a train split (or a single file, to be split){known}"
+        )
     if not train:
         notes.append(f"no train split: the {len(validation):,} validation rows are trained on")
         return validation, test

@@ -19,8 +19,8 @@ from trimllm.tasks.rows import Row, blank
 from trimllm.tasks.spec import TaskSpec
 
 RECOGNIZED = (
-    "messages | question, choices (or A, B ... or option_a, option_b ...), answer | text, label | prompt, completion | "
-    "instruction, output | question (or input), answer_text (or answer, answers) | text"
+    "messages (or conversations) | question, choices (or A, B ... or option_a, option_b ...), answer | text, label | "
+    "prompt, completion | instruction, output | question (or input), answer_text (or answer, answers) | text"
 )
 """The column sets, in the order they are looked for; further columns are ignored (`context` is used where it is)."""
 
@@ -64,8 +64,9 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
     """
     present = {column for row in rows for column in row.values}
     columns = _columns(present)
-    if "messages" in present:
-        return _chat(name, "messages", tokenizer)
+    for messages in ("messages", "conversations"):
+        if messages in present:
+            return _chat(name, messages, tokenizer)
     if columns.choices and (spec := _keyed_choice(name, columns.choices, rows)):
         return spec
     if columns.choices and columns.question and columns.answer:
@@ -186,7 +187,14 @@ def _lettered_choice(name: str, question: str, rows: Collection[Row]) -> TaskSpe
     asked = [(row.values.get(answer), [v for x in letters if not blank(v := row.values.get(x))]) for row in rows]
     if letters[:1] == ["a"]:  # with numbers for answers, a and b may as well be what a sum adds
         asked = [each for each in asked if _worded(each[0])]
-    if 2 * sum(names_one(*each) for each in asked) <= len(rows):
+    naming = [names_one(*each) for each in asked]
+    if 2 * sum(naming) <= len(rows):
+        if letters and 10 * sum(naming) > len(rows):
+            wrong = next(row for row, names in zip(rows, naming, strict=True) if not names)
+            raise InputError(
+                f"{wrong.place}: field '{answer}' is {written(wrong.values.get(answer))!r}, which names none of "
+                f"{', '.join(letters)}, as other rows do: give a letter, a text or an index from 0, or drop the row"
+            )
         return None
     listed = ", ".join(f"{letter} | default(none)" for letter in letters)
     names = ", ".join(map(repr, letters))

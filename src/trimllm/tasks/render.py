@@ -169,7 +169,8 @@ def _texts(values: Any, field: str, place: str, *, single: bool = False) -> tupl
             values = json.loads(values)
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{place}: field '{field}' is not a valid JSON list ({error.msg}); fix the cell"
+                f"{place}: field '{field}' is not a valid JSON list ({error.msg}; texts stand in double quotes); fix "
+                "the cell"
             ) from error
     if single and isinstance(values, str):
         values = [values]

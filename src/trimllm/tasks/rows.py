@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -14,6 +15,7 @@ from trimllm.errors import InputError, first_line
 
 COMPRESSED = (".xz", ".gz", ".bz2", ".zst")
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_DELIMITERS = (",", ";", "\t", "|")
 _LONGEST_CELL = 2**31 - 1
 """Characters: the most that Python's csv can be told to take on every platform (by default 131,072)."""
 
@@ -173,26 +175,33 @@ def _object(place: str, value: Any) -> dict[str, Any]:
 
 
 def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
-    """By default the delimiter is a comma, or what else stands in a header without one."""
+    """By default the delimiter is what parts the header into most columns. A first line `sep=;`, as Excel writes and
+    reads it, says it."""
     csv.field_size_limit(_LONGEST_CELL)
-    first = file.readline()
-    delimiter = delimiter or next((each for each in ",;\t" if each in first), ",")
+    first, before = file.readline(), 0
+    if said := re.fullmatch(r"sep=(.)\r?\n?", first):
+        delimiter, first, before = said[1], file.readline(), 1
+    delimiter = delimiter or max(_DELIMITERS, key=lambda each: len(next(csv.reader([first], delimiter=each), [])))
     lines = chain([first], file) if first else ()
     reader: Any = csv.DictReader(lines, delimiter=delimiter, restkey=None, restval=None, strict=True)
     try:
         header = [name for name in reader.fieldnames or () if name]
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise InputError(f"{path}:1: column {twice[0]!r} stands in the header more than once; rename one of them")
+        begin = before + reader.line_num + 1
         for values in reader:
-            place = f"{path}:{reader.line_num}"
+            place, begin = f"{path}:{begin}", before + reader.line_num + 1
+            if all(blank(value) for value in values.values() if not isinstance(value, list)):
+                continue
             if None in values or None in values.values():
                 found = "more" if None in values else "fewer"
                 raise InputError(
-                    f"{place}: {found} fields than the header's {len(reader.fieldnames or ())}; fix the line"
+                    f"{place}: {found} fields than the header's {len(reader.fieldnames or ())}, parted by "
+                    f"{delimiter!r}; fix the line"
                 )
             yield Row(place, {name: value for name, value in values.items() if name})  # pandas' index has no name
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: malformed CSV ({error}); fix the quoting") from error
+        raise InputError(f"{path}:{before + reader.line_num}: malformed CSV ({error}); fix the quoting") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -20,6 +20,8 @@ Parts = dict[str, list[Row]]
 
 PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 PARTS |= {"dev": "validation", "test": "test"}
+_ABOUT = re.compile(r"(readme|licen[sc]e|notice|changelog|dataset_infos?|croissant)\b", re.IGNORECASE)
+"""How names begin of what lies beside data and is none."""
 _SHOWN = 5
 _COMPOUND = re.compile(r"(sets?|data|split|rows)$")
 """What may end a word that speaks of a part: `testset`, `TrainData`."""
@@ -61,28 +63,35 @@ def file_parts(files: Files) -> Parts:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Readable data files right inside a folder, sorted by name.
+    """Readable data files right inside a folder, sorted by name; what is about the data is none.
 
     Raises:
         InputError: if it has none.
     """
-    found = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path) and path.name[0] != ".")
+    found = [path for path in _readable(folder) if not _ABOUT.match(path.name)]
     if not found:
         raise InputError(f"{folder} has no data files: expected train.jsonl, test.jsonl or the like")
     return found
 
 
+def _readable(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and format_of(path) and path.name[0] != ".")
+
+
 def file_notes(files: Files) -> list[str]:
-    """What the user should know of a folder: files that are not read, because they name no split while others do, and
-    files that are pooled, because none does."""
+    """What the user should know of a folder: files that are not read, because they are about the data, or name no split
+    while others do; files that are pooled, because none does."""
     folder = None if isinstance(files, Mapping) else Path(files)
-    found = data_files(folder) if folder is not None and folder.is_dir() else []
+    if folder is None or not folder.is_dir():
+        return []
+    found = data_files(folder)
+    notes = [f"not used: {file.name} (about the data)" for file in _readable(folder) if file not in found]
     unnamed = [file.name for file in found if part_of(file) is None]
     if len(unnamed) < len(found):
-        return [f"not used: {name} (no train, valid or test in its name)" for name in unnamed]
+        return notes + [f"not used: {name} (no train, valid or test in its name)" for name in unnamed]
     if len(unnamed) < 2:
-        return []
-    return [f"pooled, as no name has train, valid or test in it: {shortened(unnamed, _SHOWN)}"]
+        return notes
+    return [*notes, f"pooled, as no name has train, valid or test in it: {shortened(unnamed, _SHOWN)}"]
 
 
 def part_of(path: Path) -> str | None:

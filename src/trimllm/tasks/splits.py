@@ -36,6 +36,8 @@ class Split(NamedTuple):
     test: tuple[Item, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    drawn: bool = False
+    """Whether the test items were drawn from those for training."""
 
 
 def split(
@@ -69,7 +71,7 @@ def split(
     if not train:
         kind = "" if reported_only else "training "
         raise InputError(f"there are no {kind}rows (`where` keeps none of them): give other rows")
-    if not test:
+    if drawn := not test:
         train, test = hold_out_test(train, seed)
         total = len(train) + len(test)
         if not train:
@@ -78,8 +80,12 @@ def split(
                 "(test=FILE), or a `group` with more values in the task YAML"
             )
         notes.append(f"no test split: {len(test):,} of {total:,} rows held out for the report (seed {seed})")
+        if reported_only:
+            reported = _limit(test, max_test, seed, "reported", notes)
+            return Split((), (), tuple(reported), (), (*notes, *_one_sided(reported, "reported")), drawn)
     train, leaked = _without(train, test, "reported", notes)
-    size = _calibration_size(len(train), distinct(train), len(leaked), calibration_size, resolution)
+    held = len(test) if drawn else 0
+    size = _calibration_size(len(train), distinct(train), len(leaked), held, calibration_size, resolution)
     rest, calibration = hold_out(train, size, f"{seed}:calibration")
     if not rest:
         raise InputError(f"all {len(train)} training rows would go into the calibration set: give more rows or groups")
@@ -95,6 +101,7 @@ def split(
         test=tuple(reported),
         left_out=(*leaked, *doubles),
         notes=tuple(notes),
+        drawn=drawn,
     )
 
 
@@ -231,8 +238,9 @@ def _instructions(items: Iterable[Item]) -> set[str]:
     return {prompt for prompt, count in counts.items() if count > INSTRUCTION_ROWS}
 
 
-def _calibration_size(total: int, available: int, leaked: int, wanted: int | None, resolution: float) -> int:
-    """How many to hold out of `total` training rows, of which `available` differ; `leaked` more could not be used."""
+def _calibration_size(total: int, available: int, leaked: int, held: int, wanted: int | None, resolution: float) -> int:
+    """How many to hold out of `total` training rows, of which `available` differ; `leaked` more could not be used, and
+    `held` were held out for the report."""
     rows = _counted(available, total, "training rows") + (
         f" ({leaked} more are left out: they stand in the reported set)" if leaked else ""
     )
@@ -241,7 +249,8 @@ def _calibration_size(total: int, available: int, leaked: int, wanted: int | Non
             raise InputError(f"calibration_size {wanted} needs more than the {rows}: give more or ask less")
         return wanted
     if available < 5:
-        raise InputError(f"{rows} are too few to hold out a calibration set: give at least 5")
+        least = f"{5 + max(1, held)} rows in all ({held} are held out for the report)" if held else "5"
+        raise InputError(f"{rows} are too few to hold out a calibration set: give at least {least}")
     return max(1, min(round(100 / resolution), int(CALIBRATION_SHARE * available)))
 
 
