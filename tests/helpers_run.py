@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -200,6 +202,35 @@ def kill_at(monkeypatch: Any, owner: Any, name: str, call: int, *, after: bool =
         return value
 
     monkeypatch.setattr(owner, name, dying)
+
+
+def photographed_run(points: dict[str, Any], album: Path, model: Path, task: Path, **changes: Any) -> None:
+    """A run to its end, in `album/straight`. At every one of the points (owner, name, call, whether after its work) its
+    folder is copied to `album/POINT` as it is, which is what SIGKILL would have left there."""
+    output, calls = album / "straight", Counter[tuple[Any, str]]()
+
+    def photograph(*moment: Any) -> None:
+        for point in (point for point, each in points.items() if each == moment):
+            copytree(output, album / point) if output.exists() else (album / point).mkdir()
+
+    def photographed(owner: Any, name: str) -> Any:
+        work = getattr(owner, name)
+
+        def working(*arguments: Any, **more: Any) -> Any:
+            calls[owner, name] += 1
+            number = calls[owner, name]
+            photograph(owner, name, number, False)
+            value = work(*arguments, **more)
+            photograph(owner, name, number, True)
+            return value
+
+        return working
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in {point[:2] for point in points.values()}:
+            patch.setattr(owner, name, photographed(owner, name))
+        run(model, task, output, **changes)
+    assert [point for point in points if not (album / point).exists()] == []
 
 
 def killed_run(point: Any, model: Path, task: Path, output: Path, **changes: Any) -> None:

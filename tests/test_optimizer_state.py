@@ -157,16 +157,6 @@ CARRIED = {
 }
 
 
-@pytest.fixture(scope="module")
-def straight(base, task, tmp_path_factory):
-    """The run that nobody interrupted."""
-    with pytest.MonkeyPatch.context() as patch:
-        fast(patch)
-        output = tmp_path_factory.mktemp("straight") / "run"
-        h.run(base, task, output, **CARRIED)
-        return output
-
-
 POINTS = {
     "between drop and training": (progressive.Run, "_drop", 1, True),
     "in the middle of a stage": (train, "_step", 5, False),
@@ -179,28 +169,28 @@ POINTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def album(base, task, tmp_path_factory):
+    """A run that nobody interrupted, `straight`, and its folder at every one of the `POINTS`."""
+    with pytest.MonkeyPatch.context() as patch:
+        fast(patch)
+        folder = tmp_path_factory.mktemp("album")
+        h.photographed_run(POINTS, folder, base, task, **CARRIED)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def straight(album):
+    return album / "straight"
+
+
 @pytest.mark.parametrize("point", POINTS)
-def test_a_killed_run_ends_bit_equal(base, task, tmp_path, straight, monkeypatch, point):
-    owner, name, call, after = POINTS[point]
-    with monkeypatch.context() as patch:
-        work, calls = getattr(owner, name), []
-
-        def dying(*arguments, **more):
-            calls.append(1)
-            if len(calls) == call:
-                if after:
-                    work(*arguments, **more)
-                raise h.Killed
-            return work(*arguments, **more)
-
-        patch.setattr(owner, name, dying)
-        with contextlib.suppress(h.Killed):
-            h.run(base, task, tmp_path / "run", **CARRIED)
-        assert len(calls) == call, "it was killed there"
-    h.run(base, task, tmp_path / "run", **CARRIED, resume=True)
-    assert h.drops(tmp_path / "run") == h.drops(straight)
-    assert h.weights_hash(tmp_path / "run" / "model") == h.weights_hash(straight / "model")
-    left, wanted = ({str(p.relative_to(run)) for p in run.rglob("*")} for run in (tmp_path / "run", straight))
+def test_a_killed_run_ends_bit_equal(base, task, straight, album, point):
+    output = album / point
+    h.run(base, task, output, **CARRIED, resume=True)
+    assert h.drops(output) == h.drops(straight)
+    assert h.weights_hash(output / "model") == h.weights_hash(straight / "model")
+    left, wanted = ({str(p.relative_to(run)) for p in run.rglob("*")} for run in (output, straight))
     assert left == wanted
 
 

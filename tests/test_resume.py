@@ -28,13 +28,18 @@ pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.fixture(scope="module")
-def straight(base, task, tmp_path_factory):
-    """The run that nobody interrupted."""
+def album(base, task, tmp_path_factory):
+    """A run that nobody interrupted, `straight`, and its folder at every one of the `POINTS`."""
     with pytest.MonkeyPatch.context() as patch:
         h.fast(patch)
-        output = tmp_path_factory.mktemp("straight") / "run"
-        h.run(base, task, output)
-        return output
+        folder = tmp_path_factory.mktemp("album")
+        h.photographed_run(POINTS, folder, base, task)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def straight(album):
+    return album / "straight"
 
 
 def assert_same(output, straight):
@@ -76,11 +81,9 @@ POINTS = {
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(base, task, tmp_path, straight, point):
-    output = tmp_path / "run"
-    h.killed_run(POINTS[point], base, task, output)
-    h.run(base, task, output, resume=True)
-    assert_same(output, straight)
+def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(base, task, straight, album, point):
+    h.run(base, task, album / point, resume=True)
+    assert_same(album / point, straight)
 
 
 def test_run_killed_again_and_again_still_ends_the_same(base, task, tmp_path, straight, monkeypatch):

@@ -38,13 +38,28 @@ EASY = {"schedule": "recover", "joint_tolerance": 100.0, "tie_tolerance": 100.0}
 RECOVER = {**EASY, "max_joint": 2, "depth": 2, "epochs_per_drop": 0.5, "recover_tolerance": 0.0}
 
 
+POINTS = {
+    "between joint decision and cut": (joint, "grow", 1, True),
+    "in the first cycle of a stage": (train, "_step", 8, False),
+    "in a look at the loss": (Recovery, "__call__", 1, True),
+    "in a later cycle": (Recovery, "__call__", 2, False),
+    "between the second joint decision and its cut": (joint, "grow", 2, True),
+}
+
+
 @pytest.fixture(scope="module")
-def straight(base, task, tmp_path_factory):
+def album(base, task, tmp_path_factory):
+    """A run that nobody interrupted, `straight`, and its folder at every one of the `POINTS`."""
     with pytest.MonkeyPatch.context() as patch:
         h.fast(patch)
-        output = tmp_path_factory.mktemp("straight") / "run"
-        h.run(base, task, output, **RECOVER)
-        return output
+        folder = tmp_path_factory.mktemp("album")
+        h.photographed_run(POINTS, folder, base, task, **RECOVER)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def straight(album):
+    return album / "straight"
 
 
 def looks(monkeypatch, losses):
@@ -402,19 +417,9 @@ def test_line_of_a_joint_drop_names_both_accuracies(base, task, tmp_path, capsys
     assert f"2 at once (joint {together['joint']['value']:.1f}, intact {intact['calibration']['value']:.1f}" in line
 
 
-POINTS = {
-    "between joint decision and cut": (joint, "grow", 1, True),
-    "in the first cycle of a stage": (train, "_step", 8, False),
-    "in a look at the loss": (Recovery, "__call__", 1, True),
-    "in a later cycle": (Recovery, "__call__", 2, False),
-    "between the second joint decision and its cut": (joint, "grow", 2, True),
-}
-
-
 @pytest.mark.parametrize("point", POINTS)
-def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(base, task, tmp_path, straight, point):
-    output = tmp_path / "run"
-    h.killed_run(POINTS[point], base, task, output, **RECOVER)
+def test_run_killed_there_ends_with_the_same_drops_and_bit_equal_weights(base, task, straight, album, point):
+    output = album / point
     h.run(base, task, output, **RECOVER, resume=True)
     assert h.drops(output) == h.drops(straight)
     assert [drop["joint"] for drop in h.journal(output, "drop")] == [
