@@ -74,7 +74,8 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     backends.probe(model, command.attention)
     context = encoding.context_length(model.config)
     if context < command.sequence:
-        raise InputError(f"--sequence {command.sequence}: {name} takes at most {context} tokens: ask for less")
+        less = f"--sequence {context} --new-tokens {min(command.new_tokens, context // 2)}"
+        raise InputError(f"--sequence {command.sequence}: {name} takes at most {context} tokens: give {less}")
     _HERE["model"] = model
     known = {
         "model": name,
