@@ -352,7 +352,9 @@ def test_bench_refuses_before_it_starts_a_process(tmp_path, monkeypatch, capsys,
 
 def test_a_row_longer_than_the_context_is_refused(tmp_path):
     name = shape(tmp_path)
-    with pytest.raises(InputError, match=r"^--sequence 65: config:.* takes at most 64 tokens: give --sequence 64 --new-tokens 32$"):
+    with pytest.raises(
+        InputError, match=r"^--sequence 65: config:.* takes at most 64 tokens: give --sequence 64 --new-tokens 32$"
+    ):
         benching.load(name, config.BenchConfig(models=(name,), sequence=65, device="cpu"))
 
 

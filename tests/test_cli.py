@@ -267,10 +267,6 @@ EVAL, SCAN, COMPARE = (["eval", *TRIM[1:]], ["scan", *TRIM[1:]], ["compare", *TR
         (["trm"], "unknown command 'trm' (did you mean 'trim'?)"),
         (["trim", "--modle", "x"], "unknown option --modle (did you mean '--model'?)"),
         (["trim", "--learning-rate", "1"], "unknown option --learning-rate (did you mean '--lr'?)"),
-        (
-            [*TRIM, "--min-accuracy", "0.5"],
-            "--min-accuracy 0.5 is in percent, so hardly a floor: for a share of 0.5 give 50",
-        ),
         ([*TRIM, "--leer=3"], "unknown option --leer"),
         ([*TRIM, "stray"], "unexpected argument 'stray'"),
         ([*TRIM, ""], "unexpected argument ''"),
@@ -1123,6 +1119,14 @@ def test_eval_warns_of_rows_that_the_models_run_was_trained_on(base, tmp_path, c
         told = f"warning: {model} was trained on some of these rows: its run drew the reported ones with --seed 3: give"
         assert told in call(capsys, *words)[2]
         assert "warning" not in call(capsys, *words, "--seed", 3)[2]
-    assert "warning" not in call(capsys, "eval", "--model", run / "model", "--task", elsewhere)[2]
+    assert "warning" not in call(capsys, "eval", "--model", run / "model", "--task", elsewhere)[2], (
+        "a file of their own"
+    )
+    (tmp_path / "others.jsonl").write_text("\n".join(rows[::-1]))
+    assert "warning" not in call(capsys, "eval", "--model", run / "model", "--task", tmp_path / "others.jsonl")[2]
+    (tmp_path / "config.yaml").write_text("- no\n- run\n")
+    assert placing.run_of(h.save_base(tmp_path / "base")) == {}, "whatever lies beside it"
+    (tmp_path / "journal.jsonl").touch()
+    assert placing.run_of(tmp_path / "base") == {}
     asked = config.ExportConfig(source=str(run), to="int8", task=str(tmp_path / "rows.jsonl"))
     assert quantized._evaluation(asked, run / "model").seed == 3

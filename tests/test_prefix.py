@@ -140,6 +140,26 @@ def test_a_step_that_is_taken_back_leaves_its_rows_to_come(tmp_path):
     assert (kept.left[TASK[0]], kept.left[TASK[1]], kept.read) == (2, 2, 0)
 
 
+def test_a_step_that_memory_ended_is_not_counted_twice(tmp_path, monkeypatch):
+    plain, ended = tiny.build("llama", 4), tiny.build("llama", 4)
+    report, _, _ = stage(plain, [3], tmp_path, cache_frozen_prefix="memory")
+    backward, calls = train.losses.backward, []
+
+    def ending(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # in the second micro-batch of a step
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return backward(*arguments)
+
+    monkeypatch.setattr(train.losses, "backward", ending)
+    kept, made = [], prefix.Prefix.__init__
+    monkeypatch.setattr(prefix.Prefix, "__init__", lambda self, *a, **k: (made(self, *a, **k), kept.append(self))[0])
+    again, said, _ = stage(ended, [3], tmp_path, cache_frozen_prefix="memory", micro_batch_size=24)
+    assert any("out of memory" in line for line in said)
+    assert set(kept[0].left.values()) == {0}
+    assert report.cached < again.cached < 1, "what the first try kept is read"
+
+
 def test_only_rows_that_come_again_are_kept(tmp_path):
     model = tiny.build("llama", 3)
     sparse.freeze(model, whole(3), [2], embeddings=False)

@@ -236,6 +236,21 @@ def test_a_run_says_once_that_there_is_no_race(base, task, tmp_path, capsys):
     assert capsys.readouterr().err.count("no race: it needs choices, and items enough") == 1
 
 
+def test_a_scan_races_in_the_order_of_a_runs_first(base, task, tmp_path, monkeypatch):
+    from trimllm.commands import scan as scan_command
+    from trimllm.run import deciding
+
+    seeds = []
+    race_of = deciding.race_of
+    for module in (deciding, scan_command):
+        monkeypatch.setattr(module, "race_of", lambda *given: (seeds.append(given[-1]), race_of(*given))[1])
+    asked = {"scan": "racing", "seed": 5}
+    h.run(base, task, tmp_path / "run", depth=DEPTH - 1, warmup_epochs=0, epochs_per_drop=0, **asked)
+    words = {"model": base, "task": task, "output": tmp_path / "scan", "calibration_size": 6, **asked}
+    assert cli.main(["scan", *h.arguments(words)]) == 0
+    assert len(set(seeds)) == 1 < len(seeds)
+
+
 def test_a_scan_of_random_scores_names_what_a_run_would_drop_first(base, task, tmp_path, capsys):
     run = {"strategy": "random", "depth": DEPTH - 1, "warmup_epochs": 0, "epochs_per_drop": 0}
     for seed in (0, 1, 2):

@@ -7,13 +7,13 @@ import weakref
 
 import helpers_run as h
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 import yaml
 from transformers import PreTrainedModel
 
 from trimllm import cli, files
-from trimllm.checkpoints import folders, verification
+from trimllm.checkpoints import folders, loading, verification
 from trimllm.config import DemoConfig, TrimConfig
 from trimllm.console import Console
 from trimllm.demo.demo import demo
@@ -108,6 +108,32 @@ def test_a_stage_is_not_trained_again_that_was_only_not_measured(base, task, tmp
     h.run(base, task, output, resume=True)
     assert len(trained) == 4 - call
     assert_same(output, straight)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_floor_that_was_raised_after_a_stage_was_trained_and_not_measured(base, task, tmp_path, monkeypatch, keep):
+    """The depth before it, and the one before that, may be the result."""
+    output, settings = tmp_path / "run", {"depth": 2, "min_accuracy": 0, "keep_checkpoints": keep}
+    h.killed_run((recording.Recorder, "record", 5), base, task, output, **settings)
+    assert [event["event"] for event in h.journal(output)][-2:] == ["drop", "trained"]
+    h.floor_ends(monkeypatch, 3)
+    model, _ = h.run(base, task, output, resume=True, **settings)
+    assert model.config.num_hidden_layers == h.DEPTH - 1
+    assert h.result(output)["depth"] == h.DEPTH - 1
+
+
+def test_marks_that_earlier_versions_noted_are_those_of_the_same_weights(base, task, tmp_path, monkeypatch):
+    mine, output = shutil.copytree(base, tmp_path / "base"), tmp_path / "run"
+    safetensors.torch.save_file({"x": torch.zeros(3)}, mine / "consolidated.safetensors")
+    h.killed_run((progressive.Run, "_drop", 1), mine, task, output)
+    start, *others = h.journal(output)
+    model = loading.load_model(mine)
+    (earlier,) = loading.older_fingerprints(str(mine), model)
+    assert earlier != start["base"] != loading.fingerprint(model)
+    assert loading.older_fingerprints("org/name", model) == {loading.fingerprint(model)}
+    start["base"] = earlier
+    (output / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (start, *others)))
+    h.run(mine, task, output, resume=True)
 
 
 def count_parts(monkeypatch):

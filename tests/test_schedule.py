@@ -398,6 +398,12 @@ def test_text_that_comes_again_and_again_is_counted():
     assert (
         account.text_line(config, text * 30, task, stages_ahead(config, 12)) == "notes.txt: 600 tokens of domain text"
     )
+    for settings, often in (
+        ({"max_params": 9}, "about 5 times an epoch"),
+        ({"max_drop": 2, "keep": 0.5}, "at most 35 times"),
+    ):
+        config = TrimConfig(model="m", task="t", output="o", text="notes.txt", text_ratio=2, **settings)
+        assert account.text_line(config, text, task, stages_ahead(config, 12)).endswith(f", each {often}")
 
 
 def test_time_ahead_is_less_for_fewer_blocks():

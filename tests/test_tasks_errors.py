@@ -40,8 +40,7 @@ def write(tmp_path, *rows, name="data.jsonl"):
         ({**GOOD, "answer": ""}, "FILE:2: field 'answer' is empty; fill it in or drop the row"),
         (
             {**GOOD, "answer": 2},
-            "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1); answers count from 0: subtract one from "
-            "each",
+            "FILE:2: field 'answer' is 2, but there are 2 choices (0 to 1); answers count from 0",
         ),
         ({**GOOD, "answer": -1}, "FILE:2: field 'answer' is -1, but there are 2 choices (0 to 1)"),
         ({**GOOD, "answer": "C"}, "FILE:2: field 'answer' is C, but there are 2 choices (A to B)"),
@@ -335,8 +334,8 @@ def test_too_few_rows_of_one_file_say_how_many_are_needed(tmp_path):
     rows = [{**GOOD, "question": f"q {n}"} for n in range(5)]
     said = message(write(tmp_path, *rows))
     assert said == (
-        "4 training rows are too few to hold out a calibration set: give at least 6 rows in all (1 are held out for "
-        "the report)"
+        "4 training rows are too few to hold out a calibration set: give at least 6 rows in all (1 held out for the "
+        "report)"
     )
     load_task(write(tmp_path, *rows, {**GOOD, "question": "q 5"}))
 
@@ -348,5 +347,7 @@ def test_a_folder_without_training_rows_says_what_it_has(tmp_path):
 
 
 def test_the_place_of_a_csv_record_is_its_first_line(tmp_path):
-    said = message(write(tmp_path, "question,answer_text", '"a', "b", 'c",', name="a.csv"))
-    assert said.startswith("FILE:2: ")
+    said = message(write(tmp_path, "question,answer_text", "", "x,y", ",", "", '"a', "b", 'c",', name="a.csv"))
+    assert said.startswith("FILE:6: ")
+    said = message(write(tmp_path, "question,answer_text", "x,y", ",,z", name="b.csv"))
+    assert said.startswith("FILE:3: more fields than the header's 2")

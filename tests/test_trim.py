@@ -746,3 +746,14 @@ def test_an_empty_stage_says_nothing_about_memory(base, task, tmp_path, monkeypa
     monkeypatch.setattr(train, "train_stage", lambda *a, **more: begun.append(more["fitted"]) or stage(*a, **more))
     h.run(base, task, tmp_path / "run", depth=3, warmup_epochs=0, batch_size=300)
     assert begun == [None, None, 300]
+
+
+@pytest.mark.parametrize("floor", [0.5, 1.0])
+def test_a_floor_that_is_meant_as_a_share_is_refused_where_accuracy_is_asked(base, task, tmp_path, floor):
+    told = rf"^--min-accuracy {floor:g} is in percent, so hardly a floor: .* give {100 * floor:g}$"
+    with pytest.raises(InputError, match=told):
+        h.run(base, task, tmp_path / "run", min_accuracy=floor)
+    assert not (tmp_path / "run").exists()
+    asked = {"min_accuracy": 0.001, "depth": h.DEPTH - 1, "epochs_per_drop": 0, "eval_batch_size": 512}
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{n} cats sat on {n * n} mats, and so on. " * 9 for n in range(40)))
+    h.run(base, tmp_path / "text.txt", tmp_path / "other", **asked)

@@ -150,7 +150,8 @@ def weights_mark(path: str) -> str:
     from trimllm.checkpoints import loading
 
     parts = map(loading.on_disk, [path, *filter(None, [adapters.base_of(path)])])
-    return " ".join(loading.fingerprint(part) for part in parts if part and loading.weight_files(part))
+    whole = [part for part in parts if part and (read := loading.weight_files(part)) and all(map(Path.exists, read))]
+    return " ".join(map(loading.fingerprint, whole))
 
 
 def finished(root: Path) -> list[dict[str, Any]]:

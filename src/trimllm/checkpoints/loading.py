@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -202,21 +202,34 @@ def explain(name: str, error: Exception, *, allow_pickle: bool = False) -> str:
 
 def fingerprint(source: nn.Module | str | Path) -> str:
     """SHA-256 of the weights, by name: of a folder's safetensors files, or of a model's parameters and buffers."""
-    digest = hashlib.sha256()
     if isinstance(source, nn.Module):
+        digest = hashlib.sha256()
         for name, tensor in sorted(source.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
-    files = weight_files(Path(source))
-    if not files:
+    read = weight_files(Path(source))
+    if not read:
         raise InputError(f"cannot take the fingerprint of {str(source)!r}: it has no safetensors files")
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
+    return _fingerprint_of_files(read)
+
+
+def _fingerprint_of_files(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def older_fingerprints(name: str, model: nn.Module) -> set[str]:
+    """What runs of earlier versions noted of a model that was not changed since: of one on the Hub its weights as they
+    are in memory, of a folder all its safetensors files."""
+    if not Path(name).is_dir():
+        return {fingerprint(model)}
+    return {_fingerprint_of_files(sorted(Path(name).glob("*.safetensors")))}
 
 
 def fingerprint_of_adapter(name: str, base: str, merged: nn.Module) -> str:

@@ -60,7 +60,8 @@ def _asked(
     for note in (*notes, *encoding.row_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
         console.say(f"  {note}")
     made = placing.run_of(command.model)
-    if data.drawn and made and made.get("seed", 0) != command.seed and placing.same("task", made["task"], command.task):
+    same = made and placing.same("task", made.get("task"), command.task)
+    if data.drawn and same and made.get("seed", 0) != command.seed:
         console.say(
             f"warning: {command.model} was trained on some of these rows: its run drew the reported ones with --seed "
             f"{made['seed']}: give that"

@@ -152,16 +152,6 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
         return {"schedule": "epoch", **values} if floor else values
 
     @model_validator(mode="after")
-    def _floors_are_percentages(self) -> TrimConfig:
-        if self.min_accuracy is not None and 0 < self.min_accuracy <= 1:
-            share = f"{self.min_accuracy:g}"
-            raise ValueError(
-                f"--min-accuracy {share} is in percent, so hardly a floor: for a share of {share} give "
-                f"{100 * self.min_accuracy:g}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _prefixes_are_frozen(self) -> TrimConfig:
         if self.cache_frozen_prefix != "off" and (self.train_embeddings or self.sparse_update == "off"):
             raise ValueError("--cache-frozen-prefix is for frozen embeddings and blocks: add --no-train-embeddings")

@@ -123,9 +123,11 @@ def text_line(
 ) -> str:
     """How much domain text there is, and how often it will be trained on; `stages` as in `training_ahead`."""
     there = sum(len(row.ids) for row in text)
-    epochs = config.warmup_epochs + sum(epochs for _, epochs in stages)
-    times = config.text_ratio * sum(len(row.ids) for row in task) * epochs / there
-    often = f", each about {times:.0f} times" if times >= 1.5 else ""
+    times, while_ = config.text_ratio * sum(len(row.ids) for row in task) / there, " an epoch"
+    if stages:
+        times, while_ = times * (config.warmup_epochs + sum(epochs for _, epochs in stages)), ""
+    most = "at most" if stages and targets.ends_sooner(config) else "about"
+    often = f", each {most} {times:.0f} times{while_}" if times >= 1.5 else ""
     return f"{config.text}: {there:,} tokens of domain text{often}"
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trimllm.errors import InputError
 from trimllm.tasks.catalog import find_builtin
 
 CONFIG = "config.yaml"
+JOURNAL = "journal.jsonl"
 PATHS = ("model", "task", "text", "task_files", "also")
 """Settings that may name files and folders."""
 
@@ -61,11 +63,12 @@ def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> di
 
 def run_of(model: str | Path) -> dict[str, Any]:
     """The settings of the run that made a checkpoint, by where it lies: `model` is the run's folder, its result or a
-    depth that it kept. Empty where that is no run."""
+    depth that it kept. Empty where that is no run, or one that cannot be read."""
     path = Path(model).expanduser()
     for folder in (path, path.parent, path.parent.parent):
-        if path.is_dir() and held(folder) == "run":
-            return stored_settings(folder)
+        if path.is_dir() and (folder / JOURNAL).exists():
+            with suppress(InputError):
+                return stored_settings(folder)
     return {}
 
 

@@ -76,7 +76,7 @@ class State:
     pending: list[dict[str, Any]] = field(default_factory=list)
     """Drops since the last stage."""
     trained: dict[str, Any] | None = None
-    """What the stage after those drops was, where it is trained already, and only measured no more."""
+    """What the stage after those drops was, where it is trained already and not yet measured."""
     chosen: list[int] | None = None
     """Original blocks that train (sparse update); None: all."""
     reached: str | None = None
@@ -172,7 +172,8 @@ class Run:
         """Read the data, and find everything that can be wrong with it and the model before anything is computed."""
         config, model, tokenizer = self.config, loaded.model, loaded.tokenizer
         self.tokenizer = tokenizer
-        self.save_dtype = DTYPES.get(config.save_dtype, loaded.saved)
+        noted = (rundir.happened(self.dir, "start") or {}).get("save_dtype", config.save_dtype)
+        self.save_dtype = DTYPES.get(noted, loaded.saved)
         depth = decoder.depth(model)
         self.base_depth = depth
         self.origin = models.origin(config.model)
@@ -182,6 +183,7 @@ class Run:
             raise InputError(f"nothing to drop: the model already meets the target, {already}")
         data = inputs.task_data(config, tokenizer)
         self.metric = data.metric
+        self._check_floor()
         self.calibration = inputs.scorer(config, model, tokenizer, data.calibration)
         self.test = inputs.scorer(config, model, tokenizer, data.test)
         self.task_rows, self.text_rows = training_rows.examples(
@@ -200,6 +202,15 @@ class Run:
         self.pad_id = self.calibration.pad_id
         return data
 
+    def _check_floor(self) -> None:
+        """Raises InputError for a floor that was meant as a share and not in percent; a likelihood may be so low."""
+        floor = self.config.min_accuracy or 0.0
+        if 0 < floor <= 1 and self.metric != "likelihood" and not self.config.resume:
+            raise InputError(
+                f"--min-accuracy {floor:g} is in percent, so hardly a floor: for a share of {floor:g} give "
+                f"{100 * floor:g}"
+            )
+
     def _check_disk(self, model: Any) -> None:
         """Raises InputError if the disk cannot hold what the run will write."""
         config = self.config
@@ -212,7 +223,8 @@ class Run:
             return
         rundir.check_space(config.output, round(copies * weights) + state)
         if config.keep_checkpoints and not self.ahead:
-            depths = range(targets.least_depth(config, self.base_depth), self.base_depth + 1)
+            step = config.drops_per_stage * self.decider.length
+            depths = range(self.base_depth, targets.least_depth(config, self.base_depth) - 1, -step)
             most = round((1 + sum(depths) / self.base_depth) * weights) + state  # 1: the result
             if note := rundir.space_note(config.output, most):
                 self.console.say(note)
@@ -238,7 +250,9 @@ class Run:
             dtype = name_of(self.save_dtype)
             known = {"base": loaded.fingerprint, "data": data, "depth": self.base_depth, "save_dtype": dtype}
             first = self.journal.add("start", **known)
-        elif first["base"] != loaded.fingerprint:
+        elif first["base"] != loaded.fingerprint and first["base"] not in loading.older_fingerprints(
+            models.path_of(config.model), loaded.model
+        ):
             raise InputError(
                 f"--model {config.model}: its weights are not those that the run in {config.output} began with "
                 f"(SHA-256 {first['base']}): give that model, or start another run"
@@ -427,9 +441,9 @@ class Run:
         if self.share.first:
             for number in range(len(self.journal.of("drop"))):
                 self.dir.batches_of_scan(number).unlink(missing_ok=True)
-            stages = [*(len(stage["layout"]) for stage in self.journal.of("stage")), *trained]
+            stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
             teacher = [self.base_depth] if self.config.distill else []
-            self.dir.clean(stages, teacher, every=self.config.keep_checkpoints)
+            self.dir.clean(stages, trained, teacher, every=self.config.keep_checkpoints)
 
     def _forget(self) -> None:
         """Delete what AdamW knew where a floor ended the run: it is finished."""
@@ -521,7 +535,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
         last = self.journal.events[-1]  # may be of the depth that was good before a floor was lowered
-        if (last["event"], last["layout"]) != ("saved", good["layout"]):
+        if (last["event"], last.get("layout")) != ("saved", good["layout"]):
             self.recorder.record("saved", saved, layout)
         row = self.journal.events[-1]
         above = None

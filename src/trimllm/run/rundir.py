@@ -40,7 +40,7 @@ class RunDir:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.config = self.root / placing.CONFIG
-        self.journal = self.root / "journal.jsonl"
+        self.journal = self.root / placing.JOURNAL
         self.checkpoints = self.root / "checkpoints"
         self.scans = self.root / "scans"
         self.plans = self.root / "plans"
@@ -64,13 +64,15 @@ class RunDir:
         """Depths whose weights are there, deepest first."""
         return sorted((int(path.name.split("-")[1]) for path in self.checkpoints.glob("depth-*")), reverse=True)
 
-    def clean(self, stages: Sequence[int], more: Collection[int] = (), *, every: bool = False) -> None:
-        """Delete the weights of all depths but those of the last two `stages` and of `more`, unless `every` one is
-        kept; and what the optimizer knew at all but the last."""
+    def clean(
+        self, stages: Sequence[int], trained: Sequence[int] = (), more: Collection[int] = (), *, every: bool = False
+    ) -> None:
+        """Delete the weights of all depths but those of the last two `stages`, of one that is `trained` since, and of
+        `more`, unless `every` one is kept; and what the optimizer knew at all but the last."""
         for depth in self.kept_depths():
-            if not every and depth not in (*stages[-2:], *more):
+            if not every and depth not in (*stages[-2:], *trained, *more):
                 shutil.rmtree(self.checkpoint(depth))
-            elif depth not in stages[-1:]:
+            elif depth not in [*stages, *trained][-1:]:
                 optimizer_state.delete(self.checkpoint(depth))
 
 

@@ -52,7 +52,7 @@ def answer_index(
     if not 0 <= index < len(choices):
         last = chr(ord("A") + len(choices) - 1) if "letter" in readings else len(choices) - 1
         first = "A" if "letter" in readings else 0
-        hint = "; answers count from 0: subtract one from each" if "index" in readings and index == len(choices) else ""
+        hint = "; answers count from 0" if "index" in readings and index == len(choices) else ""
         raise InputError(
             f"{place}: field '{field}' is {text}, but there are {len(choices)} choices ({first} to {last}){hint}"
         )
@@ -127,7 +127,7 @@ def _readings(answer: Any, choices: tuple[str, ...]) -> dict[Reading, int]:
         if literal and literal in texts:
             readings["text"] = texts.index(literal)
             break
-    if letter := _LETTER.fullmatch(text):
+    if (letter := _LETTER.fullmatch(text)) and (len(text) == 1 or "text" not in readings):
         readings["letter"] = ord(letter[1].upper()) - ord("A")
     if text.removeprefix("-").isdecimal():
         readings["index"] = int(text)

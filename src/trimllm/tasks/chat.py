@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
-_SHAREGPT = {"human": "user", "gpt": "assistant"}
+_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 """Roles as data in ShareGPT's form has them, beside keys `from` and `value`."""
 
 
@@ -73,7 +73,7 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
 
 def _turn(turn: Any) -> Any:
     """A message as chat templates have it."""
-    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+    if not isinstance(turn, dict) or "role" in turn or not {"from", "value"} <= turn.keys():
         return turn
     return {"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
 

@@ -116,8 +116,11 @@ def one_based_note(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
 
 def few_answers_note(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
     """A note where written answers are the same few again and again: they may be meant as choices."""
-    column = next((each for each in _ACCEPTED["answer"] if spec.kind == "generation" and each in str(spec.target)), "")
-    if not column or len(rows) < _ENOUGH or not _like_labels(column, rows):
+    read = re.search(r"accepted\('(\w+)'\)", str(spec.target))
+    if read is None or len(rows) < _ENOUGH or any(not blank(row.values.get("context")) for row in rows):
+        return []
+    column = read[1]
+    if not _like_labels(column, rows):
         return []
     texts = sorted({str(row.values[column]).strip() for row in rows if not blank(row.values.get(column))})
     if len(texts) > _FEW:

@@ -61,7 +61,7 @@ def load_task(
     Raises:
         InputError: if the task, its data or an option cannot be used; the message says where and what to do.
     """
-    spec, parts, notes = _find(name_or_path, files, metric, tokenizer, reported_only=reported_only)
+    spec, parts, notes = _find(name_or_path, files, metric, tokenizer)
     train_rows, reported_rows = _roles(spec.name, parts, notes, reported_only=reported_only)
     own = files is None and spec.source is None
     renderer = Renderer(spec, tokenizer, _UNKNOWN_LABEL if own and isinstance(spec.choices, list) else "")
@@ -95,7 +95,7 @@ def load_task(
 
 
 def _find(
-    name_or_path: str | Path, files: Files | None, metric: str | None, tokenizer: Any, *, reported_only: bool
+    name_or_path: str | Path, files: Files | None, metric: str | None, tokenizer: Any
 ) -> tuple[TaskSpec, Parts, list[str]]:
     """The spec, the raw rows by part, and notes."""
     path = Path(name_or_path)
@@ -113,16 +113,15 @@ def _find(
         )
     if not path.exists():
         raise _unknown(str(name_or_path))
-    return _own(path, metric, tokenizer, reported_only=reported_only)
+    return _own(path, metric, tokenizer)
 
 
-def _own(path: Path, metric: str | None, tokenizer: Any, *, reported_only: bool) -> tuple[TaskSpec, Parts, list[str]]:
-    """A file or folder of the user's: the columns say what it is. A single file is train, whatever its name, but for
-    one that speaks of test where nothing is trained."""
+def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Parts, list[str]]:
+    """A file or folder of the user's: the columns say what it is. A single file is train, whatever its name."""
     parts = file_parts(path)
     notes = file_notes(path)
-    if reported_only and not path.is_dir() and part_of(path) == "test":
-        parts = {"test": parts["train"]}
+    if not path.is_dir() and part_of(path) == "test":
+        notes.append(f"{path.name} alone is split, whatever its name: to have all of it reported, give its folder")
     name = path.resolve().name.split(".")[0]
     rows = parts.get("train") or next(iter(parts.values()))
     spec = without_shared_context(recognize(name, rows, tokenizer), rows, notes)

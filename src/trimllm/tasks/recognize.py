@@ -64,9 +64,10 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
     """
     present = {column for row in rows for column in row.values}
     columns = _columns(present)
-    for messages in ("messages", "conversations"):
-        if messages in present:
-            return _chat(name, messages, tokenizer)
+    if "messages" in present:
+        return _chat(name, "messages", tokenizer)
+    if any(isinstance(row.values.get("conversations"), list) for row in rows):
+        return _chat(name, "conversations", tokenizer)
     if columns.choices and (spec := _keyed_choice(name, columns.choices, rows)):
         return spec
     if columns.choices and columns.question and columns.answer:
@@ -187,14 +188,7 @@ def _lettered_choice(name: str, question: str, rows: Collection[Row]) -> TaskSpe
     asked = [(row.values.get(answer), [v for x in letters if not blank(v := row.values.get(x))]) for row in rows]
     if letters[:1] == ["a"]:  # with numbers for answers, a and b may as well be what a sum adds
         asked = [each for each in asked if _worded(each[0])]
-    naming = [names_one(*each) for each in asked]
-    if 2 * sum(naming) <= len(rows):
-        if letters and 10 * sum(naming) > len(rows):
-            wrong = next(row for row, names in zip(rows, naming, strict=True) if not names)
-            raise InputError(
-                f"{wrong.place}: field '{answer}' is {written(wrong.values.get(answer))!r}, which names none of "
-                f"{', '.join(letters)}, as other rows do: give a letter, a text or an index from 0, or drop the row"
-            )
+    if 2 * sum(names_one(*each) for each in asked) <= len(rows):
         return None
     listed = ", ".join(f"{letter} | default(none)" for letter in letters)
     names = ", ".join(map(repr, letters))

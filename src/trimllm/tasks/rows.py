@@ -175,24 +175,26 @@ def _object(place: str, value: Any) -> dict[str, Any]:
 
 
 def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
-    """By default the delimiter is what parts the header into most columns. A first line `sep=;`, as Excel writes and
-    reads it, says it."""
+    """By default the delimiter is the first that parts the header, and the line after it alike. A first line `sep=;`,
+    as Excel writes and reads it, says it."""
     csv.field_size_limit(_LONGEST_CELL)
     first, before = file.readline(), 0
     if said := re.fullmatch(r"sep=(.)\r?\n?", first):
         delimiter, first, before = said[1], file.readline(), 1
-    delimiter = delimiter or max(_DELIMITERS, key=lambda each: len(next(csv.reader([first], delimiter=each), [])))
-    lines = chain([first], file) if first else ()
+    second = file.readline()
+    delimiter = delimiter or _delimiter(first, second)
+    lines = chain([first, second], file) if first else ()
     reader: Any = csv.DictReader(lines, delimiter=delimiter, restkey=None, restval=None, strict=True)
     try:
         header = [name for name in reader.fieldnames or () if name]
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise InputError(f"{path}:1: column {twice[0]!r} stands in the header more than once; rename one of them")
-        begin = before + reader.line_num + 1
         for values in reader:
-            place, begin = f"{path}:{begin}", before + reader.line_num + 1
-            if all(blank(value) for value in values.values() if not isinstance(value, list)):
+            cells = [value for each in values.values() for value in (each if isinstance(each, list) else [each])]
+            if all(map(blank, cells)):
                 continue
+            within = sum(cell.count("\n") for cell in cells if cell)
+            place = f"{path}:{before + reader.line_num - within}"
             if None in values or None in values.values():
                 found = "more" if None in values else "fewer"
                 raise InputError(
@@ -202,6 +204,16 @@ def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
             yield Row(place, {name: value for name, value in values.items() if name})  # pandas' index has no name
     except csv.Error as error:
         raise InputError(f"{path}:{before + reader.line_num}: malformed CSV ({error}); fix the quoting") from error
+
+
+def _delimiter(header: str, row: str) -> str:
+    """What parts a header and the line after it into as many columns; else what parts the header."""
+
+    def columns(line: str, delimiter: str) -> int:
+        return len(next(csv.reader([line], delimiter=delimiter), []))
+
+    parting = [each for each in _DELIMITERS if columns(header, each) > 1] or [","]
+    return next((each for each in parting if columns(row, each) == columns(header, each)), parting[0])
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -20,8 +20,8 @@ Parts = dict[str, list[Row]]
 
 PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 PARTS |= {"dev": "validation", "test": "test"}
-_ABOUT = re.compile(r"(readme|licen[sc]e|notice|changelog|dataset_infos?|croissant)\b", re.IGNORECASE)
-"""How names begin of what lies beside data and is none."""
+_ABOUT = re.compile(r"(readme|licen[sc]e|notice|changelog)([_.-]\w\w)?\.txt|(dataset_infos?|croissant)\.json", re.I)
+"""Names of what lies beside data and is none."""
 _SHOWN = 5
 _COMPOUND = re.compile(r"(sets?|data|split|rows)$")
 """What may end a word that speaks of a part: `testset`, `TrainData`."""
@@ -63,19 +63,21 @@ def file_parts(files: Files) -> Parts:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Readable data files right inside a folder, sorted by name; what is about the data is none.
+    """Readable data files right inside a folder, sorted by name.
 
     Raises:
         InputError: if it has none.
     """
-    found = [path for path in _readable(folder) if not _ABOUT.match(path.name)]
+    found = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path) and path.name[0] != ".")
     if not found:
         raise InputError(f"{folder} has no data files: expected train.jsonl, test.jsonl or the like")
     return found
 
 
-def _readable(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and format_of(path) and path.name[0] != ".")
+def row_files(folder: Path) -> list[Path]:
+    """`data_files` less those that are about the data, if others are there."""
+    found = data_files(folder)
+    return [path for path in found if not _ABOUT.fullmatch(path.name)] or found
 
 
 def file_notes(files: Files) -> list[str]:
@@ -84,8 +86,8 @@ def file_notes(files: Files) -> list[str]:
     folder = None if isinstance(files, Mapping) else Path(files)
     if folder is None or not folder.is_dir():
         return []
-    found = data_files(folder)
-    notes = [f"not used: {file.name} (about the data)" for file in _readable(folder) if file not in found]
+    found = row_files(folder)
+    notes = [f"not used: {file.name} (about the data)" for file in data_files(folder) if file not in found]
     unnamed = [file.name for file in found if part_of(file) is None]
     if len(unnamed) < len(found):
         return notes + [f"not used: {name} (no train, valid or test in its name)" for name in unnamed]
@@ -105,7 +107,7 @@ def part_of(path: Path) -> str | None:
 def _path_parts(path: Path) -> Parts:
     if not path.is_dir():
         return {"train": read_rows(path)}
-    files = data_files(path)
+    files = row_files(path)
     if not any(part_of(file) for file in files):
         return {"train": [row for file in files for row in read_rows(file)]}
     parts: Parts = {}

@@ -18,6 +18,8 @@ from trimllm.tasks.items import Item
 
 CALIBRATION_SHARE = 0.2
 """The default calibration set is at most this part of train."""
+FEWEST = 5
+"""Training rows, at the least, from which a calibration set is held out."""
 TEST_SHARE = 0.2
 """A test set that has to be held out is this part of the rows ..."""
 TEST_ROWS = 1000
@@ -80,7 +82,7 @@ def split(
                 "(test=FILE), or a `group` with more values in the task YAML"
             )
         notes.append(f"no test split: {len(test):,} of {total:,} rows held out for the report (seed {seed})")
-        if reported_only:
+        if reported_only and distinct(train) < FEWEST:  # for whom nothing is trained or decided
             reported = _limit(test, max_test, seed, "reported", notes)
             return Split((), (), tuple(reported), (), (*notes, *_one_sided(reported, "reported")), drawn)
     train, leaked = _without(train, test, "reported", notes)
@@ -248,8 +250,8 @@ def _calibration_size(total: int, available: int, leaked: int, held: int, wanted
         if wanted >= available:
             raise InputError(f"calibration_size {wanted} needs more than the {rows}: give more or ask less")
         return wanted
-    if available < 5:
-        least = f"{5 + max(1, held)} rows in all ({held} are held out for the report)" if held else "5"
+    if available < FEWEST:
+        least = f"{FEWEST + held} rows in all ({held} held out for the report)" if held else FEWEST
         raise InputError(f"{rows} are too few to hold out a calibration set: give at least {least}")
     return max(1, min(round(100 / resolution), int(CALIBRATION_SHARE * available)))
 
