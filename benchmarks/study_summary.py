@@ -24,10 +24,11 @@ from _sides import RESULTS, run
 from trimllm.console import table
 from trimllm.plot import picture
 
-FILES = (RESULTS / "study.json", RESULTS / "study-other-cpu.json")
+FILES = tuple(RESULTS / f"study{name}.json" for name in ("", "-other-cpu", "-2026-11-29"))
 WORLD = ("law", "finance", "medicine")
 ARMS = {
     "late, carried": "trimllm (default)",
+    "late, carried, twice as long": "trimllm, trained twice as long",
     "one-shot": "one-shot by the same scan",
     "perplexity": "one-shot by perplexity (Shortened LLaMA)",
     "shortgpt": "one-shot by block influence (ShortGPT)",
