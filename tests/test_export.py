@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 from transformers import GenerationConfig
 
+from trimllm import compare
 from trimllm.blocks.layout import Block
 from trimllm.blocks.surgery import drop_layers
 from trimllm.checkpoints import models, verification
@@ -311,3 +312,10 @@ def test_a_base_is_saved_in_the_dtype_of_its_weights_where_its_config_names_none
     (tmp_path / "config.json").write_text(json.dumps(config if named else config | {"dtype": None}))
     loaded = models.load(EvalConfig(model=str(tmp_path), task="x", device="cpu"), training=True)
     assert (loaded.model.dtype, loaded.saved) == (torch.float32, torch.bfloat16)
+
+
+def test_a_base_of_which_a_part_was_downloaded_has_no_mark(tmp_path: Path) -> None:
+    build("llama", depth=2).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert compare.weights_mark(str(tmp_path)) == fingerprint(tmp_path)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    assert compare.weights_mark(str(tmp_path)) == ""

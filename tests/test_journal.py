@@ -172,9 +172,11 @@ def test_space_for_every_depth_that_may_be_kept_is_only_pointed_out(tmp_path, mo
     base, task = h.save_base(tmp_path / "base"), h.save_task(tmp_path / "task")
     weights = sum(parameter.nbytes for parameter in loading.load_model(base).parameters())
     run = {"keep_checkpoints": True, "min_accuracy": 0, "min_depth": 3, "warmup_epochs": 0, "epochs_per_drop": 0}
-    for number, (free, told) in enumerate([(3.39, True), (3.41, False)]):  # depths 3, 4 and 5 of 5, and the result
+    two = {"drops_per_stage": 2}  # depths 3 and 5 of 5, and the result; else 4, too
+    cases = [(3.39, {}, True), (3.41, {}, False), (3.001, two, False)]
+    for number, (free, more, told) in enumerate(cases):
         monkeypatch.setattr(rundir.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=int(free * weights)))
-        assert cli.main(["trim", *h.arguments(h.settings(base, task, tmp_path / f"run-{number}", **run))]) == 0
+        assert cli.main(["trim", *h.arguments(h.settings(base, task, tmp_path / f"run-{number}", **run, **more))]) == 0
         assert ("warning: --keep-checkpoints needs up to " in capsys.readouterr().err) == told
 
 

@@ -22,7 +22,7 @@ from trimllm.evaluation import encoding
 from trimllm.importance import scan
 from trimllm.run import account, deciding, placing, progressive, recording, rundir
 from trimllm.run.progressive import trim
-from trimllm.training import train
+from trimllm.training import optimizer_state, train
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -120,6 +120,31 @@ def test_a_floor_that_was_raised_after_a_stage_was_trained_and_not_measured(base
     model, _ = h.run(base, task, output, resume=True, **settings)
     assert model.config.num_hidden_layers == h.DEPTH - 1
     assert h.result(output)["depth"] == h.DEPTH - 1
+    kept = {path.name for path in (output / "checkpoints").iterdir()}
+    assert "depth-2" not in kept, "what nobody measured is no depth to export"
+    assert not list(output.rglob(optimizer_state.FOLDER))
+
+
+def test_a_share_is_no_floor_to_go_on_with_unless_it_is_the_runs_own(base, task, tmp_path):
+    output = tmp_path / "run"
+    h.killed_run((progressive.Run, "_drop", 1), base, task, output, min_accuracy=10, depth=4)
+    with pytest.raises(InputError, match=r"^--min-accuracy 0\.8 is in percent"):
+        h.run(base, task, output, min_accuracy=0.8, depth=4, resume=True)
+    config = output / "config.yaml"
+    config.write_text(config.read_text().replace("min_accuracy: 10.0", "min_accuracy: 0.8"))
+    h.run(base, task, output, min_accuracy=0.8, depth=4, resume=True)
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_noted(base, task, tmp_path):
+    output = tmp_path / "run"
+    h.killed_run((progressive.Run, "_drop", 1), base, task, output)
+    start, *others = h.journal(output)
+    lines = [start | {"save_dtype": "bfloat16"}, *others]
+    (output / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in lines))
+    h.run(base, task, output, resume=True)
+    assert {value.dtype for value in safetensors.torch.load_file(output / "model" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_marks_that_earlier_versions_noted_are_those_of_the_same_weights(base, task, tmp_path, monkeypatch):

@@ -98,6 +98,15 @@ def test_a_single_file_is_split_though_its_name_says_test_and_that_is_said(tmp_p
 def test_few_rows_are_enough_where_nothing_is_decided(tmp_path):
     three = load_task(jsonl(tmp_path / "three.jsonl", QUESTIONS[:3]), reported_only=True)
     assert (len(three.test), three.calibration, three.drawn) == (1, (), True)
+    grouped = [{**row, "context": "one" if n < 6 else "other"} for n, row in enumerate(QUESTIONS[:12])]
+    jsonl(tmp_path / "groups.jsonl", grouped)
+    source = "kind: choice\nsource: {files: {train: groups.jsonl}}\n"
+    spec = "prompt: '{{ question }}'\nchoices: choices\nanswer: answer\nanswer_as: index\ngroup: '{{ context }}'\n"
+    (tmp_path / "groups.yaml").write_text(source + spec)
+    with pytest.raises(InputError, match="would go into the calibration set"):
+        load_task(tmp_path / "groups.yaml")
+    asked = load_task(tmp_path / "groups.yaml", reported_only=True)
+    assert (len(asked.test), asked.drawn) == (6, True)
 
 
 def test_columns_that_only_seem_to_be_dialogues_or_choices_are_read_as_before(tmp_path):
@@ -122,6 +131,9 @@ def test_dialogues_as_sharegpt_has_them(tmp_path):
     _, item = first(jsonl(tmp_path / "chat.jsonl", [dialogue(n) for n in range(9)]))
     assert item.prompt == "System: Be brief.\nUser: 0 + 2?\nAssistant:"
     assert item.target == " 2"
+    with (tmp_path / "chat.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["conversations"], *([json.dumps(dialogue(n)["conversations"])] for n in range(9))])
+    assert load_task(tmp_path / "chat.csv").train[0].target.strip().isdigit()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +142,8 @@ def test_dialogues_as_sharegpt_has_them(tmp_path):
         ("sep=;\nquestion;answer_text", "q, {n};a"),
         ("question|answer_text", "q, {n}|a"),
         ("question;answer_text;note, free", "q {n};a;x\n;;"),
+        ("question;answer_text;note, free", 'q, "{n}";a;x\nq {n}, and ten;a;"x\ny"'),
+        ("question\tanswer_text", "q, {n}\ta"),
         ("question,answer_text", '"q, {n}",a\n,'),
         ('question,answer_text,"remark (x; y; z)"', "q {n},a,x;y;z"),
         ("id,question,answer_text,alt;b;c;d", "{n},q {n},a,x;b;c;d"),
@@ -139,7 +153,8 @@ def test_dialogues_as_sharegpt_has_them(tmp_path):
 def test_csv_by_what_parts_its_header_and_the_line_after_it(tmp_path, head, row):
     (tmp_path / "q.csv").write_text("\n".join([head, *(row.format(n=n) for n in range(9))]))
     task = load_task(tmp_path / "q.csv")
-    assert len(task.train) + len(task.calibration) + len(task.test) == 9, "empty rows are none"
+    records = 18 if "and ten" in row else 9
+    assert len(task.train) + len(task.calibration) + len(task.test) == records, "empty rows are none"
     assert task.train[0].prompt.startswith("Question: q")
     assert task.train[0].target == " a"
 
@@ -156,7 +171,8 @@ def test_what_is_about_the_data_is_no_data(tmp_path):
     assert len(load_task(tmp_path / "laws").train) > 5
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "notice.txt").write_text("it was a long day. " * 400)
-    assert load_text(tmp_path / "texts")
+    (tmp_path / "texts" / "README.txt").write_text("Read me. " * 900)
+    assert not any("Read me." in piece for piece in load_text(tmp_path / "texts"))
 
 
 @pytest.mark.parametrize("names", ["a b c", "option_a option_b option_c", "opa opb opc", "choiceA choiceB choiceC"])

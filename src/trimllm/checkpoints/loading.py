@@ -225,11 +225,18 @@ def _fingerprint_of_files(paths: Iterable[Path]) -> str:
 
 
 def older_fingerprints(name: str, model: nn.Module) -> set[str]:
-    """What runs of earlier versions noted of a model that was not changed since: of one on the Hub its weights as they
-    are in memory, of a folder all its safetensors files."""
+    """What runs of earlier versions noted of a model that was not changed since: of one on the Hub, and of an adapter
+    whose base is, its weights as they are in memory; of folders all their safetensors files."""
+
+    def whole(folder: str) -> str:
+        return _fingerprint_of_files(sorted(Path(folder).glob("*.safetensors")))
+
     if not Path(name).is_dir():
         return {fingerprint(model)}
-    return {_fingerprint_of_files(sorted(Path(name).glob("*.safetensors")))}
+    base = adapters.base_of(name)
+    if base is None:
+        return {whole(name)}
+    return {fingerprint(model), hashlib.sha256(f"{whole(base)} {whole(name)}".encode()).hexdigest()}
 
 
 def fingerprint_of_adapter(name: str, base: str, merged: nn.Module) -> str:

@@ -64,7 +64,7 @@ def _asked(
     if data.drawn and same and made.get("seed", 0) != command.seed:
         console.say(
             f"warning: {command.model} was trained on some of these rows: its run drew the reported ones with --seed "
-            f"{made['seed']}: give that"
+            f"{made.get('seed', 0)}: give that"
         )
     return loaded, data, scorer
 

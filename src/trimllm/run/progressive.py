@@ -10,6 +10,7 @@ the seed and the stage's number.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -203,9 +204,11 @@ class Run:
         return data
 
     def _check_floor(self) -> None:
-        """Raises InputError for a floor that was meant as a share and not in percent; a likelihood may be so low."""
+        """Raises InputError for a floor that was meant as a share and not in percent (a likelihood may be so low), but
+        for one that a run of an earlier version has."""
         floor = self.config.min_accuracy or 0.0
-        if 0 < floor <= 1 and self.metric != "likelihood" and not self.config.resume:
+        known = placing.stored_settings(self.config.output) if self.config.resume else {}
+        if 0 < floor <= 1 and self.metric != "likelihood" and floor != known.get("min_accuracy"):
             raise InputError(
                 f"--min-accuracy {floor:g} is in percent, so hardly a floor: for a share of {floor:g} give "
                 f"{100 * floor:g}"
@@ -446,10 +449,14 @@ class Run:
             self.dir.clean(stages, trained, teacher, every=self.config.keep_checkpoints)
 
     def _forget(self) -> None:
-        """Delete what AdamW knew where a floor ended the run: it is finished."""
+        """Of a finished run, delete what AdamW knew where a floor ended it, and a depth that was trained and never
+        measured, since a floor was raised then."""
         if self.share.first:
+            measured = {stage["depth"] for stage in self.journal.of("stage")}
             for depth in self.dir.kept_depths():
                 optimizer_state.delete(self.dir.checkpoint(depth))
+                if depth not in measured:
+                    shutil.rmtree(self.dir.checkpoint(depth))
 
     def _drop(self, state: State) -> None:
         """Scan, choose, cut. The scan's finished batches survive a kill."""

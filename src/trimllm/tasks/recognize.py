@@ -66,7 +66,7 @@ def recognize(name: str, rows: Collection[Row], tokenizer: Any = None) -> TaskSp
     columns = _columns(present)
     if "messages" in present:
         return _chat(name, "messages", tokenizer)
-    if any(isinstance(row.values.get("conversations"), list) for row in rows):
+    if any(_listed(row.values.get("conversations")) for row in rows):
         return _chat(name, "conversations", tokenizer)
     if columns.choices and (spec := _keyed_choice(name, columns.choices, rows)):
         return spec
@@ -135,6 +135,11 @@ def _columns(present: set[str]) -> Columns:
     choices = first("choices", "options")
     answer = first("answer", "label") if choices else first("answer_text", "answer", "answers")
     return Columns(first("question", "input"), choices, answer)
+
+
+def _listed(value: Any) -> bool:
+    """Whether a cell is a list, also as JSON in a string."""
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
 
 
 def _required(column: str) -> str:

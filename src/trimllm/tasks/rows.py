@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -16,6 +16,8 @@ from trimllm.errors import InputError, first_line
 COMPRESSED = (".xz", ".gz", ".bz2", ".zst")
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _DELIMITERS = (",", ";", "\t", "|")
+_HEAD = 40
+"""Lines after the header by which a delimiter is told."""
 _LONGEST_CELL = 2**31 - 1
 """Characters: the most that Python's csv can be told to take on every platform (by default 131,072)."""
 
@@ -175,15 +177,15 @@ def _object(place: str, value: Any) -> dict[str, Any]:
 
 
 def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
-    """By default the delimiter is the first that parts the header, and the line after it alike. A first line `sep=;`,
-    as Excel writes and reads it, says it."""
+    """By default the delimiter is the first that parts the header, and the rows after it alike. A first line `sep=;`
+    says it, as Excel writes and reads it."""
     csv.field_size_limit(_LONGEST_CELL)
     first, before = file.readline(), 0
     if said := re.fullmatch(r"sep=(.)\r?\n?", first):
         delimiter, first, before = said[1], file.readline(), 1
-    second = file.readline()
-    delimiter = delimiter or _delimiter(first, second)
-    lines = chain([first, second], file) if first else ()
+    head = [first, *islice(file, _HEAD)] if first else []
+    delimiter = delimiter or _delimiter(head)
+    lines = chain(head, file)
     reader: Any = csv.DictReader(lines, delimiter=delimiter, restkey=None, restval=None, strict=True)
     try:
         header = [name for name in reader.fieldnames or () if name]
@@ -206,14 +208,15 @@ def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
         raise InputError(f"{path}:{before + reader.line_num}: malformed CSV ({error}); fix the quoting") from error
 
 
-def _delimiter(header: str, row: str) -> str:
-    """What parts a header and the line after it into as many columns; else what parts the header."""
+def _delimiter(head: list[str]) -> str:
+    """What parts the first lines of a file into as many columns each; else what parts the header."""
 
-    def columns(line: str, delimiter: str) -> int:
-        return len(next(csv.reader([line], delimiter=delimiter), []))
+    def columns(delimiter: str) -> list[int]:
+        found = [len(record) for record in csv.reader(head, delimiter=delimiter) if record]
+        return found[:-1] if len(head) > _HEAD else found  # the last record may go on after them
 
-    parting = [each for each in _DELIMITERS if columns(header, each) > 1] or [","]
-    return next((each for each in parting if columns(row, each) == columns(header, each)), parting[0])
+    parting = [each for each in _DELIMITERS if columns(each)[:1] > [1]] or [","]
+    return next((each for each in parting if len(set(columns(each))) == 1), parting[0])
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -20,7 +20,7 @@ Parts = dict[str, list[Row]]
 
 PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 PARTS |= {"dev": "validation", "test": "test"}
-_ABOUT = re.compile(r"(readme|licen[sc]e|notice|changelog)([_.-]\w\w)?\.txt|(dataset_infos?|croissant)\.json", re.I)
+_ABOUT = re.compile(r"(readme|licen[sc]e|changelog)([_.-]\w\w)?\.txt|(dataset_infos?|croissant)\.json", re.I)
 """Names of what lies beside data and is none."""
 _SHOWN = 5
 _COMPOUND = re.compile(r"(sets?|data|split|rows)$")
@@ -120,7 +120,7 @@ def _path_parts(path: Path) -> Parts:
 
 def _rows_at(path: Path) -> list[Row]:
     if path.is_dir():
-        return [row for file in data_files(path) for row in read_rows(file)]
+        return [row for file in row_files(path) for row in read_rows(file)]
     return read_rows(path)
 
 

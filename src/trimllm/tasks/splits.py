@@ -82,9 +82,13 @@ def split(
                 "(test=FILE), or a `group` with more values in the task YAML"
             )
         notes.append(f"no test split: {len(test):,} of {total:,} rows held out for the report (seed {seed})")
-        if reported_only and distinct(train) < FEWEST:  # for whom nothing is trained or decided
-            reported = _limit(test, max_test, seed, "reported", notes)
-            return Split((), (), tuple(reported), (), (*notes, *_one_sided(reported, "reported")), drawn)
+        if reported_only:
+            sizes: dict[str, Any] = {"calibration_size": calibration_size, "resolution": resolution}
+            try:
+                done = split(train, test, **sizes, max_train=max_train, max_test=max_test, seed=seed)
+            except InputError:  # no calibration set can be held out, and none is asked
+                done = split((), test, max_test=max_test, seed=seed, reported_only=True)
+            return done._replace(drawn=True, notes=tuple(dict.fromkeys((*notes, *done.notes))))
     train, leaked = _without(train, test, "reported", notes)
     held = len(test) if drawn else 0
     size = _calibration_size(len(train), distinct(train), len(leaked), held, calibration_size, resolution)

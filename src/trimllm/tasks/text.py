@@ -10,7 +10,7 @@ from trimllm.errors import InputError
 from trimllm.tasks import world
 from trimllm.tasks.items import Item
 from trimllm.tasks.rows import Row, read_rows
-from trimllm.tasks.sources import data_files
+from trimllm.tasks.sources import row_files
 
 PIECE = 4_000
 """Characters after which a long document is cut at the next paragraph: about 1,000 tokens of English."""
@@ -42,7 +42,7 @@ def load_text(name_or_path: str | Path, *, per_entity: int = 6, piece: int = PIE
         raise InputError(
             f"{path} does not exist: give a file or folder with text, or demo_medicine, demo_law, demo_finance"
         )
-    files = data_files(path) if path.is_dir() else [path]
+    files = row_files(path) if path.is_dir() else [path]
     return [text for file in files for row in read_rows(file) for text in pieces(_text(row), piece)]
 
 
