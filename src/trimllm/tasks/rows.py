@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -212,7 +213,9 @@ def _delimiter(head: list[str]) -> str:
     """What parts the first lines of a file into as many columns each; else what parts the header."""
 
     def columns(delimiter: str) -> list[int]:
-        found = [len(record) for record in csv.reader(head, delimiter=delimiter) if record]
+        found = list[int]()
+        with suppress(csv.Error):  # of the delimiter that is taken it is raised where the row is read
+            found.extend(len(record) for record in csv.reader(head, delimiter=delimiter) if record)
         return found[:-1] if len(head) > _HEAD else found  # the last record may go on after them
 
     parting = [each for each in _DELIMITERS if columns(each)[:1] > [1]] or [","]
