@@ -349,5 +349,7 @@ def test_a_folder_without_training_rows_says_what_it_has(tmp_path):
 def test_the_place_of_a_csv_record_is_its_first_line(tmp_path):
     said = message(write(tmp_path, "question,answer_text", "", "x,y", ",", "", '"a', "b", 'c",', name="a.csv"))
     assert said.startswith("FILE:6: ")
+    said = message(write(tmp_path, "sep=,", "question,answer_text", "x,y", '"a"b,c', name="c.csv"))
+    assert said.startswith("FILE:4: malformed CSV")
     said = message(write(tmp_path, "question,answer_text", "x,y", ",,z", name="b.csv"))
     assert said.startswith("FILE:3: more fields than the header's 2")

@@ -206,7 +206,8 @@ def _csv(path: Path, file: IO[str], delimiter: str) -> Iterator[Row]:
                 )
             yield Row(place, {name: value for name, value in values.items() if name})  # pandas' index has no name
     except csv.Error as error:
-        raise InputError(f"{path}:{before + reader.line_num}: malformed CSV ({error}); fix the quoting") from error
+        line = before + reader.reader.line_num  # its own is that of the last whole row
+        raise InputError(f"{path}:{line}: malformed CSV ({error}); fix the quoting") from error
 
 
 def _delimiter(head: list[str]) -> str:
