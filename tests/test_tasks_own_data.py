@@ -69,6 +69,14 @@ def test_answers_that_may_count_from_one_are_pointed_out(tmp_path):
     assert doubt not in notes(jsonl(tmp_path / "letters.jsonl", [{**row, "answer": "B"} for row in rows]))
 
 
+def test_columns_that_may_be_choices_are_pointed_out_where_few_answers_name_one(tmp_path):
+    rows = [{**row, "answer": "B" if n % 3 == 0 else f"the {n}th one"} for n, row in enumerate(LETTERED)]
+    told = notes(jsonl(tmp_path / "q.jsonl", rows))
+    assert "columns not read: A, B, C (if they are choices: most answers name none of them, by letter, text or" in told
+    unread = [{"question": f"q {n}", "answer": f"a {n}", "id": n} for n in range(9)]
+    assert "columns not read: id |" in notes(jsonl(tmp_path / "r.jsonl", unread)) + " |"
+
+
 def test_written_answers_that_are_the_same_few_are_pointed_out(tmp_path):
     rows = [{"question": f"Is {n} even?", "answer": ("yes", "no")[n % 2]} for n in range(24)]
     told = notes(jsonl(tmp_path / "q.jsonl", rows))

@@ -35,6 +35,8 @@ _NEAR = {
     "answer": ("answerkey", "answeridx", "correctanswer", "correct", "cop", "label", "output", "response"),
 }
 """What others call it, in small letters alone."""
+_OPTION = re.compile(r"(option|opt|op|choice)?_?[a-d]", re.IGNORECASE)
+"""What columns that hold a choice each are called."""
 _SHOWN = 8
 _LONGEST_LABEL = 60
 _MOST_LABELS = 200
@@ -75,6 +77,8 @@ def unread_note(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
         return []
     doubt = spec.kind == "text" and any(_named_like_labels(each) or _like_labels(each, rows) for each in columns)
     hint = " (if one of them holds labels, rename it to 'label')" if doubt else ""
+    if spec.kind == "generation" and len([each for each in columns if _OPTION.fullmatch(each)]) > 1:
+        hint = " (if they are choices: most answers name none of them, by letter, text or index from 0)"
     return [f"columns not read: {shortened(columns, _SHOWN)}{hint}"]
 
 
