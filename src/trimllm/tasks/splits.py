@@ -83,12 +83,8 @@ def split(
             )
         notes.append(f"no test split: {len(test):,} of {total:,} rows held out for the report (seed {seed})")
         if reported_only:
-            sizes: dict[str, Any] = {"calibration_size": calibration_size, "resolution": resolution}
-            try:
-                done = split(train, test, **sizes, max_train=max_train, max_test=max_test, seed=seed)
-            except InputError:  # no calibration set can be held out, and none is asked
-                done = split((), test, max_test=max_test, seed=seed, reported_only=True)
-            return done._replace(drawn=True, notes=tuple(dict.fromkeys((*notes, *done.notes))))
+            done = split((), test, max_test=max_test, seed=seed, reported_only=True)
+            return done._replace(drawn=True, notes=(*notes, *done.notes))
     train, leaked = _without(train, test, "reported", notes)
     held = len(test) if drawn else 0
     size = _calibration_size(len(train), distinct(train), len(leaked), held, calibration_size, resolution)
