@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -204,9 +205,12 @@ def kill_at(monkeypatch: Any, owner: Any, name: str, call: int, *, after: bool =
     monkeypatch.setattr(owner, name, dying)
 
 
-def photographed_run(points: dict[str, Any], album: Path, model: Path, task: Path, **changes: Any) -> None:
-    """A run to its end, in `album/straight`. At every one of the points (owner, name, call, whether after its work) its
-    folder is copied to `album/POINT` as it is, which is what SIGKILL would have left there."""
+def photographed_run(
+    points: dict[str, Any], album: Path, model: Path, task: Path, prepare: Callable[[Any], None] = fast, **changes: Any
+) -> Path:
+    """A run to its end, in `straight` of the folder `album`, which is returned. At every one of the points (owner,
+    name, call, whether after its work) the run's folder is copied to `album/POINT` as it is, which is what SIGKILL
+    would have left there. `prepare` is called with the monkeypatch before."""
     output, calls = album / "straight", Counter[tuple[Any, str]]()
 
     def photograph(*moment: Any) -> None:
@@ -227,10 +231,12 @@ def photographed_run(points: dict[str, Any], album: Path, model: Path, task: Pat
         return working
 
     with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
         for owner, name in {point[:2] for point in points.values()}:
             patch.setattr(owner, name, photographed(owner, name))
         run(model, task, output, **changes)
     assert [point for point in points if not (album / point).exists()] == []
+    return album
 
 
 def killed_run(point: Any, model: Path, task: Path, output: Path, **changes: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import helpers_run as h
@@ -23,7 +22,7 @@ from trimllm.compare import check
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation import inputs
-from trimllm.run import progressive
+from trimllm.run import checks, progressive
 
 CPU = torch.device("cpu")
 SLOWER = "multiplies matrices 7 times slower"
@@ -218,16 +217,9 @@ def test_a_run_that_was_asked_for_16_bits_is_measured_in_them(
     [({"mixed_precision": "bf16"}, "--mixed-precision bf16"), ({"dtype": "bfloat16"}, "--dtype bfloat16")],
 )
 def test_training_that_emulation_slows_is_said_by_its_option(
-    changes: dict[str, str], option: str, base: Path, task: Path, tmp_path: Path, monkeypatch: Any
+    changes: dict[str, str], option: str, base: Path, task: Path, tmp_path: Path
 ) -> None:
-    said: list[str] = []
-    one = SimpleNamespace(device=CPU, process_index=0, num_processes=1, is_main_process=True)
-    monkeypatch.setattr(models, "accelerator", lambda _: one)
-    monkeypatch.setattr(progressive.Console, "say", lambda _, line: said.append(line))
-    run = progressive.Run(
-        config.TrimConfig(**h.settings(base, task, tmp_path / "run", **changes)), progressive.Console()
-    )
-    run._check_room()
+    said = checks.memory(config.TrimConfig(**h.settings(base, task, tmp_path / "run", **changes)), CPU)
     assert [line for line in said if line.startswith(f"{option}: {EMULATED}: leave it out")]
     assert not [line for line in said if "with --mixed-precision bf16" in line], "no remedy here"
 

@@ -172,11 +172,7 @@ POINTS = {
 @pytest.fixture(scope="module")
 def album(base, task, tmp_path_factory):
     """A run that nobody interrupted, `straight`, and its folder at every one of the `POINTS`."""
-    with pytest.MonkeyPatch.context() as patch:
-        fast(patch)
-        folder = tmp_path_factory.mktemp("album")
-        h.photographed_run(POINTS, folder, base, task, **CARRIED)
-        return folder
+    return h.photographed_run(POINTS, tmp_path_factory.mktemp("album"), base, task, fast, **CARRIED)
 
 
 @pytest.fixture(scope="module")

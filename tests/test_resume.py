@@ -30,11 +30,7 @@ pytestmark = pytest.mark.usefixtures("fast")
 @pytest.fixture(scope="module")
 def album(base, task, tmp_path_factory):
     """A run that nobody interrupted, `straight`, and its folder at every one of the `POINTS`."""
-    with pytest.MonkeyPatch.context() as patch:
-        h.fast(patch)
-        folder = tmp_path_factory.mktemp("album")
-        h.photographed_run(POINTS, folder, base, task)
-        return folder
+    return h.photographed_run(POINTS, tmp_path_factory.mktemp("album"), base, task)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import transformers
 from trimllm import files
 from trimllm.blocks import decoder, surgery
 from trimllm.blocks.layout import Layout, compose, dump_layout, load_layout, plan_record, remove_all, whole
-from trimllm.checkpoints import arithmetic, export, folders, loading, models, room, verification
+from trimllm.checkpoints import export, folders, loading, models
 from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.checkpoints.models import Loaded, load
 from trimllm.config import TrimConfig
@@ -34,7 +34,7 @@ from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
-from trimllm.run import account, model_card, placing, recording, recovery, rundir, targets
+from trimllm.run import account, checks, model_card, placing, recording, recovery, rundir, targets
 from trimllm.run.deciding import Decider
 from trimllm.run.journal import Journal
 from trimllm.run.recording import Recorder
@@ -131,10 +131,12 @@ class Run:
             return self._go()
 
     def _go(self) -> tuple[Any, History]:
-        self._check_room()
+        for note in checks.memory(self.config, self.accelerator.device):
+            self.console.say(note)
         loaded = load(self.config, training=True, device=self.accelerator.device)
         data = self._prepare(loaded)
-        self._check_disk(loaded.model)
+        if tight := checks.disk(self.config, loaded.model, self.decider, self.ahead):
+            self.console.say(tight)
         asked = {"--task": data.digest()}
         if self.config.text_ratio and (self.config.warmup_epochs or self.config.trains_after_drops):
             asked["--text"] = training_rows.digest(self.text_rows)
@@ -154,21 +156,6 @@ class Run:
         self._loop(state)
         return self._finish(state, base, data)
 
-    def _check_room(self) -> None:
-        config, device = self.config, self.accelerator.device
-        weights = room.weights(models.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
-        if config.distill:
-            what = f"--distill {config.distill:g} needs the model twice"
-            room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
-        full = config.warmup_epochs or config.sparse_update == "off"
-        stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
-        if full and (note := room.full_training_note(weights, device, stages)):
-            self.console.say(note)
-        slower = arithmetic.asked_note(config.dtype, device, config.mixed_precision)
-        rounded = train.rounding_note(config, emulated=slower is not None)
-        for line in filter(None, (rounded, slower)):
-            self.console.say(line)
-
     def _prepare(self, loaded: Loaded) -> TaskData:
         """Read the data, and find everything that can be wrong with it and the model before anything is computed."""
         config, model, tokenizer = self.config, loaded.model, loaded.tokenizer
@@ -184,7 +171,7 @@ class Run:
             raise InputError(f"nothing to drop: the model already meets the target, {already}")
         data = inputs.task_data(config, tokenizer)
         self.metric = data.metric
-        self._check_floor()
+        checks.floor(config, self.metric)
         self.calibration = inputs.scorer(config, model, tokenizer, data.calibration)
         self.test = inputs.scorer(config, model, tokenizer, data.test)
         self.task_rows, self.text_rows = training_rows.examples(
@@ -202,41 +189,6 @@ class Run:
         self.tokens_per_epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
         self.pad_id = self.calibration.pad_id
         return data
-
-    def _check_floor(self) -> None:
-        """Raises InputError for a floor that was meant as a share and not in percent (a likelihood may be so low), but
-        for one that a run of an earlier version has."""
-        floor = self.config.min_accuracy or 0.0
-        known = placing.stored_settings(self.config.output) if self.config.resume else {}
-        if 0 < floor <= 1 and self.metric != "likelihood" and floor != known.get("min_accuracy"):
-            raise InputError(
-                f"--min-accuracy {floor:g} is in percent, so hardly a floor: for a share of {floor:g} give "
-                f"{100 * floor:g}"
-            )
-
-    def _check_disk(self, model: Any) -> None:
-        """Raises InputError if the disk cannot hold what the run will write."""
-        config = self.config
-        copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
-        if config.keep_checkpoints:  # of every depth; embeddings, which are never cut, make them larger than that
-            copies = max(copies, 2 + sum(left for left, _ in self.ahead) / self.base_depth)
-        weights = verification.weight_bytes(model)
-        state = 2 * optimizer_state.most_bytes(config, model) if self._keeps_state() else 0  # while the new is written
-        if rundir.happened(self.dir, "done") is not None:
-            return
-        rundir.check_space(config.output, round(copies * weights) + state)
-        if config.keep_checkpoints and not self.ahead:
-            step = config.drops_per_stage * self.decider.length
-            depths = range(self.base_depth, targets.least_depth(config, self.base_depth) - 1, -step)
-            most = round((1 + sum(depths) / self.base_depth) * weights) + state  # 1: the result
-            if note := rundir.space_note(config.output, most):
-                self.console.say(note)
-
-    def _keeps_state(self) -> bool:
-        """Whether AdamW's state will stand in checkpoints: between stages after drops, if there are several."""
-        config, wanted = self.config, self.decider.wanted
-        one = wanted is not None and self.base_depth - wanted <= config.drops_per_stage * self.decider.length
-        return config.optimizer_state == "carried" and config.epochs_per_drop > 0 and not (config.one_shot or one)
 
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
         """Whether what AdamW knows at the end of the stage after these drops goes on. It does not after the warm-up (no
@@ -313,7 +265,7 @@ class Run:
                 surgery.apply_layout(state.model, load_layout(drop["cut"]))
             state.layout = self._layout_after(state)
         state.moments = optimizer_state.present(state.moments, state.model)
-        self._clean(*([len(state.layout)] if state.trained else []))
+        self._clean(state)
         return state
 
     def _layout_after(self, state: State) -> Layout:
@@ -385,7 +337,7 @@ class Run:
             self.console.say(time)
         state.stages += 1
         state.pending, state.trained = [], None
-        self._clean()
+        self._clean(state)
 
     def _train(self, state: State, epochs: float, name: str) -> dict[str, Any]:
         """Train, and save a checkpoint; returns what the journal says of it, where it stands by then."""
@@ -438,13 +390,14 @@ class Run:
                     optimizer_state.save(state.moments, state.model, folder)
         self.accelerator.wait_for_everyone()
 
-    def _clean(self, *trained: int) -> None:
+    def _clean(self, state: State) -> None:
         """Delete checkpoints that neither the user, nor a floor, nor a teacher, nor a resumed run needs, and batches of
-        scans that led to a drop; `trained` is the depth of one that is trained and not yet measured."""
+        scans that led to a drop."""
         if self.share.first:
             for number in range(len(self.journal.of("drop"))):
                 self.dir.batches_of_scan(number).unlink(missing_ok=True)
             stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
+            trained = [] if state.trained is None else [len(state.layout)]
             teacher = [self.base_depth] if self.config.distill else []
             self.dir.clean(stages, trained, teacher, every=self.config.keep_checkpoints)
 

@@ -1,0 +1,72 @@
+"""What can be known to fail, or is worth saying, before a run computes anything: memory, a floor, the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trimllm.checkpoints import arithmetic, models, room, verification
+from trimllm.checkpoints.dtypes import DTYPES
+from trimllm.config import TrimConfig
+from trimllm.errors import InputError
+from trimllm.run import placing, rundir, targets
+from trimllm.run.deciding import Decider
+from trimllm.training import optimizer_state, train
+
+
+def memory(config: TrimConfig, device: torch.device) -> list[str]:
+    """Notes on memory and arithmetic, before the model is loaded.
+
+    Raises:
+        InputError: if memory has no room for what `--distill` needs.
+    """
+    weights = room.weights(models.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
+    if config.distill:
+        what = f"--distill {config.distill:g} needs the model twice"
+        room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
+    stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
+    full = config.warmup_epochs or config.sparse_update == "off"
+    tight = room.full_training_note(weights, device, stages) if full else None
+    slower = arithmetic.asked_note(config.dtype, device, config.mixed_precision)
+    rounded = train.rounding_note(config, emulated=slower is not None)
+    return [note for note in (tight, rounded, slower) if note]
+
+
+def floor(config: TrimConfig, metric: str) -> None:
+    """Raises InputError for a floor that was meant as a share and not in percent (a likelihood may be so low), but for
+    one that a run of an earlier version has."""
+    asked = config.min_accuracy or 0.0
+    known = placing.stored_settings(config.output) if config.resume else {}
+    if 0 < asked <= 1 and metric != "likelihood" and asked != known.get("min_accuracy"):
+        raise InputError(
+            f"--min-accuracy {asked:g} is in percent, so hardly a floor: for a share of {asked:g} give {100 * asked:g}"
+        )
+
+
+def disk(config: TrimConfig, model: Any, decider: Decider, ahead: Sequence[tuple[int, float]]) -> str | None:
+    """A note where every depth that is kept may take more than is free; `ahead` as of `targets.stages_ahead`.
+
+    Raises:
+        InputError: if the disk cannot hold what the run will write.
+    """
+    if rundir.happened(rundir.RunDir(config.output), "done") is not None:
+        return None
+    depth, weights = decider.base_depth, verification.weight_bytes(model)
+    copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
+    if config.keep_checkpoints:  # of every depth; embeddings, which are never cut, make them larger than that
+        copies = max(copies, 2 + sum(left for left, _ in ahead) / depth)
+    state = 2 * optimizer_state.most_bytes(config, model) if _keeps_state(config, decider) else 0  # old and new
+    rundir.check_space(config.output, round(copies * weights) + state)
+    if not config.keep_checkpoints or ahead:
+        return None
+    depths = range(depth, targets.least_depth(config, depth) - 1, -config.drops_per_stage * decider.length)
+    return rundir.space_note(config.output, round((1 + sum(depths) / depth) * weights) + state)  # 1: the result
+
+
+def _keeps_state(config: TrimConfig, decider: Decider) -> bool:
+    """Whether AdamW's state will stand in checkpoints: between stages after drops, if there are several."""
+    wanted = decider.wanted
+    one = wanted is not None and decider.base_depth - wanted <= config.drops_per_stage * decider.length
+    return config.optimizer_state == "carried" and config.epochs_per_drop > 0 and not (config.one_shot or one)
