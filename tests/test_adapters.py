@@ -136,6 +136,12 @@ def test_tied_embeddings_cannot_be_parted_where_blocks_are_tied_by_the_same_entr
         load_model(folder)
 
 
+def test_an_adapter_is_not_quantized_on_the_way(tmp_path: Path) -> None:
+    folder, _ = saved_on_tied(tmp_path, "llama-tied", target_modules=["q_proj"])
+    with pytest.raises(InputError, match=r"cannot quantize .*, an adapter: merge it first"):
+        load_model(folder, quantization=object())
+
+
 def test_an_adapter_of_which_peft_leaves_a_part_is_refused(tmp_path: Path) -> None:
     more = {"trainable_token_indices": [5, 7]}
     folder, _ = saved_on_tied(tmp_path, "llama-tied", target_modules=["q_proj", "lm_head"], **more)

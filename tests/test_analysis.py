@@ -488,3 +488,14 @@ def test_an_analysis_that_cannot_be_is_refused_in_one_line(base, tmp_path, capsy
     assert err.splitlines()[-1].startswith("trimllm: ")
     assert line in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_ceiling_is_what_the_true_importance_reaches_against_a_noisy_scan():
+    generator, found, halved = np.random.default_rng(0), [], []
+    for _ in range(200):
+        true = generator.uniform(0.6, 0.95, 16)
+        hits = (generator.random((16, 100)) < true[:, None]).astype(float)
+        halved.append(summary.halves(hits, 0))
+        found.append(ranks.spearman(true, hits.mean(axis=1)))
+    assert summary.ceiling(np.mean(halved)) == pytest.approx(np.mean(found), abs=0.05)
+    assert np.isnan(summary.ceiling(-0.1))

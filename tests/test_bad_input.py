@@ -273,7 +273,7 @@ def test_a_model_is_not_saved_over_the_folder_it_was_loaded_from(places: Path) -
 
 def test_eval_replaces_its_own_results_and_no_other_file(places: Path, capsys: Any) -> None:
     task = h.save_task(places / "task")
-    words = ["eval", "--model", str(places / "model"), "--task", str(task), "--calibration-size", "6", "--output"]
+    words = ["eval", "--model", str(places / "model"), "--task", str(task), "--output"]
     (places / "scan.json").write_text('{"model": "m", "task": "t", "metric": "acc", "units": []}')
     before = hashes(places)
     for name in ("file", "model/config.json", "scan.json"):

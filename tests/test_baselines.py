@@ -179,13 +179,13 @@ def test_streamline_finds_the_run_with_the_largest_cosine(job_of, length):
     job = job_of("streamline")
     loaded = job.load(job.full)
     scorer, _ = job.calibration(loaded)
-    sums = torch.zeros(4 - length + 1)
-    for batch in scorer.batches:
+    sums, right = torch.zeros(4 - length + 1), scorer.right_only(loaded.model)
+    for batch in right.batches:
         states = states_of(loaded.model, batch.inputs)
         for start in range(len(sums)):
             cosine = torch.nn.functional.cosine_similarity(states[start], states[start + length], dim=-1)
             sums[start] += cosine[batch.real].sum()
-    tokens = sum(int(batch.real.sum()) for batch in scorer.batches)
+    tokens = sum(int(batch.real.sum()) for batch in right.batches)
     start, cosine = streamline.find_run(job, loaded, length)
     assert start == int(sums.argmax())
     assert cosine == pytest.approx(float(sums.max()) / tokens, abs=1e-5)

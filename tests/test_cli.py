@@ -268,6 +268,8 @@ EVAL, SCAN, COMPARE = (["eval", *TRIM[1:]], ["scan", *TRIM[1:]], ["compare", *TR
         (["trim", "--modle", "x"], "unknown option --modle (did you mean '--model'?)"),
         (["trim", "--learning-rate", "1"], "unknown option --learning-rate (did you mean '--lr'?)"),
         ([*TRIM, "--leer=3"], "unknown option --leer"),
+        (["eval", "--model", "demo", "--max-train", "9"], "--max-train is an option of trim, compare, and not of eval"),
+        (["scan", "--no-report-depths"], "--no-report-depths is an option of trim, and not of scan: leave it out"),
         ([*TRIM, "stray"], "unexpected argument 'stray'"),
         ([*TRIM, ""], "unexpected argument ''"),
         (["trim", "--task", "demo_law", "--output", "o"], "--model is required"),
@@ -853,7 +855,7 @@ def test_eval_prints_and_writes_the_same_numbers(base, task, tmp_path, capsys):
 
 
 def test_eval_against_another_model_tells_the_difference_of_paired_answers(base, task, tmp_path, capsys):
-    words = ["--task", task, "--calibration-size", "6", "--output", tmp_path / "e.json"]
+    words = ["--task", task, "--output", tmp_path / "e.json"]
     call(capsys, "drop", "--model", base, "--layers", "0,2", "--output", tmp_path / "cut")
     found = []
     for one, other in ((base, tmp_path / "cut"), (tmp_path / "cut", base), (base, base)):
@@ -942,7 +944,7 @@ def test_eval_writes_before_it_prints(base, task, tmp_path, capsys, monkeypatch)
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(eval_command, "print", gone, raising=False)
-    words = ["eval", "--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "e.json"]
+    words = ["eval", "--model", base, "--task", task, "--output", tmp_path / "e.json"]
     assert refusal(capsys, *words, code=1) == "Input/output error"
     assert json.loads((tmp_path / "e.json").read_text())["n"] == 8
     monkeypatch.setattr(eval_command, "print", lambda text: gone() if text.startswith("against") else None)

@@ -182,7 +182,7 @@ def test_rows_are_held_against_full_fine_tuning_question_by_question(
     for name in ("base", "trim"):
         told = output.parent / f"{name}.json"
         model = str(output / rows[name]["checkpoint"])
-        words = ["eval", "--model", model, "--task", str(world[1]), "--calibration-size", "6", "--against", str(full)]
+        words = ["eval", "--model", model, "--task", str(world[1]), "--against", str(full)]
         assert cli.main([*words, "--device", "cpu", "--output", str(told)]) == 0
         (above,) = rows[name]["above_full"].values()
         assert above == json.loads(told.read_text())["against"]["above"]

@@ -91,6 +91,20 @@ def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path: Path, monkey
         with pytest.raises(TrimError, match="cannot write"):
             fill(out, "new", overwrite=True)
     assert (out / "weights").read_text() == "old"
+
+    def fail_for_good(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name or ".old-" in str(path):
+            raise OSError(errno.EIO, "bad disk")
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_for_good)
+        with pytest.raises(TrimError, match="cannot write"):
+            fill(out, "new", overwrite=True)
+    (kept,) = tmp_path.glob(".out.old-*/folder")
+    assert (kept / "weights").read_text() == "old"
+    kept.rename(out)
+    kept.parent.rmdir()
     fill(out, "new", overwrite=True)
     assert (out / "weights").read_text() == "new"
     assert names(tmp_path) == ["out", "out/more", "out/weights"]

@@ -77,6 +77,16 @@ def test_exactly_the_files_of_the_export_are_sent(export: Path, calls: Any, tmp_
     assert "2 layers" in sent["commit_message"]
 
 
+def test_the_code_of_a_model_that_brings_its_own_is_sent_too(export: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(export, tmp_path / "cut")
+    for name in ("modeling_x.py", "spm.spm"):
+        (folder / name).write_text("x")
+    assert set(hub.files(folder)) == OURS | {"spm.spm"}, "a script that lies about is not the model's"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}))
+    assert set(hub.files(folder)) == OURS | {"spm.spm", "modeling_x.py"}
+
+
 def test_weights_of_an_earlier_push_that_are_not_sent_again_are_deleted(export: Path, calls: Any) -> None:
     trimllm.push_to_hub(export, "me/cut")
     remote = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", ".gitattributes", "figure.png"]

@@ -57,6 +57,23 @@ def test_evaluation_goes_on_in_halves_and_does_not_try_again_what_failed(error, 
     assert small.failed == before, "the size that failed is known"
 
 
+def test_a_row_is_tried_alone_however_large_what_failed_before_was(tokenizer, questions):
+    """Memory also depends on how many targets a batch has, not on its length alone."""
+    batches = type(Scorer(tiny.build("llama", 2), tokenizer, questions).batches)
+    rows = [row for group in Scorer(tiny.build("llama", 2), tokenizer, questions).batches._groups for row in group]
+    made = batches(rows, 4096)
+    longest = max(len(row.ids) for row in rows)
+
+    def work(batch):
+        if batch.real.shape[0] > 1:
+            raise CUDA
+        return batch.real.shape[1]
+
+    for _ in range(2):
+        assert max(max(made.compute(number, work)) for number in range(len(made))) == longest
+    assert made._fits < 2 * longest
+
+
 def test_scan_in_halves_is_the_scan(tokenizer, questions):
     model = tiny.build("llama", 4)
     expected = scan.scan(model, Scorer(model, tokenizer, questions), "acc", "pair")

@@ -16,7 +16,7 @@ from trimllm import cli
 from trimllm.blocks.layout import whole
 from trimllm.checkpoints import models
 from trimllm.config import TrimConfig
-from trimllm.run import model_card
+from trimllm.run import licences, model_card
 from trimllm.tasks import TaskData
 
 SUMMARY = {"value": 81.25, "stderr": 1.5, "n": 500, "metric": "acc"}
@@ -116,7 +116,7 @@ def test_a_kept_depth_carries_the_terms_of_a_base_that_was_named_from_another_fo
     h.run(base, h.save_task(Path("task")), Path("run"), depth=3, warmup_epochs=0, epochs_per_drop=0)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(model_card, "hf_hub_download", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(licences, "hf_hub_download", lambda *_: pytest.fail("asked the Hub"))
     assert cli.main(["export", "../run", "--depth", "3", "--output", "three"]) == 0
     assert has_terms(Path("three"))
     card = loaded(Path("three/README.md").read_text())
@@ -139,7 +139,7 @@ def test_card_of_a_bare_cut_says_that_nothing_was_trained(run: Path, tmp_path: P
 
 
 def test_names_on_the_hub_of_base_and_data_become_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_card, "_file", lambda base, name: None)
+    monkeypatch.setattr(licences, "_file", lambda base, name: None)
     config = TrimConfig(model="org/base-7B", task="pubmedqa", output="o")
     data = TaskData("pubmedqa", "choice", "acc", (), (), ())
     row: dict[str, Any] = {"depth": 3, "event": "saved", "calibration": SUMMARY, "test": SUMMARY}
@@ -194,10 +194,10 @@ def test_licence_of_a_base_on_the_hub_is_read_there_if_it_can_be(
             raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
         return str(tmp_path / name)
 
-    monkeypatch.setattr(model_card, "hf_hub_download", download)
-    assert model_card.licence("org/base").id == "llama3"
+    monkeypatch.setattr(licences, "hf_hub_download", download)
+    assert licences.licence("org/base").id == "llama3"
     assert asked == [("org/base", "README.md")]
-    assert model_card.licence("org/other").more == {"license_name": "unknown"}
+    assert licences.licence("org/other").more == {"license_name": "unknown"}
 
 
 def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
@@ -211,5 +211,5 @@ def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
 
 
 def test_the_embedded_model_is_its_own_origin_without_a_licence_of_its_own() -> None:
-    assert model_card.licence("demo").id == "other"
+    assert licences.licence("demo").id == "other"
     assert models.origin("demo") == "demo"

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from trimllm import offline
 from trimllm.checkpoints import loading
 from trimllm.errors import InputError
-from trimllm.run import model_card
+from trimllm.run import licences
 from trimllm.tasks.hub import read_hub
 from trimllm.tasks.spec import Source
 
@@ -56,7 +56,7 @@ def test_a_data_set_and_what_a_card_wants_are_not_waited_for(network: Network, m
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for another try"))
     with pytest.raises(InputError, match="cannot load split 'train' of nobody/nothing from the Hub"):
         read_hub(Source(hub="nobody/nothing"), "train", "mine")
-    assert model_card.card_of("modls/llama") is None
+    assert licences.card_of("modls/llama") is None
     assert len(network.asked) == 1
 
 

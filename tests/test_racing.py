@@ -21,6 +21,7 @@ from trimllm.evaluation import evaluate
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import racing, scan
 from trimllm.importance.racing import Rule
+from trimllm.importance.rules import Rules
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import choose
 
@@ -237,13 +238,13 @@ def test_a_run_says_once_that_there_is_no_race(base, task, tmp_path, capsys):
 
 
 def test_a_scan_races_in_the_order_of_a_runs_first(base, task, tmp_path, monkeypatch):
-    from trimllm.commands import scan as scan_command
-    from trimllm.run import deciding
+    seeds, race = [], Rules.race
 
-    seeds = []
-    race_of = deciding.race_of
-    for module in (deciding, scan_command):
-        monkeypatch.setattr(module, "race_of", lambda *given: (seeds.append(given[-1]), race_of(*given))[1])
+    def watched(*given):
+        seeds.append(race(*given).seed)
+        return race(*given)
+
+    monkeypatch.setattr(Rules, "race", watched)
     asked = {"scan": "racing", "seed": 5}
     h.run(base, task, tmp_path / "run", depth=DEPTH - 1, warmup_epochs=0, epochs_per_drop=0, **asked)
     words = {"model": base, "task": task, "output": tmp_path / "scan", "calibration_size": 6, **asked}

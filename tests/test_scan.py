@@ -286,19 +286,17 @@ def test_the_model_is_bit_for_bit_what_it_was(family, unit, training, tokenizer,
 
 
 def naive_activations(model, scorer):
-    """Mean norm after each block and mean cosine over it: row by row, unpadded, over all positions of all rows."""
-    streams = [reference.stream(model, row.ids) for row in rows(scorer.encoded, branches=False)]
+    """Mean norm after each block and mean cosine over it: question by question, over its prompt and right choice."""
+    streams = [reference.stream(model, row.ids) for row in rows([one.right_only() for one in scorer.encoded])]
     joined = [torch.cat([one[key] for one in streams]).double() for key in range(DEPTH + 1)]
     norms = [float(joined[i + 1].norm(dim=-1).mean()) for i in range(DEPTH)]
-    right = [row.ids for row in rows([one.right_only() for one in scorer.encoded])]
-    lasts = [reference.stream(model, ids) for ids in right]
 
     def cosine(a, b):
         return float(torch.nn.functional.cosine_similarity(joined[a], joined[b], dim=-1).mean())
 
     def angle(i):
         """Between the ends of two blocks' run, at the last token, averaged over the rows; in half turns."""
-        ends = [[one[key].double().reshape(-1, one[key].shape[-1])[-1] for key in (i, i + 2)] for one in lasts]
+        ends = [[one[key].double().reshape(-1, one[key].shape[-1])[-1] for key in (i, i + 2)] for one in streams]
         return sum(math.acos(a @ b / (a.norm() * b.norm())) for a, b in ends) / len(ends) / math.pi
 
     runs = range(DEPTH - 1)
@@ -307,18 +305,20 @@ def naive_activations(model, scorer):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
 @pytest.mark.parametrize("budget", [1, 40, 4096])
-def test_activations_are_means_over_the_real_tokens_of_all_samples(family, budget, tokenizer, questions):
+def test_activations_are_means_over_prompts_and_right_choices_whatever_else_is_asked(
+    family, budget, tokenizer, questions
+):
     model = tiny.build(family, DEPTH)
     scorer = Scorer(model, tokenizer, questions, branches=False)
     norms, cosines, runs, angles = naive_activations(model, scorer)
     result, _ = run(model, tokenizer, questions, trials=False, run=2, budget=budget, branches=False)
     shared, _ = run(model, tokenizer, questions, trials=False, run=2, budget=budget)
     assert result.trials == []
-    assert result.norm == pytest.approx(norms, rel=1e-5)
-    assert result.cosine == pytest.approx(cosines, abs=1e-5)
-    assert result.run_cosine[:-1] == pytest.approx(runs, abs=1e-5)
-    assert np.isnan(result.run_cosine[-1])
     for one in (result, shared):
+        assert one.norm == pytest.approx(norms, rel=1e-5)
+        assert one.cosine == pytest.approx(cosines, abs=1e-5)
+        assert one.run_cosine[:-1] == pytest.approx(runs, abs=1e-5)
+        assert np.isnan(one.run_cosine[-1])
         assert one.run_angle[:-1] == pytest.approx(angles, abs=1e-4)
         assert np.isnan(one.run_angle[-1])
 

@@ -324,6 +324,10 @@ def test_domain_text_errors(tmp_path):
         ),
         (tmp_path / "x.txt", "does not exist: give a file or folder with text"),
         (write(tmp_path, {"body": "x"}), "data.jsonl:1: no column 'text'; columns found: body"),
+        (
+            write(tmp_path, {"text": None}, name="null.jsonl"),
+            "null.jsonl:1: 'text' is None, not text: leave the row out",
+        ),
     ]:
         with pytest.raises(InputError) as error:
             load_text(given)

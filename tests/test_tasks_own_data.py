@@ -103,6 +103,34 @@ def test_a_single_file_is_split_though_its_name_says_test_and_that_is_said(tmp_p
     assert (len(folder.test), folder.drawn) == (20, False)
 
 
+def test_training_rows_may_come_from_elsewhere_with_and_without_named_splits(tmp_path):
+    for name, rows in (("own", QUESTIONS[:6]), ("others", QUESTIONS[6:20])):
+        jsonl(tmp_path / f"{name}.jsonl", rows)
+    elsewhere = "train_source: {files: {train: others.jsonl}}\n"
+    spec = "kind: choice\nprompt: '{{ question }}'\nchoices: choices\nanswer: answer\nanswer_as: index\n" + elsewhere
+    for files, splits in (
+        ("{test: own.jsonl}", ""),
+        ("{train: own.jsonl, test: own.jsonl}", ""),
+        ("{test: own.jsonl}", "splits: {test: test}\n"),
+    ):
+        (tmp_path / "t.yaml").write_text(f"{spec}source: {{files: {files}}}\n{splits}")
+        task = load_task(tmp_path / "t.yaml")
+        assert len(task.test) == 6
+        assert {Path(item.place.rsplit(":", 1)[0]).name for item in (*task.train, *task.calibration)} == {
+            "others.jsonl"
+        }
+
+
+def test_a_path_that_has_the_name_of_a_built_in_task_is_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo_law").mkdir()
+    jsonl(tmp_path / "demo_law" / "train.jsonl", QUESTIONS)
+    assert (
+        load_task("demo_law").notes[0] == "demo_law is the built-in task: what has this name here would be ./demo_law"
+    )
+    assert len(load_task("./demo_law").test) < 10
+
+
 def test_few_rows_are_enough_where_nothing_is_decided(tmp_path):
     three = load_task(jsonl(tmp_path / "three.jsonl", QUESTIONS[:3]), reported_only=True)
     assert (len(three.test), three.calibration, three.drawn) == (1, (), True)
@@ -510,7 +538,11 @@ def test_chat_in_prompt_and_completion_is_the_same(tmp_path):
 def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
     class Tokenizer:
         chat_template = "set"
-        bos_token = "<s>"
+        bos_token, bos_token_id = "<s>", 1
+        own = (1,)
+
+        def __call__(self, text, **_):
+            return {"input_ids": [*self.own, 5]}
 
         def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, **_):
             assert not tokenize
@@ -520,6 +552,9 @@ def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
     _, item = first(chat_file(tmp_path), tokenizer=Tokenizer())
     assert item.prompt == "[system]Be brief.[user]Hi[assistant]Hello.[user]Bye[assistant]"
     assert item.continuations == ("See you.",)
+    Tokenizer.own = ()  # one that puts no BOS before a text: the template's own is all there is
+    _, bare = first(chat_file(tmp_path), tokenizer=Tokenizer())
+    assert bare.prompt == f"<s>{item.prompt}"
 
 
 def test_a_template_that_prints_the_date_reads_the_same_every_day(tmp_path):

@@ -267,6 +267,9 @@ def _unknown_option(name: str, message: str) -> str:
         if not given.startswith("-"):
             return f"unexpected argument {given!r}: see trimllm {name} --help"
         options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]
+        field = given.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if others := [other for other, kind in COMMANDS.items() if field in kind.model_fields]:
+            return f"{given} is an option of {', '.join(others)}, and not of {name}: leave it out"
         ours = ELSEWHERE.get(given.replace("_", "-"))
         meant = f" (did you mean {ours!r}?)" if ours in options else did_you_mean(given, options)
         return f"unknown option {given}{meant}: see trimllm {name} --help"

@@ -114,7 +114,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
         if own and trains:
             sets["training"], text = training_rows.examples(command, tokenizer, config, data.train, command.batch_size)
             digests["--text"] = training_rows.digest(text)
-        notes += [f"{data.name}: {note}" for note in encoding.row_notes(**sets)]
+        notes += [f"{data.name}: {note}" for note in (*data.notes, *encoding.row_notes(**sets))]
     return notes, digests
 
 

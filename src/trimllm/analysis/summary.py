@@ -117,6 +117,12 @@ def halves(hits: Array, seed: int) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
+def ceiling(halves: float) -> float:
+    """The rank correlation with the whole scan that a perfect measure may be expected to reach, by how well its halves
+    agree: the square root of their reliability stepped up to the whole (Spearman-Brown); NaN where they do not."""
+    return float(np.sqrt(2 * halves / (1 + halves))) if halves > 0 else float("nan")
+
+
 def record(found: dict[str, Any], scanned: dict[str, Any], seed: int) -> dict[str, Any]:
     """The contents of analysis.json.
 
@@ -166,6 +172,7 @@ def report(found: dict[str, Any]) -> str:
     both = found["value_and_loss"]
     pairs.append(["loss without it", *(_number(both[name], form) for name, form in FORMS), "", ""])
     pairs.append(["the scan, half against half", _number(found["halves"], "+.2f"), "", "", ""])
+    pairs.append(["... so a perfect measure", _number(ceiling(found["halves"]), "+.2f"), "", "", ""])
     parts = [table(header, rows), table([f"rank correlation with {found['metric']}, loss", *["rho", "p"] * 2], pairs)]
     if found["traced"]:
         parts.append(

@@ -15,18 +15,18 @@ from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
 from trimllm.checkpoints import export, models, room
 from trimllm.checkpoints.dtypes import DTYPES, name_of
-from trimllm.config import CompareConfig, ModelSettings, TaskSettings, TrainSettings, TrimConfig, without_idle
+from trimllm.config import CompareConfig, DataSettings, ModelSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.files import read_lines
-from trimllm.run import model_card, progressive, rundir
+from trimllm.run import licences, progressive, rundir
 from trimllm.run.targets import wanted_depth
 from trimllm.training import sparse, train, training_rows
 from trimllm.training.packing import Example
 
-SHARED = {*TrainSettings.model_fields, *TaskSettings.model_fields, *ModelSettings.model_fields}
+SHARED = {*TrainSettings.model_fields, *DataSettings.model_fields, *ModelSettings.model_fields}
 SHARED |= {"eval_batch_size", "warmup_epochs", "schedule", "epochs_per_drop", "final_epochs", "optimizer_state"}
 """Settings that the comparison and a run of `trimllm trim` have in common."""
 
@@ -190,7 +190,7 @@ class Job:
             tokenizer=loaded.tokenizer,
             layout=layout or whole(decoder.depth(loaded.model)),
             base=models.origin(self.command.model),
-            companions=model_card.terms(models.origin(self.command.model)),
+            companions=licences.terms(models.origin(self.command.model)),
             overwrite=True,
         )
         return target

@@ -6,7 +6,7 @@ import shutil
 
 from trimllm.baselines.job import Job, Product
 from trimllm.checkpoints import export, models
-from trimllm.run import model_card
+from trimllm.run import licences
 
 
 def run(job: Job) -> Product:
@@ -20,7 +20,7 @@ def run(job: Job) -> Product:
         export.save_model(loaded.model, job.folder / "trained")
         loaded.tokenizer.save_pretrained(job.folder / "trained")
         base = models.origin(job.command.model)
-        for file in filter(None, (*model_card.terms(base), model_card.card_of(base))):  # whose licence cuts of it name
+        for file in filter(None, (*licences.terms(base), licences.card_of(base))):  # whose licence cuts of it name
             shutil.copyfile(file, job.folder / "trained" / file.name)
     else:
         loaded = job.load(job.full)

@@ -29,9 +29,6 @@ from pathlib import Path
 from trimllm.errors import InputError, TrimError
 from trimllm.files import disk_errors, full_disk, umask
 
-TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")
-"""Files that go wherever the weights go."""
-
 
 def check_target(target: str | Path, *, source: str | Path | None = None, overwrite: bool = False) -> None:
     """Whether a checkpoint may be written there; nothing is left behind.
@@ -228,9 +225,9 @@ def _rename(folder: Path, place: Path, overwrite: bool) -> None:
         folder.rename(place)
     except BaseException:
         (old / "folder").rename(place)
+        old.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_leftovers(place: Path) -> None:

@@ -24,12 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from trimllm import files
 from trimllm.blocks import adapters
-from trimllm.checkpoints import backends, shards
+from trimllm.checkpoints import backends, belongings, shards
 from trimllm.errors import InputError, one_line
 from trimllm.offline import hub_or_cache, is_path
-
-TOKENIZER_FILES = ("*tokenizer*", "vocab*", "*.model", "*.codes", "*.tiktoken", "tekken*")
-"""Some releases of transformers make up an empty tokenizer where a folder has none of these."""
 
 _NO_SAFETENSORS = ("no file named model.safetensors found in directory", "thus cannot be loaded with `safetensors`")
 """What transformers says of a folder and of a Hub repository without such weights."""
@@ -59,11 +56,15 @@ def load_model(
 
     Raises:
         InputError: if there is no such model, it is not a causal language model, weights are missing, or it cannot
-            compute with this `attention`.
+            compute with this `attention`; also for an adapter that is to be quantized.
     """
     name = os.path.expanduser(path_or_id)
     backends.check(attention, torch.device(device or "cpu"), dtype if isinstance(dtype, torch.dtype) else None)
     if (base := adapters.base_of(name)) is not None:
+        if quantization is not None:
+            raise InputError(
+                f"cannot quantize {name!r}, an adapter: merge it first, with save_trimmed(load_model(...))"
+            )
         model: Any = load_model(
             base,
             dtype=dtype,
@@ -119,7 +120,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
     if base is None or name == base:
         check_path(name)
     folder = Path(name)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if folder.is_dir() and not belongings.found(folder, belongings.VOCABULARIES):
         raise InputError(f"cannot load a tokenizer from {name!r}: the folder has none; save one beside the model")
     try:
         with quiet(), hub_or_cache(name):
@@ -191,7 +192,7 @@ def explain(name: str, error: Exception, *, allow_pickle: bool = False) -> str:
             f"cannot use model {name!r}: its config.json names the model type {found[1]!r}, which transformers "
             f"{transformers.__version__} does not know: use a newer transformers"
         )
-    if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
+    if re.search(r"offline|couldn't connect|(?<!_)connection(?!_)", text.lower()):  # no setting of a model
         return (
             f"cannot load model {name!r}: there is no such folder, nor is it in the cache of the hub, out of reach now"
         )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,26 @@ TOO_LARGE = "free memory, or give a narrower --dtype (trimllm drop --streaming c
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory, its tokenizer, the dtype it was saved in, and the SHA-256 of its weights."""
+    """A model in memory, its tokenizer, and what the user should know."""
 
+    settings: ModelSettings
     model: Any
     tokenizer: Any
-    saved: torch.dtype
-    fingerprint: str
     notes: tuple[str, ...] = ()
-    """What the user should know."""
+
+    @cached_property
+    def saved(self) -> torch.dtype:
+        """The dtype it was saved in."""
+        return saved_dtype(path_of(self.settings.model), self.settings) or self.model.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of its weights; to be asked for before they are changed."""
+        path = path_of(self.settings.model)
+        if (base := adapters.base_of(path)) is not None:
+            return loading.fingerprint_of_adapter(path, base, self.model)
+        folder = loading.on_disk(path)
+        return loading.fingerprint(folder if folder and loading.weight_files(folder) else self.model)
 
 
 def path_of(name: str) -> str:
@@ -136,22 +149,16 @@ def load(
     tokenizer = loading.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     backends.probe(model, settings.attention, training=training)
     _check_causal(model, settings.model)
-    if base is not None:
-        mark = loading.fingerprint_of_adapter(path, base, model)
-    else:
-        folder = loading.on_disk(path)
-        mark = loading.fingerprint(folder if folder and loading.weight_files(folder) else model)
     notes = [f"{settings.model} is an adapter: merged into its base {base}"] if base is not None else []
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         notes.append(f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {vocabulary:,} of them")
-    saved = saved_dtype(path, settings) or model.dtype
     if evaluating and (slow := arithmetic.asked_note(settings.dtype, device)):
         notes.append(slow)
     if evaluating and (reason := arithmetic.reason_for_float32(model, settings.dtype)):
         notes.append(reason)
         cast(model, torch.float32)
-    return Loaded(model, tokenizer, saved, mark, tuple(notes))
+    return Loaded(settings, model, tokenizer, tuple(notes))
 
 
 def origin(name: str) -> str | dict[str, str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from trimllm.blocks import config_rules, families
 from trimllm.blocks.decoder import blocks, depth, text_config, text_decoder
 from trimllm.blocks.layout import Layout, places, plan_record, positions, whole, without
 from trimllm.blocks.legality import refusal
-from trimllm.checkpoints import folders, shards
+from trimllm.checkpoints import belongings, folders, shards
 from trimllm.checkpoints.dtypes import FLOATS
 from trimllm.checkpoints.loading import check_folder, explain, no_safetensors, quiet
 from trimllm.checkpoints.renumbering import Numbering, list_paths
@@ -43,26 +42,7 @@ from trimllm.checkpoints.skeleton import (
 )
 from trimllm.errors import InputError, TrimError, one_line
 
-COPIED = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "*.spm",
-    "tekken.json",
-    "*processor_config.json",
-    "additional_chat_templates/*.jinja",
-    *folders.TERMS,
-)
-"""Files that travel with the weights: tokenizer, chat templates, processors, the licence."""
 WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5", ".msgpack", ".onnx"}
-QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Older places of the quantization config; they may name layers, too."""
 REFERS_TO_LAYERS = ("dola_layers", "assistant_early_exit", "cache_implementation")
 """Entries of a generation config that refer to layers of the model before the cut."""
 UNUSED = (r"(^|\.)mtp[._]", r"rotary_emb\.inv_freq$")
@@ -99,6 +79,7 @@ def drop_on_disk(
     max_shard_size: int | str = 5 * 10**9,
     trust_remote_code: bool = False,
     base: str | dict[str, Any] | None = None,
+    card: Callable[[Layout, int], str] | None = None,
     progress: Progress | None = None,
 ) -> Streamed:
     """Remove whole decoder blocks from a checkpoint on disk; the result is what load, drop and save would write.
@@ -112,6 +93,7 @@ def drop_on_disk(
         max_shard_size: bytes per file, or a text such as "5GB"; a larger tensor gets a file of its own.
         trust_remote_code: run model code that comes with the checkpoint.
         base: name (or name and fingerprint) of the model that was trimmed, for `plan.json`; by default `source`.
+        card: gives the text of the model card (`README.md`), from which blocks remain and how many there were.
         progress: called with bytes done, bytes in all, and the tensor's name.
 
     Raises:
@@ -163,6 +145,8 @@ def drop_on_disk(
         record = plan_record(layout, str(source) if base is None else base)
         (scratch / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _copy_files(source, scratch, numbering, trust_remote_code)
+        if card is not None:
+            (scratch / "README.md").write_text(card(layout, count), encoding="utf-8")
         _check_written(scratch, old.kind, plan, expected, trust_remote_code)
     kept = tuple(numbering.kept)
     largest = max(tensor.size for tensor in tensors)
@@ -290,17 +274,14 @@ def _folded(old: Skeleton, tensor: Tensor, name: str, numbering: Numbering) -> P
 
 
 def _copy_files(source: Path, folder: Path, numbering: Numbering, code: bool) -> None:
-    for pattern in (*COPIED, *(("*.py",) if code else ())):
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.suffix not in WEIGHTS:
-                copied = folder / path.relative_to(source)
-                copied.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copied)
+    others = WEIGHTS if code else {*WEIGHTS, ".py"}
+    files = belongings.found(source, (*belongings.TOKENIZERS, *belongings.TERMS, *(belongings.CODE if code else ())))
+    belongings.copy([file for file in files if file.suffix not in others], source, folder)
     generation = _json(source / "generation_config.json")
     if generation is not None:
         portable = {key: value for key, value in generation.items() if key not in REFERS_TO_LAYERS}
         _write_json(folder / "generation_config.json", portable)
-    for name in QUANTIZATION_FILES:
+    for name in belongings.QUANTIZATION:
         if (quantization := _json(source / name)) is not None:
             _write_json(folder / name, numbering.renumber(quantization))
 

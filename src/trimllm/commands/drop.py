@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from trimllm import config, files
+from trimllm import config
 from trimllm.blocks import decoder, surgery
 from trimllm.blocks.layout import positions, whole, without
 from trimllm.checkpoints import export, folders, models
@@ -12,7 +13,7 @@ from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.commands import shared
 from trimllm.console import Console
 from trimllm.errors import InputError
-from trimllm.run import model_card
+from trimllm.run import licences, model_card
 
 
 def run(command: config.DropConfig) -> None:
@@ -40,7 +41,7 @@ def run(command: config.DropConfig) -> None:
         layout=layout,
         base=base,
         card=model_card.cut(base, layout, depth),
-        companions=model_card.terms(base),
+        companions=licences.terms(base),
     )
     compared = f"reloaded and compared ({shared.differences(report)})"
     print(f"{command.output}: {depth - len(dropped)} of {depth} layers, {compared}")
@@ -65,10 +66,9 @@ def _drop_on_disk(command: config.DropConfig) -> None:
             max_shard_size=command.max_shard_size or "5GB",
             trust_remote_code=command.trust_remote_code,
             base=command.model,
+            card=partial(model_card.cut, command.model),
             progress=show,
         )
-    layout = tuple(whole(done.depth)[layer] for layer in done.kept)
-    files.write_atomic(Path(command.output) / "README.md", model_card.cut(command.model, layout, done.depth))
     print(
         f"{command.output}: {len(done.kept)} of {done.depth} layers, {done.bytes / 1e9:.3f} GB in "
         f"{done.shards} file(s), names, shapes and config checked"

@@ -30,7 +30,8 @@ def run(command: config.ExportConfig) -> None:
 
 def _default_target(command: config.ExportConfig) -> Path:
     """Beside what is handed over, named by what it becomes."""
-    given = Path(command.source) if command.source not in (".", "..") else Path(command.source).resolve()
+    given = Path(command.source)
+    given = given if given.name not in ("", "..") else given.resolve()
     is_run = rundir.RunDir(given).config.exists()
     stem = "model" if is_run else given.resolve().name
     stem += f"-depth-{command.depth}" if command.depth else ""

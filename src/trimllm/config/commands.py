@@ -8,16 +8,18 @@ from pydantic import Field, model_validator
 
 from trimllm.config.shared import (
     ANALYSIS_ITEMS,
+    CalibrationSettings,
+    DataSettings,
     LoadSettings,
     Location,
     ModelSettings,
     Positive,
+    ReportSettings,
     ScoreSettings,
     Seed,
     Settings,
     Several,
     StrategySettings,
-    TaskSettings,
     Threads,
     TrainedModel,
 )
@@ -26,7 +28,7 @@ NEW_TOKENS = 128
 """Longest generated answer, in tokens."""
 
 
-class ScanConfig(ScoreSettings, TaskSettings, ModelSettings):
+class ScanConfig(ScoreSettings, CalibrationSettings, ModelSettings):
     """Measure how important every layer is, without changing the model: a table, scan.json and scan.png.
 
     Example:
@@ -96,7 +98,7 @@ class DropConfig(ModelSettings):
         return self
 
 
-class EvalConfig(TaskSettings, ModelSettings):
+class EvalConfig(ReportSettings, ModelSettings):
     """Evaluate a model on a task's reported split: the metric with its standard error, loss, perplexity.
 
     Example:
@@ -164,7 +166,7 @@ class BenchConfig(LoadSettings):
         return self
 
 
-class CompareConfig(TrainedModel, StrategySettings, TaskSettings, ModelSettings):
+class CompareConfig(TrainedModel, StrategySettings, DataSettings, ModelSettings):
     """Compare ways to make a model smaller or faster, on your model and data: one table, compare.json, compare.png.
 
     Example:

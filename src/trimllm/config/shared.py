@@ -30,8 +30,8 @@ STRATEGIES = (
     *("scan+norm", "scan+loss", "scan", "norm", "bi", "angular", "loss", "perplexity", "taylor", "magnitude"),
     *("random", "first", "last", "alternate", "symmetric"),
 )
-"""What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's.
-See `scores.SCORES`."""
+"""What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's,
+save for the tolerance within which we count candidates as tied. See `scores.SCORES`."""
 CONFIDENCE = 0.999
 """Confidence of a race: tried on recorded scans, see docs/lab.md."""
 RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
@@ -124,20 +124,14 @@ class ModelSettings(LoadSettings, ModelName):
 
 
 class TaskSettings(Settings):
+    """Which task, and how its rows are read."""
+
     task: Location
     """A built-in task (`trimllm tasks` lists them), a task YAML, or a file or directory with your rows."""
     task_files: dict[str, Location] | None = None
     """Local files for a built-in task, per split: train=FILE,test=FILE."""
     metric: Literal["acc", "acc_norm", "likelihood"] | None = None
     """What is reported and decided on (default: the task's own)."""
-    calibration_size: Positive | None = None
-    """Rows held out of train on which every decision is taken (default: from --resolution)."""
-    resolution: Annotated[float, Field(gt=0, le=COARSEST)] = RESOLUTION
-    """Accuracy points one calibration question should be worth; 0.5 asks for 200 rows (at most a fifth of train)."""
-    max_train: Positive | None = None
-    """Use at most so many training rows (seeded sample)."""
-    max_test: Positive | None = None
-    """Report on at most so many test rows (seeded sample)."""
     max_length: Positive | None = None
     """Longest row in tokens (default: the model's context)."""
     truncate: bool = False
@@ -145,6 +139,22 @@ class TaskSettings(Settings):
     half of it; then the beginning of the prompt. Choices stay whole. Without it such rows are an error."""
     seed: Seed = 0
     """Seed of splits, order and every random choice."""
+
+
+class ReportSettings(TaskSettings):
+    """A task whose reported split is asked."""
+
+    max_test: Positive | None = None
+    """Report on at most so many test rows (seeded sample)."""
+
+
+class CalibrationSettings(TaskSettings):
+    """A task of which rows for decisions are held out."""
+
+    calibration_size: Positive | None = None
+    """Rows held out of train on which every decision is taken (default: from --resolution)."""
+    resolution: Annotated[float, Field(gt=0, le=COARSEST)] = RESOLUTION
+    """Accuracy points one calibration question should be worth; 0.5 asks for 200 rows (at most a fifth of train)."""
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
@@ -154,6 +164,13 @@ class TaskSettings(Settings):
                 f"--calibration-size {self.calibration_size} says it: leave one of them out"
             )
         return found
+
+
+class DataSettings(ReportSettings, CalibrationSettings):
+    """A task that is trained on, decided on and reported."""
+
+    max_train: Positive | None = None
+    """Use at most so many training rows (seeded sample)."""
 
 
 def unknown_strategy(name: str) -> str:
@@ -185,7 +202,8 @@ class ScoreSettings(StrategySettings):
     """With --scan racing: nominal probability of finding the winner of the exact scan (found on recorded scans: 99.0 %
     of the time at 0.999, 97.7 % at 0.99)."""
     tie_tolerance: Annotated[float, Field(ge=0)] | None = None
-    """Accuracy points within which candidates are tied (default: one calibration question; none for likelihoods)."""
+    """Accuracy points within which candidates are tied (default: one calibration question; none for likelihoods). 0, as
+    in the paper: equal ones alone."""
     keep_pattern: bool = False
     """Drop adjacent layers, as many at a time as a period of the model's layer types has (Gemma 3: six), for engines
     that take the pattern from the family and not from the checkpoint."""

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from trimllm.config.shared import (
+    DataSettings,
     Location,
     ModelSettings,
     Positive,
     ScoreSettings,
-    TaskSettings,
     TrainedModel,
     option_of,
 )
@@ -26,7 +26,7 @@ AFTER_DROPS = ("train_ratio", "sparse_update", "train_embeddings", "cache_frozen
 """Settings of the training after drops."""
 
 
-class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
+class TrimConfig(TrainedModel, ScoreSettings, DataSettings, ModelSettings):
     """Trim a model: fine-tune on a task, drop the least important layer, go on until the target.
 
     Example:
@@ -97,6 +97,11 @@ class TrimConfig(TrainedModel, ScoreSettings, TaskSettings, ModelSettings):
     @property
     def trains_after_drops(self) -> bool:
         return bool(self.epochs_per_drop or self.final_epochs)
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether AdamW's state goes from one stage after drops to the next, if there are several."""
+        return self.optimizer_state == "carried" and self.epochs_per_drop > 0 and not self.one_shot
 
     def idle(self) -> dict[str, str]:
         found = super().idle()

@@ -69,10 +69,12 @@ class Batch:
     """Tensors of one forward. `where` (k,) are flat indices into (rows * length); `targets` (k,) what follows there;
     `owners` lists (item, choice), each once, and `segment` (k,) says which of them a target belongs to (windows of one
     document may share a batch); `last` are the flat indices of each right continuation's last input id; `real`
-    (rows, length) marks what is not padding."""
+    (rows, length) marks what is not padding, and `right` (rows, length) what activations are averaged over: of every
+    question its prompt, once, and its right continuation."""
 
     inputs: dict[str, torch.Tensor]
     real: torch.Tensor
+    right: torch.Tensor
     where: torch.Tensor
     targets: torch.Tensor
     segment: torch.Tensor
@@ -81,9 +83,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        tensors = (self.real, self.where, self.targets, self.segment, self.last)
-        real, where, targets, segment, last = (tensor.to(device) for tensor in tensors)
-        return Batch(inputs, real, where, targets, segment, last, self.owners)
+        tensors = (self.real, self.right, self.where, self.targets, self.segment, self.last)
+        real, right, where, targets, segment, last = (tensor.to(device) for tensor in tensors)
+        return Batch(inputs, real, right, where, targets, segment, last, self.owners)
 
 
 def context_length(model_config: Any, limit: int | None = None) -> int:
@@ -336,7 +338,8 @@ class Batches(Sequence[Batch]):
     def compute(self, number: int, work: Callable[[Batch], T]) -> list[T]:
         """What `work` gives for a batch; where memory runs out, for two halves of it, and so on down to single rows.
 
-        From then on batches are cut to the size that fitted.
+        From then on batches are cut to the size that fitted; single rows are tried all the same, as memory also depends
+        on how many targets a batch has.
 
         Raises:
             NoRoomError: if not even one row fits.
@@ -346,7 +349,8 @@ class Batches(Sequence[Batch]):
         while waiting:
             group = waiting.pop(0)
             size = len(group) * len(group[0].ids)
-            value = memory.attempt(partial(lambda rows: work(self._made(rows)), group)) if size <= self._fits else None
+            tried = size <= self._fits or len(group) == 1
+            value = memory.attempt(partial(lambda rows: work(self._made(rows)), group)) if tried else None
             if value is not None:
                 found.append(value)
                 continue
@@ -363,7 +367,7 @@ class Batches(Sequence[Batch]):
 def _batch(group: Sequence[Row], pad_id: int, dtype: torch.dtype) -> Batch:
     length = max(len(row.ids) for row in group)
     ids = torch.full((len(group), length), pad_id)
-    real = torch.zeros((len(group), length), dtype=torch.bool)
+    real, right = (torch.zeros((len(group), length), dtype=torch.bool) for _ in range(2))
     where: list[int] = []
     targets: list[int] = []
     segment: list[int] = []
@@ -378,13 +382,16 @@ def _batch(group: Sequence[Row], pad_id: int, dtype: torch.dtype) -> Batch:
             where += [number * length + place for place in (row.prompt_length - 1, *inner)]
             targets += branch.targets
             segment += [owners.setdefault((branch.item, branch.choice), len(owners))] * len(branch.targets)
-            last += where[-1:] if branch.right else []
+            if branch.right:
+                last += where[-1:]
+                right[number, : row.prompt_length] = True
+                right[number, inner.start : inner.stop] = True
             begin = inner.stop
     inputs = {"input_ids": ids, "attention_mask": real.long()}
     if any(sum(len(branch.targets) > 1 for branch in row.branches) > 1 for row in group):
         inputs |= _branched(group, length, real, dtype)
     numbers = [torch.tensor(each, dtype=torch.long) for each in (where, targets, segment, last)]
-    return Batch(inputs, real, numbers[0], numbers[1], numbers[2], numbers[3], tuple(owners))
+    return Batch(inputs, real, right, numbers[0], numbers[1], numbers[2], numbers[3], tuple(owners))
 
 
 def _branched(group: Sequence[Row], length: int, real: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

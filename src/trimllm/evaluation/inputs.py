@@ -24,22 +24,20 @@ class Evaluating(Protocol):
 
 
 def task_data(settings: TaskSettings, tokenizer: Any, *, reported_only: bool = False) -> TaskData:
-    """The task that the settings name, loaded and split; with `reported_only` its test split alone, if it has one.
+    """The task that the settings name, loaded and split; with `reported_only` into its test rows alone, if it has some.
 
     Raises:
         InputError: see `tasks.load_task`.
     """
+    sizes = settings.model_dump(include={"calibration_size", "resolution", "max_train", "max_test"})
     return tasks.load_task(
         settings.task,
         tokenizer=tokenizer,
-        calibration_size=settings.calibration_size,
-        resolution=settings.resolution,
-        max_train=settings.max_train,
-        max_test=settings.max_test,
         files=settings.task_files,
         metric=settings.metric,
         seed=settings.seed,
         reported_only=reported_only,
+        **sizes,
     )
 
 

@@ -6,26 +6,19 @@ whole or not at all; it returns what was written and how it was checked, in one 
 
 from __future__ import annotations
 
-import shutil
 from importlib import import_module
 from pathlib import Path
 
-from trimllm.checkpoints import folders
+from trimllm.checkpoints import belongings
 from trimllm.config import ExportConfig
 
 WRITERS = {"gguf": "gguf", "onnx": "graphs", "openvino": "graphs", "int8": "quantized", "int4": "quantized"}
 """Format -> module of this package."""
 
-TRAVELS = (*folders.TERMS, "plan.json")
-"""Files that go with the weights, whatever these become."""
-
 
 def copy_companions(folder: Path, target: Path) -> None:
-    """Copy the licence and the plan of the checkpoint in `folder`."""
-    for pattern in TRAVELS:
-        for file in folder.glob(pattern):
-            if file.is_file():
-                shutil.copy(file, target)
+    """Copy the licence and the plan of the checkpoint in `folder`, which go with the weights whatever these become."""
+    belongings.copy(belongings.found(folder, (*belongings.TERMS, "plan.json")), folder, target)
 
 
 def write(folder: Path, target: Path, command: ExportConfig) -> str:

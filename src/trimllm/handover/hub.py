@@ -11,8 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import validate_repo_id
 
-from trimllm.checkpoints import folders
-from trimllm.checkpoints.loading import TOKENIZER_FILES
+from trimllm.checkpoints import belongings
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.run import placing
 from trimllm.run.rundir import RunDir
@@ -20,12 +19,10 @@ from trimllm.run.rundir import RunDir
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 FILES = (
     *WEIGHTS,
-    *TOKENIZER_FILES,
-    *("config.json", "generation_config.json", "plan.json", "README.md", *folders.TERMS),
-    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "*.jinja", "additional_chat_templates/*.jinja"),
-    *("*processor_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+    *("config.json", "generation_config.json", "plan.json", "README.md"),
+    *(*belongings.TOKENIZERS, *belongings.QUANTIZATION, *belongings.TERMS),
 )
-"""What an export consists of."""
+"""What an export consists of, beside its code."""
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
@@ -93,9 +90,10 @@ def export_folder(directory: Path) -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    """Names of the export's files, relative to the folder."""
-    found = {file for pattern in FILES for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file.relative_to(folder).as_posix() for file in found if not file.name.startswith("."))
+    """Names of the export's files, relative to the folder; its code, if its config names any."""
+    own_code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = belongings.found(folder, (*FILES, *(belongings.CODE if own_code else ())))
+    return [file.relative_to(folder).as_posix() for file in found]
 
 
 def _depth(folder: Path) -> int:

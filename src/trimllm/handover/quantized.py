@@ -50,7 +50,7 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     if data is not None:  # rows that do not fit are met before the work
         encoded = encoding.encode(tokenizer, data.test, encoding.context_length(stock), truncate=command.truncate)
         encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(stock))
-        notes = encoding.row_notes(reported=encoded)
+        notes = [*data.notes, *encoding.row_notes(reported=encoded)]
     dtype = torch.float16 if stock.dtype == torch.float16 else torch.bfloat16
     kept, head = _too_odd(stock, own_code) if command.to == "int4" else ([], [])
     quantization = _settings(command.to, dtype, [*head, *kept] if kept else None)

@@ -17,7 +17,7 @@ from trimllm.checkpoints.verification import Report
 from trimllm.config import plain_settings
 from trimllm.errors import InputError
 from trimllm.files import read_lines
-from trimllm.run import model_card, placing, rundir
+from trimllm.run import licences, model_card, placing, rundir
 from trimllm.run.rundir import RunDir
 
 
@@ -70,12 +70,18 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         raise InputError(
             f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
         )
+    plan_file = run.plans / f"depth-{command.depth}.json"
+    if not plan_file.exists():
+        raise InputError(
+            f"--depth {command.depth}: it is trained, and not measured yet: go on with trimllm trim --output "
+            f"{command.source} --resume"
+        )
     stored = plain_settings.make(config.TrimConfig, placing.stored_settings(command.source))
     named = plain_settings.make(config.TrimConfig, plain_settings.stored(run.config, config.TrimConfig))
     dtype = saved_dtype(run, stored)
     own_code = stored.trust_remote_code or command.trust_remote_code
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
-    plan = json.loads((run.plans / f"depth-{command.depth}.json").read_text(encoding="utf-8"))
+    plan = json.loads(plan_file.read_text(encoding="utf-8"))
     model: Any = loading.load_model(folder, trust_remote_code=own_code)
     models.cast(model, dtype or model.dtype)
     layout = load_layout(plan["blocks"])
@@ -88,7 +94,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         layout=layout,
         base=plan["base"],
         card=model_card.depth_of_run(named, origin, layout, _stages(run, command.depth)),
-        companions=model_card.terms(origin),
+        companions=licences.terms(origin),
     )
 
 

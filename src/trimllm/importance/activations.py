@@ -50,8 +50,9 @@ def ends(unit: Unit) -> tuple[float, float]:
 def sums(
     stream: dict[float, torch.Tensor], batch: Batch, candidates: Sequence[Unit], run: int
 ) -> dict[str, list[float]]:
-    """Sums over unpadded tokens: norm of the stream after each unit, cosine over the unit, cosine over a run; and over
-    right continuations: the angle over a run at the last input token, in half turns."""
+    """Sums over the tokens of prompts and right continuations: norm of the stream after each unit, cosine over the
+    unit, cosine over a run; and over right continuations: the angle over a run at the last input token, in half turns.
+    """
 
     def at(key: float, chosen: torch.Tensor) -> torch.Tensor | None:
         hidden = stream.get(key)
@@ -67,14 +68,14 @@ def sums(
             return torch.tensor(math.nan)
         return torch.nn.functional.cosine_similarity(before, after, dim=-1)
 
-    real = batch.real.flatten()
+    right = batch.right.flatten()
     found: dict[str, list[float]] = {"norm": [], "cosine": [], "run_cosine": [], "run_angle": []}
     for unit in candidates:
         begin, end = ends(unit)
-        before, after = at(begin, real), at(end, real)
+        before, after = at(begin, right), at(end, right)
         angle = cosine(at(begin, batch.last), at(begin + run, batch.last)).clamp(-1, 1).arccos() / math.pi
         found["norm"].append(math.nan if after is None else float(after.norm(dim=-1).sum()))
         found["cosine"].append(float(cosine(before, after).sum()))
-        found["run_cosine"].append(float(cosine(before, at(begin + run, real)).sum()))
+        found["run_cosine"].append(float(cosine(before, at(begin + run, right)).sum()))
         found["run_angle"].append(float(angle.sum()))
     return found

@@ -40,7 +40,8 @@ class Part:
     """Outcome of the intact model; its key in files is `base`."""
     trials: list[Pieces]
     """Per candidate, {} for one that is not in the race any more; empty if only activations were measured."""
-    tokens: int
+    right: int
+    """Tokens of prompts and right continuations, over which activations are summed."""
     sequences: int
     """Right continuations; of a document, its windows."""
     sums: dict[str, list[float]]
@@ -54,7 +55,7 @@ class Part:
             "rows": self.rows,
             "base": flat(self.intact),
             "trials": [flat(t) for t in self.trials],
-            "tokens": self.tokens,
+            "right": self.right,
             "sequences": self.sequences,
             "sums": self.sums,
         }
@@ -64,7 +65,7 @@ class Part:
         def pieces(rows: Sequence[Sequence[Any]]) -> Pieces:
             return {(row[0], row[1]): (row[2], row[3], row[4]) for row in rows}
 
-        counts = record["tokens"], record["sequences"]
+        counts = record["right"], record["sequences"]
         trials = [pieces(each) for each in record["trials"]]
         return cls(record["rows"], pieces(record["base"]), trials, *counts, dict(record["sums"]))
 
@@ -306,7 +307,7 @@ def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: l
     def judged(pieces: list[Pieces]) -> Evaluation:
         return evaluate.judge(scorer.items, evaluate.gather(pieces, scorer.encoded), metric)
 
-    tokens, sequences = (sum(getattr(part, name) for part in ordered) for name in ("tokens", "sequences"))
+    tokens, sequences = (sum(getattr(part, name) for part in ordered) for name in ("right", "sequences"))
     over = {"norm": tokens, "cosine": tokens, "run_cosine": tokens, "run_angle": sequences}
     means = {name: np.sum([part.sums[name] for part in ordered], axis=0) / count for name, count in over.items()}
     tried = [judged([part.trials[i] for part in ordered]) for i in range(len(candidates))] if trials else []
@@ -317,7 +318,7 @@ def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: l
 def _part(model: Any, batch: Batch, candidates: list[Unit], *, tried: Sequence[int], run: int, resume: bool) -> Part:
     intact, stream = activations.keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in candidates))
     measured = activations.sums(stream, batch, candidates, run)
-    part = Part("", intact, [], int(batch.real.sum()), len(batch.last), measured)
+    part = Part("", intact, [], int(batch.right.sum()), len(batch.last), measured)
     if tried:
         part.trials = [
             _trial(model, batch, unit, stream, resume) if i in tried else {} for i, unit in enumerate(candidates)
@@ -331,7 +332,7 @@ def _together(rows: str, parts: Sequence[Part]) -> Part:
         return replace(parts[0], rows=rows)
     trials = [evaluate.add_up(part.trials[i] for part in parts) for i in range(len(parts[0].trials))]
     sums = {name: np.sum([part.sums[name] for part in parts], axis=0).tolist() for name in parts[0].sums}
-    tokens, sequences = sum(part.tokens for part in parts), sum(part.sequences for part in parts)
+    tokens, sequences = sum(part.right for part in parts), sum(part.sequences for part in parts)
     return Part(rows, evaluate.add_up(part.intact for part in parts), trials, tokens, sequences, sums)
 
 

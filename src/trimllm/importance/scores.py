@@ -58,15 +58,18 @@ def s_scan(accuracy: Array, delta: float = DELTA) -> Array:
 def s_norm(norm: Array) -> Array:
     """Activation norm: 100 * min_j ||x_j|| / ||x_i||, in (0, 100]; the largest norm scores lowest.
 
-    `norm` is per token, averaged over the unpadded positions of all samples. Source: TrimLLM (arXiv 2412.11242), which
-    has the Frobenius norm: the root of the summed squares, in which the few tokens of huge activations that most models
-    have (the first one) would outweigh all others.
+    `norm` is per token, averaged over prompts and right answers. Source: TrimLLM (arXiv 2412.11242), which has the
+    Frobenius norm: the root of the summed squares, in which the few tokens of huge activations that most models have
+    (the first one) would outweigh all others.
     """
     return 100.0 * norm.min() / norm
 
 
 def block_influence(cosine: Array) -> Array:
-    """1 - cos(stream before, stream after), averaged over tokens. Source: ShortGPT (arXiv 2403.03853), eq. 1."""
+    """1 - cos(stream before, stream after), averaged over the tokens of prompts and right answers.
+
+    Source: ShortGPT (arXiv 2403.03853), eq. 1.
+    """
     return 1.0 - cosine
 
 
@@ -81,7 +84,10 @@ def angular(run_angle: Array) -> Array:
 
 
 def loss_ablation(loss: Array) -> Array:
-    """Loss after deleting the unit. Source: Shortened LLaMA (arXiv 2402.02834), PPL; SLEB (arXiv 2402.09025)."""
+    """Loss of the right answers after deleting the unit; the papers have that of general text.
+
+    Sources: Shortened LLaMA (arXiv 2402.02834), PPL; SLEB (arXiv 2402.09025).
+    """
     return loss
 
 

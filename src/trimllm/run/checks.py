@@ -69,4 +69,4 @@ def _keeps_state(config: TrimConfig, decider: Decider) -> bool:
     """Whether AdamW's state will stand in checkpoints: between stages after drops, if there are several."""
     wanted = decider.wanted
     one = wanted is not None and decider.base_depth - wanted <= config.drops_per_stage * decider.length
-    return config.optimizer_state == "carried" and config.epochs_per_drop > 0 and not (config.one_shot or one)
+    return config.carries_state and not one

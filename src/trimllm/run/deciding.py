@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,20 @@ import torch
 
 from trimllm import files
 from trimllm.blocks import decoder, legality
-from trimllm.blocks.layout import Layout, Unit, describe, halves, remove, remove_all, units, whole
+from trimllm.blocks.layout import Layout, Unit, describe, halves, remove, remove_all, whole
 from trimllm.blocks.trial import trial
-from trimllm.config import ScoreSettings, TrimConfig
+from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.importance import at_once, joint, scan, scores, select, weights
+from trimllm.importance import at_once, joint, scan, scores, select
 from trimllm.importance.joint import Joint
-from trimllm.importance.scan import Race, ScanResult
+from trimllm.importance.rules import Rules
+from trimllm.importance.scan import ScanResult
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import Choice
 from trimllm.parallel import Share
 from trimllm.run import recording, targets
-
-
-def race_of(config: ScoreSettings, tolerance: float, allowed: Collection[Unit], seed: int) -> Race | None:
-    """The race that `--scan racing` asks for, among the units that may go."""
-    if config.scan == "exact":
-        return None
-    by_norm = "norm" in scores.parts(config.strategy)
-    return Race(config.confidence, tolerance if by_norm else 0.0, by_norm, frozenset(allowed), seed)
 
 
 @dataclass(frozen=True)
@@ -61,11 +53,11 @@ class Decider:
         every_choice = calibration, metric  # --schedule recover asks what several drops together do to the accuracy
         alone = config.schedule != "recover"
         self.asked = scan.asked(model, *every_choice, config.strategy) if alone else every_choice
-        self.base_depth = decoder.depth(model)
+        questions = len(calibration.items)
+        self.rules = Rules(config, model, metric, questions, config.seed, least=config.min_depth)
+        self.base_depth, self.length = self.rules.base_depth, self.rules.length
+        self.tolerance = self.rules.tolerance
         self.wanted = targets.wanted_depth(config, self.base_depth)
-        self.protected = select.protected(config.protect, self.base_depth)
-        self.length = legality.run_length(model, config.unit, keep_pattern=config.keep_pattern)
-        self.tolerance = select.tolerance_points(metric, len(calibration.items), config.tie_tolerance)
 
     def check(self, model: Any) -> None:
         """Refuse what cannot succeed, before anything is computed.
@@ -73,9 +65,10 @@ class Decider:
         Raises:
             InputError: if the protected layers leave too little, or nothing can be removed from this model exactly.
         """
-        if self.wanted is not None and len(self.protected) > self.wanted:
+        kept = len(self.rules.protected)
+        if self.wanted is not None and kept > self.wanted:
             raise InputError(
-                f"--protect keeps {len(self.protected)} layers, and the run is to end with {self.wanted}: "
+                f"--protect keeps {kept} layers, and the run is to end with {self.wanted}: "
                 "protect fewer, or ask for a smaller drop"
             )
         if self.wanted is not None and (self.base_depth - self.wanted) % self.length:
@@ -84,7 +77,7 @@ class Decider:
                 f"--keep-pattern drops {self.length} of {self.base_depth} layers at a time, and the run is to end with "
                 f"{self.wanted}: ask for --depth {below if below < self.base_depth else self.base_depth - self.length}"
             )
-        candidates = units(self.config.unit, whole(self.base_depth), self.length)
+        candidates = self.rules.candidates(self.base_depth)
         refusals = [legality.refusal(model, remove(whole(self.base_depth), unit)) for unit in candidates]
         if all(refusals):
             raise InputError(f"this model cannot be trimmed by {self.config.unit}s: {refusals[0]}")
@@ -103,14 +96,9 @@ class Decider:
             count = (self.base_depth - self.wanted) // self.length
             at_once.check(model, candidates, self.config.strategy, count, free)
 
-    def droppable(self, model: Any, layout: Layout, candidates: list[Any] | None = None) -> set[int]:
-        """Which candidates may go: those that are not protected, and without which a stock model is left."""
-        intact = whole(len(layout))
-        if len(intact) - self.length < self.config.min_depth:
-            return set()
-        candidates = units(self.config.unit, intact, self.length) if candidates is None else candidates
-        free = select.droppable(candidates, layout, self.protected)
-        return {i for i in free if legality.refusal(model, remove(intact, candidates[i])) is None}
+    def droppable(self, model: Any, layout: Layout, candidates: list[Unit] | None = None) -> set[int]:
+        """Which candidates may go (see `Rules.free`)."""
+        return set(self.rules.free(model, layout, candidates)[0])
 
     def decide(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> Decision:
         """Scan the present model (`layout`: its original halves) and choose.
@@ -119,7 +107,7 @@ class Decider:
         """
         started = time.perf_counter()
         result = self._scan(model, layout, parts, share, console)
-        evidence = share.from_first(lambda: self._evidence(model, layout, result))
+        evidence = share.from_first(lambda: self.rules.evidence(model, layout, self.calibration, result))
         choices = self._choose(model, layout, result, evidence)
         tried: list[Joint] = []
         if self.config.schedule == "recover":
@@ -127,15 +115,10 @@ class Decider:
         order = self._order(model, layout, result, evidence)
         return Decision(choices, order, result, evidence, tried, time.perf_counter() - started)
 
-    def _race(self, model: Any, layout: Layout) -> Race | None:
-        every = units(self.config.unit, whole(len(layout)), self.length)
-        allowed = [every[i] for i in self.droppable(model, layout, every)]
-        return race_of(self.config, self.tolerance, allowed, self.config.seed + len(layout))
-
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         depth, (scorer, metric) = decoder.depth(model), self.asked
         records = share.from_first(lambda: files.read_lines(parts))
-        same = [record for record in records if "rows" in record and record["metric"] == metric]
+        same = [record for record in records if "right" in record and record["metric"] == metric]
         finished = {record["batch"]: scan.Part.load(record) for record in same}
 
         def keep(batch: int, part: scan.Part) -> None:
@@ -152,26 +135,23 @@ class Decider:
                 length=self.length,
                 trials=bool(needed & {"accuracy", "loss"}),
                 run=self._run(depth),
-                race=self._race(model, layout),
+                race=self.rules.race(model, layout),
                 finished=finished,
                 on_part=keep,
                 progress=show,
                 share=share,
             )
 
-    def _evidence(self, model: Any, layout: Layout, result: ScanResult) -> Evidence:
-        extra = weights.evidence(self.config.strategy, model, self.calibration, result.candidates)
-        original = [block.attention if block.attention is not None else 0 for block in layout]
-        position = scan.positions(result.candidates, original)
-        return result.evidence(position, self.base_depth, self.config.seed + len(layout), **extra)
-
     def _choose(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[Choice]:
         """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
+        if not self.config.one_shot or self.wanted is None:
+            first, why = self.rules.first(model, layout, result, evidence)
+            if first is None:
+                raise InputError(f"nothing can be dropped: {why}")
+            return [first]
         droppable = self.droppable(model, layout, result.candidates)
         allowed = result.eligible(droppable, self.config.strategy)
         found = (result.candidates, evidence, self.config.strategy)
-        if not self.config.one_shot or self.wanted is None:
-            return [select.choose(*found, tolerance=self.tolerance, allowed=allowed)]
         count = (len(layout) - self.wanted) // self.length
         if "angular" in scores.parts(self.config.strategy):
             return at_once.nearest_run(model, *found, count, allowed=droppable)

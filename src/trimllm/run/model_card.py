@@ -5,48 +5,23 @@ The metadata block is that of `huggingface_hub.ModelCardData`, so that the Hub s
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import EvalResult, ModelCardData
 
 from trimllm.blocks.layout import Layout, whole_layers
-from trimllm.checkpoints import folders, models
-from trimllm.checkpoints.loading import quiet
 from trimllm.config import TrimConfig
-from trimllm.offline import hub_or_cache, is_path
+from trimllm.offline import is_path
+from trimllm.run import licences
 from trimllm.run.account import above_line, depth_table
+from trimllm.run.licences import Origin
 from trimllm.run.targets import LATE_SHARE
 from trimllm.tasks import TaskData
 from trimllm.tasks.catalog import find_builtin
 
-Origin = str | dict[str, str]
-"""A base by the name the user gave, or with keys `name` and, where one was merged, `adapter`; `place` is where the base
-lies, if the name does not lead there from here."""
-
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "likelihood": "likelihood"}
 """The Hub's names of our metrics."""
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-"""Names under which a base may have its licence."""
-LICENCES = (
-    ("Apache License", "apache-2.0"),
-    ("MIT License", "mit"),
-    ("GNU AFFERO GENERAL PUBLIC LICENSE", "agpl-3.0"),
-    ("GNU LESSER GENERAL PUBLIC LICENSE", "lgpl-3.0"),
-    ("GNU GENERAL PUBLIC LICENSE", "gpl-3.0"),
-)
-"""First words of licence files -> their ids on the Hub."""
-
-
-@dataclass(frozen=True)
-class Licence:
-    """The Hub's id of a licence, what metadata goes with it, and a sentence for the reader."""
-
-    id: str
-    more: dict[str, str]
-    sentence: str
 
 
 def trimmed(
@@ -180,7 +155,7 @@ What is said above was measured before.
 """
     path = folder / "README.md"
     if path.exists():
-        card = _card(path)
+        card = licences.read_card(path)
         data, text = card.data, card.text
     else:
         data, text = _data(base, None, []), f"# {Path(base).name}\n\n{_how_to_load()}"
@@ -208,90 +183,22 @@ def evaluation(task: str, metric: str, summary: dict[str, Any], source: str) -> 
     )
 
 
-def _card(path: Path) -> Any:
-    """A card that may have no metadata; the Hub's library would say so on the console."""
-    with quiet():
-        return ModelCard.load(path, ignore_metadata_errors=True)
-
-
-def licence(base: str) -> Licence:
-    """The licence of a base, from its card, its config or its licence file; `other` where none of them says it."""
-    if (path := card_of(base)) is not None:
-        data = _card(path).data
-        if data.license:
-            more = {k: v for k in ("license_name", "license_link") if (v := data.get(k))}
-            named = more.get("license_name", data.license)
-            return Licence(str(data.license), more, f"Licence: {named}, as the card of the base says.")
-    if (path := _file(base, "config.json")) is not None:
-        named = json.loads(path.read_text(encoding="utf-8")).get("license")
-        if isinstance(named, str) and named:
-            return Licence(named, {}, f"Licence: {named}, as the config of the base says.")
-    for name in LICENCE_FILES:
-        if (path := _file(base, name)) is not None:
-            start = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
-            for words, known in LICENCES:
-                if words.lower() in start:
-                    return Licence(known, {}, f"Licence: {known}, as the file {name} of the base says.")
-            more = {"license_name": "as-the-base", "license_link": name}
-            return Licence("other", more, f"Licence: that of the base, in its file {name}; read it before you publish.")
-    return Licence(
-        "other",
-        {"license_name": "unknown"},
-        "Licence: unknown, since the base names none where it was read; the terms of the base hold here, too.",
-    )
-
-
-def terms(base: Origin) -> list[Path]:
-    """The licence and notice files of a base, as far as it has some and they can be had."""
-    name = _place(base)
-    folder = Path(models.path_of(name))
-    if folder.is_dir():
-        return sorted(path for pattern in folders.TERMS for path in folder.glob(pattern) if path.is_file())
-    return [path for file in (*LICENCE_FILES, "NOTICE") if (path := _file(name, file)) is not None]
-
-
-def card_of(base: Origin) -> Path | None:
-    """The card of a base, if it has one that can be had."""
-    return _file(_place(base), "README.md")
-
-
-def _file(base: str, name: str) -> Path | None:
-    """A file of the base: in its folder, in the cache of the Hub, or on the Hub if it can be reached."""
-    folder = Path(models.path_of(base))
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    try:
-        with hub_or_cache():
-            return Path(hf_hub_download(base, name))
-    except Exception:  # not there, no access, no network, not an id: in each case nothing is known from it
-        return None
-
-
 def _short(base: Origin) -> str:
     return Path(base if isinstance(base, str) else base["name"]).name
 
 
-def _named(base: Origin) -> dict[str, str]:
-    return {"name": base} if isinstance(base, str) else base
-
-
-def _place(base: Origin) -> str:
-    named = _named(base)
-    return named.get("place", named["name"])
-
-
 def _on_hub(name: str) -> bool:
-    return name.count("/") == 1 and not is_path(name)
+    return name != "demo" and not is_path(name)
 
 
 def _data(base: Origin, task: str | None, results: list[EvalResult], name: str | None = None) -> ModelCardData:
-    named = _named(base)
-    terms = licence(_place(base))
+    named = licences.as_record(base)
+    terms = licences.licence(base)
     spec = find_builtin(task) if task else None
     hub = spec.source.hub if spec is not None and spec.source is not None else None
     more: dict[str, Any] = dict(terms.more)
     return ModelCardData(
-        base_model=named["name"] if _on_hub(_place(base)) else None,
+        base_model=named["name"] if _on_hub(licences.place(base)) else None,
         license=terms.id,
         **more,
         library_name="transformers",
@@ -309,12 +216,12 @@ def _front(base: Origin, results: list[EvalResult], *, name: str, task: str | No
 
 
 def _origin(base: Origin) -> str:
-    named = _named(base)
+    named = licences.as_record(base)
     adapter = f", with the adapter `{named['adapter']}` merged" if "adapter" in named else ""
     lines = [f"Base: `{named['name']}`{adapter}"]
     if "sha256" in named:
         lines.append(f"Base weights: SHA-256 {named['sha256']}")
-    return "  \n".join([*lines, licence(_place(base)).sentence])
+    return "  \n".join([*lines, licences.licence(base).sentence])
 
 
 def _kept(layout: Layout) -> str:

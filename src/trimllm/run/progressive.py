@@ -34,7 +34,7 @@ from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
-from trimllm.run import account, checks, model_card, placing, recording, recovery, rundir, targets
+from trimllm.run import account, checks, licences, placing, recording, recovery, rundir, targets
 from trimllm.run.deciding import Decider
 from trimllm.run.journal import Journal
 from trimllm.run.recording import Recorder
@@ -193,9 +193,7 @@ class Run:
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
         """Whether what AdamW knows at the end of the stage after these drops goes on. It does not after the warm-up (no
         drops), which trains everything where later stages train little, nor after the last stage."""
-        last, config = any(drop["reached"] for drop in drops), self.config
-        several = config.trains_after_drops and not config.one_shot
-        return config.optimizer_state == "carried" and several and bool(drops) and not last
+        return self.config.carries_state and bool(drops) and not any(drop["reached"] for drop in drops)
 
     def _begin(self, loaded: Loaded, data: dict[str, str]) -> None:
         """Journal what the run begins with, `data` by their SHA-256; one that goes on must have the same base."""
@@ -488,7 +486,7 @@ class Run:
                 tokenizer=self.tokenizer,
                 layout=layout,
                 base=self.origin,
-                companions=model_card.terms(self.origin),
+                companions=licences.terms(self.origin),
                 overwrite=True,
             )
             files.write_json(self.dir.plan, plan_record(layout, self.origin) | {"sha256": fingerprint})

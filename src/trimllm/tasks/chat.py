@@ -34,8 +34,8 @@ def has_template(tokenizer: Any) -> bool:
 def chat_prompt(messages: Any, tokenizer: Any = None) -> str:
     """Everything before the last assistant message, ending where the assistant begins to speak.
 
-    With a chat template this is the template's own text, less a leading BOS (encoding adds it again); without one a
-    plain transcript.
+    With a chat template this is the template's own text, less a leading BOS where the tokenizer puts one there itself;
+    without one a plain transcript.
 
     Raises:
         ValueError: if the messages are malformed or none is the assistant's.
@@ -45,7 +45,9 @@ def chat_prompt(messages: Any, tokenizer: Any = None) -> str:
         lines = [f"{ROLES.get(turn['role'], turn['role'])}: {turn['content']}\n" for turn in turns]
         return "".join(lines) + "Assistant:"
     text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **_dated(tokenizer)))
-    return text.removeprefix(tokenizer.bos_token or "")
+    start = tokenizer.bos_token or ""
+    adds = bool(start) and tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(start) if adds else text
 
 
 def chat_answer(messages: Any) -> str:

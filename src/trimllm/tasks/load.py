@@ -56,7 +56,8 @@ def load_task(
         files (*optional*): local files to use in place of the task's own source, by part or as a file or folder.
         metric (*optional*): in place of the task's own.
         seed (defaults to 0): of every split and subsample.
-        reported_only (defaults to False): nothing is trained or decided: of a task with a test split, read that alone.
+        reported_only (defaults to False): nothing is trained or decided: where there are test rows, only these need be
+            right.
 
     Raises:
         InputError: if the task, its data or an option cannot be used; the message says where and what to do.
@@ -100,12 +101,14 @@ def _find(
     """The spec, the raw rows by part, and notes."""
     path = Path(name_or_path)
     spec = find_builtin(str(name_or_path))
+    shadowed = spec is not None and files is None and path.exists()
     if spec is None and path.suffix.lower() in (".yaml", ".yml"):
         spec = read_spec(path)
     if spec is not None:
         check_metric(metric, spec.kind)
         if files is None:
-            return spec, spec_parts(spec), []
+            notes = [f"{path} is the built-in task: what has this name here would be ./{path}"] if shadowed else []
+            return spec, spec_parts(spec), notes
         return spec, file_parts(files), file_notes(files)
     if files is not None:
         raise InputError(

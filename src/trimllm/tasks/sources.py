@@ -32,15 +32,20 @@ def spec_parts(spec: TaskSpec) -> Parts:
     source, splits = spec.source, spec.splits
     if source is None:
         raise InputError(f"task {spec.name!r} has no source: add one to its YAML or give files with --task-files")
-    if splits is None:
-        if source.files:
-            return file_parts(source.files)
-        return {part: _read(source, part, spec.name) for part in world.SPLITS}
-    named = {"train": splits.train, "validation": None if splits.test else splits.validation, "test": splits.test}
+    if splits is not None:
+        validation = None if splits.test else splits.validation
+        named = [("train", splits.train), ("validation", validation), ("test", splits.test)]
+    elif source.files is not None:
+        named = [(_part(split), split) for split in source.files]
+    else:
+        named = [(part, part) for part in world.SPLITS]
+    places = [(part, source, split) for part, split in named if split is not None]
+    if (train := spec.train_source) is not None:
+        split = (splits and splits.train) or "train"
+        places = [("train", train, split), *(place for place in places if place[0] != "train")]
     parts: Parts = {}
-    for part, split in named.items():
-        if split is not None:
-            parts[part] = _read(spec.train_source or source if part == "train" else source, split, spec.name)
+    for part, origin, split in places:
+        parts.setdefault(part, []).extend(_read(origin, split, spec.name))
     return parts
 
 
@@ -54,12 +59,16 @@ def file_parts(files: Files) -> Parts:
         return _path_parts(Path(files))
     parts: Parts = {}
     for name, paths in files.items():
-        part = PARTS.get(name)
-        if part is None:
-            raise InputError(f"unknown split {name!r}{did_you_mean(name, PARTS)}: use train, validation or test")
         several = [paths] if isinstance(paths, str | Path) else paths
-        parts.setdefault(part, []).extend(row for path in several for row in _rows_at(Path(path)))
+        parts.setdefault(_part(name), []).extend(row for path in several for row in _rows_at(Path(path)))
     return parts
+
+
+def _part(name: str) -> str:
+    """The part that a split's name means."""
+    if name not in PARTS:
+        raise InputError(f"unknown split {name!r}{did_you_mean(name, PARTS)}: use train, validation or test")
+    return PARTS[name]
 
 
 def data_files(folder: Path) -> list[Path]:

@@ -86,6 +86,8 @@ def pieces(text: str, piece: int = PIECE) -> list[str]:
 
 def _text(row: Row) -> str:
     text = row.values.get("text")
-    if not isinstance(text, str):
+    if "text" not in row.values:
         raise InputError(f"{row.place}: no column 'text'; columns found: {', '.join(row.values)}")
+    if not isinstance(text, str):
+        raise InputError(f"{row.place}: 'text' is {text!r}, not text: leave the row out, or mend it")
     return text

@@ -1,0 +1,80 @@
+"""By which rules a scan leads to a drop: what may go, what is tied, from what seed. `trimllm scan` and a run have the
+same, so that the one names what the other would drop first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimllm.blocks import decoder, legality
+from trimllm.blocks.layout import Layout, Unit, remove, units, whole
+from trimllm.config import ScoreSettings
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import scan, scores, select, weights
+from trimllm.importance.scan import Race, ScanResult
+from trimllm.importance.scores import Evidence
+from trimllm.importance.select import Choice
+
+
+class Rules:
+    """The rules of some settings, for a base. `layout` is always that of the present model: its original halves."""
+
+    def __init__(
+        self, settings: ScoreSettings, model: Any, metric: str, questions: int, seed: int, *, least: int = 1
+    ) -> None:
+        """`questions`: those of the calibration set. `least`: layers that must be left.
+
+        Raises:
+            InputError: if a protected layer does not exist, or layers cannot go in the runs that are asked for.
+        """
+        self.settings, self.seed, self.least = settings, seed, least
+        self.base_depth = decoder.depth(model)
+        self.protected = select.protected(settings.protect, self.base_depth)
+        self.length = legality.run_length(model, settings.unit, keep_pattern=settings.keep_pattern)
+        """Blocks that go together (--keep-pattern)."""
+        self.tolerance = select.tolerance_points(metric, questions, settings.tie_tolerance)
+
+    def candidates(self, depth: int) -> list[Unit]:
+        """All that a scan of so many layers tries."""
+        return units(self.settings.unit, whole(depth), self.length)
+
+    def free(self, model: Any, layout: Layout, candidates: list[Unit] | None = None) -> tuple[list[int], str]:
+        """Which of the candidates (default: all) may go, and why none may. Those may that are not protected, and
+        without which a stock model is left; for sub-layers, which never go alone, only protection counts."""
+        intact = whole(len(layout))
+        candidates = self.candidates(len(layout)) if candidates is None else candidates
+        free = select.droppable(candidates, layout, self.protected)
+        if not free or candidates[free[0]].bypassed:
+            return free, "every layer is protected"
+        if len(layout) - self.length < self.least:
+            few = "only one layer" if len(layout) == 1 else f"{len(layout)} layers, of which {self.length} go together"
+            return [], f"the model has {few}"
+        refusals = [legality.refusal(model, remove(intact, candidates[i])) for i in free]
+        return [i for i, why in zip(free, refusals, strict=True) if why is None], refusals[0] or ""
+
+    def race(self, model: Any, layout: Layout) -> Race | None:
+        """The race that `--scan racing` asks for, among the units that may go."""
+        if self.settings.scan == "exact":
+            return None
+        every, by_norm = self.candidates(len(layout)), "norm" in scores.parts(self.settings.strategy)
+        allowed = frozenset(every[i] for i in self.free(model, layout, every)[0])
+        tolerance = self.tolerance if by_norm else 0.0
+        return Race(self.settings.confidence, tolerance, by_norm, allowed, self._seed(layout))
+
+    def evidence(self, model: Any, layout: Layout, scorer: Scorer, result: ScanResult) -> Evidence:
+        """What the strategy goes by: of the scan, and of weights and gradients."""
+        extra = weights.evidence(self.settings.strategy, model, scorer, result.candidates)
+        original = [block.attention if block.attention is not None else 0 for block in layout]
+        position = scan.positions(result.candidates, original)
+        return result.evidence(position, self.base_depth, self._seed(layout), **extra)
+
+    def first(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> tuple[Choice | None, str]:
+        """What goes first, or None and why nothing may go."""
+        free, reason = self.free(model, layout, result.candidates)
+        allowed = result.eligible(free, self.settings.strategy)
+        if not allowed:
+            return None, reason if not free else "no run fits after a layer that may go: ask for a shorter --run"
+        strategy = self.settings.strategy
+        return select.choose(result.candidates, evidence, strategy, tolerance=self.tolerance, allowed=allowed), ""
+
+    def _seed(self, layout: Layout) -> int:
+        return self.seed + len(layout)
