@@ -28,7 +28,8 @@ from trimllm.blocks.layout import remove, units, whole
 from trimllm.blocks.trial import trial
 from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
-from trimllm.evaluation import encoding, evaluate
+from trimllm.evaluation import evaluate
+from trimllm.evaluation.batches import make_rows
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan
 from trimllm.tasks.items import Item
@@ -77,7 +78,7 @@ def questions(kind: str, count: int, tokenizer: Any) -> list[Item]:
 def exhaustive(model: Any, scorer: Scorer, batch: int, candidates: int | None = None) -> list[np.ndarray]:
     """Log-likelihoods (items, choices) without each block: what every layer of the model and every row costs."""
     depth = decoder.depth(model)
-    rows = sorted(encoding.rows(scorer.encoded, branches=False), key=lambda row: -len(row.ids))
+    rows = sorted(make_rows(scorer.encoded, branches=False), key=lambda row: -len(row.ids))
     tables = []
     for unit in units("block", whole(depth))[:candidates]:
         found: dict[tuple[int, int], float] = {}

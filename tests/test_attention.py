@@ -141,10 +141,10 @@ def test_a_run_goes_on_with_another_one(base: Path, task: Path, tmp_path: Path) 
 
 def test_it_reaches_scan_eval_and_drop(base: Path, task: Path, tmp_path: Path, used: set[str], capsys: Any) -> None:
     given = ["--model", str(base), "--device", "cpu", "--attention", "eager"]
-    data = ["--task", str(task), "--calibration-size", "4"]
+    data = ["--task", str(task)]
     for words in (
         ["eval", *given, *data],
-        ["scan", *given, *data, "--output", str(tmp_path / "scan")],
+        ["scan", *given, *data, "--calibration-size", "4", "--output", str(tmp_path / "scan")],
         ["drop", *given, "--layers", "1", "--output", str(tmp_path / "cut")],
     ):
         used.clear()

@@ -344,7 +344,7 @@ IDLE = [
             [*command, *RESOLUTION],
             "--resolution 2.0 finds out how many calibration rows are held out, and --calibration-size",
         )
-        for command in (TRIM, COMPARE, SCAN, EVAL)
+        for command in (TRIM, COMPARE, SCAN)
     ),
     ([*TRIM, "--text", "demo_law", "--text-ratio", "0"], "--text demo_law is not trained on with --text-ratio 0"),
     *(
@@ -404,7 +404,7 @@ def test_options_without_effect_are_refused(capsys, words, message):
         [*TRIM, "--strategy", "loss", "--schedule", "recover", "--tie-tolerance", "2"],
         [*COMPARE, "--text", "demo_law", "--text-ratio", "0"],
         [*EVAL, "--generate", "--max-new-tokens", "9"],
-        [*EVAL, "--calibration-size", "50"],
+        [*EVAL, "--max-test", "50"],
     ],
     ids=lambda value: " ".join(value[7:]),
 )
@@ -845,7 +845,7 @@ def test_scan_says_its_notes_and_compares_runs_of_half_the_depth(base, task, tmp
 
 
 def test_eval_prints_and_writes_the_same_numbers(base, task, tmp_path, capsys):
-    words = ["--model", base, "--task", task, "--calibration-size", "6"]
+    words = ["--model", base, "--task", task]
     code, out, _ = call(capsys, "eval", *words, "--output", tmp_path / "e.json")
     record = json.loads((tmp_path / "e.json").read_text())
     assert code == 0

@@ -125,7 +125,7 @@ def made_up(monkeypatch: Any, **made: Any) -> list[list[str]]:
 
 def accuracy(checkpoint: Path, task: Path) -> dict[str, Any]:
     """The reported split by the checkpoint, without anything of `compare`."""
-    settings = EvalConfig(model=str(checkpoint), task=str(task), calibration_size=6, device="cpu")
+    settings = EvalConfig(model=str(checkpoint), task=str(task), device="cpu")
     loaded = models.load(settings)
     data = inputs.task_data(settings, loaded.tokenizer)
     return (

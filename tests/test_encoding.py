@@ -11,16 +11,8 @@ from conftest import make_tokenizer
 from tiny import build
 
 from trimllm.errors import InputError
-from trimllm.evaluation.encoding import (
-    Batches,
-    Encoded,
-    attention_window,
-    context_length,
-    encode,
-    encode_pair,
-    row_notes,
-    rows,
-)
+from trimllm.evaluation.batches import Batches, make_rows
+from trimllm.evaluation.encoding import Encoded, attention_window, context_length, encode, encode_pair, row_notes
 from trimllm.tasks.items import Item
 from trimllm.training.training_rows import task_examples
 
@@ -88,7 +80,7 @@ def test_windows_of_a_document_predict_each_token_once_from_the_one_before(token
     encoded = encode(tokenizer, [text_item(text)], 8)
     assert [token for one in encoded for token in one.target] == document
     assert [one.prompt for one in encoded] == [((1, *document)[8 * n],) for n in range(len(encoded))]
-    assert max(len(row.ids) for row in rows(encoded)) <= 8
+    assert max(len(row.ids) for row in make_rows(encoded)) <= 8
     assert {one.item for one in encoded} == {0}
 
 
@@ -115,7 +107,7 @@ def test_the_last_token_needs_no_room_and_one_more_token_does(tokenizer):
     total = len(one.prompt) + max(map(len, one.continuations))
     (tight,) = encode(tokenizer, [item], total - 1)
     assert tight == one
-    assert max(len(row.ids) for row in rows([tight], branches=False)) == total - 1
+    assert max(len(row.ids) for row in make_rows([tight], branches=False)) == total - 1
     with pytest.raises(InputError, match="do not fit"):
         encode(tokenizer, [item], total - 2)
     with pytest.raises(InputError, match="do not fit"):
@@ -186,7 +178,7 @@ def test_a_choice_without_tokens_is_an_error(tokenizer):
 @pytest.mark.parametrize("budget", [1, 20, 60, 10_000])
 def test_batches_keep_to_the_budget_and_hold_every_continuation_once(tokenizer, questions, branches, budget):
     encoded = encode(tokenizer, questions, 64)
-    made = Batches(rows(encoded, branches=branches), budget)
+    made = Batches(make_rows(encoded, branches=branches), budget)
     for batch in made:
         count, length = batch.real.shape
         assert count * length <= budget or count == 1
@@ -201,7 +193,7 @@ def test_batches_keep_to_the_budget_and_hold_every_continuation_once(tokenizer, 
 def test_branches_see_the_prompt_and_themselves_at_positions_behind_the_prompt():
     one = Encoded(0, (5, 6, 7), ((10, 11, 12), (20,), (30, 31)))
     other = Encoded(1, (8,), ((40, 41), (50, 51)))
-    (batch,) = Batches(rows([one, other]), 100, pad_id=0)
+    (batch,) = Batches(make_rows([one, other]), 100, pad_id=0)
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 10, 11, 30], [8, 40, 50, 0, 0, 0]]
     assert batch.inputs["position_ids"].tolist()[0] == [0, 1, 2, 3, 4, 3]
     assert batch.inputs["position_ids"].tolist()[1][:3] == [0, 1, 1]
@@ -222,7 +214,7 @@ def test_branches_see_the_prompt_and_themselves_at_positions_behind_the_prompt()
 
 def test_padding_is_seen_by_no_real_token():
     short, long = Encoded(0, (5,), ((10, 11), (20, 21))), Encoded(1, tuple(range(3, 9)), ((10, 11), (20, 21)))
-    (batch,) = Batches(rows([short, long]), 100)
+    (batch,) = Batches(make_rows([short, long]), 100)
     seen = batch.inputs["attention_mask"][:, 0] == 0
     padded = ~batch.real
     assert not (seen & batch.real[:, :, None] & padded[:, None, :]).any()
@@ -231,7 +223,7 @@ def test_padding_is_seen_by_no_real_token():
 
 def test_windows_of_one_document_in_one_batch_share_their_owner(tokenizer):
     encoded = encode(tokenizer, [text_item("the cat sat on the mat. a dog ran to the cat;")], 4)
-    (batch,) = Batches(rows(encoded), 1000)
+    (batch,) = Batches(make_rows(encoded), 1000)
     assert batch.owners == ((0, 0),)
     assert set(batch.segment.tolist()) == {0}
     assert sorted(batch.targets.tolist()) == sorted(token for one in encoded for token in one.target)
@@ -258,7 +250,7 @@ def test_attention_window_is_the_shortest_that_is_in_use():
 
 def test_batches_move_with_their_dtype():
     one = Encoded(0, (5,), ((10, 11), (20, 21)))
-    batch = Batches(rows([one]), 100, dtype=torch.bfloat16)[0]
+    batch = Batches(make_rows([one]), 100, dtype=torch.bfloat16)[0]
     assert batch.inputs["attention_mask"].dtype == torch.bfloat16
     assert torch.isfinite(batch.inputs["attention_mask"]).all()
     assert replace(batch).to("cpu").owners == batch.owners

@@ -19,7 +19,7 @@ from trimllm.blocks.layout import Unit, units, whole
 from trimllm.blocks.surgery import drop_layers
 from trimllm.errors import InputError
 from trimllm.evaluation import evaluate
-from trimllm.evaluation.encoding import rows
+from trimllm.evaluation.batches import make_rows
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan
 from trimllm.importance.scan import Part, positions, table
@@ -287,7 +287,7 @@ def test_the_model_is_bit_for_bit_what_it_was(family, unit, training, tokenizer,
 
 def naive_activations(model, scorer):
     """Mean norm after each block and mean cosine over it: question by question, over its prompt and right choice."""
-    streams = [reference.stream(model, row.ids) for row in rows([one.right_only() for one in scorer.encoded])]
+    streams = [reference.stream(model, row.ids) for row in make_rows([one.right_only() for one in scorer.encoded])]
     joined = [torch.cat([one[key] for one in streams]).double() for key in range(DEPTH + 1)]
     norms = [float(joined[i + 1].norm(dim=-1).mean()) for i in range(DEPTH)]
 

@@ -22,7 +22,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import inputs
 from trimllm.evaluation.evaluate import Scorer, evaluate
 from trimllm.evaluation.paired import difference
-from trimllm.importance import scores
+from trimllm.importance import scores, weights
 from trimllm.run import account, deciding, progressive, rundir
 from trimllm.training import losses, train
 
@@ -126,7 +126,7 @@ def test_the_result_is_held_against_all_layers_before_the_drops(trained, task):
     result = h.result(output)
     kept = {path.stem: json.loads(path.read_text()) for path in (output / "answers").iterdir()}
     assert kept.keys() == {"base", "depth-5", "depth-4", "depth-3", "saved"}
-    command = EvalConfig(model=str(output / "model"), task=str(task), calibration_size=6, device="cpu")
+    command = EvalConfig(model=str(output / "model"), task=str(task), device="cpu")
     items = inputs.task_data(command, load_tokenizer(output / "model")).test
     answered = evaluate(model, load_tokenizer(output / "model"), items, "acc").per_item
     assert kept["saved"]["values"] == list(answered)
@@ -584,7 +584,7 @@ def test_dozens_of_choices_are_pointed_out_where_another_strategy_would_ask_fewe
 
 
 def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path, monkeypatch):
-    taylor, spent = deciding.weights.taylor, []
+    taylor, spent = weights.taylor, []
 
     def slow(*arguments):
         started = time.perf_counter()
@@ -593,7 +593,7 @@ def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path,
         spent.append(time.perf_counter() - started)
         return found
 
-    monkeypatch.setattr(deciding.weights, "taylor", slow)
+    monkeypatch.setattr(weights, "taylor", slow)
     h.run(base, task, tmp_path / "run", depth=4, strategy="taylor", **NO_TRAINING)
     (drop,) = h.journal(tmp_path / "run", "drop")
     assert drop["seconds"] >= spent[0] >= 0.5

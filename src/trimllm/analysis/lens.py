@@ -21,8 +21,9 @@ from trimllm.analysis import probes
 from trimllm.blocks import decoder, families
 from trimllm.blocks.layout import HALVES, Unit
 from trimllm.errors import InputError
-from trimllm.evaluation import encoding, evaluate
-from trimllm.evaluation.encoding import Batch, Batches, Encoded
+from trimllm.evaluation import evaluate
+from trimllm.evaluation.batches import Batch, Batches, make_rows
+from trimllm.evaluation.encoding import Encoded
 from trimllm.evaluation.evaluate import Evaluation, Scorer
 from trimllm.importance import activations
 from trimllm.importance.scores import Array
@@ -42,7 +43,7 @@ def questions(scorer: Scorer) -> list[Encoded]:
 
 def batches(model: Any, scorer: Scorer, asked: Sequence[Encoded]) -> Batches:
     """One row per question, in batches of the scorer's size."""
-    made = encoding.rows(asked)
+    made = make_rows(asked)
     return Batches(made, scorer.token_budget, pad_id=scorer.pad_id, dtype=model.dtype, device=model.device)
 
 

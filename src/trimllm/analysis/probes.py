@@ -1,6 +1,6 @@
 """Reading and setting what modules give at chosen positions of a batch, through hooks that leave nothing behind.
 
-A position here is a flat index into (rows * length), as in `encoding.Batch`.
+A position here is a flat index into (rows * length), as in `batches.Batch`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from trimllm.analysis.lens import last_tokens, per_question
 from trimllm.blocks import decoder, families
 from trimllm.blocks.layout import Unit
 from trimllm.errors import InputError
-from trimllm.evaluation.encoding import Batch, Batches, Encoded
+from trimllm.evaluation.batches import Batch, Batches
+from trimllm.evaluation.encoding import Encoded
 from trimllm.evaluation.evaluate import Pieces
 from trimllm.importance import activations
 from trimllm.importance.scores import Array

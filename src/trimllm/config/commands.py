@@ -28,7 +28,7 @@ NEW_TOKENS = 128
 """Longest generated answer, in tokens."""
 
 
-class ScanConfig(ScoreSettings, CalibrationSettings, ModelSettings):
+class ScanConfig(ScoreSettings, CalibrationSettings):
     """Measure how important every layer is, without changing the model: a table, scan.json and scan.png.
 
     Example:
@@ -98,7 +98,7 @@ class DropConfig(ModelSettings):
         return self
 
 
-class EvalConfig(ReportSettings, ModelSettings):
+class EvalConfig(ReportSettings):
     """Evaluate a model on a task's reported split: the metric with its standard error, loss, perplexity.
 
     Example:
@@ -166,7 +166,7 @@ class BenchConfig(LoadSettings):
         return self
 
 
-class CompareConfig(TrainedModel, StrategySettings, DataSettings, ModelSettings):
+class CompareConfig(TrainedModel, StrategySettings, DataSettings):
     """Compare ways to make a model smaller or faster, on your model and data: one table, compare.json, compare.png.
 
     Example:

@@ -123,8 +123,8 @@ class ModelSettings(LoadSettings, ModelName):
     """Which model, and how it is loaded."""
 
 
-class TaskSettings(Settings):
-    """Which task, and how its rows are read."""
+class TaskSettings(ModelSettings):
+    """A model on a task: which, and how its rows are read."""
 
     task: Location
     """A built-in task (`trimllm tasks` lists them), a task YAML, or a file or directory with your rows."""

@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from trimllm.config.shared import (
     DataSettings,
     Location,
-    ModelSettings,
     Positive,
     ScoreSettings,
     TrainedModel,
@@ -26,7 +25,7 @@ AFTER_DROPS = ("train_ratio", "sparse_update", "train_embeddings", "cache_frozen
 """Settings of the training after drops."""
 
 
-class TrimConfig(TrainedModel, ScoreSettings, DataSettings, ModelSettings):
+class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
     """Trim a model: fine-tune on a task, drop the least important layer, go on until the target.
 
     Example:

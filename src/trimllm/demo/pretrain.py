@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -47,7 +46,8 @@ from trimllm.demo.steps import (
     write_state,
 )
 from trimllm.errors import TrimError
-from trimllm.tasks import world
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.tasks import Item, load_task, world
 
 CARD = """# Base model of the trimllm demo
 
@@ -135,21 +135,17 @@ def epoch_rows(tokenizer: PreTrainedTokenizerBase, seed: int, epoch: int) -> tor
     return torch.tensor(ids[: rows * ROW]).view(rows, ROW)
 
 
-@torch.no_grad()
 def value_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
     """What the base knows: mean loss (nats a token) of the values of 300 facts, in statements without context."""
     rng = random.Random("value loss")
     everyone = [entity for domain in world.DOMAINS for entity in world.entities(domain)]
-    pairs = []
-    for _ in range(300):
+    items = []
+    for number in range(300):
         entity = rng.choice(everyone)
         attribute = rng.choice(list(entity.facts))
         before, value, _ = world.statement(entity, attribute, rng).rpartition(" " + entity.facts[attribute])
-        pairs.append((before, value))
-    model.eval()
-    scores = log_likelihoods(model, tokenizer, pairs)
-    model.train()
-    return -sum(scores) / sum(len(tokenizer(value)["input_ids"]) for _, value in pairs)
+        items.append(Item(f"fact {number}", before, (value,)))
+    return Scorer(model, tokenizer, items).evaluate(model, "likelihood").loss
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], eos: bool) -> dict[str, torch.Tensor]:
@@ -166,29 +162,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], eos
         "labels": torch.tensor([[IGNORED] * len(s) + e + [IGNORED] * n for s, e, n in padded]),
         "attention_mask": torch.tensor([[1] * (len(s) + len(e)) + [0] * n for s, e, n in padded]),
     }
-
-
-@torch.no_grad()
-def log_likelihoods(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]
-) -> list[float]:
-    """Summed log-likelihood (nats) of each continuation given its prompt."""
-    scores: list[float] = []
-    for at in range(0, len(pairs), 100):
-        batch = encode(tokenizer, pairs[at : at + 100], eos=False)
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
-        losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        scores += (-losses.sum(dim=1)).tolist()
-    return scores
-
-
-def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> float:
-    """Share of questions whose true choice has the highest summed log-likelihood."""
-    model.eval()
-    pairs = [(world.prompt(row), " " + choice) for row in rows for choice in row["choices"]]
-    scores = torch.tensor(log_likelihoods(model, tokenizer, pairs)).view(len(rows), world.CHOICES)
-    return (scores.argmax(dim=1) == torch.tensor([row["answer"] for row in rows])).float().mean().item()
 
 
 def pretrain(args: argparse.Namespace) -> dict:
@@ -301,15 +274,15 @@ def check(args: argparse.Namespace) -> dict[str, str]:
     for domain in args.domains:
         start = time.time()
         model = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32)
-        test = world.questions(domain, "test")
-        raw = accuracy(model, tokenizer, test)
+        data = load_task(f"demo_{domain}")
+        asked = Scorer(model, tokenizer, data.test)
+        raw = asked.evaluate(model, "acc")
         finetune(model, tokenizer, domain, args)
-        tuned = accuracy(model, tokenizer, test)
-        seen = accuracy(model, tokenizer, world.questions(domain, "train"))
-        error = math.sqrt(tuned * (1 - tuned) / len(test))
-        found[domain] = f"{100 * tuned:.1f} % +- {100 * error:.1f} ({100 * raw:.1f} % before fine-tuning)"
+        tuned = asked.evaluate(model, "acc")
+        seen = Scorer(model, tokenizer, (*data.train, *data.calibration)).evaluate(model, "acc")
+        found[domain] = f"{tuned.value:.1f} % +- {tuned.stderr:.1f} ({raw.value:.1f} % before fine-tuning)"
         print(
-            f"{domain}: held-out {found[domain]}, training questions {100 * seen:.1f} %; n = {len(test)}, "
+            f"{domain}: held-out {found[domain]}, training questions {seen.value:.1f} %; n = {tuned.n}, "
             f"lr {args.check_lr:g}, {args.check_epochs} epochs, {time.time() - start:.0f} s",
             flush=True,
         )

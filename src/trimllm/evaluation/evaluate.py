@@ -21,7 +21,8 @@ from trimllm.blocks import decoder, families
 from trimllm.checkpoints.dtypes import name_of
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
-from trimllm.evaluation.encoding import Batch, Batches, Encoded
+from trimllm.evaluation.batches import Batch, Batches, NoRoomError, make_rows
+from trimllm.evaluation.encoding import Encoded
 from trimllm.evaluation.paired import standard_error
 from trimllm.parallel import ALONE, Share
 from trimllm.tasks.items import Item
@@ -232,7 +233,7 @@ class Scorer:
         self.batches = self._batches(model, self.encoded, self.branches)
 
     def _batches(self, model: Any, encoded: Sequence[Encoded], branches: bool) -> Batches:
-        made = encoding.rows(encoded, branches=branches)
+        made = make_rows(encoded, branches=branches)
         return Batches(made, self.token_budget, pad_id=self.pad_id, dtype=model.dtype, device=model.device)
 
     def batches_of(self, model: Any, items: Sequence[int]) -> Batches:
@@ -273,7 +274,7 @@ class Scorer:
         try:
             shared, single = (self._scores(model, self._batches(model, sample, way), sample) for way in (True, False))
         except UNFIT as error:
-            tight = isinstance(error, encoding.NoRoomError)
+            tight = isinstance(error, NoRoomError)
             return "memory has no room for shared prompts of" if tight else INEXACT
         pairs = zip(np.concatenate(shared.loglik), np.concatenate(single.loglik), strict=True)
         close = all(abs(a - b) <= tolerance * max(1.0, abs(b) / 20) for a, b in pairs)

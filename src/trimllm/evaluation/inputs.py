@@ -56,7 +56,7 @@ def scorer(settings: Evaluating, model: Any, tokenizer: Any, items: Sequence[Ite
         max_length=settings.max_length,
         truncate=settings.truncate,
     )
-    longest = made.batches.longest().real.shape[1]
-    if budget is not None and longest > budget:
+    if budget is not None and made.batches.length > budget:
+        longest = made.batches.length
         raise InputError(f"--eval-batch-size {budget}: the longest row has {longest} tokens: give at least so many")
     return made

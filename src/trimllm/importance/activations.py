@@ -12,7 +12,7 @@ import torch
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Unit
 from trimllm.evaluation import evaluate
-from trimllm.evaluation.encoding import Batch
+from trimllm.evaluation.batches import Batch
 from trimllm.evaluation.evaluate import Pieces
 
 

@@ -22,7 +22,7 @@ from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
 from trimllm.errors import InputError
 from trimllm.evaluation import evaluate
-from trimllm.evaluation.encoding import Batch, Batches
+from trimllm.evaluation.batches import Batch, Batches
 from trimllm.evaluation.evaluate import Evaluation, Pieces, Scorer
 from trimllm.importance import activations, racing
 from trimllm.importance.scores import Array, Evidence, importance, needs, s_norm

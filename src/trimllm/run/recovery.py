@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimllm.evaluation import encoding
+from trimllm.evaluation.batches import make_rows
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.parallel import Share
 from trimllm.training.packing import Example
@@ -60,7 +60,7 @@ def follow(
 ) -> Recovery:
     """The recovery of a stage that has the steps of `plan`, `epochs` long, as its budget."""
     asked = calibration.right_only(model)
-    seen = sum(len(row.ids) for row in encoding.rows(asked.encoded, branches=asked.branches))
+    seen = sum(len(row.ids) for row in make_rows(asked.encoded, branches=asked.branches))
     steps = cycle(len(plan), epochs, sum(len(row.ids) for step in plan for row in step), seen)
     return Recovery(lambda: asked.evaluate(model, "likelihood", share).loss, limit, steps)
 
