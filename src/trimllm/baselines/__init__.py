@@ -6,8 +6,8 @@ speed and size are measured alike for all, outside (see `cell.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,20 @@ class Method:
     """Libraries, by the name they are imported by."""
     extra: str = "baselines"
     """The extra of this package that brings them."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What it tells a run of `trimllm trim`, where it is one."""
 
 
 def _arxiv(number: str) -> str:
     return f"https://arxiv.org/abs/{number}"
+
+
+def _by(strategy: str) -> dict[str, Any]:
+    return {"settings": {"strategy": strategy}}
+
+
+def _in(unit: str) -> dict[str, Any]:
+    return {"settings": {"unit": unit}}
 
 
 _SAJJAD, _SHORTENED, _TRIMLLM = _arxiv("2004.03844"), _arxiv("2402.02834"), _arxiv("2412.11242")
@@ -53,24 +63,26 @@ METHODS = {
         Method("base", "no training", "plain", "", keeps=False, after=()),
         Method("full", "full fine-tuning", "plain", "", keeps=False, after=()),
         Method("full-long", "full fine-tuning, all blocks", "plain", "", cuts=False),
-        Method("trim", "TrimLLM, blocks", "trimmed", _TRIMLLM),
-        Method("trim-pair", "TrimLLM, pairs", "trimmed", _TRIMLLM),
+        Method("trim", "TrimLLM, blocks", "trimmed", _TRIMLLM, **_in("block")),
+        Method("trim-pair", "TrimLLM, pairs", "trimmed", _TRIMLLM, **_in("pair")),
         Method("trim-int8", "TrimLLM, then int8", "quantized", _TRIMLLM, after=("trim",), **_BITSANDBYTES),
         Method("trim-int4", "TrimLLM, then int4", "quantized", _TRIMLLM, after=("trim",), **_BITSANDBYTES),
         Method("one-shot", "one-shot, by the same scan", "one_shot", _TRIMLLM),
-        Method("shortgpt", "ShortGPT (block influence)", "one_shot", _arxiv("2403.03853")),
-        Method("angular", "angular distance (a run)", "one_shot", _arxiv("2403.17887")),
-        Method("perplexity", "Shortened LLaMA (perplexity)", "one_shot", _SHORTENED),
-        Method("taylor", "Shortened LLaMA (Taylor)", "one_shot", _SHORTENED),
-        Method("magnitude", "Shortened LLaMA (magnitude)", "one_shot", _SHORTENED),
-        Method("sleb", "SLEB (greedy, then training)", "greedy", _arxiv("2402.09025")),
-        Method("blockpruner", "BlockPruner (greedy pairs, then training)", "greedy", _arxiv("2406.10594")),
-        Method("top", "Sajjad et al., top", "sajjad", _SAJJAD, after=()),
-        Method("bottom", "Sajjad et al., bottom", "sajjad", _SAJJAD, after=()),
-        Method("alternate", "Sajjad et al., alternate", "sajjad", _SAJJAD, after=()),
-        Method("symmetric", "Sajjad et al., symmetric", "sajjad", _SAJJAD, after=()),
-        Method("contribution", "Sajjad et al., contribution", "sajjad", _SAJJAD, after=()),
-        Method("random", "random blocks", "one_shot", ""),
+        Method("shortgpt", "ShortGPT (block influence)", "one_shot", _arxiv("2403.03853"), **_by("bi")),
+        Method("angular", "angular distance (a run)", "one_shot", _arxiv("2403.17887"), **_by("angular")),
+        Method("perplexity", "Shortened LLaMA (perplexity)", "one_shot", _SHORTENED, **_by("perplexity")),
+        Method("taylor", "Shortened LLaMA (Taylor)", "one_shot", _SHORTENED, **_by("taylor")),
+        Method("magnitude", "Shortened LLaMA (magnitude)", "one_shot", _SHORTENED, **_by("magnitude")),
+        Method("sleb", "SLEB (greedy, then training)", "greedy", _arxiv("2402.09025"), **_in("block")),
+        Method(
+            "blockpruner", "BlockPruner (greedy pairs, then training)", "greedy", _arxiv("2406.10594"), **_in("pair")
+        ),
+        Method("top", "Sajjad et al., top", "sajjad", _SAJJAD, after=(), **_by("last")),
+        Method("bottom", "Sajjad et al., bottom", "sajjad", _SAJJAD, after=(), **_by("first")),
+        Method("alternate", "Sajjad et al., alternate", "sajjad", _SAJJAD, after=(), **_by("alternate")),
+        Method("symmetric", "Sajjad et al., symmetric", "sajjad", _SAJJAD, after=(), **_by("symmetric")),
+        Method("contribution", "Sajjad et al., contribution", "sajjad", _SAJJAD, after=(), **_by("bi")),
+        Method("random", "random blocks", "one_shot", "", **_by("random")),
         Method("streamline", "LLM-Streamline (replacement layer)", "streamline", _arxiv("2403.19135")),
         Method(
             *("layer-drop", "progressive layer dropping, all blocks", "layer_drop", _arxiv("2010.13369")),

@@ -14,10 +14,10 @@ def run(job: Job) -> Product:
     # One stage follows the drops: its epochs are those of all of them.
     return job.trim(
         job.full,
-        unit="pair" if job.cell.method.name == "blockpruner" else "block",
         strategy="loss",
         warmup_epochs=0,
         drops_per_stage=job.drops,
         final_epochs=job.command.final_epochs + (job.drops - 1) * job.command.epochs_per_drop,
         sparse_update="off",
+        **job.cell.method.settings,
     )

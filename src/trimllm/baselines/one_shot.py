@@ -8,18 +8,13 @@ alike (their papers train nothing, or low-rank adapters); after the scan of Trim
 
 from __future__ import annotations
 
-from trimllm.baselines.job import Job, Product
+from typing import Any
 
-STRATEGY = {"shortgpt": "bi"}
+from trimllm.baselines.job import Job, Product
 
 
 def run(job: Job) -> Product:
-    name = job.cell.method.name
-    ours = name == "one-shot"
-    return job.trim(
-        job.full,
-        one_shot=True,
-        strategy=job.command.strategy if ours else STRATEGY.get(name, name),
-        warmup_epochs=0,
-        sparse_update=job.command.sparse_update if ours else "off",
-    )
+    how: dict[str, Any] = {"strategy": job.command.strategy}
+    if own := job.cell.method.settings:  # a peer's
+        how = {**own, "sparse_update": "off"}
+    return job.trim(job.full, one_shot=True, warmup_epochs=0, **how)

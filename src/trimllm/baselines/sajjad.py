@@ -10,17 +10,14 @@ from __future__ import annotations
 from trimllm.baselines.job import Job, Product
 from trimllm.checkpoints import models
 
-STRATEGY = {"top": "last", "bottom": "first", "contribution": "bi"}
-
 
 def run(job: Job) -> Product:
-    name = job.cell.method.name
     more = job.command.final_epochs + job.command.warmup_epochs
     return job.trim(
         models.path_of(job.command.model),
         one_shot=True,
-        strategy=STRATEGY.get(name, name),
         warmup_epochs=0,
         final_epochs=more,
         sparse_update="off",
+        **job.cell.method.settings,
     )

@@ -13,8 +13,7 @@ from trimllm.run.rundir import RunDir
 def run(job: Job) -> Product:
     """A run of `trimllm trim` from the fully fine-tuned model; one gives every depth where no training waits for
     the last drop."""
-    unit = "pair" if job.cell.method.name == "trim-pair" else "block"
-    own: dict[str, Any] = {"unit": unit, "strategy": job.command.strategy, "warmup_epochs": 0}
+    own: dict[str, Any] = {"strategy": job.command.strategy, "warmup_epochs": 0, **job.cell.method.settings}
     if not job.every_depth_at_once:
         return job.trim(job.full, **own)
     keep = min(job.command.keep)
