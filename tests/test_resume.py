@@ -18,7 +18,7 @@ from trimllm.config import DemoConfig, TrimConfig
 from trimllm.console import Console
 from trimllm.demo.demo import demo
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import encoding
+from trimllm.evaluation import batches
 from trimllm.importance import scan
 from trimllm.run import account, deciding, placing, progressive, recording, rundir
 from trimllm.run.progressive import trim
@@ -194,7 +194,7 @@ def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path):
 def test_scan_that_another_kind_of_device_began_is_not_continued(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "ENOUGH", {"cpu": 40})  # where this machine puts rows of other lengths together
+        patch.setattr(batches, "ENOUGH", {"cpu": 40})  # where this machine puts rows of other lengths together
         h.kill_at(patch, scan, "_part", 2)
         with pytest.raises(h.Killed):
             h.run(base, task, output, depth=4)
@@ -212,7 +212,7 @@ def test_race_that_another_kind_of_device_began_is_not_continued(base, tmp_path,
     for call in (2, 4, 6):
         output = tmp_path / f"run-{call}"
         with monkeypatch.context() as patch:
-            patch.setattr(encoding, "ENOUGH", {})
+            patch.setattr(batches, "ENOUGH", {})
             h.kill_at(patch, scan, "_part", call)
             with pytest.raises(h.Killed):
                 h.run(base, task, output, **race)

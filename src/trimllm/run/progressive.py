@@ -12,38 +12,33 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from trimllm import files
-from trimllm.blocks import decoder, surgery
+from trimllm.blocks import surgery
 from trimllm.blocks.layout import Layout, compose, dump_layout, load_layout, plan_record, remove_all, whole
 from trimllm.checkpoints import export, folders, loading, models
-from trimllm.checkpoints.dtypes import DTYPES, name_of
+from trimllm.checkpoints.dtypes import name_of
 from trimllm.checkpoints.models import Loaded, load
 from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import encoding, inputs
-from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
 from trimllm.run import account, checks, licences, placing, recording, recovery, rundir, targets
-from trimllm.run.deciding import Decider
 from trimllm.run.journal import Journal
+from trimllm.run.preparing import Prepared, prepare
 from trimllm.run.recording import Recorder
 from trimllm.run.rundir import RunDir
-from trimllm.tasks import TaskData
 from trimllm.training import optimizer_state, sparse, train, training_rows
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
-from trimllm.training.packing import Example
 
 History = list[dict[str, Any]]
 
@@ -90,24 +85,7 @@ class Run:
 
     fitted: int | None = None
     """Tokens of a micro-batch that memory had room for in the last stage."""
-    tokenizer: Any
-    save_dtype: torch.dtype
-    """That of the result."""
-    base_depth: int
-    origin: str | dict[str, str]
-    """What plans and cards name as the base (see `models.origin`)."""
-    metric: str
-    calibration: Scorer
-    test: Scorer
-    """The reported split."""
-    task_rows: list[Example]
-    text_rows: list[Example]
-    pad_id: int
-    decider: Decider
-    ahead: list[tuple[int, float]]
-    """Blocks and epochs of the stages to come (see `targets.stages_ahead`)."""
-    tokens_per_epoch: int
-    """Those of the task and of the domain text between."""
+    ready: Prepared
     journal: Journal
     recorder: Recorder
     said: set[str]
@@ -134,12 +112,10 @@ class Run:
         for note in checks.memory(self.config, self.accelerator.device):
             self.console.say(note)
         loaded = load(self.config, training=True, device=self.accelerator.device)
-        data = self._prepare(loaded)
-        if tight := checks.disk(self.config, loaded.model, self.decider, self.ahead):
+        self.ready = prepare(self.config, loaded, self.dir)
+        if tight := checks.disk(self.config, loaded.model, self.ready.decider, self.ready.ahead):
             self.console.say(tight)
-        asked = {"--task": data.digest()}
-        if self.config.text_ratio and (self.config.warmup_epochs or self.config.trains_after_drops):
-            asked["--text"] = training_rows.digest(self.text_rows)
+        asked = self.ready.digests()
         rundir.same_data(rundir.data_of(self.dir), asked, self.config, f"the run in {self.config.output}")
         self.journal = Journal(
             self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.share.first
@@ -150,45 +126,11 @@ class Run:
             self._forget()
             return self._load(self.dir.model), self.history()
         self.recorder = self._recorder()
-        self._start(loaded, data)
+        self._start(loaded)
         state, base = self._restore(loaded), loaded.fingerprint
         del loaded  # a run that goes on has no more use for the base's weights, and training may need the memory
         self._loop(state)
-        return self._finish(state, base, data)
-
-    def _prepare(self, loaded: Loaded) -> TaskData:
-        """Read the data, and find everything that can be wrong with it and the model before anything is computed."""
-        config, model, tokenizer = self.config, loaded.model, loaded.tokenizer
-        self.tokenizer = tokenizer
-        noted = (rundir.happened(self.dir, "start") or {}).get("save_dtype", config.save_dtype)
-        self.save_dtype = DTYPES.get(noted, loaded.saved)
-        depth = decoder.depth(model)
-        self.base_depth = depth
-        self.origin = models.origin(config.model)
-        targets.wanted_depth(config, depth)
-        size = recording.size(model, self.save_dtype)
-        if (already := targets.reached(config, depth, size)) is not None:
-            raise InputError(f"nothing to drop: the model already meets the target, {already}")
-        data = inputs.task_data(config, tokenizer)
-        self.metric = data.metric
-        checks.floor(config, self.metric)
-        self.calibration = inputs.scorer(config, model, tokenizer, data.calibration)
-        self.test = inputs.scorer(config, model, tokenizer, data.test)
-        self.task_rows, self.text_rows = training_rows.examples(
-            config, tokenizer, model.config, data.train, config.batch_size
-        )
-        cut = encoding.row_notes(
-            training=self.task_rows, calibration=self.calibration.encoded, reported=self.test.encoded
-        )
-        data = replace(data, notes=(*data.notes, *cut))
-        self.decider = Decider(config, model, self.calibration, self.metric, self.save_dtype)
-        self.decider.check(model)
-        train.check(model, config)
-        self.ahead = targets.stages_ahead(config, depth, self.decider.length)
-        mixed = 1 + config.text_ratio if self.text_rows else 1
-        self.tokens_per_epoch = round(mixed * sum(len(row.ids) for row in self.task_rows))
-        self.pad_id = self.calibration.pad_id
-        return data
+        return self._finish(state, base)
 
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
         """Whether what AdamW knows at the end of the stage after these drops goes on. It does not after the warm-up (no
@@ -200,8 +142,8 @@ class Run:
         config = self.config
         first = self.journal.last("start")
         if first is None:
-            dtype = name_of(self.save_dtype)
-            known = {"base": loaded.fingerprint, "data": data, "depth": self.base_depth, "save_dtype": dtype}
+            dtype = name_of(self.ready.save_dtype)
+            known = {"base": loaded.fingerprint, "data": data, "depth": self.ready.base_depth, "save_dtype": dtype}
             first = self.journal.add("start", **known)
         elif first["base"] != loaded.fingerprint and first["base"] not in loading.older_fingerprints(
             models.path_of(config.model), loaded.model
@@ -211,38 +153,39 @@ class Run:
                 f"(SHA-256 {first['base']}): give that model, or start another run"
             )
 
-    def _start(self, loaded: Loaded, data: TaskData) -> None:
+    def _start(self, loaded: Loaded) -> None:
         """Say what is there, and measure the base."""
-        config, say = self.config, self.console.say
-        parameters = recording.size(loaded.model, self.save_dtype).parameters
+        config, ready, say = self.config, self.ready, self.console.say
+        data = ready.data
+        parameters = recording.size(loaded.model, ready.save_dtype).parameters
         least = "at least " if targets.drops_end_sooner(config) else ""
-        end = "" if self.decider.wanted is None else f"; {least}{self.decider.wanted} layers are to stay"
-        say(f"{config.model}: {self.base_depth} layers, {parameters:,} parameters{end}")
+        end = "" if ready.decider.wanted is None else f"; {least}{ready.decider.wanted} layers are to stay"
+        say(f"{config.model}: {ready.base_depth} layers, {parameters:,} parameters{end}")
         for note in loaded.notes:
             say(f"  {note}")
         say(
             f"{data.name}: {len(data.train):,} training rows, {len(data.calibration):,} for calibration, "
             f"{len(data.test):,} reported; {account.KINDS[data.kind]}, metric {data.metric}"
         )
-        self.said = {note for note in (self.calibration.note, self.test.note) if note}
+        self.said = {note for note in (ready.calibration.note, ready.test.note) if note}
         for note in (*data.notes, *self.said):
             say(f"  {note}")
-        if self.text_rows:
-            say(account.text_line(config, self.text_rows, self.task_rows, self.ahead))
-        say(account.training_ahead(config, self.ahead, self.tokens_per_epoch))
+        if ready.text_rows:
+            say(account.text_line(config, ready.text_rows, ready.task_rows, ready.ahead))
+        say(account.training_ahead(config, ready.ahead, ready.tokens_per_epoch))
         may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
-        if may_change and (slow := scan.many_choices_note(self.calibration, config.strategy)):
+        if may_change and (slow := scan.many_choices_note(ready.calibration, config.strategy)):
             say(f"  {slow}")
         _, *breaks = scores.parts(config.strategy)
-        if breaks and self.decider.tolerance:
-            say(f"candidates within {self.decider.tolerance:.2f} points are tied: the {BREAKS_TIES[breaks[0]]} goes")
+        if breaks and ready.decider.tolerance:
+            say(f"candidates within {ready.decider.tolerance:.2f} points are tied: the {BREAKS_TIES[breaks[0]]} goes")
         if not self.journal.of("base"):
-            self.recorder.record("base", loaded.model, whole(self.base_depth))
+            self.recorder.record("base", loaded.model, whole(ready.base_depth))
 
     def _restore(self, loaded: Loaded) -> State:
         """The state that the journal describes, weights included."""
         done, trained, last = (self.journal.last(event) for event in ("stage", "trained", "drop"))
-        state = State(loaded.model, whole(self.base_depth))
+        state = State(loaded.model, whole(self.ready.base_depth))
         if done is not None:
             state.layout, state.stages = load_layout(done["layout"]), done["stage"] + 1
             self.console.say(f"going on after stage {done['stage']}, at depth {len(state.layout)}")
@@ -281,8 +224,9 @@ class Run:
 
     def _recorder(self) -> Recorder:
         device = self.accelerator.device
-        asked = (self.tokenizer, self.calibration, self.test, self.metric)
-        return Recorder(self.config, self.console, self.share, self.journal, device, self.save_dtype, *asked)
+        ready = self.ready
+        asked = (ready.tokenizer, ready.calibration, ready.test, ready.metric)
+        return Recorder(self.config, self.console, self.share, self.journal, device, ready.save_dtype, *asked)
 
     def _loop(self, state: State) -> None:
         config = self.config
@@ -330,7 +274,7 @@ class Run:
         if (
             warm
             and not config.distill
-            and (time := account.time_ahead(self.ahead, self.tokens_per_epoch, self.journal.events[-1]))
+            and (time := account.time_ahead(self.ready.ahead, self.ready.tokens_per_epoch, self.journal.events[-1]))
         ):
             self.console.say(time)
         state.stages += 1
@@ -343,11 +287,11 @@ class Run:
         chosen = None if warm or config.sparse_update == "off" else state.chosen
         parameters = sparse.freeze(state.model, state.layout, chosen, embeddings=warm or config.train_embeddings)
         seed = config.seed * 1000 + state.stages
-        plan = training_rows.steps(self.task_rows, self.text_rows, config, epochs, seed)
+        plan = training_rows.steps(self.ready.task_rows, self.ready.text_rows, config, epochs, seed)
         watch = None
         if config.schedule == "recover" and not warm and state.reached is None:
             limit = recovery.limit(self.journal.of("stage"), config.recover_tolerance)
-            watch = recovery.follow(state.model, self.calibration, self.share, plan, epochs, limit)
+            watch = recovery.follow(state.model, self.ready.calibration, self.share, plan, epochs, limit)
         with self.console.progress(name) as show:
             report = train.train_stage(
                 state.model,
@@ -356,7 +300,7 @@ class Run:
                 config,
                 self.accelerator,
                 seed=seed,
-                pad_id=self.pad_id,
+                pad_id=self.ready.calibration.pad_id,
                 folder=self.dir.root,
                 say=self.console.say,
                 on_step=lambda step, steps, loss, speed: show(step, steps, f"loss {loss:.3f}  {speed:.0f} tokens/s"),
@@ -377,13 +321,13 @@ class Run:
 
     def _teacher(self) -> Teacher:
         """The model at the end of the warm-up; not kept between stages, in which scans may need the memory."""
-        return Teacher(self._load(self.dir.checkpoint(self.base_depth)), self.config.distill)
+        return Teacher(self._load(self.dir.checkpoint(self.ready.base_depth)), self.config.distill)
 
     def _checkpoint(self, state: State) -> None:
         if self.share.first:
             with folders.appearing(self.dir.checkpoint(len(state.layout)), overwrite=True) as folder:
                 export.save_model(state.model, folder)
-                self.tokenizer.save_pretrained(folder)
+                self.ready.tokenizer.save_pretrained(folder)
                 if self._carries(state.pending):
                     optimizer_state.save(state.moments, state.model, folder)
         self.accelerator.wait_for_everyone()
@@ -396,7 +340,7 @@ class Run:
                 self.dir.batches_of_scan(number).unlink(missing_ok=True)
             stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
             trained = [] if state.trained is None else [len(state.layout)]
-            teacher = [self.base_depth] if self.config.distill else []
+            teacher = [self.ready.base_depth] if self.config.distill else []
             self.dir.clean(stages, trained, teacher, every=self.config.keep_checkpoints)
 
     def _forget(self) -> None:
@@ -412,29 +356,29 @@ class Run:
     def _drop(self, state: State) -> None:
         """Scan, choose, cut. The scan's finished batches survive a kill."""
         parts = self.dir.batches_of_scan(len(self.journal.of("drop")))
-        decision = self.decider.decide(state.model, state.layout, parts, self.share, self.console)
+        decision = self.ready.decider.decide(state.model, state.layout, parts, self.share, self.console)
         choices = decision.choices
         cut = remove_all(whole(len(state.layout)), [choice.unit for choice in choices])
         after = compose(state.layout, cut)
         staying = {source for block in after for source in block if source is not None}
         left = {block.attention for block in after}
         order = [source for source in decision.order if source in left]
-        count = sparse.count(self.config.train_ratio, self.base_depth)
+        count = sparse.count(self.config.train_ratio, self.ready.base_depth)
         state.chosen = sparse.choose(self.config.sparse_update, order, count, state.chosen, staying)
         surgery.apply_layout(state.model, cut)
         state.moments = optimizer_state.present(state.moments, state.model)
         before, state.layout = state.layout, after
-        state.reached = targets.reached(self.config, self.base_depth, self.recorder.size(state.model))
-        if state.reached is None and not self.decider.droppable(state.model, state.layout):
-            few = len(state.layout) - self.decider.length < self.config.min_depth
+        state.reached = targets.reached(self.config, self.ready.base_depth, self.recorder.size(state.model))
+        if state.reached is None and not self.ready.decider.droppable(state.model, state.layout):
+            few = len(state.layout) - self.ready.decider.length < self.config.min_depth
             state.reached = f"{targets.LEAST}, {self.config.min_depth}" if few else targets.STUCK
         if self.share.first:
-            files.write_json(parts.with_suffix(".json"), self.decider.table(decision, before))
+            files.write_json(parts.with_suffix(".json"), self.ready.decider.table(decision, before))
         state.pending.append(
             self.journal.add(
                 "drop",
                 stage=state.stages,
-                **self.decider.record(decision, before),
+                **self.ready.decider.record(decision, before),
                 cut=dump_layout(cut),
                 layout=dump_layout(state.layout),
                 trains=state.chosen,
@@ -470,26 +414,26 @@ class Run:
             )
         return good[-1]
 
-    def _finish(self, state: State, fingerprint: str, data: TaskData) -> tuple[Any, History]:
+    def _finish(self, state: State, fingerprint: str) -> tuple[Any, History]:
         stages = self.journal.of("stage")
         good = self._good(stages)
         depth, layout = len(good["layout"]), load_layout(good["layout"])
         model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(depth))
-        models.cast(model, self.save_dtype)
+        models.cast(model, self.ready.save_dtype)
         report: Any = None
-        named = {"name": self.origin} if isinstance(self.origin, str) else self.origin
+        named = {"name": self.ready.origin} if isinstance(self.ready.origin, str) else self.ready.origin
         base = named | {"sha256": fingerprint}
         if self.share.first:
             report = export.save_trimmed(
                 model,
                 self.dir.model,
-                tokenizer=self.tokenizer,
+                tokenizer=self.ready.tokenizer,
                 layout=layout,
-                base=self.origin,
-                companions=licences.terms(self.origin),
+                base=self.ready.origin,
+                companions=licences.terms(self.ready.origin),
                 overwrite=True,
             )
-            files.write_json(self.dir.plan, plan_record(layout, self.origin) | {"sha256": fingerprint})
+            files.write_json(self.dir.plan, plan_record(layout, self.ready.origin) | {"sha256": fingerprint})
         self.accelerator.wait_for_everyone()
         saved = self._load(self.dir.model)
         last = self.journal.events[-1]  # may be of the depth that was good before a floor was lowered
@@ -499,15 +443,15 @@ class Run:
         above = None
         if self.share.first:
             above = self.recorder.above_full(self.history())
-            self.recorder.write_result(data, good, self.history(), base, above, report, saved)
+            self.recorder.write_result(self.ready.data, good, self.history(), base, above, report, saved)
         for line in account.at_the_end(self.history()):
             self.console.say(f"warning: {line}")
-        reached = f"{self.metric} {account.percent(row['test'])}"
+        reached = f"{self.ready.metric} {account.percent(row['test'])}"
         self.console.say(
-            f"saved {self.dir.model}: {depth} of {self.base_depth} layers, {reached}, reloaded and compared"
+            f"saved {self.dir.model}: {depth} of {self.ready.base_depth} layers, {reached}, reloaded and compared"
         )
         if above:
-            self.console.say(f"  {account.above_line(above, self.base_depth)}")
+            self.console.say(f"  {account.above_line(above, self.ready.base_depth)}")
         self.journal.add("done", table=f"{depth} layers, {reached}")
         self._forget()
         return saved, self.history()
