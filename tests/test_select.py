@@ -15,8 +15,8 @@ from trimllm.importance.scores import Evidence
 from trimllm.importance.select import (
     choose,
     droppable,
+    one_question,
     protected,
-    tolerance_points,
     touches,
 )
 
@@ -57,7 +57,7 @@ def test_one_question_of_tolerance_is_not_lost_to_rounding():
     for n in range(2, 60):
         for right in range(1, n + 1):
             known = evidence([100 * right / n, 100 * (right - 1) / n, 100 * (right - 2) / n], [1, 2, 9])
-            assert choose(BLOCKS[:3], known, tolerance=tolerance_points("acc", n, None)).tied == (0, 1), (n, right)
+            assert choose(BLOCKS[:3], known, tolerance=one_question("acc", n)).tied == (0, 1), (n, right)
 
 
 def test_without_a_tie_breaker_the_tolerance_is_not_used_and_equals_go_to_the_deeper():
@@ -82,12 +82,10 @@ def test_no_candidate_left_is_an_error():
         choose(BLOCKS, evidence([1, 2, 3, 4, 5], [1] * 5), allowed=[])
 
 
-def test_default_tolerance_is_one_question_and_none_for_likelihoods():
-    assert tolerance_points("acc", 50, None) == 2.0
-    assert tolerance_points("acc_norm", 200, None) == 0.5
-    assert tolerance_points("likelihood", 50, None) == 0.0
-    assert tolerance_points("likelihood", 50, 0.3) == 0.3
-    assert tolerance_points("acc", 50, 0.0) == 0.0
+def test_one_question_is_worth_nothing_where_there_are_likelihoods():
+    assert one_question("acc", 50) == 2.0
+    assert one_question("acc_norm", 200) == 0.5
+    assert one_question("likelihood", 50) == 0.0
 
 
 def test_protected_layers_count_from_both_ends():

@@ -56,7 +56,7 @@ def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
     data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
         console.say(f"  {note}")
-    rules = Rules(command, loaded.model, data.metric, len(data.calibration), command.seed)
+    rules = Rules(command, loaded.model, command.seed)
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
     for note in encoding.row_notes(calibration=scorer.encoded):
         console.say(f"  {note}")

@@ -30,8 +30,8 @@ STRATEGIES = (
     *("scan+norm", "scan+loss", "scan", "norm", "bi", "angular", "loss", "perplexity", "taylor", "magnitude"),
     *("random", "first", "last", "alternate", "symmetric"),
 )
-"""What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's,
-save for the tolerance within which we count candidates as tied. See `scores.SCORES`."""
+"""What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's.
+See `scores.SCORES`."""
 CONFIDENCE = 0.999
 """Confidence of a race: tried on recorded scans, see docs/lab.md."""
 RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
@@ -202,8 +202,8 @@ class ScoreSettings(StrategySettings):
     """With --scan racing: nominal probability of finding the winner of the exact scan (found on recorded scans: 99.0 %
     of the time at 0.999, 97.7 % at 0.99)."""
     tie_tolerance: Annotated[float, Field(ge=0)] | None = None
-    """Accuracy points within which candidates are tied (default: one calibration question; none for likelihoods). 0, as
-    in the paper: equal ones alone."""
+    """Accuracy points within which candidates are tied (default: 0, equal ones alone). With --schedule recover also how
+    many a set may cost (default: one calibration question, or the standard error)."""
     keep_pattern: bool = False
     """Drop adjacent layers, as many at a time as a period of the model's layer types has (Gemma 3: six), for engines
     that take the pattern from the family and not from the checkpoint."""

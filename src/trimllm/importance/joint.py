@@ -38,7 +38,7 @@ def accepted(choices: Sequence[Choice], tried: Sequence[Joint]) -> Joint | None:
 
 def harmless(found: Joint, intact: Evaluation, tolerance: float, points: float) -> bool:
     """Whether the loss is at most `tolerance` nats above the intact model's and, where there are choices, the accuracy
-    no further below its own than its standard error, or than `points` (a tie) if those are more."""
+    no further below its own than its standard error, or than `points` if those are more."""
     allowed = max(points, intact.stderr) if intact.correct else float("inf")
     return found.loss <= intact.loss + tolerance + 1e-9 and found.value >= intact.value - allowed - 1e-9
 

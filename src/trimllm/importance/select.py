@@ -28,10 +28,8 @@ class Choice:
     why: str
 
 
-def tolerance_points(metric: str, n: int, asked: float | None) -> float:
-    """Accuracy points within which candidates are tied: as asked, else one question of `n`; nothing for likelihoods."""
-    if asked is not None:
-        return asked
+def one_question(metric: str, n: int) -> float:
+    """Accuracy points that one question of `n` is worth; nothing for likelihoods."""
     return 100.0 / n if metric in ("acc", "acc_norm") else 0.0
 
 

@@ -53,8 +53,7 @@ class Decider:
         every_choice = calibration, metric  # --schedule recover asks what several drops together do to the accuracy
         alone = config.schedule != "recover"
         self.asked = scan.asked(model, *every_choice, config.strategy) if alone else every_choice
-        questions = len(calibration.items)
-        self.rules = Rules(config, model, metric, questions, config.seed, least=config.min_depth)
+        self.rules = Rules(config, model, config.seed, least=config.min_depth)
         self.base_depth, self.length = self.rules.base_depth, self.rules.length
         self.tolerance = self.rules.tolerance
         self.wanted = targets.wanted_depth(config, self.base_depth)
@@ -212,8 +211,14 @@ class Decider:
         )
         return [choices[i] for i in chosen], tried
 
+    @property
+    def _harmless_points(self) -> float:
+        """Accuracy points that a set of several units may cost: those of a tie as asked for, else of one question."""
+        question = select.one_question(self.metric, len(self.calibration.items))
+        return question if self.config.tie_tolerance is None else self.tolerance
+
     def _harmless(self, result: ScanResult, found: Joint) -> bool:
-        return joint.harmless(found, result.intact, self.config.joint_tolerance, self.tolerance)
+        return joint.harmless(found, result.intact, self.config.joint_tolerance, self._harmless_points)
 
     def _harmless_alone(self, result: ScanResult, index: int) -> bool:
         if not result.trials:
