@@ -103,7 +103,8 @@ def draw(found: dict[str, dict[float, list[Run]]], path: Path) -> None:
                 continue
             values = [[run.points for run in by[keep]] for keep in keeps]
             means, errors = [statistics.mean(each) for each in values], [error(each) for each in values]
-            label = f"{ARMS.get(arm, arm)} ({min(map(len, values))}-{max(map(len, values))} runs)"
+            counts = dict.fromkeys((min(map(len, values)), max(map(len, values))))
+            label = f"{ARMS.get(arm, arm)} ({'-'.join(map(str, counts))} runs)"
             axes.errorbar(
                 [100 * keep for keep in keeps], means, errors, marker="o", markersize=4, capsize=2, label=label
             )
