@@ -8,7 +8,7 @@ candidate scores is recorded. From that, calibration sets are drawn; each is rac
 `racing.race` of a scan, fed from the record. Costs are what a scan computes: the blocks after each candidate, and the
 intact model once for the exact scan and twice for a race. The last line is one JSON object: `ours` and `other` are
 block passes per item, of race and exact scan; ratios are per recorded scan. results/racing.json is of 34 checkpoints
-(docs/lab.md) and stays as it is.
+(docs/lab.md), with ties within one question, and stays as it is.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def decide(recorded: Any, size: int, seed: int, confidence: float) -> tuple[bool
     drawn = np.random.default_rng(seed).choice(len(answers), size, replace=False)
     margins, hits = margins[0, drawn], margins[1:, drawn] > 0
     depth = len(hits)
-    rule = racing.Rule(1.0, recorded["norm"], np.arange(float(depth)), np.ones(depth, dtype=bool))
+    rule = racing.Rule(0.0, recorded["norm"], np.arange(float(depth)), np.ones(depth, dtype=bool))
     end = racing.race(lambda rows, some: hits[np.ix_(rows, some)], margins > 0, margins, rule, confidence, seed)
     left = list(end.running)
     ours = left[int(rule.of(left).winners(end.expected[left][:, None])[0])]

@@ -85,6 +85,11 @@ def test_the_code_of_a_model_that_brings_its_own_is_sent_too(export: Path, tmp_p
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}))
     assert set(hub.files(folder)) == OURS | {"spm.spm", "modeling_x.py"}
+    shutil.copy(export / "config.json", folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"auto_map": {"AutoTokenizer": ["modeling_x.X", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | own))
+    assert set(hub.files(folder)) == OURS | {"spm.spm", "modeling_x.py"}
 
 
 def test_weights_of_an_earlier_push_that_are_not_sent_again_are_deleted(export: Path, calls: Any) -> None:

@@ -5,25 +5,30 @@ import math
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import helpers_run as h
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from trimllm import cli
 from trimllm.blocks import decoder
+from trimllm.checkpoints import models
 from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
 from trimllm.config import STRATEGIES, EvalConfig, TrimConfig
+from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import inputs
 from trimllm.evaluation.evaluate import Scorer, evaluate
 from trimllm.evaluation.paired import difference
 from trimllm.importance import scores, weights
-from trimllm.run import account, deciding, progressive, rundir
+from trimllm.importance.rules import Rules
+from trimllm.run import account, deciding, preparing, progressive, rundir
 from trimllm.training import losses, train
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -237,8 +242,9 @@ def test_a_run_that_drops_nothing_says_so(base, task, tmp_path, scripted, capsys
     assert "warning: nothing was dropped: the first drop fell below the accuracy floor\n" in told
     assert "points against" not in told
     assert (tmp_path / "run" / "answers" / "depth-5.json").exists()
-    warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
-    assert warned == ["nothing was dropped: the first drop fell below the accuracy floor"]
+    worse, warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
+    assert worse.startswith("the calibration set got worse while depth 4 trained (acc 33.3 before, 10.0 after)")
+    assert warned == "nothing was dropped: the first drop fell below the accuracy floor"
     assert h.result(tmp_path / "run")["above_full"] is None
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert ", with all of its 5 layers\n" in card
@@ -327,6 +333,42 @@ def test_strategy_runs_and_drops_what_its_table_calls_least_important(base, task
         assert table["units"][table["dropped"][0]]["importance"] == min(known)
     if strategy in ("first", "last", "symmetric"):
         assert table["dropped"] == [{"first": 0, "last": 4, "symmetric": 2}[strategy]]
+
+
+def test_equal_accuracies_alone_are_tied_unless_a_tolerance_is_asked_for(base, task, tmp_path):
+    for asked, tied in ((None, 0.0), (0.0, 0.0), (2.0, 2.0)):
+        config = h.settings(base, task, tmp_path / "run", tie_tolerance=asked)
+        rules = Rules(TrimConfig(**config), tiny.build("llama", 4), 0)
+        assert rules.tolerance == tied
+    assert Rules(TrimConfig(**config), tiny.build("llama", 4), 0, ties=5.0).tolerance == 5.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "metric", "points"), [(None, "acc", 100 / 6), (None, "likelihood", 0), (2.0, "acc", 2)]
+)
+def test_what_a_set_of_drops_may_cost_is_a_question_or_the_ties_that_are_asked_for(
+    base, task, tmp_path, asked, metric, points
+):
+    config = TrimConfig(**h.settings(base, task, tmp_path / "run", schedule="recover", tie_tolerance=asked))
+    calibration = SimpleNamespace(items=[None] * 6)
+    decider = deciding.Decider(config, tiny.build("llama", 4), calibration, metric, torch.float32)
+    assert decider._harmless_points == pytest.approx(points)
+
+
+def test_a_run_of_a_version_with_wider_ties_goes_on_with_them(base, task, tmp_path):
+    output = tmp_path / "run"
+    h.killed_run((progressive.Run, "_drop", 1), base, task, output, depth=4, **NO_TRAINING)
+    journal = output / "journal.jsonl"
+    events = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert events[0].pop("ties") == 0.0
+    for old, tolerance in ((False, 0.0), (True, 100 / 6)):
+        if old:
+            journal.write_text("".join(json.dumps(event) + "\n" for event in events))
+        run = progressive.Run(
+            TrimConfig(**h.settings(base, task, output, depth=4, resume=True, **NO_TRAINING)), Console()
+        )
+        found = preparing.prepare(run.config, models.load(run.config, training=True), run.dir)
+        assert found.decider.tolerance == pytest.approx(tolerance)
 
 
 @pytest.mark.parametrize(("strategy", "breaker"), [("scan+norm", "s_norm"), ("scan+loss", "loss"), ("scan", "s_norm")])

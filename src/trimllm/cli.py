@@ -266,9 +266,11 @@ def _unknown_option(name: str, message: str) -> str:
         given = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
         if not given.startswith("-"):
             return f"unexpected argument {given!r}: see trimllm {name} --help"
-        options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]
+        own = COMMANDS[name].model_fields
+        options = ["--" + field.replace("_", "-") for field in own]
         field = given.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if others := [other for other, kind in COMMANDS.items() if field in kind.model_fields]:
+        others = [other for other, kind in COMMANDS.items() if field in kind.model_fields]
+        if others and own.keys().isdisjoint({field, f"{field}s", field.removesuffix("s")}):
             return f"{given} is an option of {', '.join(others)}, and not of {name}: leave it out"
         ours = ELSEWHERE.get(given.replace("_", "-"))
         meant = f" (did you mean {ours!r}?)" if ours in options else did_you_mean(given, options)

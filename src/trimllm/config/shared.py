@@ -199,8 +199,8 @@ class ScoreSettings(StrategySettings):
     """exact: every candidate on all calibration rows; racing: candidates that cannot win any more stop early, with
     foreseen accuracies, by which the blocks to train are ranked."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
-    """With --scan racing: nominal probability of finding the winner of the exact scan (found on recorded scans: 99.0 %
-    of the time at 0.999, 97.7 % at 0.99)."""
+    """With --scan racing: nominal probability of finding the winner of the exact scan (found on recorded scans with
+    ties within one question: 99.0 % of the time at 0.999, 97.7 % at 0.99)."""
     tie_tolerance: Annotated[float, Field(ge=0)] | None = None
     """Accuracy points within which candidates are tied (default: 0, equal ones alone). With --schedule recover also how
     many a set may cost (default: one calibration question, or the standard error)."""

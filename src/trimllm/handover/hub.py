@@ -90,8 +90,8 @@ def export_folder(directory: Path) -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    """Names of the export's files, relative to the folder; its code, if its config names any."""
-    own_code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """Names of the export's files, relative to the folder; its code, if one of its configs names any."""
+    own_code = any('"auto_map"' in file.read_text(encoding="utf-8") for file in folder.glob("*config.json"))
     found = belongings.found(folder, (*FILES, *(belongings.CODE if own_code else ())))
     return [file.relative_to(folder).as_posix() for file in found]
 

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from trimllm.blocks.layout import Layout, whole_layers
+from trimllm.checkpoints import loading
 from trimllm.config import TrimConfig
 from trimllm.offline import is_path
 from trimllm.run import licences
@@ -188,7 +189,7 @@ def _short(base: Origin) -> str:
 
 
 def _on_hub(name: str) -> bool:
-    return name != "demo" and not is_path(name)
+    return not is_path(name) and (name.count("/") == 1 or (name != "demo" and loading.on_disk(name) is not None))
 
 
 def _data(base: Origin, task: str | None, results: list[EvalResult], name: str | None = None) -> ModelCardData:

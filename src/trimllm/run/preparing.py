@@ -15,6 +15,7 @@ from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
+from trimllm.importance import select
 from trimllm.run import checks, recording, rundir, targets
 from trimllm.run.deciding import Decider
 from trimllm.run.rundir import RunDir
@@ -68,8 +69,8 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir) -> Prepared:
         InputError: in that case.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    noted = (rundir.happened(directory, "start") or {}).get("save_dtype", config.save_dtype)
-    save_dtype = DTYPES.get(noted, loaded.saved)
+    begun = rundir.happened(directory, "start") or {}
+    save_dtype = DTYPES.get(begun.get("save_dtype", config.save_dtype), loaded.saved)
     depth = decoder.depth(model)
     targets.wanted_depth(config, depth)
     if (already := targets.reached(config, depth, recording.size(model, save_dtype))) is not None:
@@ -80,7 +81,10 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir) -> Prepared:
     test = inputs.scorer(config, model, tokenizer, data.test)
     task_rows, text_rows = training_rows.examples(config, tokenizer, model.config, data.train, config.batch_size)
     cut = encoding.row_notes(training=task_rows, calibration=calibration.encoded, reported=test.encoded)
-    decider = Decider(config, model, calibration, data.metric, save_dtype)
+    ties = None
+    if begun and "ties" not in begun and config.tie_tolerance is None:  # of a version whose default that was
+        ties = select.one_question(data.metric, len(calibration.items))
+    decider = Decider(config, model, calibration, data.metric, save_dtype, ties)
     decider.check(model)
     train.check(model, config)
     return Prepared(

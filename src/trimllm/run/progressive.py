@@ -127,7 +127,8 @@ class Run:
             return self._load(self.dir.model), self.history()
         self.recorder = self._recorder()
         self._start(loaded)
-        state, base = self._restore(loaded), loaded.fingerprint
+        base = loaded.fingerprint
+        state = self._restore(loaded)
         del loaded  # a run that goes on has no more use for the base's weights, and training may need the memory
         self._loop(state)
         return self._finish(state, base)
@@ -144,7 +145,7 @@ class Run:
         if first is None:
             dtype = name_of(self.ready.save_dtype)
             known = {"base": loaded.fingerprint, "data": data, "depth": self.ready.base_depth, "save_dtype": dtype}
-            first = self.journal.add("start", **known)
+            first = self.journal.add("start", **known, ties=self.ready.decider.tolerance)
         elif first["base"] != loaded.fingerprint and first["base"] not in loading.older_fingerprints(
             models.path_of(config.model), loaded.model
         ):
