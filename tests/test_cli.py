@@ -270,6 +270,8 @@ EVAL, SCAN, COMPARE = (["eval", *TRIM[1:]], ["scan", *TRIM[1:]], ["compare", *TR
         ([*TRIM, "--leer=3"], "unknown option --leer"),
         (["eval", "--model", "demo", "--max-train", "9"], "--max-train is an option of trim, compare, and not of eval"),
         ([*TRIM, "--max_train", "5"], "unknown option --max_train (did you mean '--max-train'?)"),
+        ([*TRIM, "--protect", "0-3"], "--protect 0-3: a range is not read: write every number, as 0,1,2,3"),
+        (["drop", "--model", "x", "--output", "y", "--layers", "0-3"], "--layers 0-3: a range is not read"),
         (["bench", "--model", "x"], "unknown option --model (did you mean '--models'?)"),
         ([*EVAL, "--no-seed"], "unknown option --no-seed"),
         (["scan", "--no-report-depths"], "--no-report-depths is an option of trim, and not of scan: leave it out"),

@@ -13,6 +13,7 @@ from trimllm.config.shared import (
     LoadSettings,
     Location,
     ModelSettings,
+    Number,
     Positive,
     ReportSettings,
     ScoreSettings,
@@ -77,7 +78,7 @@ class DropConfig(ModelSettings):
       trimllm drop --model DIR --layers 3,7 --output trimmed --streaming
     """
 
-    layers: Several[int]
+    layers: Several[Number]
     """Layers to remove, 0-based, negative from the end: 3,7."""
     output: Location
     """Directory of the new checkpoint."""

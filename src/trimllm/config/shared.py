@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from trimllm.errors import did_you_mean
 
@@ -16,11 +17,20 @@ if TYPE_CHECKING:
 else:  # of a `tuple` pydantic-settings before 2.16, the last for Python 3.10, does not split the `1,2` of an option
     Several = Annotated[Sequence[T], AfterValidator(tuple)]
 
+
+def _no_range(value: Any) -> Any:
+    """pydantic reads `0-3` as -3."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*-\s*\d+\s*", value):
+        raise ValueError("a range is not read: write every number, as 0,1,2,3")
+    return value
+
+
+Number = Annotated[int, BeforeValidator(_no_range)]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 SEEDS = 2**63 // 1000 - 1
 """Largest seed for which what is derived from it (a thousand times it, and the number of a stage) fits 64 bits."""
-Seed = Annotated[int, Field(ge=-SEEDS, le=SEEDS)]
+Seed = Annotated[Number, Field(ge=-SEEDS, le=SEEDS)]
 Threads = Annotated[int, Field(gt=0, le=4096)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file or folder, or in some settings a name. A shell expands a tilde at the beginning of a word only, and nothing
@@ -207,7 +217,7 @@ class ScoreSettings(StrategySettings):
     keep_pattern: bool = False
     """Drop adjacent layers, as many at a time as a period of the model's layer types has (Gemma 3: six), for engines
     that take the pattern from the family and not from the checkpoint."""
-    protect: Several[int] = ()
+    protect: Several[Number] = ()
     """Layers that must stay, 0-based, negative from the end: 0,-1."""
     eval_batch_size: Positive | None = None
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory runs out)."""
