@@ -49,7 +49,7 @@ def checkpoint(command: config.ExportConfig) -> Iterator[Path]:
                 f'"from trimllm import *; {merge}"'
             )
         if not (folder / "config.json").exists():
-            raise InputError(f"{command.source} holds neither a run nor a checkpoint: give one of the two")
+            raise InputError(f"{command.source}: there is neither a run nor a checkpoint: give one of the two")
         yield folder
 
 
