@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import get_origin
 
 import helpers_run as h
@@ -23,6 +24,7 @@ from trimllm import cli, config, console, files
 from trimllm.blocks import legality
 from trimllm.checkpoints import models
 from trimllm.commands import eval as eval_command
+from trimllm.commands import export as export_command
 from trimllm.config import plain_settings
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.paired import shown
@@ -989,6 +991,24 @@ def test_tasks_lists_the_built_in_ones(capsys):
 
 def test_export_of_a_directory_without_a_run(capsys, tmp_path):
     assert "holds no run" in refusal(capsys, "export", tmp_path, "--depth", "3")
+
+
+def test_export_of_a_depth_that_is_trained_and_not_measured_says_so(base, task, tmp_path, capsys):
+    output = tmp_path / "run"
+    h.run(base, task, output, depth=3, warmup_epochs=0, epochs_per_drop=0)
+    (output / "plans" / "depth-3.json").unlink()
+    line = refusal(capsys, "export", output, "--depth", 3)
+    assert line == (
+        f"--depth 3: it is trained, and not measured yet: go on with trimllm trim --output {output} --resume"
+    )
+
+
+@pytest.mark.parametrize("source", [".", "./", "../here", "../here/..", "sub/.."])
+def test_what_is_exported_lies_beside_its_source_not_in_it(source, tmp_path, monkeypatch):
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    target = export_command._default_target(config.ExportConfig(source=source, to="onnx"))
+    assert target.resolve() == Path(source).resolve().with_name(f"{Path(source).resolve().name}-onnx")
 
 
 def test_export_needs_no_base_and_takes_the_dtype_of_the_run(task, tmp_path, capsys):

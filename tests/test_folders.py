@@ -81,26 +81,20 @@ def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path: Path, monkey
         fill(out, "new")
     real = Path.rename
 
-    def fail(path: Path, target: Path) -> Path:
-        if ".partial-" in path.name:
-            raise OSError(errno.EIO, "bad disk")
-        return real(path, target)
+    def fill_where_moves_fail(*marks: str) -> None:
+        def fail(path: Path, target: Path) -> Path:
+            if any(mark in str(path) for mark in marks):
+                raise OSError(errno.EIO, "bad disk")
+            return real(path, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
-        with pytest.raises(TrimError, match="cannot write"):
-            fill(out, "new", overwrite=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", fail)
+            with pytest.raises(TrimError, match="cannot write"):
+                fill(out, "new", overwrite=True)
+
+    fill_where_moves_fail(".partial-")
     assert (out / "weights").read_text() == "old"
-
-    def fail_for_good(path: Path, target: Path) -> Path:
-        if ".partial-" in path.name or ".old-" in str(path):
-            raise OSError(errno.EIO, "bad disk")
-        return real(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail_for_good)
-        with pytest.raises(TrimError, match="cannot write"):
-            fill(out, "new", overwrite=True)
+    fill_where_moves_fail(".partial-", ".old-")
     (kept,) = tmp_path.glob(".out.old-*/folder")
     assert (kept / "weights").read_text() == "old"
     kept.rename(out)

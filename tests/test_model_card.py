@@ -213,3 +213,12 @@ def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
 def test_the_embedded_model_is_its_own_origin_without_a_licence_of_its_own() -> None:
     assert licences.licence("demo").id == "other"
     assert models.origin("demo") == "demo"
+
+
+def test_a_base_is_on_the_hub_if_its_name_can_only_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    there = {"gpt2": tmp_path}
+    monkeypatch.setattr(model_card.loading, "on_disk", there.get)
+    named = ("org/base", "gpt2", "here", "./base", "demo", "gone-folder")
+    assert [model_card._on_hub(name) for name in named] == [True, True, False, False, False, False]

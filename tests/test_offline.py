@@ -96,3 +96,15 @@ def test_what_can_only_be_a_path_is_no_reason_to_ask(network: Network, name: str
     with offline.hub_or_cache(name):
         pass
     assert not network.asked
+
+
+def test_a_setting_of_a_model_is_no_connection():
+    setting = ValueError("apply_residual_connection_post_layernorm must be a bool, not 3")
+    assert loading.explain("m", setting) == f"cannot load model 'm': {setting}"
+    for said in (
+        "Connection refused",
+        "HTTPSConnectionPool: max retries",
+        "We couldn't connect to the Hub",
+        "offline mode",
+    ):
+        assert loading.explain("m", OSError(said)).endswith("nor is it in the cache of the hub, out of reach now")

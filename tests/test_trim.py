@@ -340,7 +340,6 @@ def test_equal_accuracies_alone_are_tied_unless_a_tolerance_is_asked_for(base, t
         config = h.settings(base, task, tmp_path / "run", tie_tolerance=asked)
         rules = Rules(TrimConfig(**config), tiny.build("llama", 4), 0)
         assert rules.tolerance == tied
-    assert Rules(TrimConfig(**config), tiny.build("llama", 4), 0, ties=5.0).tolerance == 5.0
 
 
 @pytest.mark.parametrize(

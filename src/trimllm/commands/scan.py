@@ -53,10 +53,10 @@ def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
     depth = decoder.depth(loaded.model)
     if command.run is not None and command.run > depth:
         raise InputError(f"--run {command.run}: the model has only {depth} layers")
+    rules = Rules(command, loaded.model, command.seed)
     data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
         console.say(f"  {note}")
-    rules = Rules(command, loaded.model, command.seed)
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
     for note in encoding.row_notes(calibration=scorer.encoded):
         console.say(f"  {note}")

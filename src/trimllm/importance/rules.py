@@ -18,10 +18,8 @@ from trimllm.importance.select import Choice
 class Rules:
     """The rules of some settings, for a base. `layout` is always that of the present model: its original halves."""
 
-    def __init__(
-        self, settings: ScoreSettings, model: Any, seed: int, *, least: int = 1, ties: float | None = None
-    ) -> None:
-        """`least`: layers that must be left. `ties`: accuracy points within which candidates are tied, if not as asked.
+    def __init__(self, settings: ScoreSettings, model: Any, seed: int, *, least: int = 1) -> None:
+        """`least`: layers that must be left.
 
         Raises:
             InputError: if a protected layer does not exist, or layers cannot go in the runs that are asked for.
@@ -31,7 +29,7 @@ class Rules:
         self.protected = select.protected(settings.protect, self.base_depth)
         self.length = legality.run_length(model, settings.unit, keep_pattern=settings.keep_pattern)
         """Blocks that go together (--keep-pattern)."""
-        self.tolerance = ties if ties is not None else settings.tie_tolerance or 0.0
+        self.tolerance = settings.tie_tolerance or 0.0
 
     def candidates(self, depth: int) -> list[Unit]:
         """All that a scan of so many layers tries."""

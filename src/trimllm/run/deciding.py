@@ -47,20 +47,13 @@ class Decider:
     """Decides on a run's calibration set, by its settings."""
 
     def __init__(
-        self,
-        config: TrimConfig,
-        model: Any,
-        calibration: Scorer,
-        metric: str,
-        save_dtype: torch.dtype,
-        ties: float | None = None,
+        self, config: TrimConfig, model: Any, calibration: Scorer, metric: str, save_dtype: torch.dtype
     ) -> None:
-        """`ties`: see `Rules`."""
         self.config, self.calibration, self.metric, self.save_dtype = config, calibration, metric, save_dtype
         every_choice = calibration, metric  # --schedule recover asks what several drops together do to the accuracy
         alone = config.schedule != "recover"
         self.asked = scan.asked(model, *every_choice, config.strategy) if alone else every_choice
-        self.rules = Rules(config, model, config.seed, least=config.min_depth, ties=ties)
+        self.rules = Rules(config, model, config.seed, least=config.min_depth)
         self.base_depth, self.length = self.rules.base_depth, self.rules.length
         self.tolerance = self.rules.tolerance
         self.wanted = targets.wanted_depth(config, self.base_depth)

@@ -81,10 +81,10 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir) -> Prepared:
     test = inputs.scorer(config, model, tokenizer, data.test)
     task_rows, text_rows = training_rows.examples(config, tokenizer, model.config, data.train, config.batch_size)
     cut = encoding.row_notes(training=task_rows, calibration=calibration.encoded, reported=test.encoded)
-    ties = None
     if begun and "ties" not in begun and config.tie_tolerance is None:  # of a version whose default that was
-        ties = select.one_question(data.metric, len(calibration.items))
-    decider = Decider(config, model, calibration, data.metric, save_dtype, ties)
+        question = select.one_question(data.metric, len(calibration.items))
+        config = config.model_copy(update={"tie_tolerance": question})
+    decider = Decider(config, model, calibration, data.metric, save_dtype)
     decider.check(model)
     train.check(model, config)
     return Prepared(
