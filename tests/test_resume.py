@@ -180,6 +180,19 @@ def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path,
     assert len(measured) - (batches - 1) == batches
 
 
+def test_batches_that_a_version_summed_over_other_tokens_are_computed_again(base, task, tmp_path):
+    output = tmp_path / "run"
+    h.killed_run((scan, "_part", 2), base, task, output, depth=4)
+    parts = output / "scans" / "scan-000.jsonl"
+    (older,) = [json.loads(line) for line in parts.read_text().splitlines()]
+    older["tokens"] = 3 * older.pop("right")
+    parts.write_text(json.dumps(older) + "\n")
+    scanned(base, task, output, depth=4, resume=True)
+    scanned(base, task, tmp_path / "straight", depth=4)
+    tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, tmp_path / "straight")]
+    assert tables[0]["units"] == tables[1]["units"]
+
+
 def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path):
     output = tmp_path / "run"
     h.killed_run((scan, "_part", 2), base, task, output, depth=4)

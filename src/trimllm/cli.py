@@ -173,7 +173,8 @@ def parse(arguments: list[str]) -> settings.Settings:
     if name in COMMANDS:
         for key in beneath:
             if key not in COMMANDS[name].model_fields:
-                raise InputError(f"--config: unknown setting {key!r}{did_you_mean(key, COMMANDS[name].model_fields)}")
+                meant = _of_others(name, key) or did_you_mean(key, COMMANDS[name].model_fields)
+                raise InputError(f"--config: unknown setting {key!r}{meant}")
     under: dict[str, Any] = {name: beneath} if beneath else {}
     try:
         root = _read(name, arguments, under)
@@ -260,20 +261,23 @@ def _no_run(output: str | None) -> str:
     return f"--resume: there is no run in {output}: check --output" if output else "--resume needs --output DIR"
 
 
+def _of_others(name: str, field: str) -> str:
+    """Whose a setting is that the command has not, nor one of nearly that name; nothing if it is nobody's."""
+    others = [other for other, kind in COMMANDS.items() if field in kind.model_fields]
+    near = {field, f"{field}s", field.removesuffix("s")} & COMMANDS[name].model_fields.keys()
+    return f" (of {', '.join(others)}, and not of {name})" if others and not near else ""
+
+
 def _unknown_option(name: str, message: str) -> str:
     message = message.removeprefix("error parsing CLI: ")
     if message.startswith("unrecognized arguments: ") and name in COMMANDS:
         given = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
         if not given.startswith("-"):
             return f"unexpected argument {given!r}: see trimllm {name} --help"
-        own = COMMANDS[name].model_fields
-        options = ["--" + field.replace("_", "-") for field in own]
-        field = given.removeprefix("--").removeprefix("no-").replace("-", "_")
-        others = [other for other, kind in COMMANDS.items() if field in kind.model_fields]
-        if others and own.keys().isdisjoint({field, f"{field}s", field.removesuffix("s")}):
-            return f"{given} is an option of {', '.join(others)}, and not of {name}: leave it out"
+        options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]
         ours = ELSEWHERE.get(given.replace("_", "-"))
         meant = f" (did you mean {ours!r}?)" if ours in options else did_you_mean(given, options)
+        meant = _of_others(name, given.removeprefix("--").removeprefix("no-").replace("-", "_")) or meant
         return f"unknown option {given}{meant}: see trimllm {name} --help"
     if found := re.match(r"Parsing error encountered for \w+\.(\w+)", message):
         return f"--{found[1].replace('_', '-')} cannot be read: see trimllm {name} --help for how to write it"

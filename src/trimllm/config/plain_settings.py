@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,8 +81,6 @@ def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
     names = names[1:] if kind is None else names
     option = "--" + names[0].replace("_", "-") if names else ""
     if first["type"] == "extra_forbidden" and kind is not None:
-        if names[0] in {name for other in _kinds(Settings) for name in other.model_fields}:
-            return f"{names[0]!r} is a setting of other commands, and not of this one: leave it out"
         return f"unknown setting {names[0]!r}{did_you_mean(names[0], kind.model_fields)}"
     if first["type"] == "missing":
         return f"{option} is required"
@@ -93,13 +90,6 @@ def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
     if first["type"] == "sequence_str" or (first["type"] == "is_instance_of" and "Sequence" in message):
         message = "write a list, as [0, -1]"
     return f"{option} {first['input']}".rstrip() + f": {message}" if option else message
-
-
-def _kinds(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """A kind of settings, and all that are made from it."""
-    yield kind
-    for other in kind.__subclasses__():
-        yield from _kinds(other)
 
 
 def to_yaml(settings: Settings, folder: str | None = None) -> str:
