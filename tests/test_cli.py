@@ -28,10 +28,8 @@ from trimllm.commands import export as export_command
 from trimllm.config import plain_settings
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.paired import shown
-from trimllm.handover import quantized
 from trimllm.importance import scan
 from trimllm.run import placing, rundir
-from trimllm.tasks import world
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -1136,28 +1134,3 @@ def test_every_setting_of_a_run_is_documented_and_typed():
         yaml.safe_load(plain_settings.to_yaml(config.TrimConfig(model="m", task="t", output="o")))["strategy"]
         == "scan+norm"
     )
-
-
-def test_eval_warns_of_rows_that_the_models_run_was_trained_on(base, tmp_path, capsys, monkeypatch):
-    h.fast(monkeypatch)
-    rows = [json.dumps(row) for row in world.questions("law", "train")[:40]]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    run, elsewhere = tmp_path / "run", h.save_task(tmp_path / "other")
-    h.run(base, tmp_path / "rows.jsonl", run, seed=3, warmup_epochs=0, epochs_per_drop=0, keep_checkpoints=True)
-    capsys.readouterr()
-    for model in (run / "model", run / "checkpoints" / "depth-4"):
-        words = ["eval", "--model", model, "--task", tmp_path / "rows.jsonl"]
-        told = f"warning: {model} was trained on some of these rows: its run drew the reported ones with --seed 3: give"
-        assert told in call(capsys, *words)[2]
-        assert "warning" not in call(capsys, *words, "--seed", 3)[2]
-    assert "warning" not in call(capsys, "eval", "--model", run / "model", "--task", elsewhere)[2], (
-        "a file of their own"
-    )
-    (tmp_path / "others.jsonl").write_text("\n".join(rows[::-1]))
-    assert "warning" not in call(capsys, "eval", "--model", run / "model", "--task", tmp_path / "others.jsonl")[2]
-    (tmp_path / "config.yaml").write_text("- no\n- run\n")
-    assert placing.run_of(h.save_base(tmp_path / "base")) == {}, "whatever lies beside it"
-    (tmp_path / "journal.jsonl").touch()
-    assert placing.run_of(tmp_path / "base") == {}
-    asked = config.ExportConfig(source=str(run), to="int8", task=str(tmp_path / "rows.jsonl"))
-    assert quantized._evaluation(asked, run / "model").seed == 3

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -30,6 +31,8 @@ from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import inputs
 from trimllm.evaluation.paired import shown
+from trimllm.run import used_rows
+from trimllm.tasks import load_task
 
 DEPTH = 4
 KEEPS = (0.75, 0.5)
@@ -217,6 +220,18 @@ def test_peers_train_as_long_as_the_progressive_run(whole: Any) -> None:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         stages[name] = [line["train"]["steps"] for line in lines if line["event"] == "stage"]
     assert sum(stages["trim-0.5"]) == sum(stages["shortgpt-0.5"]) > 0
+
+
+def test_what_its_models_were_trained_on_is_known(whole: Any, world: tuple[Path, Path]) -> None:
+    output, rows, _ = whole
+    data = load_task(world[1], calibration_size=6)
+    for name in ("full", "trim", "shortgpt"):
+        used = used_rows.of(output / rows[name]["checkpoint"])
+        assert (len(used.trained), len(used.decided)) == (len(data.train), len(data.calibration))
+        assert used_rows.warnings(output / rows[name]["checkpoint"], data, 0) == []
+        asked = replace(data, test=data.train[:2], calibration=data.train[2:5])
+        said = used_rows.warnings(output / rows[name]["checkpoint"], asked, 0)
+        assert [line.partition(" of ")[0].rpartition(" ")[2] for line in said] == ["2", "3"]
 
 
 def test_table_shows_the_rows(whole: Any) -> None:

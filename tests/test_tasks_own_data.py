@@ -97,10 +97,10 @@ def test_labels_that_may_mean_none_or_the_same_are_pointed_out(tmp_path):
 def test_a_single_file_is_split_though_its_name_says_test_and_that_is_said(tmp_path):
     path = jsonl(tmp_path / "test.jsonl", QUESTIONS)
     asked = load_task(path, reported_only=True)
-    assert (len(asked.test), asked.drawn) == (4, True)
+    assert len(asked.test) == 4
     assert "test.jsonl alone is split, whatever its name: to have all of it reported, give its folder" in asked.notes
     folder = load_task(tmp_path, reported_only=True)
-    assert (len(folder.test), folder.drawn) == (20, False)
+    assert len(folder.test) == 20
 
 
 def test_training_rows_may_come_from_elsewhere_with_and_without_named_splits(tmp_path):
@@ -133,7 +133,7 @@ def test_a_path_that_has_the_name_of_a_built_in_task_is_pointed_out(tmp_path, mo
 
 def test_few_rows_are_enough_where_nothing_is_decided(tmp_path):
     three = load_task(jsonl(tmp_path / "three.jsonl", QUESTIONS[:3]), reported_only=True)
-    assert (len(three.test), three.calibration, three.drawn) == (1, (), True)
+    assert (len(three.test), three.calibration) == (1, ())
     grouped = [{**row, "context": "one" if n < 6 else "other"} for n, row in enumerate(QUESTIONS[:12])]
     jsonl(tmp_path / "groups.jsonl", grouped)
     source = "kind: choice\nsource: {files: {train: groups.jsonl}}\n"
@@ -142,7 +142,7 @@ def test_few_rows_are_enough_where_nothing_is_decided(tmp_path):
     with pytest.raises(InputError, match="would go into the calibration set"):
         load_task(tmp_path / "groups.yaml")
     asked = load_task(tmp_path / "groups.yaml", reported_only=True)
-    assert (len(asked.test), asked.drawn) == (6, True)
+    assert len(asked.test) == 6
 
 
 def test_columns_that_only_seem_to_be_dialogues_or_choices_are_read_as_before(tmp_path):

@@ -24,7 +24,8 @@ from trimllm.config import CompareConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation import paired
-from trimllm.run import placing, rundir
+from trimllm.run import placing, rundir, used_rows
+from trimllm.tasks import TaskData
 
 FREE_OF_CHOICE = {*rundir.COMPUTING, "methods", "keep", "baselines_python"} - {"attention"}
 """Settings that may differ when a comparison is resumed: more rows, and how they are computed; but for the attention,
@@ -44,10 +45,11 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     if command.baselines_python and shutil.which(command.baselines_python) is None:
         raise InputError(f"--baselines-python {command.baselines_python}: no such program: name a Python executable")
     with folders.held(root) as lock:
-        notes, data = check(command, wanted)
+        notes, digests, data = check(command, wanted)
         for note in notes:
             console.say(f"  {note}")
-        whole = claim(command, root, data)
+        whole = claim(command, root, digests)
+        used_rows.keep(root, data, command.model, command.seed, trains=trains(wanted))
         for number, each in enumerate(wanted, 1):
             earlier = each.row(root)
             if earlier.get("status") != "done":
@@ -63,11 +65,16 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     return made
 
 
-def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], dict[str, str]]:
+def trains(wanted: Sequence[Cell]) -> bool:
+    """Whether any of these rows trains."""
+    return any(each.method.name != "base" for each in wanted)
+
+
+def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], dict[str, str], TaskData]:
     """Whatever would end every row, or be met after hours of training: model, tasks, text, names, shares, lengths.
 
     Returns:
-        Lines that the user should see, and SHA-256 of data and base by option.
+        Lines that the user should see, SHA-256 of data and base by option, and the task.
 
     Raises:
         InputError: for the first of these that cannot be used.
@@ -78,9 +85,9 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     from trimllm.evaluation import encoding, inputs
     from trimllm.training import training_rows
 
-    trains = any(each.method.name != "base" for each in wanted)
-    dtype = DTYPES.get(command.dtype) or (DTYPES["float32"] if trains else None)
-    backends.check(command.attention, models.device_of(command.device), dtype, training=trains)
+    training = trains(wanted)
+    dtype = DTYPES.get(command.dtype) or (DTYPES["float32"] if training else None)
+    backends.check(command.attention, models.device_of(command.device), dtype, training=training)
     config = check_model(command)
     for each in wanted:
         if each.keep is not None:
@@ -88,22 +95,21 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     cell.lengths(command, encoding.context_length(config))
     path = models.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
-    names, notes = set(), list[str]()
+    found, notes = list[TaskData](), list[str]()
     digests = {"--model": mark} if (mark := weights_mark(path)) else {}
     saved = models.saved_dtype(path, command) or DTYPES["float32"]
     slower = [arithmetic.evaluation_note(saved, command.dtype, models.device_of(command.device))]
-    if trains:
+    if training:
         place = models.training_device(command.device)
         slower.append(arithmetic.asked_note(command.dtype, place, command.mixed_precision))
     notes += dict.fromkeys(filter(None, slower))
     for settings in cell.tasks(command):
         own = settings is command
         data = inputs.task_data(settings, tokenizer, reported_only=not own)
-        if data.name in names:
+        if data.name in [each.name for each in found]:
             raise InputError(
                 f"--also {settings.task}: its name, {data.name}, is that of another task: rename the folder or file"
             )
-        names.add(data.name)
         longest = encoding.context_length(config, command.max_length)
         digests["--task" if own else f"--also {data.name}"] = data.digest()
         encode = partial(encoding.encode, tokenizer, max_length=longest, truncate=command.truncate)
@@ -111,11 +117,13 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
         for encoded in asked.values():
             encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(config))
         sets: dict[str, Sequence[encoding.Cut]] = {**asked}
-        if own and trains:
+        if own and training:
             sets["training"], text = training_rows.examples(command, tokenizer, config, data.train, command.batch_size)
             digests["--text"] = training_rows.digest(text)
         notes += [f"{data.name}: {note}" for note in (*data.notes, *encoding.row_notes(**sets))]
-    return notes, digests
+        notes += used_rows.warnings(command.model, data, command.seed)
+        found.append(data)
+    return notes, digests, found[0]
 
 
 def check_model(command: CompareConfig) -> Any:

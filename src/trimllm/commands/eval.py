@@ -16,7 +16,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs, paired
 from trimllm.evaluation.evaluate import Evaluation, Scorer
 from trimllm.evaluation.generation import generate
-from trimllm.run import placing
+from trimllm.run import used_rows
 from trimllm.tasks import metrics
 
 
@@ -59,13 +59,8 @@ def _asked(
     notes = [note for note in data.notes if earlier is None or note not in earlier.notes]
     for note in (*notes, *encoding.row_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
         console.say(f"  {note}")
-    made = placing.run_of(command.model)
-    same = made and placing.same("task", made.get("task"), command.task)
-    if data.drawn and same and made.get("seed", 0) != command.seed:
-        console.say(
-            f"warning: {command.model} was trained on some of these rows: its run drew the reported ones with --seed "
-            f"{made.get('seed', 0)}: give that"
-        )
+    for warning in used_rows.warnings(command.model, data, command.seed):
+        console.say(warning)
     return loaded, data, scorer
 
 

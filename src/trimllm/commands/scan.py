@@ -20,6 +20,7 @@ from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan
 from trimllm.importance.rules import Rules
 from trimllm.plot import analysis_plot, importance_plot
+from trimllm.run import used_rows
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
     data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
         console.say(f"  {note}")
+    for warning in used_rows.warnings(command.model, data, command.seed):
+        console.say(warning)
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
     for note in encoding.row_notes(calibration=scorer.encoded):
         console.say(f"  {note}")

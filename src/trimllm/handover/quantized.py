@@ -23,7 +23,7 @@ from trimllm.checkpoints import export, folders, loading, models
 from trimllm.errors import InputError, TrimError, one_line
 from trimllm.evaluation import encoding, inputs
 from trimllm.handover import copy_companions
-from trimllm.run import model_card, placing
+from trimllm.run import model_card, placing, used_rows
 
 COLUMNS, ROWS = 64, 32
 """bitsandbytes' 4-bit kernel for CPUs takes matrices whose sizes are multiples of these; a GPU takes any."""
@@ -45,12 +45,13 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     if getattr(stock, "quantization_config", None) is not None:
         raise InputError(f"{command.source} is quantized already: give the unquantized checkpoint")
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
-    data = inputs.task_data(_evaluation(command, folder), tokenizer, reported_only=True) if command.task else None
+    asked = _evaluation(command, folder) if command.task else None
+    data = inputs.task_data(asked, tokenizer, reported_only=True) if asked else None
     notes = list[str]()
-    if data is not None:  # rows that do not fit are met before the work
+    if asked and data:  # rows that do not fit are met before the work
         encoded = encoding.encode(tokenizer, data.test, encoding.context_length(stock), truncate=command.truncate)
         encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(stock))
-        notes = [*data.notes, *encoding.row_notes(reported=encoded)]
+        notes = [*data.notes, *encoding.row_notes(reported=encoded), *used_rows.warnings(folder, data, asked.seed)]
     dtype = torch.float16 if stock.dtype == torch.float16 else torch.bfloat16
     kept, head = _too_odd(stock, own_code) if command.to == "int4" else ([], [])
     quantization = _settings(command.to, dtype, [*head, *kept] if kept else None)

@@ -31,7 +31,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
-from trimllm.run import account, checks, licences, placing, recording, recovery, rundir, targets
+from trimllm.run import account, checks, licences, placing, recording, recovery, rundir, targets, used_rows
 from trimllm.run.journal import Journal
 from trimllm.run.preparing import Prepared, prepare
 from trimllm.run.recording import Recorder
@@ -141,6 +141,9 @@ class Run:
     def _begin(self, loaded: Loaded, data: dict[str, str]) -> None:
         """Journal what the run begins with, `data` by their SHA-256; one that goes on must have the same base."""
         config = self.config
+        if self.share.first:
+            trains = bool(config.warmup_epochs or config.trains_after_drops)
+            used_rows.keep(self.dir.root, self.ready.data, config.model, config.seed, trains=trains)
         first = self.journal.last("start")
         if first is None:
             dtype = name_of(self.ready.save_dtype)
@@ -173,6 +176,8 @@ class Run:
             say(f"  {note}")
         if ready.text_rows:
             say(account.text_line(config, ready.text_rows, ready.task_rows, ready.ahead))
+        for warning in used_rows.warnings(config.model, data, config.seed):
+            say(warning)
         say(account.training_ahead(config, ready.ahead, ready.tokens_per_epoch))
         may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
         if may_change and (slow := scan.many_choices_note(ready.calibration, config.strategy)):

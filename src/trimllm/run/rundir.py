@@ -3,7 +3,7 @@
 config.yaml      the resolved settings            plan.json, plans/     which original layers each depth holds
 journal.jsonl    what happened, in order          scans/                one table per scan
 checkpoints/     weights at the end of stages     model/, result.json   the product
-answers/         what the reported split was answered
+answers/         what the reported split was answered   used_rows.json   what it was trained and decided on
 """
 
 from __future__ import annotations

@@ -90,7 +90,6 @@ def load_task(
         calibration=done.calibration,
         test=done.test,
         left_out=done.left_out,
-        drawn=done.drawn,
         notes=(*notes, *done.notes),
     )
 

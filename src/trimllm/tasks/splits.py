@@ -38,8 +38,6 @@ class Split(NamedTuple):
     test: tuple[Item, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
-    drawn: bool = False
-    """Whether the test items were drawn from those for training."""
 
 
 def split(
@@ -84,7 +82,7 @@ def split(
         notes.append(f"no test split: {len(test):,} of {total:,} rows held out for the report (seed {seed})")
         if reported_only:
             done = split((), test, max_test=max_test, seed=seed, reported_only=True)
-            return done._replace(drawn=True, notes=(*notes, *done.notes))
+            return done._replace(notes=(*notes, *done.notes))
     train, leaked = _without(train, test, "reported", notes)
     held = len(test) if drawn else 0
     size = _calibration_size(len(train), distinct(train), len(leaked), held, calibration_size, resolution)
@@ -103,7 +101,6 @@ def split(
         test=tuple(reported),
         left_out=(*leaked, *doubles),
         notes=tuple(notes),
-        drawn=drawn,
     )
 
 
@@ -182,10 +179,11 @@ def _question(item: Item) -> tuple[str, Any]:
     """What makes items copies of one another, save for case and white space: the prompt, and the choices in any order,
     or the target. (Signs count: `5 + 3` is no copy of `5 - 3`.)"""
     choices = item.continuations
-    return _spaced(item.prompt), _in_any_order(choices) if len(choices) > 1 else _spaced(item.target)
+    return spaced(item.prompt), _in_any_order(choices) if len(choices) > 1 else spaced(item.target)
 
 
-def _spaced(text: str) -> str:
+def spaced(text: str) -> str:
+    """Case and white space do not make a question another one."""
     return " ".join(text.casefold().split())
 
 
