@@ -37,6 +37,30 @@ def write(tmp_path, *rows, name="data.jsonl"):
             "FILE:2: not valid JSON (Expecting property name enclosed in double quotes at column 2); fix the line",
         ),
         ("[1]", 'FILE:2: a row must be a JSON object such as {"text": ...}, not list'),
+        (
+            {**GOOD, "choices": [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}]},
+            "FILE:2: field 'choices' holds an object ({'id': 1, 'text': 'a'}): say in a task YAML what of it is meant, "
+            "such as {{ choices | map(attribute='text') | list }}",
+        ),
+        (
+            {**GOOD, "choices": [["a", "b"], ["c"]]},
+            "FILE:2: field 'choices' holds a list (['a', 'b']): say in a task YAML what of it is meant, such as "
+            "{{ choices | map('join', ' ') | list }}",
+        ),
+        (
+            {**GOOD, "context": ["one passage", "another", "a third that makes it longer than what is shown"]},
+            "FILE:2: cannot make the prompt: a column it uses holds a list (['one passage', 'another', 'a third that "
+            "makes it longer tha...): say in a task YAML what of it is meant, such as {{ column | join(' ') }}",
+        ),
+        (
+            {**GOOD, "question": {"stem": "Why?"}},
+            "FILE:2: cannot make the prompt: a column it uses holds an object ({'stem': 'Why?'}): say in a task YAML "
+            "what of it is meant, such as {{ column.text }}",
+        ),
+        (
+            {**GOOD, "choices": ["a"]},
+            "FILE:2: field 'choices' has one entry, which is always right: give several, or drop the row",
+        ),
         ({**GOOD, "answer": ""}, "FILE:2: field 'answer' is empty; fill it in or drop the row"),
         (
             {**GOOD, "answer": 2},
@@ -357,3 +381,77 @@ def test_the_place_of_a_csv_record_is_its_first_line(tmp_path):
     assert said.startswith("FILE:4: malformed CSV")
     said = message(write(tmp_path, "question,answer_text", "x,y", ",,z", name="b.csv"))
     assert said.startswith("FILE:3: more fields than the header's 2")
+
+
+def test_bytes_are_text_or_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [f"text {n}".encode() for n in range(9)]
+    for name, last in (("text", b"caf\xc3\xa9"), ("picture", b"\xff\xd8\xff")):
+        columns = {"question": [*texts, last], "answer": ["yes"] * 10}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    task = load_task(tmp_path / "text.parquet")
+    prompts = {item.prompt for item in (*task.train, *task.calibration, *task.test)}
+    assert prompts == {f"Question: {text.decode()}\nAnswer:" for text in (*texts, b"caf\xc3\xa9")}
+    assert message(tmp_path / "picture.parquet") == (
+        "FILE:row 10: cannot make the prompt: a column it uses holds bytes that are no text (b'\\xff\\xd8\\xff'): "
+        "leave it out"
+    )
+
+
+BRACED = """
+kind: {kind}
+source: {{files: {{train: rows.jsonl}}}}
+prompt: "{prompt}"
+choices: {choices}
+answer: answer
+target: "{{{{ question }}}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choices", "kind", "named"),
+    [
+        ("Question: {question}", "[a, b]", "choice", "question"),
+        ("{{ question }}", '["{choices}", b]', "choice", "choices"),
+        ("Q: { question }", "", "generation", "question"),
+    ],
+)
+def test_a_column_in_single_braces(tmp_path, prompt, choices, kind, named):
+    write(tmp_path, *[{**GOOD, "question": f"q {n}"} for n in range(9)], name="rows.jsonl")
+    (tmp_path / "own.yaml").write_text(BRACED.format(kind=kind, prompt=prompt, choices=choices))
+    said = message(tmp_path / "own.yaml")
+    assert said.startswith("task 'own': {")
+    assert said.endswith(f"is read as it stands: columns stand in double braces, as in {{{{ {named} }}}}")
+    harmless = prompt.replace("question", "no_column").replace("{{ no_column }}", "{{ question }}")
+    good = BRACED.format(kind=kind, prompt=f"{harmless} {{{{ question }}}}", choices="[a, b]")
+    (tmp_path / "own.yaml").write_text(good)
+    assert len(load_task(tmp_path / "own.yaml").train) > 1
+
+
+def test_rows_that_all_ask_the_same(tmp_path):
+    rows = [{"question": f"q {n}", "answer": n % 2} for n in range(9)]
+    write(tmp_path, *rows, name="rows.jsonl")
+    (tmp_path / "own.yaml").write_text(BRACED.format(kind="choice", prompt="Which?", choices="[a, b]"))
+    assert message(tmp_path / "own.yaml").startswith("task 'own': every row has the same prompt and the same choices (")
+
+
+def test_a_file_name_of_two_parts(tmp_path):
+    rows = [{**GOOD, "question": f"q {n}"} for n in range(9)]
+    write(tmp_path, *rows, name="blood_test_train.jsonl")
+    write(tmp_path, *rows, name="blood_test_dev.jsonl")
+    assert message(tmp_path).endswith(
+        "blood_test_dev.jsonl: its name speaks of test and validation: rename it, with one of them alone"
+    )
+    assert load_task(tmp_path / "blood_test_train.jsonl").train, "alone it is split, whatever its name"
+
+
+def test_a_folder_without_data_files_says_what_is_there(tmp_path):
+    (tmp_path / "rows.xlsx").touch()
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "README").touch()
+    assert message(tmp_path).endswith("expected train.jsonl, test.jsonl or the like; there are 2024/, rows.xlsx")
+    write(tmp_path, *[{**GOOD, "question": f"q {n}"} for n in range(9)], name="train.jsonl")
+    note = "not read: 2024/, rows.xlsx (files of no known format, folders in the folder)"
+    assert load_task(tmp_path).notes[0] == note

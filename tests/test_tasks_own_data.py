@@ -775,7 +775,10 @@ def test_labels_that_were_made_floats_are_said_and_stay(tmp_path):
     rows = [{"text": f"t {n}", "label": float(n % 11)} for n in range(33)]
     task = load_task(jsonl(tmp_path / "q.jsonl", rows))
     assert task.train[0].continuations[10] == " 10.0"
-    assert task.notes[0] == "labels are asked for as they stand: '0.0', '1.0' ...: whole numbers, or words, are shorter"
+    assert (
+        task.notes[0]
+        == "labels are numbers, asked for as they stand ('0.0', '1.0' ...): words would tell the model more"
+    )
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])
@@ -791,6 +794,36 @@ def test_a_csv_with_another_separator(tmp_path, separator, quote, ending):
     _, item = first(tmp_path / f"q.csv{ending}")
     assert (item.prompt, item.target) == ("say, 0", " it is 0,5")
     assert item.place.endswith(":2")
+
+
+def test_a_column_that_says_what_rows_are_for(tmp_path):
+    said = ["train"] * 12 + [" Test"] * 5 + ["dev"] * 3
+    rows = [{**row, "split": part} for row, part in zip(QUESTIONS, said, strict=True)]
+    task = load_task(jsonl(tmp_path / "test.jsonl", rows))
+    assert task.notes[:2] == (
+        "the column 'split' says what rows are for: 12 train, 5 test, 3 validation",
+        "validation: 3 rows not used (calibration is held out of train)",
+    )
+    assert [item.prompt for item in task.test] == [
+        f"Question: How much is {n} plus one?\nAnswer:" for n in range(12, 17)
+    ]
+    assert len(task.train) + len(task.calibration) == 12
+    assert not any("not read" in note or "alone is split" in note for note in task.notes)
+    for more in ({"split": "other"}, {"split": None}):
+        task = load_task(jsonl(tmp_path / "rows.jsonl", [*rows, {**QUESTIONS[0], **more}]))
+        assert "columns not read: split" in task.notes
+    alike = load_task(jsonl(tmp_path / "rows.jsonl", [{**row, "split": "train"} for row in QUESTIONS]))
+    assert (len(alike.test), "columns not read: split" in alike.notes) == (4, True)
+
+
+def test_labels_that_cannot_be_learned_are_said(tmp_path):
+    for labels, note in (
+        (16, "16 labels in 30 rows: most stand there once, and cannot be learned by example"),
+        (15, ""),
+    ):
+        rows = [{"text": f"t {n}", "label": f"name {n % labels}"} for n in range(30)]
+        notes = load_task(jsonl(tmp_path / "rows.jsonl", rows)).notes
+        assert [each for each in notes if "labels in" in each] == [note][: bool(note)]
 
 
 def test_one_column_of_a_csv_may_hold_semicolons(tmp_path):

@@ -37,6 +37,8 @@ _NEAR = {
 """What others call it, in small letters alone."""
 _OPTION = re.compile(r"(option|opt|op|choice)?_?[a-d]", re.IGNORECASE)
 """What columns that hold a choice each are called."""
+_BRACED = re.compile(r"(?<!\{)\{\s*([^\W\d]\w*)\s*\}(?!\})")
+"""A name in single braces."""
 _SHOWN = 8
 _LONGEST_LABEL = 60
 _MOST_LABELS = 200
@@ -80,6 +82,23 @@ def unread_note(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
     if spec.kind == "generation" and len([each for each in columns if _OPTION.fullmatch(each)]) > 1:
         hint = " (if they are choices: most answers name none of them, by letter, text or index from 0)"
     return [f"columns not read: {shortened(columns, _SHOWN)}{hint}"]
+
+
+def refuse_single_braces(spec: TaskSpec, rows: Iterable[Row]) -> None:
+    """Columns in single braces are not columns: the model would read their names.
+
+    Raises:
+        InputError: if a template of the spec has the name of a column in such.
+    """
+    columns = {column for row in rows for column in row.values}
+    listed = [each for each in (spec.choices, spec.references) if isinstance(each, list)]
+    templates = [spec.prompt, spec.target, spec.answer, *(each for several in listed for each in several)]
+    for found in (_BRACED.search(each) for each in templates if isinstance(each, str)):
+        if found and found[1] in columns:
+            raise InputError(
+                f"task {spec.name!r}: {found[0]} is read as it stands: columns stand in double braces, as in "
+                f"{{{{ {found[1]} }}}}"
+            )
 
 
 def refuse_labelled_texts(name: str, spec: TaskSpec, rows: Collection[Row]) -> None:
@@ -135,9 +154,11 @@ def few_answers_note(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
     ]
 
 
-def doubtful_labels_note(spec: TaskSpec) -> list[str]:
-    """Notes on labels that say nothing, or differ in case alone."""
+def doubtful_labels_note(spec: TaskSpec, rows: int) -> list[str]:
+    """Notes on labels that say nothing, differ in case alone, or are nearly as many as the rows."""
     labels = spec.choices if isinstance(spec.choices, list) else []
+    if labels and 2 * len(labels) > rows:
+        return [f"{len(labels):,} labels in {rows:,} rows: most stand there once, and cannot be learned by example"]
     notes = [f"{label!r} is a label like any other: drop its rows if it means none" for label in labels if _none(label)]
     by_case: dict[str, list[str]] = {}
     for label in labels:

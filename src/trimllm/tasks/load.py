@@ -15,13 +15,14 @@ from trimllm.tasks.columns import (
     doubtful_labels_note,
     few_answers_note,
     one_based_note,
+    refuse_single_braces,
     unread_note,
 )
 from trimllm.tasks.items import Item, TaskData
 from trimllm.tasks.recognize import labelled, recognize, without_shared_context
 from trimllm.tasks.render import Renderer
 from trimllm.tasks.rows import Row
-from trimllm.tasks.sources import Files, Parts, file_notes, file_parts, part_of, spec_parts
+from trimllm.tasks.sources import Files, Parts, by_column, file_notes, file_parts, parts_named, spec_parts
 from trimllm.tasks.spec import TaskSpec, check_metric, read_spec
 from trimllm.tasks.splits import split
 from trimllm.tasks.text import PIECE, SMALL_PIECE, cut, piece_for
@@ -63,6 +64,7 @@ def load_task(
         InputError: if the task, its data or an option cannot be used; the message says where and what to do.
     """
     spec, parts, notes = _find(name_or_path, files, metric, tokenizer)
+    refuse_single_braces(spec, (row for rows in parts.values() for row in rows[:1]))
     train_rows, reported_rows = _roles(spec.name, parts, notes, reported_only=reported_only)
     own = files is None and spec.source is None
     renderer = Renderer(spec, tokenizer, _UNKNOWN_LABEL if own and isinstance(spec.choices, list) else "")
@@ -70,6 +72,7 @@ def load_task(
     reported = _items(renderer, reported_rows, lenient, notes) if reported_only else []
     train = [] if reported else _items(renderer, train_rows, lenient, notes)
     reported = reported or _items(renderer, reported_rows, lenient, notes)
+    _check_questions(spec, [*train, *reported])
     if spec.kind == "text" and len(train_rows) == 1 and train:
         _check_length(train, bool(reported))
     done = split(
@@ -120,9 +123,9 @@ def _find(
 
 def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Parts, list[str]]:
     """A file or folder of the user's: the columns say what it is. A single file is train, whatever its name."""
-    parts = file_parts(path)
     notes = file_notes(path)
-    if not path.is_dir() and part_of(path) == "test":
+    parts = by_column(file_parts(path), notes)
+    if len(parts) == 1 and not path.is_dir() and "test" in parts_named(path):
         notes.append(f"{path.name} alone is split, whatever its name: to have all of it reported, give its folder")
     name = path.resolve().name.split(".")[0]
     rows = parts.get("train") or next(iter(parts.values()))
@@ -131,11 +134,11 @@ def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Part
         notes.append(f"choices are the {len(spec.choices)} labels of the rows at hand, as there are no training rows")
     check_metric(metric, spec.kind)
     notes += [*unread_note(spec, rows), *one_based_note(spec, rows), *few_answers_note(spec, rows)]
-    notes += doubtful_labels_note(spec)
+    notes += doubtful_labels_note(spec, len(rows))
     notes += contradictions_note(spec, (row for several in parts.values() for row in several))
-    if isinstance(spec.choices, list) and all(re.fullmatch(r"-?\d+\.0+", choice) for choice in spec.choices):
+    if isinstance(spec.choices, list) and all(re.fullmatch(r"-?\d+(\.\d+)?", choice) for choice in spec.choices):
         shown = ", ".join(map(repr, spec.choices[:2]))
-        notes.append(f"labels are asked for as they stand: {shown} ...: whole numbers, or words, are shorter")
+        notes.append(f"labels are numbers, asked for as they stand ({shown} ...): words would tell the model more")
     for part in [part for part, rows in parts.items() if part != "train" and not labelled(rows, spec)]:
         out = parts.pop(part)
         notes.append(f"not used: the {len(out):,} {part} rows, of which none has an answer (first: {out[0].place})")
@@ -189,6 +192,16 @@ def _items(renderer: Renderer, rows: Sequence[Row], lenient: bool, notes: list[s
     if piece < PIECE:
         notes.append(f"{items[0].place}: a short text, cut in pieces of about {piece:,} characters")
     return cut(items, piece)
+
+
+def _check_questions(spec: TaskSpec, items: Sequence[Item]) -> None:
+    """Raises InputError if all rows ask the same and offer the same, and are answered differently."""
+    asked = {(item.prompt, item.continuations) for item in items}
+    if spec.kind == "choice" and len(asked) == 1 and len({item.answer for item in items}) > 1:
+        raise InputError(
+            f"task {spec.name!r}: every row has the same prompt and the same choices (first: {items[0].place}): name "
+            "the column with the question in the prompt, as in {{ question }}"
+        )
 
 
 def _check_length(pieces: Sequence[Item], tested: bool) -> None:

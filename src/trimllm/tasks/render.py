@@ -23,6 +23,9 @@ from trimllm.tasks.spec import TaskSpec
 Column = Callable[[dict[str, Any]], Any]
 """What a compiled template or expression is: a function of a row's values."""
 
+_NESTED = (dict, list, tuple, bytes)
+"""What is no text, and would be written as Python writes it."""
+_SHOWN = 60
 _COLUMN = re.compile(r"(?:\{\{\s*\(?\s*(?=\w+\s*\|))?([^\W\d]\w*)(?=$|\s*\|)")
 """A column alone, or one that an expression begins with and filters."""
 _EXPRESSION = re.compile(r"\s*\{\{((?:(?!\}\}|\{\{|\{%).)*)\}\}\s*", re.DOTALL)
@@ -65,6 +68,11 @@ class Renderer:
     def _choice(self, row: Row) -> Item:
         prompt = self._filled("prompt", self._prompt, row)
         choices = _texts(self._apply("choices", self._choices, row), self._choices_name, row.place)
+        if len(choices) == 1:
+            raise InputError(
+                f"{row.place}: field '{self._choices_name}' has one entry, which is always right: give several, or "
+                "drop the row"
+            )
         given = self._apply("answer", self._answer, row)
         answer = answer_index(given, choices, self.spec.answer_as, row.place, self._answer_name, self._remedy)
         return Item(
@@ -183,12 +191,15 @@ def _texts(values: Any, field: str, place: str, *, single: bool = False) -> tupl
     if not values or any(map(blank, values)):
         what = "has an empty entry" if values else "is empty"
         raise InputError(f"{place}: field '{field}' {what}; fill it in or drop the row")
+    if nested := next((value for value in values if isinstance(value, _NESTED)), None):
+        part = "map('join', ' ')" if isinstance(nested, list | tuple) else "map(attribute='text')"
+        raise InputError(f"{place}: field '{field}' {_nested(nested, f'{field} | {part} | list')}")
     return tuple(str(value) for value in values)
 
 
 def environment(tokenizer: Any = None) -> SandboxedEnvironment:
     """What templates may use."""
-    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null)
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_plain)
     environment.filters.update(
         regex_replace=lambda text, pattern, replacement="": re.sub(pattern, replacement, text),
         literal=ast.literal_eval,
@@ -208,10 +219,23 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(str(value).encode("utf-8", "surrogatepass")).hexdigest()[:16] if value else ""
 
 
-def _not_null(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """What a template may write as it is."""
     if value is None:
         raise ValueError("a column it uses is null")
+    if isinstance(value, _NESTED):
+        part = "column | join(' ')" if isinstance(value, list | tuple) else "column.text"
+        raise ValueError(f"a column it uses {_nested(value, part)}")
     return value
+
+
+def _nested(value: Any, expression: str) -> str:
+    """That a value is no text; an expression as an example of what to write in a task YAML."""
+    shown = repr(value)[:_SHOWN] + ("..." if len(repr(value)) > _SHOWN else "")
+    if isinstance(value, bytes):
+        return f"holds bytes that are no text ({shown}): leave it out"
+    kind = "a list" if isinstance(value, list | tuple) else "an object"
+    return f"holds {kind} ({shown}): say in a task YAML what of it is meant, such as {{{{ {expression} }}}}"
 
 
 def _required(value: Any, column: str) -> Any:

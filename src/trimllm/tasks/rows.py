@@ -232,4 +232,11 @@ def _parquet(path: Path) -> Iterator[Row]:
     except pa.ArrowException as error:
         raise InputError(f"cannot read {path}: {first_line(error)}; check that it is a whole Parquet file") from error
     for number, row in enumerate(values, 1):
-        yield Row(f"{path}:row {number}", row)
+        yield Row(f"{path}:row {number}", {name: _decoded(value) for name, value in row.items()})
+
+
+def _decoded(value: Any) -> Any:
+    """Text that was written as bytes; other bytes, such as a picture's, as they are."""
+    with suppress(UnicodeDecodeError):
+        return value.decode() if isinstance(value, bytes) else value
+    return value

@@ -22,7 +22,11 @@ PARTS = {"train": "train", "training": "train", "validation": "validation", "val
 PARTS |= {"dev": "validation", "test": "test"}
 _ABOUT = re.compile(r"(readme|licen[sc]e|changelog)([_.-]\w\w)?\.txt|(dataset_infos?|croissant)\.json", re.I)
 """Names of what lies beside data and is none."""
+_PROSE = re.compile(r"(readme|licen[sc]e|changelog|notice|citation)\b", re.I)
+_NO_DATA = (".md", ".py", ".yaml", ".yml")
 _SHOWN = 5
+SPLIT = "split"
+"""A column that may say the part of each row."""
 _COMPOUND = re.compile(r"(sets?|data|split|rows)$")
 """What may end a word that speaks of a part: `testset`, `TrainData`."""
 
@@ -79,8 +83,16 @@ def data_files(folder: Path) -> list[Path]:
     """
     found = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path) and path.name[0] != ".")
     if not found:
-        raise InputError(f"{folder} has no data files: expected train.jsonl, test.jsonl or the like")
+        there = f"; there are {shortened(others, _SHOWN)}" if (others := _others(folder)) else ""
+        raise InputError(f"{folder} has no data files: expected train.jsonl, test.jsonl or the like{there}")
     return found
+
+
+def _others(folder: Path) -> list[str]:
+    """What else is in a folder and may be taken for data: files of other formats, and folders."""
+    named = sorted(path for path in folder.iterdir() if path.name[0] not in "._" and not _PROSE.match(path.name))
+    inside = [path for path in named if path.suffix.lower() not in _NO_DATA]
+    return [f"{path.name}/" if path.is_dir() else path.name for path in inside if path.is_dir() or not format_of(path)]
 
 
 def row_files(folder: Path) -> list[Path]:
@@ -89,14 +101,32 @@ def row_files(folder: Path) -> list[Path]:
     return [path for path in found if not _ABOUT.fullmatch(path.name)] or found
 
 
+def by_column(parts: Parts, notes: list[str]) -> Parts:
+    """Rows of one part by what a column `split` of theirs says, if it names the parts and every row has it; with a
+    note."""
+    (rows,) = parts.values() if len(parts) == 1 else ([],)
+    said = [str(row.values.get(SPLIT)).strip().lower() for row in rows]
+    if not said or not PARTS.keys() >= set(said) or len({PARTS[each] for each in said}) < 2:
+        return parts
+    found: Parts = {}
+    for row, each in zip(rows, said, strict=True):
+        values = {name: value for name, value in row.values.items() if name != SPLIT}
+        found.setdefault(PARTS[each], []).append(Row(row.place, values))
+    shown = ", ".join(f"{len(several):,} {part}" for part, several in found.items())
+    notes.append(f"the column {SPLIT!r} says what rows are for: {shown}")
+    return found
+
+
 def file_notes(files: Files) -> list[str]:
-    """What the user should know of a folder: files that are not read, because they are about the data, or name no split
-    while others do; files that are pooled, because none does."""
+    """What the user should know of a folder: files that are not read, because they are about the data, are of no known
+    format, or name no split while others do; files that are pooled, because none does."""
     folder = None if isinstance(files, Mapping) else Path(files)
     if folder is None or not folder.is_dir():
         return []
     found = row_files(folder)
     notes = [f"not used: {file.name} (about the data)" for file in data_files(folder) if file not in found]
+    if others := _others(folder):
+        notes.append(f"not read: {shortened(others, _SHOWN)} (files of no known format, folders in the folder)")
     unnamed = [file.name for file in found if part_of(file) is None]
     if len(unnamed) < len(found):
         return notes + [f"not used: {name} (no train, valid or test in its name)" for name in unnamed]
@@ -106,11 +136,23 @@ def file_notes(files: Files) -> list[str]:
 
 
 def part_of(path: Path) -> str | None:
-    """The part a file name speaks of first (`train`, `books_valid`, `data.test`, `test-00000-of-00001`), if any; if no
-    word of it does, the part of a compound (`testset`, `TrainData`)."""
+    """The part a file name speaks of (`train`, `books_valid`, `data.test`, `test-00000-of-00001`), if any; if no word
+    of it does, the part of a compound (`testset`, `TrainData`).
+
+    Raises:
+        InputError: if it speaks of several.
+    """
+    found = parts_named(path)
+    if len(found) > 1:
+        raise InputError(f"{path}: its name speaks of {' and '.join(sorted(found))}: rename it, with one of them alone")
+    return next(iter(found), None)
+
+
+def parts_named(path: Path) -> set[str]:
+    """All parts that a file name speaks of."""
     words = re.split(r"[^a-z]+", path.name.lower())
     compounds = [_COMPOUND.sub("", word) for word in words]
-    return next((PARTS[word] for word in (*words, *compounds) if word in PARTS), None)
+    return {PARTS[word] for word in words if word in PARTS} or {PARTS[word] for word in compounds if word in PARTS}
 
 
 def _path_parts(path: Path) -> Parts:
