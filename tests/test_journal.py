@@ -181,7 +181,9 @@ def test_space_for_every_depth_that_may_be_kept_is_only_pointed_out(tmp_path, mo
 
 
 @pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize(("changes", "copies"), [({"depth": 1}, 4), ({"depth": 4}, 3), ({"max_params": 1}, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "copies"), [({"depth": 1}, 4), ({"depth": 4}, 3), ({"max_params": 57_000}, 3)], ids=str
+)
 def test_space_is_asked_for_every_depth_that_is_kept_and_not_of_a_finished_run(tmp_path, monkeypatch, changes, copies):
     base, task, asked = h.save_base(tmp_path / "base"), h.save_task(tmp_path / "task"), []
     monkeypatch.setattr(progressive.rundir, "check_space", lambda _, needed: asked.append(needed))

@@ -148,7 +148,7 @@ def test_run_drops_whole_periods(windowed, task, tmp_path, monkeypatch):
     [
         ({"depth": 5}, "--keep-pattern drops 4 of 8 layers at a time, and the run is to end with 5: ask for --depth 4"),
         (
-            {"max_params": 1, "min_depth": 5},
+            {"max_params": 100_000, "min_depth": 5},
             "--min-depth 5: nothing can be dropped: layers of the 8 go 4 at a time: allow 4",
         ),
         ({"depth": 4, "unit": "pair"}, "--keep-pattern drops 4 blocks at a time: leave out --unit pair"),

@@ -252,7 +252,7 @@ def test_state_that_a_kill_left_in_a_finished_run_goes_when_it_is_asked_again(ba
         ({"one_shot": True, "sparse_update": "static"}, False),
         ({"epochs_per_drop": 0.0, "sparse_update": "static"}, False),
         ({"depth": 3}, False),
-        ({"depth": None, "max_params": 1}, True),
+        ({"depth": None, "max_params": 57_000}, True),
     ],
     ids=str,
 )

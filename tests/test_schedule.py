@@ -225,7 +225,7 @@ def test_journaled_joint_trial_is_what_a_really_cut_model_gives(base, task, tmp_
     [
         ({"max_params": 87_904 - 2 * 7_000}, 3),
         ({"target_speedup": 1.6}, 3),
-        ({"max_params": 1, "min_depth": 3}, 3),
+        ({"max_params": 57_000, "min_depth": 3}, 3),
     ],
     ids=str,
 )

@@ -214,7 +214,7 @@ def test_bfloat16_base_gives_a_bfloat16_checkpoint(task, tmp_path):
         ({"max_params": 87_904 - 2 * 7_000}, 3),
         ({"max_memory": (87_904 * 4 - 1) / 2**30}, 4),
         ({"target_speedup": 1.6}, 3),
-        ({"max_params": 1, "min_depth": 3}, 3),
+        ({"max_params": 57_000, "min_depth": 3}, 3),
         ({"depth": 1, "min_depth": 4}, 4),
     ],
     ids=str,
@@ -226,13 +226,29 @@ def test_run_ends_at_its_target(base, task, tmp_path, target, depth):
 
 
 def test_a_target_that_is_not_met_and_a_depth_that_is_not_trained_are_said(base, task, tmp_path, capsys):
-    progressive.trim(TrimConfig(**h.settings(base, task, tmp_path / "run", **NO_TRAINING, max_params=1, min_depth=4)))
+    progressive.trim(
+        TrimConfig(**h.settings(base, task, tmp_path / "run", **NO_TRAINING, max_params=57_000, min_depth=4))
+    )
     lines = capsys.readouterr().err
-    assert "warning: --max-params 1: not met, since the drops ended before: the minimum depth, 4\n" in lines
+    assert "warning: --max-params 57000: not met, since the drops ended before: the minimum depth, 4\n" in lines
     assert "depth   5  not trained " in lines
     assert "fine-tuned" not in lines + (tmp_path / "run" / "model" / "README.md").read_text()
     warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
-    assert "--max-params 1: not met, since the drops ended before: the minimum depth, 4" in warned
+    assert "--max-params 57000: not met, since the drops ended before: the minimum depth, 4" in warned
+
+
+def test_a_saved_model_that_is_slower_than_asked_is_said(base, task, tmp_path, capsys, monkeypatch):
+    asked = h.settings(base, task, tmp_path / "run", **NO_TRAINING, target_speedup=1.6)
+    progressive.trim(TrimConfig(**asked))
+    assert "--target-speedup" not in capsys.readouterr().err, "5 to 3 layers: 1.67"
+    monkeypatch.setattr(progressive.Recorder, "final_speeds", lambda *_: {"trimmed": [3.1] * 5, "base": [2.0] * 5})
+    progressive.trim(TrimConfig(**asked | {"output": str(tmp_path / "slower")}))
+    warning = (
+        "--target-speedup 1.6: the saved model decodes 1.55 times as fast as the base; when the drops ended it was "
+        "1.67: measure it with trimllm bench"
+    )
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+    assert warning in h.result(tmp_path / "slower")["warnings"]
 
 
 def test_a_run_that_drops_nothing_says_so(base, task, tmp_path, scripted, capsys):
@@ -298,7 +314,7 @@ def test_floor_above_the_fine_tuned_model_is_an_error_that_says_so(base, task, t
 
 
 def test_run_without_depth_target_ends_when_only_protected_layers_are_left(base, task, tmp_path):
-    h.run(base, task, tmp_path / "run", max_params=1, protect=(0, 2, -1), **NO_TRAINING)
+    h.run(base, task, tmp_path / "run", max_params=57_000, protect=(0, 2, -1), **NO_TRAINING)
     assert h.result(tmp_path / "run")["layers"] == [0, 2, 4]
 
 
@@ -310,7 +326,10 @@ def test_run_without_depth_target_ends_when_only_protected_layers_are_left(base,
         ({"max_params": 10**9}, "already meets the target"),
         ({"protect": (5,)}, "--protect 5: the model has layers 0 to 4"),
         ({"depth": 2, "protect": (0, 1, 2)}, "--protect keeps 3 layers, and the run is to end with 2"),
-        ({"max_params": 1, "protect": (0, 1, 2, 3, 4)}, "nothing is left to drop"),
+        ({"max_params": 57_000, "protect": (0, 1, 2, 3, 4)}, "nothing is left to drop"),
+        ({"max_params": 56_927}, "--max-params 56927: with one layer alone the model has 56,928: allow more"),
+        ({"max_memory": 1e-4}, "--max-memory 0.0001: with one layer alone the model takes 0.000212 GiB: allow more"),
+        ({"target_speedup": 5.1}, "--target-speedup 5.1: one of 5 layers cannot be more than 5 times as fast: ask for"),
         ({"one_shot": True, "max_drop": 2}, "--one-shot must know how many"),
         ({"one_shot": True, "unit": "pair"}, "--one-shot drops blocks only"),
         ({"strategy": "scan+norn"}, "did you mean 'scan+norm'"),
@@ -433,7 +452,7 @@ def test_of_pairs_the_halves_that_are_left_count_as_staying(base, task, tmp_path
 
 def test_a_target_is_not_missed_by_a_depth_that_a_floor_took_back(base, task, tmp_path, scripted):
     scripted({5: 80, 4: 80, 3: 10})
-    asked = {"max_params": 1, "min_depth": 3, "min_accuracy": 70.0}
+    asked = {"max_params": 57_000, "min_depth": 3, "min_accuracy": 70.0}
     h.run(base, task, tmp_path / "run", **asked)
     result = h.result(tmp_path / "run")
     assert result["depth"] == 4

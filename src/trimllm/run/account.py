@@ -79,7 +79,7 @@ def result(
 ) -> dict[str, Any]:
     """The contents of result.json."""
     speedup = (
-        dict(zip(("median", "min", "max"), timing.ratio(speeds, "trimmed", "base"), strict=True)) if speeds else None
+        dict(zip(("median", "min", "max"), timing.ratio(speeds, "trimmed", "base"), strict=True)) if speeds else {}
     )
     saved = history[-1]
     return {
@@ -95,7 +95,7 @@ def result(
         "layers": whole_layers(load_layout(stage["layout"])),
         "parameters": stage["parameters"],
         "bytes": stage["bytes"],
-        "decode_speedup": speedup,
+        "decode_speedup": speedup or None,
         "verified": vars(verified),
         "rows": {
             "train": len(data.train),
@@ -104,7 +104,7 @@ def result(
             "left_out": list(data.left_out),
         },
         "notes": list(data.notes),
-        "warnings": warnings(config, history, drops),
+        "warnings": warnings(config, history, drops, speedup.get("median")),
         "history": history,
         "drops": drops,
         "tokens": tokens(history),
@@ -189,22 +189,33 @@ def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:
     )
 
 
-def at_the_end(history: list[dict[str, Any]]) -> list[str]:
-    """Warnings about the result as a whole, by the rows of all depths, the base first and the saved model last."""
+def at_the_end(
+    config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: float | None
+) -> list[str]:
+    """Warnings about the result as a whole, by the rows of all depths, the base first and the saved model last;
+    `speedup` is the saved model's, where it was measured."""
     base, saved = history[0], history[-1]
     none = "nothing was dropped: the first drop fell below the accuracy floor"
     found = [none] if saved["depth"] == base["depth"] else []
     collapsed = fluency.warning(base.get("fluency"), saved.get("fluency"))
-    return [*found, *([collapsed] if collapsed else [])]
+    slower = targets.slower(config, _ended(history, drops), speedup)
+    return [*found, *filter(None, [collapsed, slower])]
 
 
-def warnings(config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]]) -> list[str]:
-    """Everything that the user was warned of on the way, in that order."""
-    stages = [row for row in history if row["event"] == "stage"]
-    worse = [worsened(row, history[0]) for row in stages]
-    ended = drops[-1]["reached"] if drops and stages[-1]["depth"] == history[-1]["depth"] else None  # not by a floor
+def warnings(
+    config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: float | None
+) -> list[str]:
+    """Everything that the user was warned of on the way, in that order; arguments are those of `at_the_end`."""
+    worse = [worsened(row, history[0]) for row in history if row["event"] == "stage"]
+    ended = _ended(history, drops)
     missed = targets.missed(config, ended) if ended else None
-    return [line for line in (*worse, missed) if line] + at_the_end(history)
+    return [line for line in (*worse, missed) if line] + at_the_end(config, history, drops, speedup)
+
+
+def _ended(history: list[dict[str, Any]], drops: list[dict[str, Any]]) -> str | None:
+    """What ended the drops, in words; None where a floor did, or nothing was dropped."""
+    stages = [row for row in history if row["event"] == "stage"]
+    return drops[-1]["reached"] if drops and stages[-1]["depth"] == history[-1]["depth"] else None
 
 
 def tokens(history: list[dict[str, Any]]) -> dict[str, Any]:

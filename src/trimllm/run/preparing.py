@@ -75,6 +75,8 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir) -> Prepared:
     targets.wanted_depth(config, depth)
     if (already := targets.reached(config, depth, recording.size(model, save_dtype))) is not None:
         raise InputError(f"nothing to drop: the model already meets the target, {already}")
+    if not begun:
+        targets.check_possible(config, depth, recording.least_size(model, save_dtype))
     data = inputs.task_data(config, tokenizer)
     checks.floor(config, data.metric)
     calibration = inputs.scorer(config, model, tokenizer, data.calibration)

@@ -446,11 +446,11 @@ class Run:
         if (last["event"], last.get("layout")) != ("saved", good["layout"]):
             self.recorder.record("saved", saved, layout)
         row = self.journal.events[-1]
-        above = None
+        above = speedup = None
         if self.share.first:
             above = self.recorder.above_full(self.history())
-            self.recorder.write_result(self.ready.data, good, self.history(), base, above, report, saved)
-        for line in account.at_the_end(self.history()):
+            speedup = self.recorder.write_result(self.ready.data, good, self.history(), base, above, report, saved)
+        for line in account.at_the_end(self.config, self.history(), self.journal.of("drop"), speedup):
             self.console.say(f"warning: {line}")
         reached = f"{self.ready.metric} {account.percent(row['test'])}"
         self.console.say(

@@ -97,15 +97,18 @@ class Recorder:
         above: dict[str, float] | None,
         verified: Any,
         saved: Any,
-    ) -> None:
+    ) -> float | None:
         """The model card of the depth that `stage` ended with, and result.json. `history` ends with the row of the
-        saved model, and `above` is what `above_full` says of it; `base` names the base."""
+        saved model, and `above` is what `above_full` says of it; `base` names the base. Returns how many times the
+        base's speed decoding has, where that could be measured."""
         folder, drops = RunDir(self.config.output), self.journal.of("drop")
         text = model_card.trimmed(self.config, data, load_layout(stage["layout"]), history, base, above)
         files.write_atomic(folder.model / "README.md", text)
         speeds = self.final_speeds(saved)
         result = account.result(self.config, data, stage, history, drops, base, above, verified, speeds)
         files.write_json(folder.result, result)
+        speedup: dict[str, float] | None = result["decode_speedup"]
+        return speedup["median"] if speedup else None
 
     def above_full(self, history: list[dict[str, Any]]) -> dict[str, float] | None:
         """By how many points the saved model is above the one with all layers from which the drops began, question by
@@ -150,6 +153,13 @@ class Recorder:
                 raise
             self.console.say("the decode speed was not compared: base and result together exceed the device's memory")
             return None
+
+
+def least_size(model: Any, dtype: torch.dtype) -> Size:
+    """The size with the smallest block alone (at the least: blocks may share parameters)."""
+    counts = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks(model)]
+    count = size(model, dtype).parameters - sum(counts) + min(counts)
+    return Size(1, count, count * dtype.itemsize)
 
 
 def size(model: Any, dtype: torch.dtype, speedup: float | None = None) -> Size:

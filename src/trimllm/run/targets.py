@@ -13,6 +13,7 @@ from trimllm.errors import InputError
 GIB = 2**30
 LEAST = "the minimum depth"
 STUCK = "every layer that remains is protected or cannot be removed"
+FASTER = " times the base's speed"
 LATE_SHARE = 2 / 3
 """Share of the training after drops that waits for the last drop with --schedule late; see docs/results.md."""
 
@@ -60,10 +61,33 @@ def reached(config: TrimConfig, base_depth: int, size: Size) -> str | None:
     if config.max_memory is not None and size.bytes <= config.max_memory * GIB:
         return f"{size.bytes / GIB:.3f} GiB"
     if config.target_speedup is not None and size.speedup is not None and size.speedup >= config.target_speedup:
-        return f"{size.speedup:.2f} times the base's speed"
+        return f"{size.speedup:.2f}{FASTER}"
     if size.depth <= config.min_depth:
         return f"{LEAST}, {config.min_depth}"
     return None
+
+
+def check_possible(config: TrimConfig, base_depth: int, least: Size) -> None:
+    """Refuse sizes that no drop leads to; `least` is the smallest layer alone. (That --min-depth leaves more is a wish,
+    and ends the drops with a warning.)
+
+    Raises:
+        InputError: if that is more than was asked for, or the speed more than the others' time can give.
+    """
+    if config.max_params is not None and least.parameters > config.max_params:
+        raise InputError(
+            f"--max-params {config.max_params}: with one layer alone the model has {least.parameters:,}: allow more"
+        )
+    if config.max_memory is not None and least.bytes > config.max_memory * GIB:
+        raise InputError(
+            f"--max-memory {config.max_memory:g}: with one layer alone the model takes {least.bytes / GIB:.3g} GiB: "
+            "allow more"
+        )
+    if config.target_speedup is not None and config.target_speedup > base_depth:
+        raise InputError(
+            f"--target-speedup {config.target_speedup:g}: one of {base_depth} layers cannot be more than {base_depth} "
+            "times as fast: ask for less"
+        )
 
 
 def missed(config: TrimConfig, reached: str) -> str | None:
@@ -72,6 +96,18 @@ def missed(config: TrimConfig, reached: str) -> str | None:
     if not asked or not reached.startswith((LEAST, STUCK)):
         return None
     return f"{' and '.join(asked)}: not met, since the drops ended before: {reached}"
+
+
+def slower(config: TrimConfig, reached: str | None, speedup: float | None) -> str | None:
+    """One line where the drops ended at the speed that was asked for, and the saved model has less."""
+    if config.target_speedup is None or speedup is None or not (reached or "").endswith(FASTER):
+        return None
+    if speedup >= config.target_speedup:
+        return None
+    return (
+        f"--target-speedup {config.target_speedup}: the saved model decodes {speedup:.2f} times as fast as the base; "
+        f"when the drops ended it was {(reached or '').removesuffix(FASTER)}: measure it with trimllm bench"
+    )
 
 
 def least_depth(config: TrimConfig, base_depth: int) -> int:
