@@ -747,6 +747,25 @@ def test_drop_with_a_full_disk_is_exit_code_1(base, tmp_path, capsys, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_eval_with_a_full_disk_prints_what_it_found(base, task, tmp_path, capsys, monkeypatch):
+    def full(path, _):
+        raise TrimError(files.full_disk(path))
+
+    monkeypatch.setattr(files, "write_json", full)
+    code, out, err = call(capsys, "eval", "--model", base, "--task", task, "--output", tmp_path / "found.json")
+    assert (code, "found.json: the disk is full" in err) == (1, True)
+    assert out.startswith(f"{task.name}: acc ")
+
+
+def test_a_bare_off_in_yaml_is_the_word(base, task, tmp_path):
+    (tmp_path / "run.yaml").write_text("sparse_update: off\ncache_frozen_prefix: off\n")
+    read = plain_settings.read_yaml(tmp_path / "run.yaml")
+    made = plain_settings.make(config.TrimConfig, {"model": "m", "task": "t", "output": "o", **read})
+    assert (made.sparse_update, made.cache_frozen_prefix) == ("off", "off")
+    with pytest.raises(InputError, match="--schedule False: must be"):
+        plain_settings.make(config.TrimConfig, {"model": "m", "task": "t", "output": "o", "schedule": False})
+
+
 def test_scan_writes_table_and_picture_and_refuses_to_do_it_twice(base, task, tmp_path, capsys):
     words = ["--model", base, "--task", task, "--calibration-size", "6", "--output", tmp_path / "scan"]
     assert "--protect 9" in refusal(capsys, "scan", *words, "--protect", "9")

@@ -455,3 +455,19 @@ def test_a_folder_without_data_files_says_what_is_there(tmp_path):
     write(tmp_path, *[{**GOOD, "question": f"q {n}"} for n in range(9)], name="train.jsonl")
     note = "not read: 2024/, rows.xlsx (files of no known format, folders in the folder)"
     assert load_task(tmp_path).notes[0] == note
+
+
+def test_half_a_character_is_refused(tmp_path):
+    rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(9)]
+    path = write(tmp_path, *rows, {"text": "a smile, \ud83d cut", "label": "a"})
+    assert message(path) == "FILE:10: '\\ud83d' is half of a character: mend the text, or drop the row"
+
+
+def test_prompts_and_completions_may_be_numbers_but_not_null(tmp_path):
+    rows = [{"prompt": n, "completion": 10 * n} for n in range(9)]
+    assert sorted((item.prompt, item.target) for item in load_task(write(tmp_path, *rows)).train)[0] == ("0", " 0")
+    for column in ("prompt", "completion"):
+        path = write(tmp_path, *rows, {"prompt": 1, "completion": 2, column: None})
+        said = message(path)
+        assert said.startswith("FILE:10: cannot make the ")
+        assert said.endswith(f": field '{column}' is empty; fill it in or drop the row")

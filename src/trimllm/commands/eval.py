@@ -32,18 +32,16 @@ def run(command: config.EvalConfig) -> None:
     loaded, data, scorer = _asked(command)
     evaluation = scorer.evaluate(loaded.model, data.metric)
     record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
-    _write_result(command.output, record)
-    print(f"{data.name}: {evaluation_line(evaluation)}")
+    _tell(command.output, record, f"{data.name}: {evaluation_line(evaluation)}")
     if command.generate:
         record["generation"] = _generation(command, loaded, data)
-        _write_result(command.output, record)
-        print("generated: " + ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items()))
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items())
+        _tell(command.output, record, f"generated: {shown}")
     if command.against:
         del loaded
         memory.release()
         record["against"], told = _against(command, data, scorer, evaluation)
-        _write_result(command.output, record)
-        print(told)
+        _tell(command.output, record, told)
 
 
 def _asked(
@@ -117,9 +115,13 @@ def _targets(scorer: Scorer) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def _write_result(output: str | None, record: dict[str, Any]) -> None:
-    if output:
-        files.write_json(Path(output), record)
+def _tell(output: str | None, record: dict[str, Any], line: str) -> None:
+    """Write what is known by now, and print what is new in it: each also where the other cannot be done."""
+    try:
+        if output:
+            files.write_json(Path(output), record)
+    finally:
+        print(line)
 
 
 def _check_result(path: Path) -> None:

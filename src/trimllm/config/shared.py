@@ -5,9 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from trimllm.errors import did_you_mean
 
@@ -66,6 +75,13 @@ class Settings(BaseModel):
         """An empty path is the current folder to most of Python; usually it is a shell variable that is not set."""
         each_path(value, _not_blank)
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_bare_off_is_a_word(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads it as false."""
+        field = cls.model_fields[str(info.field_name)]
+        return "off" if value is False and "off" in get_args(field.annotation) else value
 
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> Settings:

@@ -160,7 +160,7 @@ def batch_pieces(model: Any, batch: Batch) -> Pieces:
         raise TrimError(
             f"the model's log-likelihoods are not finite numbers, for {len(bad)} of {count} continuations in a batch "
             f"(the first: item {batch.owners[int(bad[0])][0] + 1} of its set): try --dtype float32; if that does not "
-            "help, the weights are damaged"
+            "help, the weights are damaged, or were trained at far too high an --lr"
         )
     columns = zip(total.tolist(), lengths.tolist(), (misses == 0).tolist(), strict=True)
     return dict(zip(batch.owners, columns, strict=True))

@@ -63,7 +63,14 @@ class Renderer:
             InputError: if a column is missing, a prompt, choice or target is empty, or the answer names no choice.
         """
         build = {"choice": self._choice, "generation": self._generation, "text": self._document}[self.spec.kind]
-        return build(row)
+        item = build(row)
+        try:
+            for text in (item.prompt, *item.continuations):
+                text.encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise InputError(f"{row.place}: {half!r} is half of a character: mend the text, or drop the row") from error
+        return item
 
     def _choice(self, row: Row) -> Item:
         prompt = self._filled("prompt", self._prompt, row)
