@@ -155,7 +155,7 @@ def test_cuts_one_after_another_equal_one_cut() -> None:
     assert torch.equal(logits(once), logits(twice))
     assert once.config.to_dict() == twice.config.to_dict()
     pair, then = build("qwen3_moe"), build("qwen3_moe")
-    apply_layout(pair, (Block(0, 1), Block(2, 2), Block(3, 5)))
+    apply_layout(pair, [(0, 1), (2, 2), (3, 5)])
     apply_layout(then, remove(whole(6), Unit("pair", 0)))
     apply_layout(then, (Block(0, 0), Block(1, 1), Block(2, 4)))
     assert torch.equal(logits(pair), logits(then))

@@ -28,7 +28,7 @@ from trimllm.blocks.decoder import (
     text_config,
     text_decoder,
 )
-from trimllm.blocks.layout import Layout, places, positions, whole, without
+from trimllm.blocks.layout import Block, Layout, places, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.errors import InputError
 
@@ -52,12 +52,13 @@ def drop_layers(model: nn.Module, layers: Iterable[int]) -> nn.Module:
     return apply_layout(model, without(whole(count), positions(layers, count)))
 
 
-def apply_layout(model: nn.Module, layout: Layout) -> nn.Module:
+def apply_layout(model: nn.Module, layout: Iterable[tuple[int | None, int | None]]) -> nn.Module:
     """Turn the model into `layout` in place, modules and config in one operation; on an error nothing has changed.
 
     Args:
         model: a causal language model of transformers.
-        layout: in terms of the model's present blocks; without bypassed halves.
+        layout: per block that remains, which of the model's present blocks its attention half and its MLP half are of,
+            as in `[(0, 0), (1, 2), (3, 3)]`; without bypassed halves.
 
     Returns:
         The same model.
@@ -67,24 +68,25 @@ def apply_layout(model: nn.Module, layout: Layout) -> nn.Module:
             model has an adapter that is not merged.
     """
     adapters.check_merged(model)
-    if layout == whole(depth(model)):
+    cut = tuple(Block(*halves) for halves in layout)
+    if cut == whole(depth(model)):
         return model
-    reason = refusal(model, layout)
+    reason = refusal(model, cut)
     if reason:
         raise InputError(reason)
     changes = Changes()
     try:
-        _cut_weights(model, layout, changes)
+        _cut_weights(model, cut, changes)
         owner, name = container(model)
-        kept = assemble(model, layout, changes)
+        kept = assemble(model, cut, changes)
         install(owner, name, kept, changes)
-        describe(model, owner, layout, changes)
+        describe(model, owner, cut, changes)
     except BaseException:
         changes.undo()
         raise
-    _renumber(kept, layout)
-    _fold_scales(model, layout, kept)
-    _rename_device_map(model, owner, name, layout)
+    _renumber(kept, cut)
+    _fold_scales(model, cut, kept)
+    _rename_device_map(model, owner, name, cut)
     return model
 
 
