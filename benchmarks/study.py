@@ -129,6 +129,9 @@ ARMS = {
     "late, carried, exact ties": Arm(
         {"optimizer_state": "carried", "tie_tolerance": 0.0}, per_depth=True, late=LATE_SHARE
     ),
+    "late, carried, probability": Arm(
+        {"optimizer_state": "carried", "strategy": "probability"}, per_depth=True, late=LATE_SHARE
+    ),
     "late, carried, ties by loss": Arm(
         {"optimizer_state": "carried", "strategy": "scan+loss"}, per_depth=True, late=LATE_SHARE
     ),
@@ -151,6 +154,7 @@ ARMS = {
     "one-shot": _peer("scan+norm", sparse_update="static"),
     "one-shot, twice as long": replace(_peer("scan+norm", sparse_update="static"), longer=2.0),
     "one-shot, exact ties": _peer("scan+norm", sparse_update="static", tie_tolerance=0.0),
+    "one-shot, probability": _peer("probability", sparse_update="static"),
     "one-shot, ties by loss": _peer("scan+loss", sparse_update="static"),
     "one-shot, loss scan": _peer("loss", sparse_update="static"),
     "one-shot, r=1": _peer("scan+norm"),

@@ -359,14 +359,14 @@ IDLE = [
     *(
         (
             [*command, "--strategy", "scan", "--scan", "racing", "--tie-tolerance", "2"],
-            "--tie-tolerance 2.0 is for scan+norm and scan+loss, and --strategy scan has nothing that breaks ties",
+            "--tie-tolerance 2.0 is for two scores, as in scan+norm, and --strategy scan has nothing that breaks ties",
         )
         for command in (TRIM, SCAN)
     ),
     *(
         (
             [*command, "--strategy", "bi", "--tie-tolerance", "2"],
-            "--tie-tolerance 2.0 is for scan+norm and scan+loss, and --strategy bi has nothing that breaks ties",
+            "--tie-tolerance 2.0 is for two scores, as in scan+norm, and --strategy bi has nothing that breaks ties",
         )
         for command in (TRIM, SCAN)
     ),
@@ -437,9 +437,8 @@ def test_infinite_numbers_are_refused(capsys, words):
 
 @pytest.mark.parametrize("command", [TRIM, SCAN, ["compare", *TRIM[1:]]], ids=lambda value: value[0])
 def test_an_unknown_strategy_is_refused_when_the_settings_are_made(command):
-    with pytest.raises(
-        InputError, match="unknown strategy 'bogus': use one of scan\\+norm, scan\\+loss, scan, norm, bi,"
-    ):
+    known = "unknown strategy 'bogus': use one of scan+norm, scan+probability, scan+loss, scan, probability, norm, bi,"
+    with pytest.raises(InputError, match=re.escape(known)):
         cli.parse([*command, "--strategy", "bogus"])
 
 

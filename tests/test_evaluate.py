@@ -324,6 +324,23 @@ def test_acc_takes_the_highest_sum_and_acc_norm_the_highest_per_character():
     assert acc.n == 4
 
 
+def test_probability_is_that_of_the_right_choice_among_the_choices():
+    items = choice_items([0, 1, 1, 1], (2, 10))
+    rows = [(-4, -10), (-4, -10), (-1, -30), (-900, -902)]
+    found = judge(items, scores_of(rows), "acc")
+    right = [1 / (1 + math.exp(-6)), 1 / (1 + math.exp(6)), 1 / (1 + math.exp(29)), 1 / (1 + math.exp(2))]
+    assert found.probability == pytest.approx(100 * np.mean(right))
+    assert found.summary()["probability"] == found.probability
+    by_length = judge(items, scores_of(rows), "acc_norm")  # 6 characters in the mean
+    apart = [6 * (-4 / 2 + 10 / 10), 6 * (4 / 2 - 10 / 10), 6 * (1 / 2 - 30 / 10), 6 * (900 / 2 - 902 / 10)]
+    right = [1 / (1 + math.exp(-apart[0])), *(1 / (1 + math.exp(-each)) for each in apart[1:])]
+    assert by_length.probability == pytest.approx(100 * np.mean(right))
+    sure = [(each > 0.5) for each in right]
+    assert sure == list(by_length.correct), "of two choices the likelier one is said"
+    text = judge([Item("r:1", "q", (" a",))], scores_of([(-1,)]), "likelihood")
+    assert text.probability is None
+
+
 def test_a_value_is_the_mean_of_what_each_item_gives_and_its_error_that_of_their_mean():
     numbers = np.random.default_rng(0)
     items = choice_items(numbers.integers(0, 2, 50), (3, 5))

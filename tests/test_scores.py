@@ -108,6 +108,8 @@ def test_strategies_name_their_scores_and_needs():
     assert parts("scan+norm") == ("scan", "norm")
     assert needs("scan+norm") == {"accuracy", "norm"}
     assert needs("scan+loss") == {"accuracy", "loss"}
+    assert needs("scan+probability") == {"accuracy", "probability"}
+    assert needs("probability") == {"probability"}
     assert needs("scan") == {"accuracy"}
     assert needs("last") == set()
     for strategy in STRATEGIES:
@@ -125,9 +127,9 @@ def test_unknown_strategy_names_the_nearest(wrong, near):
 
 
 def test_unknown_strategy_that_is_near_to_none_lists_them_all():
-    with pytest.raises(InputError, match=r"use one of scan\+norm, scan\+loss, scan, norm"):
+    with pytest.raises(InputError, match=r"use one of scan\+norm, scan\+probability, scan\+loss, scan, "):
         needs("zzz")
 
 
 def test_every_strategy_that_the_settings_take_has_its_score():
-    assert ("scan+norm", "scan+loss", *SCORES) == STRATEGIES
+    assert ("scan+norm", "scan+probability", "scan+loss", *SCORES) == STRATEGIES

@@ -389,9 +389,17 @@ def test_a_run_of_a_version_with_wider_ties_goes_on_with_them(base, task, tmp_pa
         assert found.decider.tolerance == pytest.approx(tolerance)
 
 
-@pytest.mark.parametrize(("strategy", "breaker"), [("scan+norm", "s_norm"), ("scan+loss", "loss"), ("scan", "s_norm")])
+@pytest.mark.parametrize(
+    ("strategy", "breaker", "sign"),
+    [
+        ("scan+norm", "s_norm", 1),
+        ("scan+loss", "loss", 1),
+        ("scan+probability", "probability", -1),
+        ("scan", "s_norm", 1),
+    ],
+)
 def test_ties_go_by_the_score_that_breaks_them_in_what_is_dropped_and_in_what_trains(
-    base, task, tmp_path, strategy, breaker, capsys
+    base, task, tmp_path, strategy, breaker, sign, capsys
 ):
     ties = {"tie_tolerance": 50} if "+" in strategy else {}
     asked = {"train_ratio": 0.6, "depth": 4, "strategy": strategy}
@@ -401,11 +409,11 @@ def test_ties_go_by_the_score_that_breaks_them_in_what_is_dropped_and_in_what_tr
     (dropped,) = table["dropped"]
     if "+" in strategy:
         assert len(table["tied"]) > 1
-        assert units[dropped][breaker] == min(units[i][breaker] for i in table["tied"])
-        name = {"s_norm": "largest norm", "loss": "least loss"}[breaker]
+        assert sign * units[dropped][breaker] == min(sign * units[i][breaker] for i in table["tied"])
+        name = {"s_norm": "largest norm", "loss": "least loss", "probability": "surest"}[breaker]
         assert f"are tied: the {name} goes" in capsys.readouterr().err
         assert h.journal(tmp_path / "run", "drop")[0]["why"][0].endswith(f"by the scan, {name}")
-    order = sorted(range(5), key=lambda i: (units[i]["importance"], units[i][breaker]), reverse=True)
+    order = sorted(range(5), key=lambda i: (units[i]["importance"], sign * units[i][breaker]), reverse=True)
     assert h.journal(tmp_path / "run", "drop")[0]["trains"] == sorted([i for i in order if i != dropped][:3])
 
 

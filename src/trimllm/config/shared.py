@@ -46,8 +46,8 @@ Location = Annotated[str, AfterValidator(os.path.expanduser)]
 does in YAML. (Of models, `models.path_of` expands it: their names are stored as they were given.)"""
 
 STRATEGIES = (
-    *("scan+norm", "scan+loss", "scan", "norm", "bi", "angular", "loss", "perplexity", "taylor", "magnitude"),
-    *("random", "first", "last", "alternate", "symmetric"),
+    *("scan+norm", "scan+probability", "scan+loss", "scan", "probability", "norm", "bi", "angular", "loss"),
+    *("perplexity", "taylor", "magnitude", "random", "first", "last", "alternate", "symmetric"),
 )
 """What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's.
 See `scores.SCORES`."""
@@ -242,7 +242,7 @@ class ScoreSettings(StrategySettings):
         found = super().idle()
         if self.tie_tolerance is not None and "+" not in self.strategy:
             found["tie_tolerance"] = (
-                f"--tie-tolerance {self.tie_tolerance} is for scan+norm and scan+loss, and --strategy "
+                f"--tie-tolerance {self.tie_tolerance} is for two scores, as in scan+norm, and --strategy "
                 f"{self.strategy} has nothing that breaks ties: leave one of them out"
             )
         return found

@@ -65,6 +65,8 @@ class Evaluation:
     """Mean negative log-likelihood per token of the right continuation, in nats; its exponential is the perplexity."""
     acc: float | None = None
     acc_norm: float | None = None
+    probability: float | None = None
+    """choices: percent, the mean probability of the right one among them (see `probabilities`)."""
     greedy: float | None = None
     """generation: percent of targets that greedy decoding reproduces."""
     correct: tuple[bool, ...] = ()
@@ -333,8 +335,8 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
     error = 100 * standard_error(hits[metric], [item.group for item in items])
     percent = {name: 100 * float(hit.mean()) for name, hit in hits.items()}
     correct, per_item = tuple(map(bool, hits[metric])), tuple((100.0 * hits[metric]).tolist())
-    both = percent["acc"], percent["acc_norm"]
-    return Evaluation(metric, percent[metric], error, n, loss, *both, correct=correct, per_item=per_item)
+    known = percent["acc"], percent["acc_norm"], 100 * float(probabilities(items, scores, metric).mean())
+    return Evaluation(metric, percent[metric], error, n, loss, *known, correct=correct, per_item=per_item)
 
 
 def outcomes(items: Sequence[Item], scores: Scores, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -346,10 +348,32 @@ def outcomes(items: Sequence[Item], scores: Scores, metric: str) -> tuple[np.nda
     for item, row in zip(items, scores.loglik, strict=True):
         values = np.array(row)
         if metric == "acc_norm":
-            values = values / np.maximum(item.lengths or [len(text.strip()) for text in item.continuations], 1)
+            values = values / _lengths(item)
         hits.append(int(np.argmax(values)) == item.answer)
         margins.append(values[item.answer] - np.delete(values, item.answer).max())
     return np.array(hits), np.array(margins)
+
+
+def probabilities(items: Sequence[Item], scores: Scores, metric: str) -> np.ndarray:
+    """Per item (items,): the probability of the right choice if one of them must be said: the softmax over the choices'
+    log-likelihoods ("acc"), or over those per character, at the choices' mean length ("acc_norm").
+
+    It says of every question what a hit says of those that are near the edge, so its mean over few questions is known
+    better than accuracy, whose order it has.
+    """
+    found = []
+    for item, row in zip(items, scores.loglik, strict=True):
+        values = np.array(row)
+        if metric == "acc_norm":
+            values = values / _lengths(item) * _lengths(item).mean()
+        weights = np.exp(values - values.max())
+        found.append(weights[item.answer] / weights.sum())
+    return np.array(found)
+
+
+def _lengths(item: Item) -> np.ndarray:
+    """Characters of each choice."""
+    return np.maximum(item.lengths or [len(text.strip()) for text in item.continuations], 1)
 
 
 def estimate(share: float, seen: int, metric: str) -> Evaluation:

@@ -116,6 +116,7 @@ class ScanResult:
             depth=depth,
             position=position,
             accuracy=np.array([trial.value for trial in self.trials]) if tried else None,
+            probability=np.array([sureness(trial) for trial in self.trials]) if tried else None,
             loss=np.array([trial.loss for trial in self.trials]) if tried else None,
             norm=self.norm,
             cosine=self.cosine,
@@ -123,6 +124,11 @@ class ScanResult:
             seed=seed,
             **extra,
         )
+
+
+def sureness(trial: Evaluation) -> float:
+    """The mean probability of the right choice; where there are no choices, the metric's value, which is one too."""
+    return trial.value if trial.probability is None else trial.probability
 
 
 def asked(model: Any, scorer: Scorer, metric: str, strategy: str) -> tuple[Scorer, str]:
@@ -143,7 +149,7 @@ MANY_CHOICES = 20
 def many_choices_note(scorer: Scorer, strategy: str) -> str | None:
     """A line for the user where a scan by accuracy spends most of its time on wrong choices."""
     choices = sum(len(item.continuations) for item in scorer.items) / len(scorer.items)
-    if "accuracy" not in needs(strategy) or choices < MANY_CHOICES:
+    if not needs(strategy) & {"accuracy", "probability"} or choices < MANY_CHOICES:
         return None
     return (
         f"a scan asks all {choices:.0f} choices a question; --strategy loss asks the right one only: much quicker, and "
@@ -382,6 +388,7 @@ def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence
             row |= {
                 "value": trial.value,
                 "stderr": trial.stderr,
+                "probability": trial.probability,
                 "loss": trial.loss if np.isfinite(trial.loss) else None,
             }
             if result.running is not None and i not in result.running:

@@ -31,6 +31,8 @@ class Evidence:
     """(n,) position of each unit in the original model, in blocks (a shifted pair stands at i + 0.5)."""
     accuracy: Array | None = None
     """(n,) percent on the calibration set when the unit is deleted."""
+    probability: Array | None = None
+    """(n,) percent: mean probability of the right choice when the unit is deleted; of texts, the accuracy."""
     loss: Array | None = None
     """(n,) nats per target token when the unit is deleted."""
     norm: Array | None = None
@@ -53,6 +55,12 @@ def s_scan(accuracy: Array, delta: float = DELTA) -> Array:
     Strictly decreasing in a, from 100 / (1 + d^2) to 0. Source: TrimLLM (arXiv 2412.11242), calibration scanning.
     """
     return (100.0 - accuracy) / ((1.0 + delta**2) + (1.0 + delta) * accuracy)
+
+
+def confidence(probability: Array) -> Array:
+    """100 - p, for the mean probability p (percent) of the right choice after deleting the unit: how unsure the model
+    becomes. s_scan is of accuracy, which a few questions near the edge decide; in this all questions count."""
+    return 100.0 - probability
 
 
 def s_norm(norm: Array) -> Array:
@@ -146,6 +154,7 @@ def _of(field: str, function: Callable[[Array], Array]) -> Callable[[Evidence], 
 
 SCORES: dict[str, Score] = {
     "scan": Score(("accuracy",), _of("accuracy", s_scan)),
+    "probability": Score(("probability",), _of("probability", confidence)),
     "norm": Score(("norm",), _of("norm", s_norm)),
     "bi": Score(("cosine",), _of("cosine", block_influence)),
     "angular": Score(("run_angle",), _of("run_angle", angular)),

@@ -12,7 +12,7 @@ from trimllm.errors import InputError
 from trimllm.importance import scores
 from trimllm.importance.scores import Array, Evidence
 
-BREAKS_TIES = {"norm": "largest norm", "loss": "least loss"}
+BREAKS_TIES = {"norm": "largest norm", "loss": "least loss", "probability": "surest"}
 """What goes of tied candidates, by the score that breaks ties."""
 
 

@@ -132,7 +132,7 @@ class Decider:
                 metric,
                 self.config.unit,
                 length=self.length,
-                trials=bool(needed & {"accuracy", "loss"}),
+                trials=bool(needed & {"accuracy", "probability", "loss"}),
                 run=self._run(depth),
                 race=self.rules.race(model, layout),
                 finished=finished,
