@@ -1,9 +1,14 @@
 """When a run ends: pure decisions."""
 
 import pytest
+import tiny
+import torch
 
+from trimllm.blocks import decoder, legality, surgery
+from trimllm.blocks.layout import Block
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
+from trimllm.run import recording
 from trimllm.run.targets import STUCK, Size, floor, missed, reached, wanted_depth
 
 
@@ -93,3 +98,21 @@ def test_floor_is_the_stricter_of_both_and_follows_the_best_depth():
     assert floor(config(max_drop=5), [80.0, 90.0, 60.0]) == 85
     assert floor(config(max_drop=5, min_accuracy=88), [80.0, 90.0]) == 88
     assert floor(config(max_drop=0), [80.0]) == 80
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3n_text", "gemma4_text"])
+def test_the_least_size_is_that_of_no_larger_a_model_than_one_layer_leaves(family):
+    """Also where tables outside the blocks have a part for each of them (Gemma 3n and 4)."""
+    model = tiny.build(family)
+    depth = decoder.depth(model)
+    least = recording.least_size(model, torch.float32)
+    sizes = []
+    for layer in range(depth):
+        if legality.refusal(model, (Block(layer, layer),)) is None:
+            cut = surgery.apply_layout(tiny.build(family), [(layer, layer)])
+            sizes.append(sum(parameter.numel() for parameter in cut.parameters()))
+    assert sizes
+    assert least.parameters <= min(sizes)
+    if family in ("llama", "gpt2"):
+        assert least.parameters == min(sizes)
+    assert least.bytes == 4 * least.parameters

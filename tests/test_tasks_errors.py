@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from trimllm.errors import InputError
 from trimllm.tasks import load_task, load_text
 
 CHOICES = 'a list such as ["yes", "no"] or texts by letter such as {"A": "yes", "B": "no"}'
+MEANT = ": say in a task YAML what of it is written (a part of it, or"
 GOOD = {"question": "Why?", "choices": ["a", "b"], "answer": 0}
 
 
@@ -39,23 +41,20 @@ def write(tmp_path, *rows, name="data.jsonl"):
         ("[1]", 'FILE:2: a row must be a JSON object such as {"text": ...}, not list'),
         (
             {**GOOD, "choices": [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}]},
-            "FILE:2: field 'choices' holds an object ({'id': 1, 'text': 'a'}): say in a task YAML what of it is meant, "
-            "such as {{ choices | map(attribute='text') | list }}",
+            f"FILE:2: field 'choices' holds an object ({{'id': 1, 'text': 'a'}}){MEANT} `| tojson`)",
         ),
         (
-            {**GOOD, "choices": [["a", "b"], ["c"]]},
-            "FILE:2: field 'choices' holds a list (['a', 'b']): say in a task YAML what of it is meant, such as "
-            "{{ choices | map('join', ' ') | list }}",
+            {**GOOD, "choices": [[], ["c"]]},
+            f"FILE:2: field 'choices' holds a list ([]){MEANT} `| join(' ')`)",
         ),
         (
             {**GOOD, "context": ["one passage", "another", "a third that makes it longer than what is shown"]},
             "FILE:2: cannot make the prompt: a column it uses holds a list (['one passage', 'another', 'a third that "
-            "makes it longer tha...): say in a task YAML what of it is meant, such as {{ column | join(' ') }}",
+            f"makes it longer tha...){MEANT} `| join(' ')`)",
         ),
         (
             {**GOOD, "question": {"stem": "Why?"}},
-            "FILE:2: cannot make the prompt: a column it uses holds an object ({'stem': 'Why?'}): say in a task YAML "
-            "what of it is meant, such as {{ column.text }}",
+            f"FILE:2: cannot make the prompt: a column it uses holds an object ({{'stem': 'Why?'}}){MEANT} `| tojson`)",
         ),
         (
             {**GOOD, "choices": ["a"]},
@@ -419,15 +418,114 @@ target: "{{{{ question }}}}"
     ],
 )
 def test_a_column_in_single_braces(tmp_path, prompt, choices, kind, named):
-    write(tmp_path, *[{**GOOD, "question": f"q {n}"} for n in range(9)], name="rows.jsonl")
+    write(tmp_path, {"other": 1}, *[{**GOOD, "question": f"q {n}"} for n in range(9)], name="rows.jsonl")
     (tmp_path / "own.yaml").write_text(BRACED.format(kind=kind, prompt=prompt, choices=choices))
     said = message(tmp_path / "own.yaml")
     assert said.startswith("task 'own': {")
-    assert said.endswith(f"is read as it stands: columns stand in double braces, as in {{{{ {named} }}}}")
-    harmless = prompt.replace("question", "no_column").replace("{{ no_column }}", "{{ question }}")
-    good = BRACED.format(kind=kind, prompt=f"{harmless} {{{{ question }}}}", choices="[a, b]")
-    (tmp_path / "own.yaml").write_text(good)
+    doubled = f"columns stand in double braces, as in {{{{ {named} }}}} (to have the braces: {{% raw %}}{{"
+    assert f" is read as it stands: {doubled}" in said
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{no_column}",
+        r"write \\boxed{answer}",
+        "{% raw %}{question}{% endraw %}",
+        "{{ '{question}' }}",
+        "{% set x = '{question}' %}",
+    ],
+)
+def test_braces_that_are_no_columns(tmp_path, prompt):
+    write(tmp_path, *[{**GOOD, "question": f"q {n}"} for n in range(9)], name="rows.jsonl")
+    (tmp_path / "own.yaml").write_text(
+        BRACED.format(kind="choice", prompt=f"{prompt} {{{{ question }}}}", choices="[a, b]")
+    )
     assert len(load_task(tmp_path / "own.yaml").train) > 1
+
+
+OPEN = """
+kind: generation
+source: {{files: {{train: rows.jsonl}}}}
+prompt: "{prompt}"
+target: answer
+"""
+
+
+@pytest.mark.parametrize(
+    "prompt", ["trim", "lower", "replace('a', 'b')", "string", "upper", "join(', ')", "first", "tojson"]
+)
+def test_no_filter_writes_a_list_or_an_object_as_python_does(tmp_path, prompt):
+    rows = [{"cell": [{"k": n}, {"k": "b"}], "answer": n} for n in range(9)]
+    write(tmp_path, *rows, name="rows.jsonl")
+    (tmp_path / "own.yaml").write_text(OPEN.format(prompt=f"{{{{ cell | {prompt} }}}}"))
+    if prompt == "tojson":
+        task = load_task(tmp_path / "own.yaml")
+        assert all("'" not in item.prompt for item in task.train)
+    else:
+        refused = r"rows.jsonl:1: cannot make the prompt: a column it uses holds (a list|an object) \("
+        assert re.search(refused, message(tmp_path / "own.yaml"))
+    (tmp_path / "own.yaml").write_text(OPEN.format(prompt="{{ 'a' ~ cell }}"))
+    assert "holds a list" in message(tmp_path / "own.yaml")
+
+
+def test_completions_that_are_no_text(tmp_path):
+    for completion in ({"name": "x"}, [{"role": "assistant", "content": "x"}]):
+        rows = [{"prompt": f"p {n}", "completion": completion} for n in range(9)]
+        assert "cannot make the target: a column it uses holds a" in message(write(tmp_path, *rows))
+
+
+@pytest.mark.parametrize("where", ["{{ lang }} == 'en'", "{lang} == 'en'", "{% if lang == 'en' %}True{% endif %}"])
+def test_a_condition_that_is_text(tmp_path, where):
+    rows = [{"question": f"q {n}", "answer": n, "lang": ["en", "de"][n % 2]} for n in range(20)]
+    write(tmp_path, *rows, name="rows.jsonl")
+
+    def spec(condition):
+        text = OPEN.format(prompt="{{ question }}") + f"where: {json.dumps(condition)}\n"
+        (tmp_path / "own.yaml").write_text(text)
+        return tmp_path / "own.yaml"
+
+    assert message(spec(where)).endswith("is text, which always holds: write an expression, as in jurisdiction == 'UK'")
+    for good in ("lang == 'en'", "{{ lang == 'en' }}", "lang in {'en': 1}"):
+        task = load_task(spec(good))
+        assert len(task.train) + len(task.calibration) + len(task.test) == 10
+
+
+def test_a_group_may_be_a_list(tmp_path):
+    rows = [{"question": f"q {n}", "answer": n, "tags": ["a", str(n // 2)]} for n in range(20)]
+    write(tmp_path, *rows, name="rows.jsonl")
+    (tmp_path / "own.yaml").write_text(OPEN.format(prompt="{{ question }}") + "group: tags\n")
+    task = load_task(tmp_path / "own.yaml")
+    assert len({item.group for item in task.train}) == len(task.train) / 2
+
+
+def test_not_a_number_is_an_empty_cell(tmp_path):
+    rows = [{"instruction": f"i {n}", "input": float("nan"), "output": f"o {n}"} for n in range(9)]
+    prompts = [item.prompt for item in load_task(write(tmp_path, *rows)).train]
+    assert prompts
+    assert not any("nan" in prompt for prompt in prompts)
+
+
+def test_answers_in_a_csv(tmp_path):
+    path = tmp_path / "data.csv"
+    for cell, target in (('{"text": ["Paris"], "answer_start": [5]}', " Paris"), ('["Paris", "paris"]', " Paris")):
+        rows = "".join('q {},"{}"\n'.format(n, cell.replace('"', '""')) for n in range(9))
+        path.write_text(f"question,answers\n{rows}")
+        assert {item.target for item in load_task(path).train} == {target}
+    path.write_text("question,answers\n" + "".join(f"q {n},\"['Paris']\"\n" for n in range(9)))
+    assert "field 'answers' begins as a list or an object and is not JSON" in message(path)
+
+
+def test_half_a_character_in_a_domain_text(tmp_path):
+    path = write(tmp_path, {"text": "whole"}, {"text": "half \ud83d"})
+    with pytest.raises(InputError, match=r":2: '\\ud83d' is half of a character"):
+        load_text(path)
+
+
+def test_a_folder_of_a_saved_dataset_says_what_is_there(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (tmp_path / "train").mkdir()
+    assert message(tmp_path).endswith("expected train.jsonl, test.jsonl or the like; there are train/")
 
 
 def test_rows_that_all_ask_the_same(tmp_path):
@@ -442,7 +540,7 @@ def test_a_file_name_of_two_parts(tmp_path):
     write(tmp_path, *rows, name="blood_test_train.jsonl")
     write(tmp_path, *rows, name="blood_test_dev.jsonl")
     assert message(tmp_path).endswith(
-        "blood_test_dev.jsonl: its name speaks of test and validation: rename it, with one of them alone"
+        "dev.jsonl: its name speaks of test and validation: rename it, with one of them alone, or move it away"
     )
     assert load_task(tmp_path / "blood_test_train.jsonl").train, "alone it is split, whatever its name"
 

@@ -97,10 +97,10 @@ def test_labels_that_may_mean_none_or_the_same_are_pointed_out(tmp_path):
 def test_a_single_file_is_split_though_its_name_says_test_and_that_is_said(tmp_path):
     path = jsonl(tmp_path / "test.jsonl", QUESTIONS)
     asked = load_task(path, reported_only=True)
-    assert len(asked.test) == 4
+    assert (len(asked.test), asked.drawn) == (4, True)
     assert "test.jsonl alone is split, whatever its name: to have all of it reported, give its folder" in asked.notes
     folder = load_task(tmp_path, reported_only=True)
-    assert len(folder.test) == 20
+    assert (len(folder.test), folder.drawn) == (20, False)
 
 
 def test_training_rows_may_come_from_elsewhere_with_and_without_named_splits(tmp_path):
@@ -133,7 +133,7 @@ def test_a_path_that_has_the_name_of_a_built_in_task_is_pointed_out(tmp_path, mo
 
 def test_few_rows_are_enough_where_nothing_is_decided(tmp_path):
     three = load_task(jsonl(tmp_path / "three.jsonl", QUESTIONS[:3]), reported_only=True)
-    assert (len(three.test), three.calibration) == (1, ())
+    assert (len(three.test), three.calibration, three.drawn) == (1, (), True)
     grouped = [{**row, "context": "one" if n < 6 else "other"} for n, row in enumerate(QUESTIONS[:12])]
     jsonl(tmp_path / "groups.jsonl", grouped)
     source = "kind: choice\nsource: {files: {train: groups.jsonl}}\n"
@@ -142,7 +142,7 @@ def test_few_rows_are_enough_where_nothing_is_decided(tmp_path):
     with pytest.raises(InputError, match="would go into the calibration set"):
         load_task(tmp_path / "groups.yaml")
     asked = load_task(tmp_path / "groups.yaml", reported_only=True)
-    assert len(asked.test) == 6
+    assert (len(asked.test), asked.drawn) == (6, True)
 
 
 def test_columns_that_only_seem_to_be_dialogues_or_choices_are_read_as_before(tmp_path):
@@ -809,21 +809,25 @@ def test_a_column_that_says_what_rows_are_for(tmp_path):
     ]
     assert len(task.train) + len(task.calibration) == 12
     assert not any("not read" in note or "alone is split" in note for note in task.notes)
-    for more in ({"split": "other"}, {"split": None}):
-        task = load_task(jsonl(tmp_path / "rows.jsonl", [*rows, {**QUESTIONS[0], **more}]))
-        assert "columns not read: split" in task.notes
+    for more in ({"split": "other"}, {"split": None}, {}):
+        odd = r"rows.jsonl:21: field 'split' is .*, and says train, validation or test in other rows: fill it in"
+        with pytest.raises(InputError, match=odd):
+            load_task(jsonl(tmp_path / "rows.jsonl", [*rows, {**QUESTIONS[0], **more}]))
+    named = [{**row, "split": f"{row['split'].strip().lower()}_sft"} for row in rows]
+    assert len(load_task(jsonl(tmp_path / "rows.jsonl", named)).test) == 5
+    streets = [{**row, "split": ("test street" if n == 3 else f"{n} street")} for n, row in enumerate(rows)]
+    assert "columns not read: split" in load_task(jsonl(tmp_path / "rows.jsonl", streets)).notes
     alike = load_task(jsonl(tmp_path / "rows.jsonl", [{**row, "split": "train"} for row in QUESTIONS]))
     assert (len(alike.test), "columns not read: split" in alike.notes) == (4, True)
 
 
 def test_labels_that_cannot_be_learned_are_said(tmp_path):
-    for labels, note in (
-        (16, "16 labels in 30 rows: most stand there once, and cannot be learned by example"),
-        (15, ""),
-    ):
-        rows = [{"text": f"t {n}", "label": f"name {n % labels}"} for n in range(30)]
+    said = "11 of 20 labels stand in one row, from which they can hardly be learned"
+    for once, note in ((11, [said]), (10, [])):
+        labels = [*range(once), *[n for n in range(once, 20) for _ in range(2)]]
+        rows = [{"text": f"t {n}", "label": f"name {label}"} for n, label in enumerate(labels)]
         notes = load_task(jsonl(tmp_path / "rows.jsonl", rows)).notes
-        assert [each for each in notes if "labels in" in each] == [note][: bool(note)]
+        assert [each for each in notes if "in one row" in each] == note
 
 
 def test_one_column_of_a_csv_may_hold_semicolons(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import helpers_run as h
@@ -12,6 +14,7 @@ import pytest
 from trimllm import cli
 from trimllm.config import ExportConfig
 from trimllm.console import Console
+from trimllm.errors import InputError
 from trimllm.handover import quantized
 from trimllm.run import placing, used_rows
 from trimllm.run.progressive import trim
@@ -97,9 +100,9 @@ def test_a_run_goes_on_from_what_made_its_base(made, tmp_path, capsys, monkeypat
     h.fast(monkeypatch)
     reported, calibration = seen(rows, 0)
     scanned = warned(capsys, "scan", "--model", run / "model", "--task", rows, "--output", tmp_path / "scan")
-    assert len(scanned) == 2
-    assert f"was trained on {calibration} of " in scanned[1]
-    assert scanned[1].endswith(f"calibration rows, by which layers are to be chosen: give --seed {SEED}, as there")
+    assert len(scanned) == 1, "a scan asks no reported rows"
+    assert f"was trained on {calibration} of " in scanned[0]
+    assert scanned[0].endswith(f"calibration rows, by which layers are to be chosen: give --seed {SEED}, as there")
     second = tmp_path / "second"
     asked = h.settings(run / "model", rows, second, warmup_epochs=0, epochs_per_drop=0, depth=2)
     trim(console=Console(), **asked)
@@ -107,7 +110,8 @@ def test_a_run_goes_on_from_what_made_its_base(made, tmp_path, capsys, monkeypat
     assert f"was made with {reported} of 8 reported rows" in told
     assert f"was trained on {seen_of(rows, 0)} of 6 calibration rows" in told
     first, both = used_rows.of(run / "model"), used_rows.of(second / "model")
-    assert (both.trained, both.seed) == (first.trained, 0), "the second run trained on nothing"
+    assert (both.trained, both.seed) == (first.trained, None), "trained on nothing; no seed has all of it unseen"
+    assert [line for line in h.result(second)["notes"] if line.startswith("warning:")], "the result keeps them"
     assert both.decided > first.decided
     assert len(first.trained) == 26
     assert len(first.decided) == 6
@@ -149,3 +153,35 @@ def test_a_quantized_model_is_asked_what_its_run_did_not_train_on(made):
     rows, run = made
     asked = ExportConfig(source=str(run), to="int8", task=str(rows))
     assert quantized._evaluation(asked, run / "model").seed == SEED
+    (run / used_rows.FILE).rename(run / "away.json")
+    try:
+        assert quantized._evaluation(asked, run / "model").seed == SEED, "by its settings"
+        told = used_rows.warnings(run / "model", load_task(rows), 0)
+        assert told == [
+            f"which rows {run / 'model'} was trained on is not known: its run is of an earlier version (trimllm trim "
+            "--resume adds them to it)"
+        ]
+    finally:
+        (run / "away.json").rename(run / used_rows.FILE)
+
+
+def test_a_seed_is_named_where_it_helps(made):
+    rows, run = made
+    drawn = load_task(rows, calibration_size=6)
+    assert f"--seed {SEED}" in used_rows.warnings(run, drawn, 0)[0]
+    given = replace(drawn, drawn=False, calibration=())
+    assert "--seed" not in used_rows.warnings(run, given, 0)[0]
+
+
+def test_a_resume_notes_the_rows_of_a_run_of_an_earlier_version_and_a_refused_one_none(made, tmp_path, monkeypatch):
+    rows, run = made
+    h.fast(monkeypatch)
+    copied = Path(copytree(run, tmp_path / "run"))
+    whole = (copied / used_rows.FILE).read_text()
+    (copied / used_rows.FILE).unlink()
+    more = {"seed": SEED, "warmup_epochs": 1, "epochs_per_drop": 0, "keep_checkpoints": True, "resume": True}
+    with pytest.raises(InputError, match="its weights are not those"):
+        h.run(h.save_base(tmp_path / "other", 6), rows, copied, **more)
+    assert not (copied / used_rows.FILE).exists()
+    h.run(run.parent / "base", rows, copied, **more)
+    assert (copied / used_rows.FILE).read_text() == whole

@@ -49,7 +49,8 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
         for note in notes:
             console.say(f"  {note}")
         whole = claim(command, root, digests)
-        used_rows.keep(root, data, command.model, command.seed, trains=trains(wanted))
+        epochs = command.warmup_epochs or command.epochs_per_drop or command.final_epochs
+        used_rows.keep(root, data, command.model, command.seed, trains=bool(epochs) and trains(wanted))
         for number, each in enumerate(wanted, 1):
             earlier = each.row(root)
             if earlier.get("status") != "done":
@@ -66,7 +67,7 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
 
 
 def trains(wanted: Sequence[Cell]) -> bool:
-    """Whether any of these rows trains."""
+    """Whether any of these rows needs a model that can be trained."""
     return any(each.method.name != "base" for each in wanted)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
     data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
         console.say(f"  {note}")
-    for warning in used_rows.warnings(command.model, data, command.seed):
+    for warning in used_rows.warnings(command.model, replace(data, test=()), command.seed):
         console.say(warning)
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
     for note in encoding.row_notes(calibration=scorer.encoded):

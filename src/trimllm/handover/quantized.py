@@ -51,7 +51,8 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
     if asked and data:  # rows that do not fit are met before the work
         encoded = encoding.encode(tokenizer, data.test, encoding.context_length(stock), truncate=command.truncate)
         encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(stock))
-        notes = [*data.notes, *encoding.row_notes(reported=encoded), *used_rows.warnings(folder, data, asked.seed)]
+        seen = used_rows.warnings(command.source, data, asked.seed, at=folder)
+        notes = [*data.notes, *encoding.row_notes(reported=encoded), *seen]
     dtype = torch.float16 if stock.dtype == torch.float16 else torch.bfloat16
     kept, head = _too_odd(stock, own_code) if command.to == "int4" else ([], [])
     quantization = _settings(command.to, dtype, [*head, *kept] if kept else None)
@@ -100,7 +101,8 @@ def _evaluation(command: config.ExportConfig, folder: Path) -> config.EvalConfig
     """What is asked of the quantized model: of a run's, rows that it was not trained on."""
     assert command.task is not None
     shared: dict[str, Any] = {"truncate": command.truncate, "trust_remote_code": command.trust_remote_code}
-    seed = placing.run_of(command.source).get("seed", 0)
+    made = used_rows.of(command.source).seed
+    seed = placing.run_of(command.source).get("seed", 0) if made is None else made
     return config.EvalConfig(model=str(folder), task=command.task, seed=seed, **shared)
 
 

@@ -104,7 +104,7 @@ def result(
             "left_out": list(data.left_out),
         },
         "notes": list(data.notes),
-        "warnings": warnings(config, history, drops, speedup.get("median")),
+        "warnings": warnings(config, history, drops, speedup),
         "history": history,
         "drops": drops,
         "tokens": tokens(history),
@@ -190,7 +190,7 @@ def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:
 
 
 def at_the_end(
-    config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: float | None
+    config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: dict[str, float] | None
 ) -> list[str]:
     """Warnings about the result as a whole, by the rows of all depths, the base first and the saved model last;
     `speedup` is the saved model's, where it was measured."""
@@ -203,7 +203,7 @@ def at_the_end(
 
 
 def warnings(
-    config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: float | None
+    config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: dict[str, float] | None
 ) -> list[str]:
     """Everything that the user was warned of on the way, in that order; arguments are those of `at_the_end`."""
     worse = [worsened(row, history[0]) for row in history if row["event"] == "stage"]

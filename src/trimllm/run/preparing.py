@@ -16,7 +16,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import select
-from trimllm.run import checks, recording, rundir, targets
+from trimllm.run import checks, recording, rundir, targets, used_rows
 from trimllm.run.deciding import Decider
 from trimllm.run.rundir import RunDir
 from trimllm.tasks import TaskData
@@ -90,7 +90,7 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir) -> Prepared:
     decider.check(model)
     train.check(model, config)
     return Prepared(
-        data=replace(data, notes=(*data.notes, *cut)),
+        data=replace(data, notes=(*data.notes, *cut, *used_rows.warnings(config.model, data, config.seed))),
         tokenizer=tokenizer,
         save_dtype=save_dtype,
         base_depth=depth,

@@ -141,9 +141,6 @@ class Run:
     def _begin(self, loaded: Loaded, data: dict[str, str]) -> None:
         """Journal what the run begins with, `data` by their SHA-256; one that goes on must have the same base."""
         config = self.config
-        if self.share.first:
-            trains = bool(config.warmup_epochs or config.trains_after_drops)
-            used_rows.keep(self.dir.root, self.ready.data, config.model, config.seed, trains=trains)
         first = self.journal.last("start")
         if first is None:
             dtype = name_of(self.ready.save_dtype)
@@ -156,6 +153,10 @@ class Run:
                 f"--model {config.model}: its weights are not those that the run in {config.output} began with "
                 f"(SHA-256 {first['base']}): give that model, or start another run"
             )
+
+        if self.share.first:
+            trains = bool(config.warmup_epochs or config.trains_after_drops)
+            used_rows.keep(self.dir.root, self.ready.data, config.model, config.seed, trains=trains)
 
     def _start(self, loaded: Loaded) -> None:
         """Say what is there, and measure the base."""
@@ -176,8 +177,6 @@ class Run:
             say(f"  {note}")
         if ready.text_rows:
             say(account.text_line(config, ready.text_rows, ready.task_rows, ready.ahead))
-        for warning in used_rows.warnings(config.model, data, config.seed):
-            say(warning)
         say(account.training_ahead(config, ready.ahead, ready.tokens_per_epoch))
         may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
         if may_change and (slow := scan.many_choices_note(ready.calibration, config.strategy)):

@@ -13,7 +13,7 @@ import torch
 
 from trimllm import files, memory
 from trimllm.bench import timing
-from trimllm.blocks import decoder
+from trimllm.blocks import decoder, families
 from trimllm.blocks.layout import Layout, dump_layout, load_layout, plan_record
 from trimllm.checkpoints import arithmetic, loading, models
 from trimllm.config import TrimConfig
@@ -97,7 +97,7 @@ class Recorder:
         above: dict[str, float] | None,
         verified: Any,
         saved: Any,
-    ) -> float | None:
+    ) -> dict[str, float] | None:
         """The model card of the depth that `stage` ended with, and result.json. `history` ends with the row of the
         saved model, and `above` is what `above_full` says of it; `base` names the base. Returns how many times the
         base's speed decoding has, where that could be measured."""
@@ -108,7 +108,7 @@ class Recorder:
         result = account.result(self.config, data, stage, history, drops, base, above, verified, speeds)
         files.write_json(folder.result, result)
         speedup: dict[str, float] | None = result["decode_speedup"]
-        return speedup["median"] if speedup else None
+        return speedup
 
     def above_full(self, history: list[dict[str, Any]]) -> dict[str, float] | None:
         """By how many points the saved model is above the one with all layers from which the drops began, question by
@@ -156,9 +156,18 @@ class Recorder:
 
 
 def least_size(model: Any, dtype: torch.dtype) -> Size:
-    """The size with the smallest block alone (at the least: blocks may share parameters)."""
-    counts = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks(model)]
-    count = size(model, dtype).parameters - sum(counts) + min(counts)
+    """The size with the smallest block alone, at the least: blocks may share parameters, and of tables that have a part
+    for each of them one part stays."""
+
+    def parameters(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    counts = [parameters(block) for block in decoder.blocks(model)]
+    tables = decoder.text_decoder(model)._modules
+    names = families.family(decoder.text_config(model)).per_layer_weights
+    by_layer = sum(parameters(table) for name in names if (table := tables.get(name)) is not None)
+    shrinks = by_layer - by_layer // len(counts)
+    count = size(model, dtype).parameters - sum(counts) + min(counts) - shrinks
     return Size(1, count, count * dtype.itemsize)
 
 

@@ -98,14 +98,15 @@ def missed(config: TrimConfig, reached: str) -> str | None:
     return f"{' and '.join(asked)}: not met, since the drops ended before: {reached}"
 
 
-def slower(config: TrimConfig, reached: str | None, speedup: float | None) -> str | None:
-    """One line where the drops ended at the speed that was asked for, and the saved model has less."""
-    if config.target_speedup is None or speedup is None or not (reached or "").endswith(FASTER):
+def slower(config: TrimConfig, reached: str | None, speedup: dict[str, float] | None) -> str | None:
+    """One line where the drops ended at the speed that was asked for, and the saved model has less in every round."""
+    if config.target_speedup is None or not speedup or not (reached or "").endswith(FASTER):
         return None
-    if speedup >= config.target_speedup:
+    if speedup["max"] >= config.target_speedup:
         return None
     return (
-        f"--target-speedup {config.target_speedup}: the saved model decodes {speedup:.2f} times as fast as the base; "
+        f"--target-speedup {config.target_speedup}: the saved model decodes {speedup['median']:.2f} times as fast as "
+        f"the base; "
         f"when the drops ended it was {(reached or '').removesuffix(FASTER)}: measure it with trimllm bench"
     )
 

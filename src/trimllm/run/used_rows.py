@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimllm import files
+from trimllm.run import placing
 from trimllm.tasks import Item, TaskData
 from trimllm.tasks.splits import spaced
 
@@ -28,15 +29,17 @@ class Used(NamedTuple):
     decided: frozenset[str] = frozenset()
     """Calibration rows."""
     seed: int | None = None
+    """None also where a run and that of its base had different ones."""
 
 
 def keep(folder: Path, data: TaskData, base: str, seed: int, *, trains: bool = True) -> None:
     """Write what a run or comparison in `folder` uses, and what its `base` was made with; what stands there stays."""
-    before = _read(folder), of(base)
-    trained = frozenset(map(_hash, data.train if trains else ())).union(*(each.trained for each in before))
-    decided = frozenset(map(_hash, data.calibration)).union(*(each.decided for each in before))
-    if Used(trained, decided, seed) != before[0]:
-        record = {"seed": seed, "trained": sorted(trained), "decided": sorted(decided)}
+    there, before = _read(folder), of(base)
+    trained = frozenset(map(_hash, data.train if trains else ())).union(there.trained, before.trained)
+    decided = frozenset(map(_hash, data.calibration)).union(there.decided, before.decided)
+    common = seed if before.seed in (None, seed) and not (before.trained and before.seed is None) else None
+    if (used := Used(trained, decided, common)) != there:
+        record = {"seed": used.seed, "trained": sorted(trained), "decided": sorted(decided)}
         files.write_json(folder / FILE, record)
 
 
@@ -44,7 +47,7 @@ def of(model: str | Path) -> Used:
     """What a checkpoint was made with, by where it lies: in the folder of a run or comparison, or below."""
     path = Path(model).expanduser()
     if path.is_dir():
-        for folder in [path.absolute(), *path.absolute().parents][:FOLDERS]:
+        for folder in [path.resolve(), *path.resolve().parents][:FOLDERS]:
             if (folder / FILE).exists():
                 return _read(folder)
     return Used()
@@ -55,13 +58,20 @@ def _read(folder: Path) -> Used:
     return Used(frozenset(found["trained"]), frozenset(found["decided"]), found["seed"]) if found else Used()
 
 
-def warnings(model: str | Path, data: TaskData, seed: int) -> list[str]:
-    """Lines on reported rows that the model was made with, and on calibration rows that it was trained on."""
-    used, found = of(model), []
-    remedy = f": give --seed {used.seed}, as there" if used.seed != seed else ""
+def warnings(model: str | Path, data: TaskData, seed: int, *, at: Path | None = None) -> list[str]:
+    """Lines on reported rows that the model was made with, and on calibration rows that it was trained on. `at`: where
+    it lies, if it is called otherwise."""
+    used, found = of(at or model), list[str]()
+    if used == Used() and placing.run_of(at or model):
+        return [
+            f"which rows {model} was trained on is not known: its run is of an earlier version (trimllm trim --resume "
+            "adds them to it)"
+        ]
+    remedy = f": give --seed {used.seed}, as there" if used.seed not in (None, seed) else ""
     if count := _among(data.test, used.trained | used.decided):
         rows = f"{count:,} of {len(data.test):,} reported rows"
-        found.append(f"warning: {model} was made with {rows} (trained on, or chosen by), and is kind to them{remedy}")
+        told = f"warning: {model} was made with {rows} (trained on, or chosen by), and is kind to them"
+        found.append(told + (remedy if data.drawn else ""))
     if count := _among(data.calibration, used.trained):
         rows = f"{count:,} of {len(data.calibration):,} calibration rows"
         found.append(f"warning: {model} was trained on {rows}, by which layers are to be chosen{remedy}")

@@ -84,9 +84,19 @@ def written(answer: Any) -> str:
 
 def accepted(value: Any, column: str) -> list[Any]:
     """Every answer that counts, the first of which is learned: a text or number, a list of them, or SQuAD's
-    `{"text": [...]}` or `[{"text": ...}]`. In a column `answers`, a list may be JSON in a string."""
-    if column == "answers" and isinstance(value, str):
-        value = read_list(value) or value
+    `{"text": [...]}` or `[{"text": ...}]`. In a column `answers`, a list or object may be JSON in a string.
+
+    Raises:
+        ValueError: if such a string is not JSON.
+    """
+    if column == "answers" and isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(
+                f"field '{column}' begins as a list or an object and is not JSON: write it as JSON, as in "
+                '["one", "another"], or as text in a column `answer`'
+            ) from None
     if isinstance(value, dict):
         value = value.get("text")
     values = value if isinstance(value, list | tuple) else [] if value is None else [str(value)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from jinja2 import meta
@@ -37,8 +38,10 @@ _NEAR = {
 """What others call it, in small letters alone."""
 _OPTION = re.compile(r"(option|opt|op|choice)?_?[a-d]", re.IGNORECASE)
 """What columns that hold a choice each are called."""
-_BRACED = re.compile(r"(?<!\{)\{\s*([^\W\d]\w*)\s*\}(?!\})")
-"""A name in single braces."""
+_BRACED = re.compile(r"(?<![\w{])\{\s*([^\W\d]\w*)\s*\}(?!\})")
+"""A name in single braces; no argument of a command, as LaTeX has them."""
+_JINJA = re.compile(r"\{%-?\s*raw\s*-?%\}.*?\{%-?\s*endraw\s*-?%\}|\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
+"""What is Jinja in a template, or escaped in it."""
 _SHOWN = 8
 _LONGEST_LABEL = 60
 _MOST_LABELS = 200
@@ -91,14 +94,15 @@ def refuse_single_braces(spec: TaskSpec, rows: Iterable[Row]) -> None:
         InputError: if a template of the spec has the name of a column in such.
     """
     columns = {column for row in rows for column in row.values}
-    listed = [each for each in (spec.choices, spec.references) if isinstance(each, list)]
-    templates = [spec.prompt, spec.target, spec.answer, *(each for several in listed for each in several)]
-    for found in (_BRACED.search(each) for each in templates if isinstance(each, str)):
-        if found and found[1] in columns:
-            raise InputError(
-                f"task {spec.name!r}: {found[0]} is read as it stands: columns stand in double braces, as in "
-                f"{{{{ {found[1]} }}}}"
-            )
+    fields = (spec.prompt, spec.target, spec.answer, spec.group, spec.choices, spec.references)
+    each = [one for field in fields for one in (field if isinstance(field, list) else [field]) if isinstance(one, str)]
+    for template in each:
+        for found in _BRACED.finditer(_JINJA.sub(" ", template)):
+            if found[1] in columns:
+                raise InputError(
+                    f"task {spec.name!r}: {found[0]} is read as it stands: columns stand in double braces, as in "
+                    f"{{{{ {found[1]} }}}} (to have the braces: {{% raw %}}{found[0]}{{% endraw %}})"
+                )
 
 
 def refuse_labelled_texts(name: str, spec: TaskSpec, rows: Collection[Row]) -> None:
@@ -154,16 +158,18 @@ def few_answers_note(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
     ]
 
 
-def doubtful_labels_note(spec: TaskSpec, rows: int) -> list[str]:
-    """Notes on labels that say nothing, differ in case alone, or are nearly as many as the rows."""
+def doubtful_labels_note(spec: TaskSpec, rows: Iterable[Row]) -> list[str]:
+    """Notes on labels that say nothing, differ in case alone, or stand in one row."""
     labels = spec.choices if isinstance(spec.choices, list) else []
-    if labels and 2 * len(labels) > rows:
-        return [f"{len(labels):,} labels in {rows:,} rows: most stand there once, and cannot be learned by example"]
+    counts = Counter(str(row.values.get("label")).strip() for row in rows) if labels else {}
+    once = sum(count == 1 for count in counts.values())
     notes = [f"{label!r} is a label like any other: drop its rows if it means none" for label in labels if _none(label)]
     by_case: dict[str, list[str]] = {}
     for label in labels:
         by_case.setdefault(label.casefold(), []).append(label)
     same = [alike for alike in by_case.values() if len(alike) > 1]
+    if 2 * once > len(labels):
+        notes.append(f"{once:,} of {len(labels):,} labels stand in one row, from which they can hardly be learned")
     return notes + [f"labels that differ in case alone: {', '.join(map(repr, alike))}" for alike in same]
 
 

@@ -58,6 +58,8 @@ class TaskData:
     """Reported, never used for a decision."""
     left_out: tuple[str, ...] = ()
     """Places of training rows dropped because their text also stands in the calibration or the reported set."""
+    drawn: bool = False
+    """Whether the reported rows were drawn, by the seed, from rows that were all in one split."""
     notes: tuple[str, ...] = ()
     """Lines the user should see (default calibration size and its resolution, where the test split came from ...)."""
 

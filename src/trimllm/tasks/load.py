@@ -64,7 +64,7 @@ def load_task(
         InputError: if the task, its data or an option cannot be used; the message says where and what to do.
     """
     spec, parts, notes = _find(name_or_path, files, metric, tokenizer)
-    refuse_single_braces(spec, (row for rows in parts.values() for row in rows[:1]))
+    refuse_single_braces(spec, (row for rows in parts.values() for row in rows))
     train_rows, reported_rows = _roles(spec.name, parts, notes, reported_only=reported_only)
     own = files is None and spec.source is None
     renderer = Renderer(spec, tokenizer, _UNKNOWN_LABEL if own and isinstance(spec.choices, list) else "")
@@ -93,6 +93,7 @@ def load_task(
         calibration=done.calibration,
         test=done.test,
         left_out=done.left_out,
+        drawn=done.drawn,
         notes=(*notes, *done.notes),
     )
 
@@ -134,7 +135,7 @@ def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Part
         notes.append(f"choices are the {len(spec.choices)} labels of the rows at hand, as there are no training rows")
     check_metric(metric, spec.kind)
     notes += [*unread_note(spec, rows), *one_based_note(spec, rows), *few_answers_note(spec, rows)]
-    notes += doubtful_labels_note(spec, len(rows))
+    notes += doubtful_labels_note(spec, rows)
     notes += contradictions_note(spec, (row for several in parts.values() for row in several))
     if isinstance(spec.choices, list) and all(re.fullmatch(r"-?\d+(\.\d+)?", choice) for choice in spec.choices):
         shown = ", ".join(map(repr, spec.choices[:2]))

@@ -28,7 +28,8 @@ _CONTEXT = "{% if context is defined and context %}{{ context }}\n{% endif %}"
 _GROUP = "{{ context | digest if context is defined else '' }}"
 _INPUT = "{% if input is defined and input %}\n{{ input }}{% endif %}"
 _GLUED = (
-    "{% set end = (prompt | string)[-1:] %}{% set answer = completion | required('completion') | string %}"
+    "{% set end = (prompt | plain | string)[-1:] %}"
+    "{% set answer = completion | required('completion') | plain | string %}"
     "{{ '' if end.isspace() or answer[:1].isspace() else ' ' }}{{ answer }}"
 )
 

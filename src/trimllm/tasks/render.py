@@ -23,7 +23,7 @@ from trimllm.tasks.spec import TaskSpec
 Column = Callable[[dict[str, Any]], Any]
 """What a compiled template or expression is: a function of a row's values."""
 
-_NESTED = (dict, list, tuple, bytes)
+NESTED = (dict, list, tuple, bytes)
 """What is no text, and would be written as Python writes it."""
 _SHOWN = 60
 _COLUMN = re.compile(r"(?:\{\{\s*\(?\s*(?=\w+\s*\|))?([^\W\d]\w*)(?=$|\s*\|)")
@@ -42,10 +42,10 @@ class Renderer:
         self.spec = spec
         self._remedy = remedy
         self._environment = environment(tokenizer)
-        self._where = self._value(spec.where) if spec.where else None
+        self._where = self._condition(spec.where) if spec.where else None
         self._prompt = self._text(spec.prompt)
         self._target = self._text(spec.target or "")
-        self._group = self._text(spec.group) if spec.group else None
+        self._group = self._value(spec.group) if spec.group else None
         self._choices = self._values(spec.choices or [])
         self._answer = self._value(spec.answer)
         self._answer_name = _column_of(spec.answer) or "answer"
@@ -63,14 +63,7 @@ class Renderer:
             InputError: if a column is missing, a prompt, choice or target is empty, or the answer names no choice.
         """
         build = {"choice": self._choice, "generation": self._generation, "text": self._document}[self.spec.kind]
-        item = build(row)
-        try:
-            for text in (item.prompt, *item.continuations):
-                text.encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise InputError(f"{row.place}: {half!r} is half of a character: mend the text, or drop the row") from error
-        return item
+        return build(row)
 
     def _choice(self, row: Row) -> Item:
         prompt = self._filled("prompt", self._prompt, row)
@@ -107,7 +100,13 @@ class Renderer:
         return Item(row.place, "", (text,), lengths=(len(text),), group=self._group_of(row))
 
     def _group_of(self, row: Row) -> str | None:
-        return None if self._group is None else str(self._apply("group", self._group, row)) or None
+        """The key of the row's group; a list or an object is one as it stands."""
+        if self._group is None:
+            return None
+        key = self._apply("group", self._group, row)
+        if key is None:
+            raise InputError(f"{row.place}: cannot make the group: a column it uses is null")
+        return (repr(key) if isinstance(key, NESTED) else str(key)) or None
 
     def _filled(self, field: str, template: Column, row: Row) -> str:
         """A rendered template that must not come out blank."""
@@ -119,7 +118,8 @@ class Renderer:
     def _apply(self, field: str, template: Column, row: Row) -> Any:
         """Calls a template; whatever goes wrong inside becomes one line that names the row and the field."""
         try:
-            value = template(row.values)
+            nested = any(isinstance(value, NESTED) for value in row.values.values())
+            value = template(_guarded(row.values) if nested else row.values)
             if isinstance(value, Undefined):
                 value._fail_with_undefined_error()
             return value
@@ -155,6 +155,16 @@ class Renderer:
             return self._environment.compile_expression(expression, undefined_to_none=False)
         except TemplateError as error:
             raise InputError(f"task {self.spec.name!r}: {expression!r} is not a valid expression: {error}") from error
+
+    def _condition(self, template: str) -> Column:
+        """An expression, in double braces or without; text, which would always hold, is refused."""
+        match = _EXPRESSION.fullmatch(template)
+        if match is None and re.search(r"\{\{|\{%|(?<!\{)\{\s*\w+\s*\}", template):
+            raise InputError(
+                f"task {self.spec.name!r}: where {template!r} is text, which always holds: write an expression, as in "
+                "jurisdiction == 'UK'"
+            )
+        return self._value("{{ " + (match[1] if match else template) + " }}")
 
     def _values(self, template: str | list[Any]) -> Column:
         """A list: by one expression, or one entry at a time (entries with `{{` are templates, others plain text)."""
@@ -193,14 +203,14 @@ def _texts(values: Any, field: str, place: str, *, single: bool = False) -> tupl
         values = by_letter(values)
     if not isinstance(values, list | tuple):
         or_texts = "" if single else ' or texts by letter such as {"A": "yes", "B": "no"}'
+        kind = "dict" if isinstance(values, dict) else type(values).__name__
         wanted = f'a list such as ["yes", "no"]{or_texts}'
-        raise InputError(f"{place}: field '{field}' must be {wanted}, not {type(values).__name__}")
+        raise InputError(f"{place}: field '{field}' must be {wanted}, not {kind}")
     if not values or any(map(blank, values)):
         what = "has an empty entry" if values else "is empty"
         raise InputError(f"{place}: field '{field}' {what}; fill it in or drop the row")
-    if nested := next((value for value in values if isinstance(value, _NESTED)), None):
-        part = "map('join', ' ')" if isinstance(nested, list | tuple) else "map(attribute='text')"
-        raise InputError(f"{place}: field '{field}' {_nested(nested, f'{field} | {part} | list')}")
+    if nested := [value for value in values if isinstance(value, NESTED)]:
+        raise InputError(f"{place}: field '{field}' {not_text(nested[0])}")
     return tuple(str(value) for value in values)
 
 
@@ -212,6 +222,7 @@ def environment(tokenizer: Any = None) -> SandboxedEnvironment:
         literal=ast.literal_eval,
         required=_required,
         accepted=accepted,
+        plain=_plain,
         place_of=_place_of,
         filled=_filled,
         digest=_digest,
@@ -228,21 +239,48 @@ def _digest(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """What a template may write as it is."""
-    if value is None:
+    if blank(value) and not isinstance(value, str):
         raise ValueError("a column it uses is null")
-    if isinstance(value, _NESTED):
-        part = "column | join(' ')" if isinstance(value, list | tuple) else "column.text"
-        raise ValueError(f"a column it uses {_nested(value, part)}")
+    if isinstance(value, NESTED):
+        raise ValueError(f"a column it uses {not_text(value)}")
     return value
 
 
-def _nested(value: Any, expression: str) -> str:
-    """That a value is no text; an expression as an example of what to write in a task YAML."""
+class _List(list[Any]):
+    """A list of a row: no filter or operator makes text of it as Python writes it."""
+
+    def __str__(self) -> str:
+        raise ValueError(f"a column it uses {not_text(self)}")
+
+
+class _Object(dict[str, Any]):
+    """An object of a row, which is no text either."""
+
+    def __str__(self) -> str:
+        raise ValueError(f"a column it uses {not_text(self)}")
+
+
+class _Bytes(bytes):
+    def __str__(self) -> str:
+        raise ValueError(f"a column it uses {not_text(self)}")
+
+
+def _guarded(value: Any) -> Any:
+    """A row's value that templates can take apart, and not write."""
+    if isinstance(value, list | tuple):
+        return _List(map(_guarded, value))
+    if isinstance(value, dict):
+        return _Object((name, _guarded(each)) for name, each in value.items())
+    return _Bytes(value) if isinstance(value, bytes) else value
+
+
+def not_text(value: Any) -> str:
+    """What a value is, if it is no text, with what to write in a task YAML."""
     shown = repr(value)[:_SHOWN] + ("..." if len(repr(value)) > _SHOWN else "")
     if isinstance(value, bytes):
         return f"holds bytes that are no text ({shown}): leave it out"
-    kind = "a list" if isinstance(value, list | tuple) else "an object"
-    return f"holds {kind} ({shown}): say in a task YAML what of it is meant, such as {{{{ {expression} }}}}"
+    kind, example = ("a list", "join(' ')") if isinstance(value, list | tuple) else ("an object", "tojson")
+    return f"holds {kind} ({shown}): say in a task YAML what of it is written (a part of it, or `| {example}`)"
 
 
 def _required(value: Any, column: str) -> Any:

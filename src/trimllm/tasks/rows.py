@@ -149,7 +149,7 @@ def _json_lines(path: Path, file: IO[str]) -> Iterator[Row]:
             continue
         place = f"{path}:{number}"
         try:
-            value = json.loads(line)
+            value = json.loads(line, parse_constant=_constant)
         except json.JSONDecodeError as error:
             raise InputError(f"{place}: not valid JSON ({error.msg} at column {error.colno}); fix the line") from error
         yield Row(place, _object(place, value))
@@ -157,7 +157,7 @@ def _json_lines(path: Path, file: IO[str]) -> Iterator[Row]:
 
 def _json_list(path: Path, file: IO[str]) -> Iterator[Row]:
     try:
-        value = json.load(file)
+        value = json.load(file, parse_constant=_constant)
     except json.JSONDecodeError as error:
         place = f"{path}:{error.lineno}"
         hint = "; one object per line is JSONL: name the file .jsonl" if error.msg == "Extra data" else ""
@@ -171,9 +171,19 @@ def _json_list(path: Path, file: IO[str]) -> Iterator[Row]:
         yield Row(place, _object(place, each))
 
 
+def _constant(name: str) -> float | None:
+    """What is no number, which pandas writes for an empty cell, is null."""
+    return None if name == "NaN" else float(name)
+
+
 def _object(place: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f'{place}: a row must be a JSON object such as {{"text": ...}}, not {type(value).__name__}')
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise InputError(f"{place}: {half!r} is half of a character: mend the text, or drop the row") from error
     return value
 
 
@@ -237,6 +247,10 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _decoded(value: Any) -> Any:
     """Text that was written as bytes; other bytes, such as a picture's, as they are."""
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _decoded(each) for name, each in value.items()}
     with suppress(UnicodeDecodeError):
         return value.decode() if isinstance(value, bytes) else value
     return value

@@ -20,7 +20,7 @@ Parts = dict[str, list[Row]]
 
 PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 PARTS |= {"dev": "validation", "test": "test"}
-_ABOUT = re.compile(r"(readme|licen[sc]e|changelog)([_.-]\w\w)?\.txt|(dataset_infos?|croissant)\.json", re.I)
+_ABOUT = re.compile(r"(readme|licen[sc]e|changelog)([_.-]\w\w)?\.txt|(dataset_(infos?|dict)|croissant)\.json", re.I)
 """Names of what lies beside data and is none."""
 _PROSE = re.compile(r"(readme|licen[sc]e|changelog|notice|citation)\b", re.I)
 _NO_DATA = (".md", ".py", ".yaml", ".yml")
@@ -83,9 +83,13 @@ def data_files(folder: Path) -> list[Path]:
     """
     found = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path) and path.name[0] != ".")
     if not found:
-        there = f"; there are {shortened(others, _SHOWN)}" if (others := _others(folder)) else ""
-        raise InputError(f"{folder} has no data files: expected train.jsonl, test.jsonl or the like{there}")
+        raise _no_data(folder)
     return found
+
+
+def _no_data(folder: Path) -> InputError:
+    there = f"; there are {shortened(others, _SHOWN)}" if (others := _others(folder)) else ""
+    return InputError(f"{folder} has no data files: expected train.jsonl, test.jsonl or the like{there}")
 
 
 def _others(folder: Path) -> list[str]:
@@ -96,22 +100,38 @@ def _others(folder: Path) -> list[str]:
 
 
 def row_files(folder: Path) -> list[Path]:
-    """`data_files` less those that are about the data, if others are there."""
+    """`data_files` less those that are about the data; of texts only, if others are there.
+
+    Raises:
+        InputError: if nothing is left.
+    """
     found = data_files(folder)
-    return [path for path in found if not _ABOUT.fullmatch(path.name)] or found
+    rows = [path for path in found if not _ABOUT.fullmatch(path.name)] or [p for p in found if p.suffix == ".txt"]
+    if not rows:
+        raise _no_data(folder)
+    return rows
 
 
 def by_column(parts: Parts, notes: list[str]) -> Parts:
-    """Rows of one part by what a column `split` of theirs says, if it names the parts and every row has it; with a
-    note."""
+    """Rows of one part by what a column `split` of theirs says, if that is what it says; with a note.
+
+    Raises:
+        InputError: if it says so in most rows, and not in all.
+    """
     (rows,) = parts.values() if len(parts) == 1 else ([],)
-    said = [str(row.values.get(SPLIT)).strip().lower() for row in rows]
-    if not said or not PARTS.keys() >= set(said) or len({PARTS[each] for each in said}) < 2:
+    said = [parts_named(Path(str(row.values.get(SPLIT)))) for row in rows]
+    named = [each for each in said if len(each) == 1]
+    if 2 * len(named) <= len(rows) or len(set().union(*named)) < 2:
         return parts
+    if odd := next((row for row, each in zip(rows, said, strict=True) if len(each) != 1), None):
+        raise InputError(
+            f"{odd.place}: field {SPLIT!r} is {odd.values.get(SPLIT)!r}, and says train, validation or test in other "
+            "rows: fill it in, or drop the row or the column"
+        )
     found: Parts = {}
-    for row, each in zip(rows, said, strict=True):
+    for row, (part,) in zip(rows, said, strict=True):
         values = {name: value for name, value in row.values.items() if name != SPLIT}
-        found.setdefault(PARTS[each], []).append(Row(row.place, values))
+        found.setdefault(part, []).append(Row(row.place, values))
     shown = ", ".join(f"{len(several):,} {part}" for part, several in found.items())
     notes.append(f"the column {SPLIT!r} says what rows are for: {shown}")
     return found
@@ -144,7 +164,8 @@ def part_of(path: Path) -> str | None:
     """
     found = parts_named(path)
     if len(found) > 1:
-        raise InputError(f"{path}: its name speaks of {' and '.join(sorted(found))}: rename it, with one of them alone")
+        named = " and ".join(sorted(found))
+        raise InputError(f"{path}: its name speaks of {named}: rename it, with one of them alone, or move it away")
     return next(iter(found), None)
 
 

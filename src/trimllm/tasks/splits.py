@@ -38,6 +38,8 @@ class Split(NamedTuple):
     test: tuple[Item, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    drawn: bool = False
+    """Whether the test items were drawn from those for training."""
 
 
 def split(
@@ -82,7 +84,7 @@ def split(
         notes.append(f"no test split: {len(test):,} of {total:,} rows held out for the report (seed {seed})")
         if reported_only:
             done = split((), test, max_test=max_test, seed=seed, reported_only=True)
-            return done._replace(notes=(*notes, *done.notes))
+            return done._replace(drawn=True, notes=(*notes, *done.notes))
     train, leaked = _without(train, test, "reported", notes)
     held = len(test) if drawn else 0
     size = _calibration_size(len(train), distinct(train), len(leaked), held, calibration_size, resolution)
@@ -101,6 +103,7 @@ def split(
         test=tuple(reported),
         left_out=(*leaked, *doubles),
         notes=tuple(notes),
+        drawn=drawn,
     )
 
 
