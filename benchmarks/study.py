@@ -43,8 +43,10 @@ from trimllm.run.rundir import RunDir
 from trimllm.run.targets import LATE_SHARE, wanted_depth
 
 Settings = dict[str, Any]
-SPREAD = {"keep": None, "schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 0, "optimizer_state": "fresh"}
-"""What the arms change; the defaults of `trimllm trim` are the arm "late, carried, exact ties"."""
+SPREAD = {"keep": None, "schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 0, "optimizer_state": "fresh"} | {
+    "strategy": "scan+norm"
+}
+"""What the arms change; the defaults of `trimllm trim` are the arm "late, carried, probability"."""
 QUESTION = 1.0
 """Points that a calibration question of the demo world is worth: within these candidates are tied, unless the arm says
 otherwise (the default until 2026-11-29)."""

@@ -27,11 +27,13 @@ from trimllm.plot import picture
 FILES = tuple(RESULTS / f"study{name}.json" for name in ("", "-other-cpu", "-2026-11-29"))
 WORLD = ("law", "finance", "medicine")
 ARMS = {
-    "late, carried, exact ties": "trimllm (default)",
-    "late, carried": "trimllm (default until 2026-11-29)",
+    "late, carried, probability": "trimllm (default)",
+    "late, carried, exact ties": "trimllm --strategy scan+norm",
+    "late, carried": "trimllm (until 2026-11-29)",
     "late, carried, twice as long": "trimllm (until 2026-11-29), trained twice as long",
-    "one-shot, exact ties": "one-shot by the same scan",
-    "one-shot": "one-shot by the same scan (until 2026-11-29)",
+    "one-shot, probability": "one-shot by the same scan",
+    "one-shot, exact ties": "one-shot by scan+norm",
+    "one-shot": "one-shot by the scan until 2026-11-29",
     "perplexity": "one-shot by perplexity (Shortened LLaMA)",
     "shortgpt": "one-shot by block influence (ShortGPT)",
     "trimllm": "an epoch after every drop",

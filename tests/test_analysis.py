@@ -469,7 +469,10 @@ def test_what_a_family_refuses_is_noted_and_the_rest_is_reported(tokenizer):
 
 REFUSALS = [
     (["--analysis", "--unit", "pair"], "--analysis is of blocks or sublayers: leave out --unit pair"),
-    (["--analysis", "--scan", "racing"], "--analysis compares all candidates, and --scan racing finds one"),
+    (
+        ["--analysis", "--scan", "racing", "--strategy", "scan+norm"],
+        "--analysis compares all candidates, and --scan racing finds one",
+    ),
     (["--analysis", "--keep-pattern"], "--analysis is of single layers: leave out --keep-pattern"),
     (["--analysis-items", "5"], "--analysis-items is for --analysis: leave it out, or add --analysis"),
     (["--analysis", "--analysis-items", "0"], "--analysis-items"),

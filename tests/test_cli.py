@@ -359,14 +359,14 @@ IDLE = [
     *(
         (
             [*command, "--strategy", "scan", "--scan", "racing", "--tie-tolerance", "2"],
-            "--tie-tolerance 2.0 is for two scores, as in scan+norm, and --strategy scan has nothing that breaks ties",
+            "--tie-tolerance 2.0 is for two scores, and --strategy scan has nothing that breaks ties",
         )
         for command in (TRIM, SCAN)
     ),
     *(
         (
             [*command, "--strategy", "bi", "--tie-tolerance", "2"],
-            "--tie-tolerance 2.0 is for two scores, as in scan+norm, and --strategy bi has nothing that breaks ties",
+            "--tie-tolerance 2.0 is for two scores, and --strategy bi has nothing that breaks ties",
         )
         for command in (TRIM, SCAN)
     ),
@@ -409,7 +409,8 @@ def test_options_without_effect_are_refused(capsys, words, message):
         [*TRIM, "--max-params", "9", "--depth", "3", "--drops-per-stage", "2", "--sparse-update", "dynamic"],
         [*TRIM, "--text", "demo_law", "--text-ratio", "3", "--train-ratio", "0.5"],
         [*TRIM, "--text-ratio", "0", "--resolution", "2"],
-        [*TRIM, "--tie-tolerance", "2"],
+        [*TRIM, "--strategy", "scan+norm", "--tie-tolerance", "2"],
+        [*TRIM, "--schedule", "recover", "--tie-tolerance", "2"],
         [*TRIM, "--strategy", "loss", "--schedule", "recover", "--tie-tolerance", "2"],
         [*COMPARE, "--text", "demo_law", "--text-ratio", "0"],
         [*EVAL, "--generate", "--max-new-tokens", "9"],
@@ -437,7 +438,7 @@ def test_infinite_numbers_are_refused(capsys, words):
 
 @pytest.mark.parametrize("command", [TRIM, SCAN, ["compare", *TRIM[1:]]], ids=lambda value: value[0])
 def test_an_unknown_strategy_is_refused_when_the_settings_are_made(command):
-    known = "unknown strategy 'bogus': use one of scan+norm, scan+probability, scan+loss, scan, probability, norm, bi,"
+    known = "unknown strategy 'bogus': use one of probability, scan+norm, scan+probability, scan+loss, scan, norm, bi,"
     with pytest.raises(InputError, match=re.escape(known)):
         cli.parse([*command, "--strategy", "bogus"])
 
@@ -794,7 +795,13 @@ def test_scan_by_loss_shows_likelihoods_and_an_analysis_accuracies(base, task, t
 def test_scan_points_out_dozens_of_choices(base, task, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scan, "MANY_CHOICES", 2)
     words = ["--model", base, "--task", task, "--calibration-size", "6"]
-    ways = {"plain": [], "analysis": ["--analysis"], "racing": ["--scan", "racing"], "loss": ["--strategy", "loss"]}
+    papers = ["--strategy", "scan+norm"]
+    ways = {
+        "plain": [],
+        "analysis": ["--analysis"],
+        "racing": ["--scan", "racing", *papers],
+        "loss": ["--strategy", "loss"],
+    }
     for name, more in ways.items():
         _, _, err = call(capsys, "scan", *words, *more, "--output", tmp_path / name)
         assert ("--strategy loss asks the right one only" in err) == (name == "plain"), name
@@ -1150,5 +1157,5 @@ def test_every_setting_of_a_run_is_documented_and_typed():
         plain_settings.make(config.TrimConfig, {"model": "m", "task": "t", "output": "o", "lr": 0})
     assert (
         yaml.safe_load(plain_settings.to_yaml(config.TrimConfig(model="m", task="t", output="o")))["strategy"]
-        == "scan+norm"
+        == "probability"
     )

@@ -193,7 +193,15 @@ def test_run_by_races(tmp_path, monkeypatch):
     h.fast(monkeypatch)
     task = h.save_task(tmp_path / "task", train=120)
     output = tmp_path / "run"
-    h.run(h.save_base(tmp_path / "base"), task, output, scan="racing", calibration_size=24, protect=(1,))
+    h.run(
+        h.save_base(tmp_path / "base"),
+        task,
+        output,
+        scan="racing",
+        strategy="scan+norm",
+        calibration_size=24,
+        protect=(1,),
+    )
     drops = h.drops(output)
     assert len(drops) == DEPTH - 3
     assert ["block 1"] not in drops
@@ -211,6 +219,9 @@ def test_table_of_a_race_says_which_accuracies_are_foreseen():
     assert ["(foreseen from 8)" in line for line in lines[-2:]] == [True, False]
 
 
+PAPERS = ("--strategy", "scan+norm")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -218,9 +229,13 @@ def test_table_of_a_race_says_which_accuracies_are_foreseen():
         (["--scan", "racing", "--confidence", "0"], "--confidence 0: must be greater than 0"),
         (["--confidence", "0.9"], "--confidence is for --scan racing"),
         (["--scan", "racing", "--strategy", "norm"], "--scan racing compares accuracies"),
-        (["--scan", "racing", "--strategy", "scan+loss"], "--strategy scan+loss something else: leave one of them out"),
-        (["--scan", "racing", "--one-shot"], "--one-shot ranks all candidates"),
-        (["--scan", "racing", "--schedule", "recover"], "--schedule recover ranks all candidates"),
+        (["--scan", "racing", "--strategy", "scan+loss"], "--strategy scan+loss something else: add --strat"),
+        (
+            ["--scan", "racing"],
+            "--strategy probability something else: add --strategy scan+norm, or leave --scan racing out",
+        ),
+        (["--scan", "racing", *PAPERS, "--one-shot"], "--one-shot ranks all candidates"),
+        (["--scan", "racing", *PAPERS, "--schedule", "recover"], "--schedule recover ranks all candidates"),
         (["--scan", "rasing"], "did you mean 'racing'"),
     ],
 )
@@ -232,7 +247,11 @@ def test_what_does_not_fit_a_race_is_one_line(options, message):
 
 @pytest.mark.usefixtures("fast")
 def test_a_run_says_once_that_there_is_no_race(base, task, tmp_path, capsys):
-    words = h.arguments(h.settings(base, task, tmp_path / "run", scan="racing", warmup_epochs=0, epochs_per_drop=0))
+    words = h.arguments(
+        h.settings(
+            base, task, tmp_path / "run", scan="racing", strategy="scan+norm", warmup_epochs=0, epochs_per_drop=0
+        )
+    )
     assert cli.main(["trim", *words]) == 0
     assert capsys.readouterr().err.count("no race: it needs choices, and items enough") == 1
 
@@ -245,7 +264,7 @@ def test_a_scan_races_in_the_order_of_a_runs_first(base, task, tmp_path, monkeyp
         return race(*given)
 
     monkeypatch.setattr(Rules, "race", watched)
-    asked = {"scan": "racing", "seed": 5}
+    asked = {"scan": "racing", "strategy": "scan+norm", "seed": 5}
     h.run(base, task, tmp_path / "run", depth=DEPTH - 1, warmup_epochs=0, epochs_per_drop=0, **asked)
     words = {"model": base, "task": task, "output": tmp_path / "scan", "calibration_size": 6, **asked}
     assert cli.main(["scan", *h.arguments(words)]) == 0

@@ -220,7 +220,7 @@ def test_scan_that_another_kind_of_device_began_is_not_continued(base, task, tmp
 
 def test_race_that_another_kind_of_device_began_is_not_continued(base, tmp_path, monkeypatch):
     task, straight = h.save_task(tmp_path / "task", train=80), tmp_path / "straight"
-    race = {"depth": 4, "scan": "racing", "calibration_size": 40, "eval_batch_size": 400}
+    race = {"depth": 4, "scan": "racing", "strategy": "scan+norm", "calibration_size": 40, "eval_batch_size": 400}
     scanned(base, task, straight, **race)
     for call in (2, 4, 6):
         output = tmp_path / f"run-{call}"

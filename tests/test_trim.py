@@ -33,6 +33,8 @@ from trimllm.training import losses, train
 
 pytestmark = pytest.mark.usefixtures("fast")
 
+PAPERS = {"strategy": "scan+norm"}
+"""What the paper compares; ties are of its accuracies."""
 NO_TRAINING = {"warmup_epochs": 0, "epochs_per_drop": 0}
 HARDLY = {"warmup_epochs": 0, "epochs_per_drop": 0.01}
 """As little training as lets settings of training be given."""
@@ -356,7 +358,7 @@ def test_strategy_runs_and_drops_what_its_table_calls_least_important(base, task
 
 def test_equal_accuracies_alone_are_tied_unless_a_tolerance_is_asked_for(base, task, tmp_path):
     for asked, tied in ((None, 0.0), (0.0, 0.0), (2.0, 2.0)):
-        config = h.settings(base, task, tmp_path / "run", tie_tolerance=asked)
+        config = h.settings(base, task, tmp_path / "run", strategy="scan+norm", tie_tolerance=asked)
         rules = Rules(TrimConfig(**config), tiny.build("llama", 4), 0)
         assert rules.tolerance == tied
 
@@ -375,7 +377,7 @@ def test_what_a_set_of_drops_may_cost_is_a_question_or_the_ties_that_are_asked_f
 
 def test_a_run_of_a_version_with_wider_ties_goes_on_with_them(base, task, tmp_path):
     output = tmp_path / "run"
-    h.killed_run((progressive.Run, "_drop", 1), base, task, output, depth=4, **NO_TRAINING)
+    h.killed_run((progressive.Run, "_drop", 1), base, task, output, depth=4, **PAPERS, **NO_TRAINING)
     journal = output / "journal.jsonl"
     events = [json.loads(line) for line in journal.read_text().splitlines()]
     assert events[0].pop("ties") == 0.0
@@ -383,7 +385,7 @@ def test_a_run_of_a_version_with_wider_ties_goes_on_with_them(base, task, tmp_pa
         if old:
             journal.write_text("".join(json.dumps(event) + "\n" for event in events))
         run = progressive.Run(
-            TrimConfig(**h.settings(base, task, output, depth=4, resume=True, **NO_TRAINING)), Console()
+            TrimConfig(**h.settings(base, task, output, depth=4, resume=True, **PAPERS, **NO_TRAINING)), Console()
         )
         found = preparing.prepare(run.config, models.load(run.config, training=True), run.dir)
         assert found.decider.tolerance == pytest.approx(tolerance)
@@ -499,7 +501,7 @@ def test_a_run_that_an_earlier_version_began_with_settings_without_effect_goes_o
 
 
 def test_the_card_says_of_every_unit_that_goes_at_once_why(base, task, tmp_path):
-    h.run(base, task, tmp_path / "run", depth=2, one_shot=True, tie_tolerance=100.0, **NO_TRAINING)
+    h.run(base, task, tmp_path / "run", depth=2, one_shot=True, **PAPERS, tie_tolerance=100.0, **NO_TRAINING)
     (drop,) = h.journal(tmp_path / "run", "drop")
     assert [why.partition(" by")[0] for why in drop["why"]] == [
         "tied with 4 others",
@@ -641,7 +643,8 @@ def test_dozens_of_choices_are_pointed_out_where_another_strategy_would_ask_fewe
     base, task, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(progressive.scan, "MANY_CHOICES", 2)
-    ways = {"plain": {}, "racing": {"scan": "racing"}, "recover": {"schedule": "recover"}, "loss": {"strategy": "loss"}}
+    ways = {"plain": {}, "racing": {"scan": "racing", **PAPERS}, "recover": {"schedule": "recover"}}
+    ways["loss"] = {"strategy": "loss"}
     for name, changes in ways.items():
         progressive.trim(**h.settings(base, task, tmp_path / name, depth=4, **NO_TRAINING | changes))
         assert ("--strategy loss asks the right one only" in capsys.readouterr().err) == (name == "plain"), name

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from trimllm.config.shared import (
     ANALYSIS_ITEMS,
+    STRATEGY,
     CalibrationSettings,
     DataSettings,
     LoadSettings,
@@ -185,7 +186,7 @@ class CompareConfig(TrainedModel, StrategySettings, DataSettings):
     """Shares of the blocks to keep: 0.5,0.25 gives two rows for every method that removes blocks."""
     also: Several[Location] = ()
     """More tasks to evaluate every model on, without training for them: what specialization costs."""
-    strategy: str = "scan+norm"
+    strategy: str = STRATEGY
     """Score by which the rows of TrimLLM (trim, trim-pair, one-shot) choose, as in `trimllm trim`."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of the full fine-tuning that most methods start from."""

@@ -46,11 +46,13 @@ Location = Annotated[str, AfterValidator(os.path.expanduser)]
 does in YAML. (Of models, `models.path_of` expands it: their names are stored as they were given.)"""
 
 STRATEGIES = (
-    *("scan+norm", "scan+probability", "scan+loss", "scan", "probability", "norm", "bi", "angular", "loss"),
+    *("probability", "scan+norm", "scan+probability", "scan+loss", "scan", "norm", "bi", "angular", "loss"),
     *("perplexity", "taylor", "magnitude", "random", "first", "last", "alternate", "symmetric"),
 )
 """What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's.
 See `scores.SCORES`."""
+STRATEGY = "probability"
+"""The default: see docs/results.md, "Sure or right"."""
 CONFIDENCE = 0.999
 """Confidence of a race: tried on recorded scans, see docs/lab.md."""
 RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
@@ -206,10 +208,11 @@ def unknown_strategy(name: str) -> str:
 
 
 class StrategySettings(Settings):
-    strategy: str = "scan+norm"
-    """Which unit goes: scan+norm (accuracy after trial deletion, ties by activation norm), scan+loss (ties by the loss
-    of right answers), scan, norm, bi, angular, loss (the quick one where a question has dozens of choices), perplexity,
-    taylor, magnitude, random, first, last, alternate, symmetric."""
+    strategy: str = STRATEGY
+    """Which unit goes, by what trial deletion leaves: probability (of the right choice, in the mean; of texts, their
+    likelihood), scan+norm (the paper's: accuracy, ties by activation norm), scan+probability, scan+loss (ties by the
+    loss of right answers), scan, loss (the quick one where a question has dozens of choices), perplexity; or norm, bi,
+    angular, taylor, magnitude, random, first, last, alternate, symmetric."""
 
     @model_validator(mode="after")
     def _strategy_is_known(self) -> StrategySettings:
@@ -242,8 +245,8 @@ class ScoreSettings(StrategySettings):
         found = super().idle()
         if self.tie_tolerance is not None and "+" not in self.strategy:
             found["tie_tolerance"] = (
-                f"--tie-tolerance {self.tie_tolerance} is for two scores, as in scan+norm, and --strategy "
-                f"{self.strategy} has nothing that breaks ties: leave one of them out"
+                f"--tie-tolerance {self.tie_tolerance} is for two scores, and --strategy {self.strategy} has nothing "
+                "that breaks ties: add --strategy scan+norm, or leave it out"
             )
         return found
 
@@ -252,7 +255,7 @@ class ScoreSettings(StrategySettings):
         if self.scan == "racing" and self.strategy not in ("scan+norm", "scan"):
             raise ValueError(
                 f"--scan racing compares accuracies, and norms where they tie, --strategy {self.strategy} something "
-                "else: leave one of them out"
+                "else: add --strategy scan+norm, or leave --scan racing out"
             )
         if self.scan == "exact" and "confidence" in self.model_fields_set and self.confidence != CONFIDENCE:
             raise ValueError("--confidence is for --scan racing: leave it out, or add --scan racing")
