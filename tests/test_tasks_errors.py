@@ -14,6 +14,7 @@ from trimllm.errors import InputError
 from trimllm.tasks import load_task, load_text
 
 CHOICES = 'a list such as ["yes", "no"] or texts by letter such as {"A": "yes", "B": "no"}'
+NAMED = "name its texts in a task YAML (`| map(attribute='text') | list`)"
 MEANT = ": say in a task YAML what of it is written (a part of it, or"
 GOOD = {"question": "Why?", "choices": ["a", "b"], "answer": 0}
 
@@ -41,11 +42,15 @@ def write(tmp_path, *rows, name="data.jsonl"):
         ("[1]", 'FILE:2: a row must be a JSON object such as {"text": ...}, not list'),
         (
             {**GOOD, "choices": [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}]},
-            f"FILE:2: field 'choices' holds an object ({{'id': 1, 'text': 'a'}}){MEANT} `| tojson`)",
+            f"FILE:2: field 'choices' holds an object ({{'id': 1, 'text': 'a'}}): {NAMED}",
         ),
         (
             {**GOOD, "choices": [[], ["c"]]},
-            f"FILE:2: field 'choices' holds a list ([]){MEANT} `| join(' ')`)",
+            f"FILE:2: field 'choices' holds a list ([]): {NAMED}",
+        ),
+        (
+            {**GOOD, "answer": ["B"]},
+            f"FILE:2: field 'answer' holds a list (['B']){MEANT} `| join(' ')`)",
         ),
         (
             {**GOOD, "context": ["one passage", "another", "a third that makes it longer than what is shown"]},
@@ -453,17 +458,31 @@ target: answer
 
 
 @pytest.mark.parametrize(
-    "prompt", ["trim", "lower", "replace('a', 'b')", "string", "upper", "join(', ')", "first", "tojson"]
+    "prompt",
+    [
+        "trim",
+        "lower",
+        "replace('a', 'b')",
+        "string",
+        "upper",
+        "join(', ')",
+        "first",
+        "tojson",
+        "map('upper')",
+        "reverse",
+    ],
 )
 def test_no_filter_writes_a_list_or_an_object_as_python_does(tmp_path, prompt):
-    rows = [{"cell": [{"k": n}, {"k": "b"}], "answer": n} for n in range(9)]
+    rows = [{"cell": [{"k": n}, {"k": "b'é"}], "answer": n} for n in range(9)]
     write(tmp_path, *rows, name="rows.jsonl")
     (tmp_path / "own.yaml").write_text(OPEN.format(prompt=f"{{{{ cell | {prompt} }}}}"))
     if prompt == "tojson":
         task = load_task(tmp_path / "own.yaml")
-        assert all("'" not in item.prompt for item in task.train)
+        assert all(item.prompt.endswith('}, {"k": "b\'é"}]') for item in task.train)
     else:
-        refused = r"rows.jsonl:1: cannot make the prompt: a column it uses holds (a list|an object) \("
+        refused = (
+            r"rows.jsonl:1: cannot make the prompt: (a column it uses holds (a list|an object) \(|it ends in several)"
+        )
         assert re.search(refused, message(tmp_path / "own.yaml"))
     (tmp_path / "own.yaml").write_text(OPEN.format(prompt="{{ 'a' ~ cell }}"))
     assert "holds a list" in message(tmp_path / "own.yaml")
@@ -485,10 +504,18 @@ def test_a_condition_that_is_text(tmp_path, where):
         (tmp_path / "own.yaml").write_text(text)
         return tmp_path / "own.yaml"
 
-    assert message(spec(where)).endswith("is text, which always holds: write an expression, as in jurisdiction == 'UK'")
-    for good in ("lang == 'en'", "{{ lang == 'en' }}", "lang in {'en': 1}"):
+    said = message(spec(where))
+    assert f"where {where!r} is no expression (" in said
+    assert said.endswith("): write one, as in jurisdiction == 'UK'")
+    for good in ("lang == 'en'", "{{ lang == 'en' }}", "lang in {'en': {'b': 1}}", "'{lang}' != lang and lang == 'en'"):
         task = load_task(spec(good))
         assert len(task.train) + len(task.calibration) + len(task.test) == 10
+
+
+def test_half_a_character_within_json_in_a_cell(tmp_path):
+    rows = "".join(f'q {n},"[""a"", ""b \\ud83d""]",0\n' for n in range(9))
+    (tmp_path / "data.csv").write_text(f"question,choices,answer\n{rows}")
+    assert message(tmp_path / "data.csv").endswith("is half of a character: mend the text, or drop the row")
 
 
 def test_a_group_may_be_a_list(tmp_path):
@@ -512,8 +539,11 @@ def test_answers_in_a_csv(tmp_path):
         rows = "".join('q {},"{}"\n'.format(n, cell.replace('"', '""')) for n in range(9))
         path.write_text(f"question,answers\n{rows}")
         assert {item.target for item in load_task(path).train} == {target}
-    path.write_text("question,answers\n" + "".join(f"q {n},\"['Paris']\"\n" for n in range(9)))
-    assert "field 'answers' begins as a list or an object and is not JSON" in message(path)
+    for cell in ("['Paris']", "{'text': array(['Paris'], dtype=object)}"):
+        path.write_text("question,answers\n" + "".join(f'q {n},"{cell}"\n' for n in range(9)))
+        assert "field 'answers' is a list or an object as Python writes it: write JSON" in message(path)
+    path.write_text("question,answers\n" + "".join(f'q {n},"[laughs] yes"\n' for n in range(9)))
+    assert load_task(path).train[0].target == " [laughs] yes"
 
 
 def test_half_a_character_in_a_domain_text(tmp_path):

@@ -815,6 +815,8 @@ def test_a_column_that_says_what_rows_are_for(tmp_path):
             load_task(jsonl(tmp_path / "rows.jsonl", [*rows, {**QUESTIONS[0], **more}]))
     named = [{**row, "split": f"{row['split'].strip().lower()}_sft"} for row in rows]
     assert len(load_task(jsonl(tmp_path / "rows.jsonl", named)).test) == 5
+    free = [{**row, "split": f"banana {part}"} for row, part in zip(QUESTIONS, said, strict=True)]
+    assert "columns not read: split" in load_task(jsonl(tmp_path / "rows.jsonl", free)).notes
     streets = [{**row, "split": ("test street" if n == 3 else f"{n} street")} for n, row in enumerate(rows)]
     assert "columns not read: split" in load_task(jsonl(tmp_path / "rows.jsonl", streets)).notes
     alike = load_task(jsonl(tmp_path / "rows.jsonl", [{**row, "split": "train"} for row in QUESTIONS]))

@@ -158,11 +158,32 @@ def test_a_quantized_model_is_asked_what_its_run_did_not_train_on(made):
         assert quantized._evaluation(asked, run / "model").seed == SEED, "by its settings"
         told = used_rows.warnings(run / "model", load_task(rows), 0)
         assert told == [
-            f"which rows {run / 'model'} was trained on is not known: its run is of an earlier version (trimllm trim "
-            "--resume adds them to it)"
+            f"which rows {run / 'model'} was trained on is not known: its run is of an earlier version (trim --resume "
+            "or compare --resume adds them to it)"
         ]
     finally:
         (run / "away.json").rename(run / used_rows.FILE)
+
+
+def test_links_into_a_run_and_out_of_one_are_followed(made, tmp_path):
+    _, run = made
+    (tmp_path / "link").symlink_to(run / "model")
+    assert used_rows.of(tmp_path / "link") == used_rows.of(run)
+    copied = Path(copytree(run, tmp_path / "run"))
+    (copied / "model").rename(tmp_path / "moved")
+    (copied / "model").symlink_to(tmp_path / "moved")
+    assert used_rows.of(copied / "model") == used_rows.of(run)
+
+
+def test_no_seed_is_named_where_several_made_a_model(made, tmp_path):
+    rows, run = made
+    base, seeds = str(run / "model"), (0, 5, 5)
+    for number, seed in enumerate(seeds):
+        folder = tmp_path / str(number)
+        (folder / "model").mkdir(parents=True)
+        used_rows.keep(folder, load_task(rows, seed=seed, calibration_size=6), base, seed, trains=False)
+        assert used_rows.of(folder).seed is None
+        base = str(folder / "model")
 
 
 def test_a_seed_is_named_where_it_helps(made):

@@ -37,7 +37,8 @@ def keep(folder: Path, data: TaskData, base: str, seed: int, *, trains: bool = T
     there, before = _read(folder), of(base)
     trained = frozenset(map(_hash, data.train if trains else ())).union(there.trained, before.trained)
     decided = frozenset(map(_hash, data.calibration)).union(there.decided, before.decided)
-    common = seed if before.seed in (None, seed) and not (before.trained and before.seed is None) else None
+    alike = all(each in (Used(), each._replace(seed=seed)) for each in (there, before))
+    common = seed if alike else None
     if (used := Used(trained, decided, common)) != there:
         record = {"seed": used.seed, "trained": sorted(trained), "decided": sorted(decided)}
         files.write_json(folder / FILE, record)
@@ -47,9 +48,10 @@ def of(model: str | Path) -> Used:
     """What a checkpoint was made with, by where it lies: in the folder of a run or comparison, or below."""
     path = Path(model).expanduser()
     if path.is_dir():
-        for folder in [path.resolve(), *path.resolve().parents][:FOLDERS]:
-            if (folder / FILE).exists():
-                return _read(folder)
+        for start in (path.absolute(), path.resolve()):  # a link leads to a run, or out of one
+            for folder in [start, *start.parents][:FOLDERS]:
+                if (folder / FILE).exists():
+                    return _read(folder)
     return Used()
 
 
@@ -64,8 +66,8 @@ def warnings(model: str | Path, data: TaskData, seed: int, *, at: Path | None = 
     used, found = of(at or model), list[str]()
     if used == Used() and placing.run_of(at or model):
         return [
-            f"which rows {model} was trained on is not known: its run is of an earlier version (trimllm trim --resume "
-            "adds them to it)"
+            f"which rows {model} was trained on is not known: its run is of an earlier version (trim --resume "
+            "or compare --resume adds them to it)"
         ]
     remedy = f": give --seed {used.seed}, as there" if used.seed not in (None, seed) else ""
     if count := _among(data.test, used.trained | used.decided):

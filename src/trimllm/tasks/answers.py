@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import string
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Literal
 
 from trimllm.errors import InputError
@@ -90,17 +92,23 @@ def accepted(value: Any, column: str) -> list[Any]:
         ValueError: if such a string is not JSON.
     """
     if column == "answers" and isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        try:
+        with suppress(json.JSONDecodeError):
             value = json.loads(value)
-        except json.JSONDecodeError:
+        if isinstance(value, str) and _as_python_writes_it(value):
             raise ValueError(
-                f"field '{column}' begins as a list or an object and is not JSON: write it as JSON, as in "
-                '["one", "another"], or as text in a column `answer`'
-            ) from None
+                f'field \'{column}\' is a list or an object as Python writes it: write JSON, as in ["one", "another"]'
+            )
     if isinstance(value, dict):
         value = value.get("text")
     values = value if isinstance(value, list | tuple) else [] if value is None else [str(value)]
     return [each.get("text") if isinstance(each, dict) else each for each in values]
+
+
+def _as_python_writes_it(text: str) -> bool:
+    try:
+        return isinstance(ast.literal_eval(text), list | dict)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return re.match(r"\s*(\[|\{'text': )\s*array\(", text) is not None
 
 
 def read_list(value: Any) -> list[Any]:

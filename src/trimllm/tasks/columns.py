@@ -38,10 +38,14 @@ _NEAR = {
 """What others call it, in small letters alone."""
 _OPTION = re.compile(r"(option|opt|op|choice)?_?[a-d]", re.IGNORECASE)
 """What columns that hold a choice each are called."""
-_BRACED = re.compile(r"(?<![\w{])\{\s*([^\W\d]\w*)\s*\}(?!\})")
-"""A name in single braces; no argument of a command, as LaTeX has them."""
-_JINJA = re.compile(r"\{%-?\s*raw\s*-?%\}.*?\{%-?\s*endraw\s*-?%\}|\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
-"""What is Jinja in a template, or escaped in it."""
+_BRACED = re.compile(r"(?<!\{)\{\s*([^\W\d]\w*)\s*\}(?!\})")
+"""A name in single braces."""
+_OTHER_BRACES = re.compile(
+    r"\{%[-+]?\s*raw\s*[-+]?%\}.*?\{%[-+]?\s*endraw\s*[-+]?%\}|\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}"
+    r"|\\[A-Za-z]+(?:\{[^{}]*\})+|[_^]\{\w+\}",
+    re.DOTALL,
+)
+"""What is Jinja in a template, or escaped in it, and what is LaTeX."""
 _SHOWN = 8
 _LONGEST_LABEL = 60
 _MOST_LABELS = 200
@@ -97,7 +101,7 @@ def refuse_single_braces(spec: TaskSpec, rows: Iterable[Row]) -> None:
     fields = (spec.prompt, spec.target, spec.answer, spec.group, spec.choices, spec.references)
     each = [one for field in fields for one in (field if isinstance(field, list) else [field]) if isinstance(one, str)]
     for template in each:
-        for found in _BRACED.finditer(_JINJA.sub(" ", template)):
+        for found in _BRACED.finditer(_OTHER_BRACES.sub(" ", template)):
             if found[1] in columns:
                 raise InputError(
                     f"task {spec.name!r}: {found[0]} is read as it stands: columns stand in double braces, as in "

@@ -6,7 +6,7 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Sequence, ValuesView
 from functools import lru_cache
 from typing import Any
 
@@ -63,7 +63,10 @@ class Renderer:
             InputError: if a column is missing, a prompt, choice or target is empty, or the answer names no choice.
         """
         build = {"choice": self._choice, "generation": self._generation, "text": self._document}[self.spec.kind]
-        return build(row)
+        item = build(row)
+        for text in (item.prompt, *item.continuations, *item.references):
+            check_whole(text, row.place)
+        return item
 
     def _choice(self, row: Row) -> Item:
         prompt = self._filled("prompt", self._prompt, row)
@@ -74,6 +77,8 @@ class Renderer:
                 "drop the row"
             )
         given = self._apply("answer", self._answer, row)
+        if isinstance(given, NESTED):
+            raise InputError(f"{row.place}: field '{self._answer_name}' {not_text(given)}")
         answer = answer_index(given, choices, self.spec.answer_as, row.place, self._answer_name, self._remedy)
         return Item(
             place=row.place,
@@ -118,7 +123,8 @@ class Renderer:
     def _apply(self, field: str, template: Column, row: Row) -> Any:
         """Calls a template; whatever goes wrong inside becomes one line that names the row and the field."""
         try:
-            nested = any(isinstance(value, NESTED) for value in row.values.values())
+            read = field not in ("where", "group")  # by the model
+            nested = read and any(isinstance(value, NESTED) for value in row.values.values())
             value = template(_guarded(row.values) if nested else row.values)
             if isinstance(value, Undefined):
                 value._fail_with_undefined_error()
@@ -157,14 +163,15 @@ class Renderer:
             raise InputError(f"task {self.spec.name!r}: {expression!r} is not a valid expression: {error}") from error
 
     def _condition(self, template: str) -> Column:
-        """An expression, in double braces or without; text, which would always hold, is refused."""
-        match = _EXPRESSION.fullmatch(template)
-        if match is None and re.search(r"\{\{|\{%|(?<!\{)\{\s*\w+\s*\}", template):
+        """An expression, in double braces or without; text, which nearly always holds, is refused."""
+        match = re.fullmatch(r"\s*\{\{(.*)\}\}\s*", template, re.DOTALL)
+        try:
+            return self._environment.compile_expression(match[1] if match else template, undefined_to_none=False)
+        except TemplateError as error:
             raise InputError(
-                f"task {self.spec.name!r}: where {template!r} is text, which always holds: write an expression, as in "
+                f"task {self.spec.name!r}: where {template!r} is no expression ({error}): write one, as in "
                 "jurisdiction == 'UK'"
-            )
-        return self._value("{{ " + (match[1] if match else template) + " }}")
+            ) from error
 
     def _values(self, template: str | list[Any]) -> Column:
         """A list: by one expression, or one entry at a time (entries with `{{` are templates, others plain text)."""
@@ -210,7 +217,9 @@ def _texts(values: Any, field: str, place: str, *, single: bool = False) -> tupl
         what = "has an empty entry" if values else "is empty"
         raise InputError(f"{place}: field '{field}' {what}; fill it in or drop the row")
     if nested := [value for value in values if isinstance(value, NESTED)]:
-        raise InputError(f"{place}: field '{field}' {not_text(nested[0])}")
+        what = not_text(nested[0]).partition(": say")[0]
+        named = "name its texts in a task YAML (`| map(attribute='text') | list`)"
+        raise InputError(f"{place}: field '{field}' {what}: {named}")
     return tuple(str(value) for value in values)
 
 
@@ -223,6 +232,7 @@ def environment(tokenizer: Any = None) -> SandboxedEnvironment:
         required=_required,
         accepted=accepted,
         plain=_plain,
+        tojson=_json,
         place_of=_place_of,
         filled=_filled,
         digest=_digest,
@@ -243,11 +253,14 @@ def _plain(value: Any) -> Any:
         raise ValueError("a column it uses is null")
     if isinstance(value, NESTED):
         raise ValueError(f"a column it uses {not_text(value)}")
+    if isinstance(value, Iterator | KeysView | ValuesView | ItemsView):
+        raise ValueError("it ends in several values: end it with `| join(' ')`")
     return value
 
 
 class _List(list[Any]):
-    """A list of a row: no filter or operator makes text of it as Python writes it."""
+    """A list of a row: filters and operators that make text of all they are given are not given it as Python writes
+    it."""
 
     def __str__(self) -> str:
         raise ValueError(f"a column it uses {not_text(self)}")
@@ -265,6 +278,11 @@ class _Bytes(bytes):
         raise ValueError(f"a column it uses {not_text(self)}")
 
 
+for _kind, _name in ((_List, "list"), (_Object, "dict"), (_Bytes, "bytes")):  # as Jinja's errors call them
+    _kind.__name__ = _kind.__qualname__ = _name
+    _kind.__module__ = "builtins"
+
+
 def _guarded(value: Any) -> Any:
     """A row's value that templates can take apart, and not write."""
     if isinstance(value, list | tuple):
@@ -272,6 +290,20 @@ def _guarded(value: Any) -> Any:
     if isinstance(value, dict):
         return _Object((name, _guarded(each)) for name, each in value.items())
     return _Bytes(value) if isinstance(value, bytes) else value
+
+
+def check_whole(text: str, place: str) -> None:
+    """Raises InputError if a text holds half a character, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise InputError(f"{place}: {half!r} is half of a character: mend the text, or drop the row") from error
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON as a model reads it: Jinja's own escapes apostrophes and letters for web pages."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def not_text(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -179,11 +180,6 @@ def _constant(name: str) -> float | None:
 def _object(place: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f'{place}: a row must be a JSON object such as {{"text": ...}}, not {type(value).__name__}')
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise InputError(f"{place}: {half!r} is half of a character: mend the text, or drop the row") from error
     return value
 
 
@@ -246,7 +242,9 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _decoded(value: Any) -> Any:
-    """Text that was written as bytes; other bytes, such as a picture's, as they are."""
+    """Text that was written as bytes; other bytes, such as a picture's, as they are. What is no number is null."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if isinstance(value, list):
         return [_decoded(each) for each in value]
     if isinstance(value, dict):

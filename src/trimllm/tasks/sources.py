@@ -27,6 +27,7 @@ _NO_DATA = (".md", ".py", ".yaml", ".yml")
 _SHOWN = 5
 SPLIT = "split"
 """A column that may say the part of each row."""
+_HOW = ("sft", "gen", "set", "split", "data")
 _COMPOUND = re.compile(r"(sets?|data|split|rows)$")
 """What may end a word that speaks of a part: `testset`, `TrainData`."""
 
@@ -106,7 +107,8 @@ def row_files(folder: Path) -> list[Path]:
         InputError: if nothing is left.
     """
     found = data_files(folder)
-    rows = [path for path in found if not _ABOUT.fullmatch(path.name)] or [p for p in found if p.suffix == ".txt"]
+    rows = [path for path in found if not _ABOUT.fullmatch(path.name)]
+    rows = rows or [path for path in found if path.suffix.lower() == ".txt"]
     if not rows:
         raise _no_data(folder)
     return rows
@@ -119,11 +121,11 @@ def by_column(parts: Parts, notes: list[str]) -> Parts:
         InputError: if it says so in most rows, and not in all.
     """
     (rows,) = parts.values() if len(parts) == 1 else ([],)
-    said = [parts_named(Path(str(row.values.get(SPLIT)))) for row in rows]
-    named = [each for each in said if len(each) == 1]
+    said = [_said(row.values.get(SPLIT)) for row in rows]
+    named = [each for each in said if _one_part(each)]
     if 2 * len(named) <= len(rows) or len(set().union(*named)) < 2:
         return parts
-    if odd := next((row for row, each in zip(rows, said, strict=True) if len(each) != 1), None):
+    if odd := next((row for row, each in zip(rows, said, strict=True) if not _one_part(each)), None):
         raise InputError(
             f"{odd.place}: field {SPLIT!r} is {odd.values.get(SPLIT)!r}, and says train, validation or test in other "
             "rows: fill it in, or drop the row or the column"
@@ -135,6 +137,16 @@ def by_column(parts: Parts, notes: list[str]) -> Parts:
     shown = ", ".join(f"{len(several):,} {part}" for part, several in found.items())
     notes.append(f"the column {SPLIT!r} says what rows are for: {shown}")
     return found
+
+
+def _one_part(said: set[str]) -> bool:
+    return len(said) == 1 and said <= set(PARTS.values())
+
+
+def _said(value: object) -> set[str]:
+    """The parts that a cell `split` names, if it says nothing else but how (`train_sft`, `test 1`)."""
+    words = re.findall(r"[^\W\d_]+", str(value).lower())
+    return {PARTS.get(word, word) for word in words if word not in _HOW}
 
 
 def file_notes(files: Files) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from trimllm.errors import InputError
 from trimllm.tasks import world
 from trimllm.tasks.items import Item
+from trimllm.tasks.render import check_whole
 from trimllm.tasks.rows import Row, read_rows
 from trimllm.tasks.sources import row_files
 
@@ -90,4 +91,5 @@ def _text(row: Row) -> str:
         raise InputError(f"{row.place}: no column 'text'; columns found: {', '.join(row.values)}")
     if not isinstance(text, str):
         raise InputError(f"{row.place}: 'text' is {text!r}, not text: leave the row out, or mend it")
+    check_whole(text, row.place)
     return text
