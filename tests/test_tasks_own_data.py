@@ -557,6 +557,22 @@ def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
     assert bare.prompt == f"<s>{item.prompt}"
 
 
+def test_a_template_may_write_tool_calls_as_it_likes(tmp_path):
+    class Tokenizer:
+        chat_template = "set"
+        bos_token = None
+
+        def apply_chat_template(self, messages, **_):
+            return " ".join(str(turn.get("tool_calls", turn["content"])) for turn in messages)
+
+    calls = [{"name": "look", "arguments": {"at": ["it"]}}]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    turns += [{"role": "tool", "content": "seen"}, {"role": "assistant", "content": "It is."}]
+    rows = [{"messages": [{"role": "user", "content": f"q {n}"}, turns[3]]} for n in range(9)]
+    _, item = first(jsonl(tmp_path / "chat.jsonl", [{"messages": turns}, *rows]), tokenizer=Tokenizer())
+    assert item.prompt == f"Hi {calls} seen"
+
+
 def test_a_template_that_prints_the_date_reads_the_same_every_day(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') ~ strftime_now(\"%Y\") ~ messages[0].content }}"

@@ -62,7 +62,7 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
         raise ValueError(
             "messages must be a list such as [{role: user, content: ...}, {role: assistant, content: ...}]"
         )
-    messages = [_turn(turn) for turn in messages]
+    messages = [_turn(_copied(turn)) for turn in messages]
     for number, turn in enumerate(messages):
         if (
             not isinstance(turn, dict)
@@ -71,6 +71,13 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
         ):
             raise ValueError(f"message {number} needs 'role' and 'content' (or 'from' and 'value'), both text")
     return messages
+
+
+def _copied(value: Any) -> Any:
+    """A row's value as plain lists and dicts: a chat template may write them as it likes."""
+    if isinstance(value, dict):
+        return {name: _copied(each) for name, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 def _turn(turn: Any) -> Any:
