@@ -599,3 +599,37 @@ def test_prompts_and_completions_may_be_numbers_but_not_null(tmp_path):
         said = message(path)
         assert said.startswith("FILE:10: cannot make the ")
         assert said.endswith(f": field '{column}' is empty; fill it in or drop the row")
+
+
+@pytest.mark.parametrize("more", ['group: "{question}"', 'references: ["{answer}"]', 'references: "{answer}"'])
+def test_single_braces_in_fields_that_no_model_reads(tmp_path, more):
+    write(tmp_path, *[{"question": f"q {n}", "answer": n} for n in range(9)], name="rows.jsonl")
+    (tmp_path / "own.yaml").write_text(OPEN.format(prompt="{{ question }}") + more + "\n")
+    assert "is read as it stands: columns stand in double braces" in message(tmp_path / "own.yaml")
+
+
+def test_a_group_that_is_null_names_its_row(tmp_path):
+    rows = [{"question": f"q {n}", "answer": n, "of": None if n == 4 else n} for n in range(9)]
+    write(tmp_path, *rows, name="rows.jsonl")
+    (tmp_path / "own.yaml").write_text(OPEN.format(prompt="{{ question }}") + "group: of\n")
+    assert message(tmp_path / "own.yaml").endswith("jsonl:5: cannot make the group: a column it uses is null")
+
+
+def test_bytes_within_parquet_cells(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"question": [f"q {n}" for n in range(9)], "choices": [[b"yes", b"no"]] * 9, "answer": [0] * 9}
+    pq.write_table(pa.table(columns), tmp_path / "data.parquet")
+    assert {item.continuations for item in load_task(tmp_path / "data.parquet").train} == {(" yes", " no")}
+    pictures = {"picture": [b"\xff\xd8"] * 9, "answer": [str(n) for n in range(9)]}
+    pq.write_table(pa.table(pictures), tmp_path / "pictures.parquet")
+    files = "source: {files: {train: pictures.parquet}}"
+    text = OPEN.format(prompt="{{ picture | string }}").replace("source: {files: {train: rows.jsonl}}", files)
+    (tmp_path / "own.yaml").write_text(text)
+    assert "a column it uses holds bytes that are no text (b'\\xff\\xd8')" in message(tmp_path / "own.yaml")
+
+
+def test_a_folder_of_one_text_that_is_called_readme(tmp_path):
+    (tmp_path / "README.TXT").write_text("A domain's only text.")
+    assert load_text(tmp_path) == ["A domain's only text."]
