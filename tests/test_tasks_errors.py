@@ -469,6 +469,9 @@ target: answer
         "first",
         "tojson",
         "map('upper')",
+        "list | trim",
+        "list | lower",
+        "list | pprint",
         "reverse",
     ],
 )

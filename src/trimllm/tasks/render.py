@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Sequence, ValuesView
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError
@@ -25,6 +25,7 @@ Column = Callable[[dict[str, Any]], Any]
 
 NESTED = (dict, list, tuple, bytes)
 """What is no text, and would be written as Python writes it."""
+_OF_TEXT = ("string", "trim", "lower", "upper", "title", "capitalize", "replace", "truncate", "pprint", "indent")
 _SHOWN = 60
 _COLUMN = re.compile(r"(?:\{\{\s*\(?\s*(?=\w+\s*\|))?([^\W\d]\w*)(?=$|\s*\|)")
 """A column alone, or one that an expression begins with and filters."""
@@ -233,6 +234,7 @@ def environment(tokenizer: Any = None) -> SandboxedEnvironment:
         accepted=accepted,
         plain=_plain,
         tojson=_json,
+        **{name: _of_text(environment.filters[name]) for name in _OF_TEXT},
         place_of=_place_of,
         filled=_filled,
         digest=_digest,
@@ -299,6 +301,20 @@ def check_whole(text: str, place: str) -> None:
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise InputError(f"{place}: {half!r} is half of a character: mend the text, or drop the row") from error
+
+
+def _of_text(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja's that makes text of what it is given, for text alone: what others make of a row's lists are
+    lists of Python's again."""
+
+    @wraps(make)
+    def checked(*values: Any, **settings: Any) -> Any:
+        for value in values:
+            if isinstance(value, NESTED):
+                raise ValueError(f"a column it uses {not_text(value)}")
+        return make(*values, **settings)
+
+    return checked
 
 
 def _json(value: Any, indent: int | None = None) -> str:
