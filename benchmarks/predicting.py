@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 from _sides import machine, run
+from study import mean_of
 
+from trimllm.analysis.ranks import spearman
 from trimllm.blocks import decoder
 from trimllm.checkpoints.loading import load_model, load_tokenizer
 from trimllm.console import table
@@ -30,17 +31,6 @@ from trimllm.importance.select import choose
 from trimllm.tasks import load_task
 
 SCORES = ("scan", "loss", "probability", "scan+norm", "scan+probability")
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, of equal values their mean."""
-    return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
-
-
-def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's; 0 where all values are equal."""
-    a, b = ranks(one), ranks(other)
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
 
 
 def measure(folder: Path, part: str, seed: int, calibration: int) -> dict[str, tuple[float, float]]:
@@ -55,7 +45,7 @@ def measure(folder: Path, part: str, seed: int, calibration: int) -> dict[str, t
     result = {}
     for score in SCORES:
         dropped = choose(found.candidates, evidence, score).index
-        result[score] = correlation(-importance(score, evidence), worth), float(worth.max() - worth[dropped])
+        result[score] = spearman(-importance(score, evidence), worth), float(worth.max() - worth[dropped])
     return result
 
 
@@ -72,12 +62,9 @@ def main() -> None:
         rows.append(measure(folder, part, int(seed), arguments.calibration_size))
         print(f"{part} {seed}: " + ", ".join(f"{k} {a:.2f} {b:.1f}" for k, (a, b) in rows[-1].items()), flush=True)
 
-    def mean(values: list[float]) -> tuple[float, float | None]:
-        return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-
-    summary = {score: [mean([row[score][which] for row in rows]) for which in (0, 1)] for score in SCORES}
+    summary = {score: [mean_of([row[score][which] for row in rows]) for which in (0, 1)] for score in SCORES}
     shown = [
-        [score, *(f"{value:.2f}" + ("" if error is None else f" +- {error:.2f}") for value, error in pair)]
+        [score, *(f"{value:.2f}" + ("" if error is None else f" +- {error:.2f}") for value, error, _ in pair)]
         for score, pair in summary.items()
     ]
     print(table(["score", "rank correlation", "points lost"], shown))

@@ -43,8 +43,13 @@ from trimllm.run.rundir import RunDir
 from trimllm.run.targets import LATE_SHARE, wanted_depth
 
 Settings = dict[str, Any]
-SPREAD = {"keep": None, "schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 0, "optimizer_state": "fresh"} | {
-    "strategy": "scan+norm"
+SPREAD = {
+    "keep": None,
+    "schedule": "epoch",
+    "epochs_per_drop": 1.0,
+    "final_epochs": 0,
+    "optimizer_state": "fresh",
+    "strategy": "scan+norm",
 }
 """What the arms change; the defaults of `trimllm trim` are the arm "late, carried, probability"."""
 QUESTION = 1.0
@@ -315,10 +320,10 @@ def means(records: list[Settings], against: str | None = None) -> dict[str, dict
             other = found.get("1") if against is None else by.get((part, seed, against), {}).get(keep)
             if other is not None and arm != against:
                 points.setdefault(arm, {}).setdefault(keep, []).append(found[keep]["value"] - other["value"])
-    return {arm: {keep: _mean(values) for keep, values in found.items()} for arm, found in points.items()}
+    return {arm: {keep: mean_of(values) for keep, values in found.items()} for arm, found in points.items()}
 
 
-def _mean(values: list[float]) -> Mean:
+def mean_of(values: list[float]) -> Mean:
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.mean(values), error, len(values)
 

@@ -98,6 +98,11 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
         return bool(self.epochs_per_drop or self.final_epochs)
 
     @property
+    def trains(self) -> bool:
+        """Whether anything is trained at all."""
+        return bool(self.warmup_epochs) or self.trains_after_drops
+
+    @property
     def carries_state(self) -> bool:
         """Whether AdamW's state goes from one stage after drops to the next, if there are several."""
         return self.optimizer_state == "carried" and self.epochs_per_drop > 0 and not self.one_shot

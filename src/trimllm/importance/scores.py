@@ -57,7 +57,7 @@ def s_scan(accuracy: Array, delta: float = DELTA) -> Array:
     return (100.0 - accuracy) / ((1.0 + delta**2) + (1.0 + delta) * accuracy)
 
 
-def confidence(probability: Array) -> Array:
+def uncertainty(probability: Array) -> Array:
     """100 - p, for the mean probability p (percent) of the right choice after deleting the unit: how unsure the model
     becomes. s_scan is of accuracy, which a few questions near the edge decide; in this all questions count."""
     return 100.0 - probability
@@ -154,7 +154,7 @@ def _of(field: str, function: Callable[[Array], Array]) -> Callable[[Evidence], 
 
 SCORES: dict[str, Score] = {
     "scan": Score(("accuracy",), _of("accuracy", s_scan)),
-    "probability": Score(("probability",), _of("probability", confidence)),
+    "probability": Score(("probability",), _of("probability", uncertainty)),
     "norm": Score(("norm",), _of("norm", s_norm)),
     "bi": Score(("cosine",), _of("cosine", block_influence)),
     "angular": Score(("run_angle",), _of("run_angle", angular)),

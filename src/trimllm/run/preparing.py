@@ -57,7 +57,7 @@ class Prepared:
     def digests(self) -> dict[str, str]:
         """SHA-256 of what is trained and decided on, by option."""
         config, found = self.decider.config, {"--task": self.data.digest()}
-        if config.text_ratio and (config.warmup_epochs or config.trains_after_drops):
+        if config.text_ratio and config.trains:
             found["--text"] = training_rows.digest(self.text_rows)
         return found
 

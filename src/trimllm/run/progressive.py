@@ -155,8 +155,7 @@ class Run:
             )
 
         if self.share.first:
-            trains = bool(config.warmup_epochs or config.trains_after_drops)
-            used_rows.keep(self.dir.root, self.ready.data, config.model, config.seed, trains=trains)
+            used_rows.keep(self.dir.root, self.ready.data, config.model, config.seed, trains=config.trains)
 
     def _start(self, loaded: Loaded) -> None:
         """Say what is there, and measure the base."""

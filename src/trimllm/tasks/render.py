@@ -64,12 +64,13 @@ class Renderer:
             InputError: if a column is missing, a prompt, choice or target is empty, or the answer names no choice.
         """
         build = {"choice": self._choice, "generation": self._generation, "text": self._document}[self.spec.kind]
-        item = build(row)
+        nested = any(isinstance(value, NESTED) for value in row.values.values())
+        item = build(row._replace(values=_guarded(row.values)) if nested else row, self._group_of(row))
         for text in (item.prompt, *item.continuations, *item.references):
             check_whole(text, row.place)
         return item
 
-    def _choice(self, row: Row) -> Item:
+    def _choice(self, row: Row, group: str | None) -> Item:
         prompt = self._filled("prompt", self._prompt, row)
         choices = _texts(self._apply("choices", self._choices, row), self._choices_name, row.place)
         if len(choices) == 1:
@@ -87,23 +88,21 @@ class Renderer:
             continuations=_continuations(self.spec.delimiter, choices),
             answer=answer,
             lengths=tuple(len(choice) for choice in choices),
-            group=self._group_of(row),
+            group=group,
         )
 
-    def _generation(self, row: Row) -> Item:
+    def _generation(self, row: Row, group: str | None) -> Item:
         prompt = self._filled("prompt", self._prompt, row)
         target = self._filled("target", self._target, row)
         references: tuple[str, ...] = (target.strip(),)
         if self._references is not None:
             references = _texts(self._apply("references", self._references, row), "references", row.place, single=True)
         continuation = self.spec.delimiter + target
-        return Item(
-            row.place, prompt, (continuation,), lengths=(len(target),), references=references, group=self._group_of(row)
-        )
+        return Item(row.place, prompt, (continuation,), lengths=(len(target),), references=references, group=group)
 
-    def _document(self, row: Row) -> Item:
+    def _document(self, row: Row, group: str | None) -> Item:
         text = self._filled("target", self._target, row)
-        return Item(row.place, "", (text,), lengths=(len(text),), group=self._group_of(row))
+        return Item(row.place, "", (text,), lengths=(len(text),), group=group)
 
     def _group_of(self, row: Row) -> str | None:
         """The key of the row's group; a list or an object is one as it stands."""
@@ -124,9 +123,7 @@ class Renderer:
     def _apply(self, field: str, template: Column, row: Row) -> Any:
         """Calls a template; whatever goes wrong inside becomes one line that names the row and the field."""
         try:
-            read = field not in ("where", "group")  # by the model
-            nested = read and any(isinstance(value, NESTED) for value in row.values.values())
-            value = template(_guarded(row.values) if nested else row.values)
+            value = template(row.values)
             if isinstance(value, Undefined):
                 value._fail_with_undefined_error()
             return value
@@ -211,9 +208,8 @@ def _texts(values: Any, field: str, place: str, *, single: bool = False) -> tupl
         values = by_letter(values)
     if not isinstance(values, list | tuple):
         or_texts = "" if single else ' or texts by letter such as {"A": "yes", "B": "no"}'
-        kind = "dict" if isinstance(values, dict) else type(values).__name__
         wanted = f'a list such as ["yes", "no"]{or_texts}'
-        raise InputError(f"{place}: field '{field}' must be {wanted}, not {kind}")
+        raise InputError(f"{place}: field '{field}' must be {wanted}, not {type(values).__name__}")
     if not values or any(map(blank, values)):
         what = "has an empty entry" if values else "is empty"
         raise InputError(f"{place}: field '{field}' {what}; fill it in or drop the row")
