@@ -532,6 +532,17 @@ def test_rows_that_failed_are_tried_again(world: tuple[Path, Path], tmp_path: Pa
     assert ran == [["full"]]
 
 
+@pytest.mark.parametrize(("epochs", "methods"), [(0, ("base", "full")), (1, ("base",)), (1, ("base", "full"))])
+def test_rows_are_trained_on_where_something_trains(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, epochs: int, methods: tuple[str, ...]
+) -> None:
+    made_up(monkeypatch)
+    asked = {"methods": methods, "warmup_epochs": epochs, "epochs_per_drop": 0, "optimizer_state": "fresh"}
+    go(settings(world, tmp_path / "out", **asked))
+    used = used_rows.of(tmp_path / "out")
+    assert (bool(used.trained), bool(used.decided)) == (bool(epochs) and "full" in methods, True)
+
+
 def test_unknown_method_names_the_nearest(world: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--methods shortgtp: unknown method \(did you mean 'shortgpt'\?\)"):
         go(settings(world, tmp_path / "out", methods=("shortgtp",)))

@@ -122,6 +122,13 @@ def test_eval_of_the_quantized_model_reports_what_export_reported(
     assert {"int8", "bitsandbytes"} <= set(card.data.tags)
 
 
+def test_rows_that_the_run_was_trained_on_are_said(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(quantized.used_rows, "warnings", lambda model, *_, at: [f"seen by {model}, {at.name}"])
+    asked = {"source": str(source), "to": "int8", "task": str(h.save_task(tmp_path / "task"))}
+    said = quantized.write(source, tmp_path / "out", make(ExportConfig, asked))
+    assert f"; seen by {source}, {source.name}" in said
+
+
 def test_files_of_the_source_travel_and_its_plan_stays(source: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     assert cli.main(["drop", "--model", str(source), "--layers", "1", "--output", str(cut)]) == 0

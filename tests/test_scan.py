@@ -75,6 +75,8 @@ def test_every_candidate_scores_as_if_really_deleted(family, unit, branches, res
         assert trial.loss == pytest.approx(right / _right_tokens(tokenizer, questions), abs=1e-4)
         odds = [np.exp(np.array(row) - row[item.answer]) for row, item in zip(expected, questions, strict=True)]
         assert trial.probability == pytest.approx(100 * np.mean([1 / each.sum() for each in odds]), abs=0.01)
+    evidence = result.evidence(np.arange(float(len(result.candidates))), DEPTH)
+    assert evidence.probability.tolist() == [trial.probability for trial in result.trials]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "phi3"])

@@ -9,7 +9,7 @@ from trimllm.blocks.layout import Block
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.run import recording
-from trimllm.run.targets import STUCK, Size, floor, missed, reached, wanted_depth
+from trimllm.run.targets import STUCK, Size, floor, missed, reached, slower, wanted_depth
 
 
 def config(**values):
@@ -116,3 +116,11 @@ def test_the_least_size_is_that_of_no_larger_a_model_than_one_layer_leaves(famil
     if family in ("llama", "gpt2"):
         assert least.parameters == min(sizes)
     assert least.bytes == 4 * least.parameters
+
+
+def test_a_saved_model_is_slower_where_no_round_has_the_speed():
+    asked, ended = config(target_speedup=1.6), "1.67 times the base's speed"
+    assert slower(asked, ended, {"median": 1.55, "min": 1.5, "max": 1.6}) is None
+    assert "decodes 1.55 times as fast" in slower(asked, ended, {"median": 1.55, "min": 1.5, "max": 1.59})
+    assert slower(asked, "the minimum depth, 3", {"median": 1.5, "max": 1.5}) is None, "that is said otherwise"
+    assert slower(asked, None, {"median": 1.5, "max": 1.5}) is slower(asked, ended, None) is None

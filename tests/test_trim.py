@@ -28,7 +28,7 @@ from trimllm.evaluation.evaluate import Scorer, evaluate
 from trimllm.evaluation.paired import difference
 from trimllm.importance import scores, weights
 from trimllm.importance.rules import Rules
-from trimllm.run import account, deciding, preparing, progressive, rundir
+from trimllm.run import account, deciding, preparing, progressive, rundir, targets
 from trimllm.training import losses, train
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -237,6 +237,13 @@ def test_a_target_that_is_not_met_and_a_depth_that_is_not_trained_are_said(base,
     assert "fine-tuned" not in lines + (tmp_path / "run" / "model" / "README.md").read_text()
     warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
     assert "--max-params 57000: not met, since the drops ended before: the minimum depth, 4" in warned
+
+
+def test_a_target_of_a_run_that_is_begun_is_not_judged_again(base, task, tmp_path, monkeypatch):
+    asked = {"depth": 4, **NO_TRAINING}
+    h.killed_run((progressive.Run, "_drop", 1), base, task, tmp_path / "run", **asked)
+    monkeypatch.setattr(targets, "check_possible", lambda *_: pytest.fail("an earlier version took it"))
+    h.run(base, task, tmp_path / "run", resume=True, **asked)
 
 
 def test_a_saved_model_that_is_slower_than_asked_is_said(base, task, tmp_path, capsys, monkeypatch):

@@ -186,6 +186,13 @@ def test_no_seed_is_named_where_several_made_a_model(made, tmp_path):
         base = str(folder / "model")
 
 
+def test_a_seed_that_did_not_make_all_of_it_is_not_written_over(made, tmp_path):
+    rows, _ = made
+    for seed, kept in ((1, 1), (0, None), (0, None)):
+        used_rows.keep(tmp_path, load_task(rows, seed=seed, calibration_size=6), "some/hub-id", seed)
+        assert used_rows.of(tmp_path).seed == kept
+
+
 def test_a_seed_is_named_where_it_helps(made):
     rows, run = made
     drawn = load_task(rows, calibration_size=6)
