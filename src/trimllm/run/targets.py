@@ -106,8 +106,7 @@ def slower(config: TrimConfig, reached: str | None, speedup: dict[str, float] | 
         return None
     return (
         f"--target-speedup {config.target_speedup}: the saved model decodes {speedup['median']:.2f} times as fast as "
-        f"the base; "
-        f"when the drops ended it was {(reached or '').removesuffix(FASTER)}: measure it with trimllm bench"
+        f"the base; when the drops ended it was {(reached or '').removesuffix(FASTER)}: measure it with trimllm bench"
     )
 
 

@@ -23,11 +23,13 @@ PARTS |= {"dev": "validation", "test": "test"}
 _ABOUT = re.compile(r"(readme|licen[sc]e|changelog)([_.-]\w\w)?\.txt|(dataset_(infos?|dict)|croissant)\.json", re.I)
 """Names of what lies beside data and is none."""
 _PROSE = re.compile(r"(readme|licen[sc]e|changelog|notice|citation)\b", re.I)
+"""Beginnings of names of what is to be read by people."""
 _NO_DATA = (".md", ".py", ".yaml", ".yml")
 _SHOWN = 5
 SPLIT = "split"
 """A column that may say the part of each row."""
 _HOW = ("sft", "gen", "set", "split", "data")
+"""What may stand beside the part in such a cell."""
 _COMPOUND = re.compile(r"(sets?|data|split|rows)$")
 """What may end a word that speaks of a part: `testset`, `TrainData`."""
 
