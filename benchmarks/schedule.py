@@ -27,9 +27,10 @@ from trimllm.console import table
 from trimllm.demo.demo import settings
 from trimllm.tasks.world import DOMAINS
 
+BOTH = {"epochs_per_drop": 1.0, "optimizer_state": "fresh", "strategy": "scan+norm", "tie_tolerance": 1.0}
 SIDES: dict[str, dict[str, Any]] = {
-    "published": {"schedule": "epoch", "epochs_per_drop": 1.0, "final_epochs": 4.0, "optimizer_state": "fresh"},
-    "recover": {"schedule": "recover", "epochs_per_drop": 1.0, "final_epochs": 3.5, "optimizer_state": "fresh"},
+    "published": {**BOTH, "schedule": "epoch", "final_epochs": 4.0},
+    "recover": {**BOTH, "schedule": "recover", "final_epochs": 3.5},
 }
 """What differs from the demo's recipe. At half the depth the published side ends with 5 epochs, recover with 3.5."""
 

@@ -205,9 +205,14 @@ def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
         return {"depth": depth, "dropped": [{"units": [unit], "value": [50.0], "importance": [0.1], "why": "least"}]}
 
     rows = [stage(3, "block 1"), stage(2, "block 0"), {"depth": 3}]
-    text = model_card._scores(rows, 3, "acc")
+    config = TrimConfig(model="m", task="t", output="o")
+    text = model_card._scores(config, rows, 3, "acc")
     assert "| block 1 | 50.0 | 0.1 | least |" in text
     assert "block 0" not in text
+    decided = "; importance, the score that decided, is 100 less the mean probability of the right choice:"
+    papers = config.model_copy(update={"strategy": "scan+norm"})
+    asked = [(config, "acc"), (config, "likelihood"), (papers, "acc")]
+    assert [decided in model_card._scores(one, rows, 3, metric) for one, metric in asked] == [True, False, False]
 
 
 def test_the_embedded_model_is_its_own_origin_without_a_licence_of_its_own() -> None:

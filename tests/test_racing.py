@@ -38,7 +38,11 @@ def test_winner_is_the_unit_that_select_chooses(tolerance):
         places = np.arange(6.0)
         evidence = Evidence(depth=6, position=places, accuracy=100 * hits / 40, norm=norms)
         chosen = choose(
-            units("block", whole(6)), evidence, tolerance=100 * tolerance / 40, allowed=np.flatnonzero(allowed).tolist()
+            units("block", whole(6)),
+            evidence,
+            "scan+norm",
+            tolerance=100 * tolerance / 40,
+            allowed=np.flatnonzero(allowed).tolist(),
         )
         assert Rule(tolerance, norms, places, allowed).winners(hits[:, None]).tolist() == [chosen.index]
 
@@ -142,6 +146,7 @@ def test_scan_that_races_finds_what_the_exact_one_finds(knowing):
         choose(
             result.candidates,
             result.evidence(np.arange(6.0), 6),
+            "scan+norm",
             tolerance=tolerance,
             allowed=result.running,
         ).unit

@@ -30,7 +30,7 @@ def evidence(accuracy, norm=None):
 
 
 def test_the_highest_accuracy_after_deletion_goes():
-    choice = choose(BLOCKS, evidence([70, 80, 60, 75, 79], [9, 1, 9, 9, 9]))
+    choice = choose(BLOCKS, evidence([70, 80, 60, 75, 79], [9, 1, 9, 9, 9]), "scan+norm")
     assert (choice.unit, choice.index, choice.tied) == (Unit("block", 1), 1, (1,))
     assert choice.why == "least important"
     assert choice.importance == pytest.approx(20 / (1.0001 + 1.01 * 80))
@@ -38,11 +38,11 @@ def test_the_highest_accuracy_after_deletion_goes():
 
 def test_within_the_tolerance_the_largest_norm_goes():
     known = evidence([70, 80, 78, 78.1, 77.9], [9, 1, 3, 2, 8])
-    assert choose(BLOCKS, known, tolerance=2).index == 2
-    assert choose(BLOCKS, known, tolerance=2).tied == (1, 2, 3)
-    assert choose(BLOCKS, known, tolerance=2).why == "tied with 2 others by the scan, largest norm"
-    assert choose(BLOCKS, known, tolerance=2.2).index == 4
-    assert choose(BLOCKS, known, tolerance=0).index == 1
+    assert choose(BLOCKS, known, "scan+norm", tolerance=2).index == 2
+    assert choose(BLOCKS, known, "scan+norm", tolerance=2).tied == (1, 2, 3)
+    assert choose(BLOCKS, known, "scan+norm", tolerance=2).why == "tied with 2 others by the scan, largest norm"
+    assert choose(BLOCKS, known, "scan+norm", tolerance=2.2).index == 4
+    assert choose(BLOCKS, known, "scan+norm", tolerance=0).index == 1
 
 
 def test_within_the_tolerance_the_least_loss_goes():
@@ -57,7 +57,7 @@ def test_one_question_of_tolerance_is_not_lost_to_rounding():
     for n in range(2, 60):
         for right in range(1, n + 1):
             known = evidence([100 * right / n, 100 * (right - 1) / n, 100 * (right - 2) / n], [1, 2, 9])
-            assert choose(BLOCKS[:3], known, tolerance=one_question("acc", n)).tied == (0, 1), (n, right)
+            assert choose(BLOCKS[:3], known, "scan+norm", tolerance=one_question("acc", n)).tied == (0, 1), (n, right)
 
 
 def test_without_a_tie_breaker_the_tolerance_is_not_used_and_equals_go_to_the_deeper():
@@ -68,18 +68,18 @@ def test_without_a_tie_breaker_the_tolerance_is_not_used_and_equals_go_to_the_de
 
 
 def test_equal_norms_go_to_the_deeper():
-    assert choose(BLOCKS, evidence([80, 80, 80, 60, 70], [5, 5, 4, 9, 9])).index == 1
+    assert choose(BLOCKS, evidence([80, 80, 80, 60, 70], [5, 5, 4, 9, 9]), "scan+norm").index == 1
 
 
 def test_only_allowed_candidates_count_even_for_the_ties():
     known = evidence([99, 80, 79.5, 70, 60], [1, 2, 3, 4, 5])
-    choice = choose(BLOCKS, known, tolerance=1, allowed={1, 2, 3})
+    choice = choose(BLOCKS, known, "scan+norm", tolerance=1, allowed={1, 2, 3})
     assert (choice.index, choice.tied) == (2, (1, 2))
 
 
 def test_no_candidate_left_is_an_error():
     with pytest.raises(InputError, match="every remaining layer is protected"):
-        choose(BLOCKS, evidence([1, 2, 3, 4, 5], [1] * 5), allowed=[])
+        choose(BLOCKS, evidence([1, 2, 3, 4, 5], [1] * 5), "scan+norm", allowed=[])
 
 
 def test_one_question_is_worth_nothing_where_there_are_likelihoods():

@@ -36,6 +36,8 @@ MEASURES = {
 }
 """Name in analysis.json -> what tables and pictures call it, and its unit. `depth`, the unit's position, is the
 control: what grows with depth agrees with everything else that does."""
+VERDICTS = {"value": -1, "probability": -1, "loss": 1}
+"""What a scan says of a unit by what is found without it -> 1 if the unit is worth more the higher that is, else -1."""
 
 
 def analyse(
@@ -132,27 +134,34 @@ def record(found: dict[str, Any], scanned: dict[str, Any], seed: int) -> dict[st
         seed: of the permutations.
 
     Returns:
-        `units`: per unit of the scan its value and loss when deleted and the mean of every measure, with the standard
-        error over questions; `correlations`: per measure Spearman's rank correlation with the importance by the scan
-        (`value`: the lower without the unit, the more important; `loss`: the higher), and p by permutation.
+        `units`: per unit of the scan its value, probability and loss when deleted and the mean of every measure, with
+        the standard error over questions; `correlations`: per measure Spearman's rank correlation with what the scan
+        says of the units by each of `VERDICTS` that it has, and p by permutation; `among_verdicts`: of the others with
+        the first.
     """
     measures: dict[str, Array] = found["measures"]
-    rows = [{name: row.get(name) for name in ("unit", "value", "loss")} for row in scanned["units"]]
+    rows = [{name: row.get(name) for name in ("unit", *VERDICTS)} for row in scanned["units"]]
     means = {name: values.mean(axis=1) if values.ndim == 2 else values for name, values in measures.items()}
     for name, values in measures.items():
         for i, row in enumerate(rows):
             row[name] = float(means[name][i])
             if values.ndim == 2 and values.shape[1] > 1:
                 row[f"{name}_stderr"] = float(values[i].std(ddof=1) / np.sqrt(values.shape[1]))
-    lost = -np.array([row["value"] for row in rows])
-    loss = np.array([np.nan if row["loss"] is None else row["loss"] for row in rows])
+    found_without = {name: [row[name] for row in rows] for name in VERDICTS}
+    verdicts = {
+        name: VERDICTS[name] * np.array([np.nan if value is None else value for value in values], float)
+        for name, values in found_without.items()
+        if any(value is not None for value in values)
+    }
     correlations = [
-        {"measure": name, "value": _agreement(values, lost, seed), "loss": _agreement(values, loss, seed)}
+        {"measure": name, **{by: _agreement(values, worth, seed) for by, worth in verdicts.items()}}
         for name, values in means.items()
     ]
+    first, *others = verdicts
+    among = {name: _agreement(verdicts[first], verdicts[name], seed) for name in others}
     about = {name: scanned[name] for name in ("model", "task", "metric", "intact")}
     named = {name: {"label": MEASURES[name][0], "unit": MEASURES[name][1]} for name in measures}
-    agreement = {"correlations": correlations, "value_and_loss": _agreement(lost, loss, seed)}
+    agreement = {"correlations": correlations, "among_verdicts": among}
     return about | found | {"measures": named, "units": rows} | agreement
 
 
@@ -163,17 +172,20 @@ def _agreement(measured: Array, scanned: Array, seed: int) -> dict[str, float]:
 def report(found: dict[str, Any]) -> str:
     """The tables of an analysis: the measures by depth, then their rank correlations with the scan."""
     names = [name for name in MEASURES if name in found["units"][0] and name != "depth"]
-    header = ["unit", f"{found['metric']} without it", "loss", *(MEASURES[name][0] for name in names)]
-    rows = [[row["unit"], *(_number(row[name], ".4g") for name in ("value", "loss", *names))] for row in found["units"]]
+    verdicts = [name for name in VERDICTS if name in found["correlations"][0]]
+    called = [found["metric"] if name == "value" else name for name in verdicts]
+    header = ["unit", f"{called[0]} without it", *called[1:], *(MEASURES[name][0] for name in names)]
+    rows = [[row["unit"], *(_number(row[name], ".4g") for name in (*verdicts, *names))] for row in found["units"]]
     pairs = [
-        [MEASURES[row["measure"]][0], *(_number(row[k][n], form) for k in ("value", "loss") for n, form in FORMS)]
+        [MEASURES[row["measure"]][0], *(_number(row[by][name], form) for by in verdicts for name, form in FORMS)]
         for row in found["correlations"]
     ]
-    both = found["value_and_loss"]
-    pairs.append(["loss without it", *(_number(both[name], form) for name, form in FORMS), "", ""])
-    pairs.append(["the scan, half against half", _number(found["halves"], "+.2f"), "", "", ""])
-    pairs.append(["... so a perfect measure", _number(ceiling(found["halves"]), "+.2f"), "", "", ""])
-    parts = [table(header, rows), table([f"rank correlation with {found['metric']}, loss", *["rho", "p"] * 2], pairs)]
+    for other, both in found["among_verdicts"].items():
+        pairs.append([f"{other} without it", *(_number(both[name], form) for name, form in FORMS)])
+    pairs.append(["the scan, half against half", _number(found["halves"], "+.2f")])
+    pairs.append(["... so a perfect measure", _number(ceiling(found["halves"]), "+.2f")])
+    columns = [f"rank correlation with {', '.join(called)}", *["rho", "p"] * len(verdicts)]
+    parts = [table(header, rows), table(columns, [row + [""] * (len(columns) - len(row)) for row in pairs])]
     if found["traced"]:
         parts.append(
             f"traced: {found['traced']} questions, probability of the answer {found['clean']:.1f} %, "

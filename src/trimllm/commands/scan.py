@@ -129,17 +129,20 @@ def _explain(command: config.ScanConfig, prepared: _Prepared, result: scan.ScanR
 
 def scan_table(record: dict[str, Any]) -> str:
     """The units of a scan, most important first."""
+    sure = record["intact"].get("probability") is not None
     rows = [
         [
             row["unit"],
             "-" if row["importance"] is None else f"{row['importance']:.4g}",
+            *(["-" if row["probability"] is None else f"{row['probability']:.1f}"] if sure else []),
             f"{row['value']:.1f} +- {row['stderr']:.1f}" + (f" (foreseen from {row['n']})" if "stopped" in row else ""),
             "-" if row["loss"] is None else f"{row['loss']:.3f}",
             f"{row['norm']:.1f}",
         ]
         for row in sorted(record["units"], key=_by_importance)
     ]
-    return table(["unit", "importance", f"{record['metric']} without it", "loss", "norm"], rows)
+    columns = ["probability"] if sure else []
+    return table(["unit", "importance", *columns, f"{record['metric']} without it", "loss", "norm"], rows)
 
 
 def _by_importance(row: dict[str, Any]) -> float:

@@ -191,7 +191,8 @@ class CompareConfig(TrainedModel, StrategySettings, DataSettings):
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of the full fine-tuning that most methods start from."""
     schedule: Literal["late", "epoch"] = "late"
-    """How TrimLLM spreads its training, as in `trimllm trim`; epoch: one run of it gives every --keep."""
+    """How TrimLLM spreads its training, as in `trimllm trim`; epoch: one run of it gives every --keep
+    (without --final-epochs)."""
     epochs_per_drop: Annotated[float, Field(ge=0)] = 1.0
     """Epochs per dropped block; methods that cut at once train as long as all of them together."""
     final_epochs: Annotated[float, Field(ge=0)] = 0.0

@@ -159,7 +159,8 @@ class TaskSettings(ModelSettings):
     task_files: dict[str, Location] | None = None
     """Local files for a built-in task, per split: train=FILE,test=FILE."""
     metric: Literal["acc", "acc_norm", "likelihood"] | None = None
-    """What is reported and decided on (default: the task's own)."""
+    """What is reported, and by which floors and scans decide, as accuracy or as the probability that goes with it
+    (default: the task's own)."""
     max_length: Positive | None = None
     """Longest row in tokens (default: the model's context)."""
     truncate: bool = False
@@ -225,14 +226,15 @@ class ScoreSettings(StrategySettings):
     unit: Literal["block", "pair"] = "block"
     """What is dropped at a time: a block, or also an MLP with the next attention (what is left re-packs to blocks)."""
     scan: Literal["exact", "racing"] = "exact"
-    """exact: every candidate on all calibration rows; racing: candidates that cannot win any more stop early, with
-    foreseen accuracies, by which the blocks to train are ranked."""
+    """exact: every candidate on all calibration rows; racing (with --strategy scan+norm or scan): candidates that
+    cannot win any more stop early, with foreseen accuracies, by which the blocks to train are ranked."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
     """With --scan racing: nominal probability of finding the winner of the exact scan (found on recorded scans with
     ties within one question: 99.0 % of the time at 0.999, 97.7 % at 0.99)."""
     tie_tolerance: Annotated[float, Field(ge=0)] | None = None
-    """Accuracy points within which candidates are tied (default: 0, equal ones alone). With --schedule recover also how
-    many a set may cost (default: one calibration question, or the standard error)."""
+    """With a strategy of two scores (scan+norm): accuracy points within which candidates are tied (default: 0, equal
+    ones alone). With `trimllm trim --schedule recover` also how many a set may cost (default: one calibration question,
+    or the standard error)."""
     keep_pattern: bool = False
     """Drop adjacent layers, as many at a time as a period of the model's layer types has (Gemma 3: six), for engines
     that take the pattern from the family and not from the checkpoint."""

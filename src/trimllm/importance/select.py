@@ -36,13 +36,13 @@ def one_question(metric: str, n: int) -> float:
 def choose(
     candidates: Sequence[Unit],
     evidence: Evidence,
-    strategy: str = "scan+norm",
+    strategy: str,
     *,
     tolerance: float = 0.0,
     allowed: Collection[int] | None = None,
 ) -> Choice:
-    """The least important candidate; with scan+norm, of those within `tolerance` accuracy points the largest norm goes,
-    with scan+loss the least loss.
+    """The least important candidate; of those within `tolerance` accuracy points, with scan+norm the largest norm goes,
+    with scan+loss the least loss, with scan+probability the surest.
 
     `allowed` are indices into `candidates` (default: all). Further ties go to the deeper unit.
 

@@ -16,6 +16,7 @@ from trimllm.evaluation.evaluate import Evaluation
 from trimllm.evaluation.paired import shown
 from trimllm.importance.joint import Joint, accepted
 from trimllm.importance.scan import ScanResult
+from trimllm.importance.scores import parts
 from trimllm.importance.select import Choice
 from trimllm.run import targets
 from trimllm.run.targets import Size
@@ -224,7 +225,7 @@ def tokens(history: list[dict[str, Any]]) -> dict[str, Any]:
     return {"stages": stages, "total": sum(stages), "full_fine_tunes": sum(stages) / stages[0] if stages[0] else None}
 
 
-def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: list[Joint]) -> str:
+def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: list[Joint], strategy: str) -> str:
     """What goes and why, for the user; `tried` are the sets that were tried as a whole."""
     found = accepted(choices, tried)
     names = ", ".join(describe(choice.unit, layout) for choice in choices)
@@ -234,12 +235,19 @@ def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: 
             f"{found.loss:.3f}, intact {result.intact.loss:.3f}; {len(tried)} sets tried; "
             f"scan {clock(result.seconds)})"
         )
-    metric = "likelihood " if result.intact.metric == "likelihood" else ""
-    intact = f"intact {metric}{result.intact.value:.1f}; scan {clock(result.seconds)}"
+    intact = f"intact {_asked(result.intact, strategy)}; scan {clock(result.seconds)}"
     if len(choices) > 1:
         return f"drop {names} at once ({intact})"
-    score = f", {metric}{result.trials[choices[0].index].value:.1f} without it" if result.trials else ""
+    score = f", {_asked(result.trials[choices[0].index], strategy)} without it" if result.trials else ""
     return f"drop {names} ({choices[0].why}{score}; {intact})"
+
+
+def _asked(found: Evaluation, strategy: str) -> str:
+    """What a trial deletion was asked, the score that decides first."""
+    if found.metric == "likelihood":
+        return f"likelihood {found.value:.1f}"
+    sure = found.probability is not None and parts(strategy)[0] == "probability"
+    return f"probability {found.probability:.1f} and {found.metric} {found.value:.1f}" if sure else f"{found.value:.1f}"
 
 
 def depth_row(

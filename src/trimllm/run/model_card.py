@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from trimllm.blocks.layout import Layout, whole_layers
 from trimllm.checkpoints import loading
 from trimllm.config import TrimConfig
+from trimllm.importance.scores import parts
 from trimllm.offline import is_path
 from trimllm.run import licences
 from trimllm.run.account import above_line, depth_table
@@ -52,7 +53,7 @@ A stock {data.name} specialist, {tests}: {_made(config, data, history, len(layou
 
 It has {_kept(layout)}.
 
-{_scores(history, len(layout), data.metric)}
+{_scores(config, history, len(layout), data.metric)}
 
 ## Accuracy on the way
 
@@ -123,7 +124,7 @@ One of the depths that a run (TrimLLM, arXiv 2412.11242) passed.{at} (measured i
 
 It has {_kept(layout)}.
 
-{_scores(history, len(layout), row["calibration"]["metric"])}
+{_scores(config, history, len(layout), row["calibration"]["metric"])}
 
 {_how_to_load()}"""
 
@@ -230,14 +231,16 @@ def _kept(layout: Layout) -> str:
     return (f"layers {kept}" if kept else "re-packed pairs, listed in plan.json,") + " of the base, counted from 0"
 
 
-def _scores(history: list[dict[str, Any]], depth: int, metric: str) -> str:
+def _scores(config: TrimConfig, history: list[dict[str, Any]], depth: int, metric: str) -> str:
     """What went down to `depth`, in order, with the score it went by; drops that a floor took back lie deeper."""
     drops = [drop for row in history if row["depth"] >= depth for drop in row.get("dropped", [])]
     if not drops:
         return "Nothing was dropped on the way there."
     asked = drops[0].get("metric", metric)
+    by = "importance, the score that decided, is 100 less the mean probability of the right choice"
+    by = f"; {by}" if parts(config.strategy)[0] == "probability" and asked != "likelihood" else ""
     lines = [
-        f"What went, in this order; `{asked} without it` is that of the trial deletion, on the calibration rows:",
+        f"What went, in this order; `{asked} without it` is that of the trial deletion, on the calibration rows{by}:",
         "",
         f"| dropped | {asked} without it | importance | why |",
         "|---|---|---|---|",

@@ -393,7 +393,9 @@ class Run:
             if note not in self.said:
                 self.console.say(f"  {note}")
                 self.said.add(note)
-        self.console.say(f"  {account.drop_line(choices, before, decision.result, decision.joint)}")
+        self.console.say(
+            f"  {account.drop_line(choices, before, decision.result, decision.joint, self.config.strategy)}"
+        )
 
     def history(self) -> History:
         """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
