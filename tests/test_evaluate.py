@@ -12,8 +12,9 @@ import reference
 import tiny
 import torch
 
+from trimllm.blocks import decoder
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import encoding, evaluate
+from trimllm.evaluation import batches, encoding, evaluate
 from trimllm.evaluation.encoding import encode_pair
 from trimllm.evaluation.evaluate import Scorer, Scores, judge
 from trimllm.evaluation.generation import generate
@@ -62,6 +63,37 @@ def test_shared_prompts_and_single_rows_equal_a_naive_forward(family, shares, to
     assert_close(scorer.score(model).loglik, expected)
     single = Scorer(model, tokenizer, questions, token_budget=70, branches=False).score(model)
     assert_close(single.loglik, expected)
+
+
+def test_where_attention_takes_no_mask_choices_are_scored_one_by_one(tokenizer, questions, monkeypatch):
+    model = tiny.build("llama", depth=2)
+    assert decoder.takes_masks(model)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    assert not decoder.takes_masks(model)
+    scorer = Scorer(model, tokenizer, questions)
+    assert (scorer.branches, scorer.note) == (
+        False,
+        "choices are scored one by one: FlashAttention takes no mask that keeps them apart in one row",
+    )
+    assert all(batch.inputs["attention_mask"].dim() == 2 for batch in scorer.batches)
+
+
+def test_many_choices_share_rows_of_limited_length_and_score_the_same(tokenizer, monkeypatch):
+    model = tiny.build("llama", depth=2)
+    choices = tuple(f" {'a cat ' * (1 + n % 3)}on" for n in range(20))
+    items = [Item("rows:1", "who is it?", choices, answer=13), Item("rows:2", "a dog", choices[:2])]
+    whole = Scorer(model, tokenizer, items)
+    monkeypatch.setattr(batches, "WIDE", 40)
+    monkeypatch.setattr(batches, "PROMPTS", 1)
+    split = Scorer(model, tokenizer, items)
+    rows = [row for group in split.batches._groups for row in group]
+    assert len(rows) > len(items) < sum(len(row.branches) for row in rows) == 22
+    assert max(sum(len(branch.targets) for branch in row.branches) for row in rows) <= 40
+    assert split.batches.length < whole.batches.length
+    assert_close(split.score(model).loglik, whole.score(model).loglik)
+    one, other = (scorer.evaluate(model, "acc") for scorer in (split, whole))
+    assert one.probability == pytest.approx(other.probability, abs=1e-4)
+    assert sum(int(batch.right.sum()) for batch in split.batches) == sum(int(b.right.sum()) for b in whole.batches)
 
 
 def test_wrong_branching_would_show(tokenizer, questions):

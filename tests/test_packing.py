@@ -125,6 +125,24 @@ def test_a_family_that_lets_packed_rows_see_each_other_is_found_out(monkeypatch)
     assert (way, reason) == (ALONE, "packed rows are not exact on model type bloom")
 
 
+@pytest.mark.parametrize("masks", [True, False])
+def test_rows_kept_apart_in_a_single_packed_row_alone_are_found_out(masks, monkeypatch):
+    """FlashAttention goes by the positions of one packed row, of several by nothing, and takes no mask for it."""
+    model, ways = tiny.build("llama", 2), []
+
+    def flash(model, packed):
+        ways.append("attention_mask" in packed.inputs)
+        one_row = len(packed.inputs["input_ids"]) == 1
+        return right(model, packed) + (0 if one_row or "attention_mask" in packed.inputs else 1)
+
+    right = packing._logprobs
+    monkeypatch.setattr(packing, "_logprobs", flash)
+    monkeypatch.setattr(packing.decoder, "takes_masks", lambda model: masks)
+    found, reason = find_way(model, ROWS, 0)
+    assert (found.mask == torch.float32, reason is None) == (masks, masks)
+    assert any(ways) == masks
+
+
 def test_rows_too_long_for_two_in_the_context_stay_alone():
     model = tiny.build("llama", 1)
     rows = [Example(tuple(range(3, 3 + 40)), 1)] * 3

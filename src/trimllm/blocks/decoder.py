@@ -23,6 +23,12 @@ def text_config(model: nn.Module) -> Any:
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
 
+def takes_masks(model: nn.Module) -> bool:
+    """Whether attention takes a mask that says of every two positions if they see each other. FlashAttention reads
+    every mask as one of padding."""
+    return not str(text_config(model)._attn_implementation).startswith("flash")
+
+
 def text_decoder(model: nn.Module) -> nn.Module:
     """The module that computes the text decoder's hidden states: `get_decoder()`, or the base model where transformers
     returns a module without blocks, such as an output layer."""

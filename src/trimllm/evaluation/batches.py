@@ -66,18 +66,34 @@ class Batch:
         return Batch(inputs, real, right, where, targets, segment, last, self.owners)
 
 
+WIDE, PROMPTS = 512, 4
+"""So many tokens of choices share a row, or so many lengths of their prompt if that is more; the next ones get a row of
+their own, with the prompt once more, since attention costs the square of a row."""
+
+
 def make_rows(encoded: Sequence[Encoded], *, branches: bool = True) -> list[Row]:
     """Input rows. A continuation's last id is only predicted, never an input."""
     out = []
     for one in encoded:
         owned = [Branch(one.item, choice, ids, choice == one.answer) for choice, ids in enumerate(one.continuations)]
-        groups = [owned] if branches else [[branch] for branch in owned]
-        for group in groups:
+        for group in _groups(owned, max(WIDE, PROMPTS * len(one.prompt)) if branches else 0):
             ids = list(one.prompt)
             for branch in group:
                 ids += branch.targets[:-1]
             out.append(Row(tuple(ids), len(one.prompt), tuple(group)))
     return out
+
+
+def _groups(owned: Sequence[Branch], room: int) -> list[list[Branch]]:
+    """The branches in order, of at most `room` tokens together; a longer one alone."""
+    groups: list[list[Branch]] = []
+    for branch in owned:
+        taken = sum(len(each.targets) for each in groups[-1]) if groups else room
+        if groups and taken + len(branch.targets) <= room:
+            groups[-1].append(branch)
+        else:
+            groups.append([branch])
+    return groups
 
 
 class NoRoomError(TrimError):

@@ -258,6 +258,9 @@ class Scorer:
         many = [one for one in self.encoded if sum(len(ids) > 1 for ids in one.continuations) > 1]
         if not many:
             return True
+        if not decoder.takes_masks(model):
+            self.note = "choices are scored one by one: FlashAttention takes no mask that keeps them apart in one row"
+            return False
         window = encoding.attention_window(model.config)
         if window and max(map(_reach, self.encoded)) > window:  # a batch has one mask for all of its rows
             self.note = f"choices are scored one by one: rows are longer than the attention window of {window} tokens"

@@ -153,7 +153,8 @@ def lay_out(
 def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way, str | None]:
     """The packing mode in which this model is exact, or `ALONE` and why rows cannot share one.
 
-    Known for the family, and checked: a short, a long and a short row of `examples`, together against one by one.
+    Known for the family, and checked: a short, a long and a short row of `examples`, together against one by one. They
+    are in two packed rows side by side, since FlashAttention goes by positions in a single packed row alone.
     """
     kind = decoder.text_config(model)
     if not families.branching(kind):
@@ -170,14 +171,14 @@ def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way,
     tolerance = TOLERANCE if model.dtype == torch.float32 else 0.3
     with torch.no_grad(), evaluate.evaluating(model):
         alone = torch.cat([_logprobs(model, lay_out([[one]], pad_id, model.device)) for one in sample])
-        for way in (Way(limit), Way(limit, model.dtype)):
+        for way in (Way(limit), *([Way(limit, model.dtype)] if decoder.takes_masks(model) else [])):
             try:
-                together = _logprobs(model, lay_out([sample], pad_id, model.device, way.mask))
+                together = _logprobs(model, lay_out([sample, sample], pad_id, model.device, way.mask))
             except evaluate.UNFIT as error:
                 if memory.is_out_of_memory(error):
                     return ALONE, "memory ran out when packed rows were tried"
                 continue
-            if float((together - alone).abs().max()) <= tolerance:
+            if float((together - alone.repeat(2)).abs().max()) <= tolerance:
                 return way, None
     return ALONE, f"packed rows are not exact on model type {kind.model_type}"
 
