@@ -508,6 +508,27 @@ def test_a_loss_that_is_not_a_number_stops_the_stage_naming_the_step_before_it_d
     assert not model.training
 
 
+def test_a_gradient_that_is_not_finite_stops_the_stage_before_it_does_harm(task, settings):
+    model = tiny.build("llama", 2)
+    before, plan = weights(model), steps(task, [], settings, 1, seed=0)[:1]
+    head = model.get_input_embeddings().weight
+    head.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(TrimError, match=r"^the norm of the gradients became nan at step 1 of 1: lower --lr"):
+        stage(model, list(model.parameters()), plan, settings)
+    assert apart(weights(model), before) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_optimizer_knows_of_a_large_gradient_fades_in_every_dtype(dtype, settings):
+    weight = torch.nn.Parameter(torch.zeros(8, dtype=dtype))
+    optimizer = train.adamw([weight], settings, torch.device("cpu"))
+    for size in (1.0, *[0.01] * 5000):
+        weight.grad = torch.full_like(weight, size)
+        optimizer.step()
+    assert float(optimizer.state[weight]["exp_avg_sq"].max()) < 2e-4
+    assert optimizer.param_groups[0]["betas"][1] == (0.999 if dtype == torch.float32 else 0.95)
+
+
 def test_nothing_to_train_is_no_stage(task, settings):
     model = tiny.build("llama", 1)
     before = weights(model)

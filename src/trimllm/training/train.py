@@ -34,6 +34,11 @@ ROUNDED_AWAY = 256
 """In bfloat16 (8 significant bits) a step is lost on weights more than about so many times as large."""
 
 
+BETAS, BETAS_BFLOAT16 = (0.9, 0.999), (0.9, 0.95)
+"""Of AdamW. In bfloat16 a second moment that is to shrink by a thousandth stays as it is, so that one large gradient
+would make all later steps small."""
+
+
 def rounding_note(settings: TrimConfig, *, emulated: bool = False) -> str | None:
     """A line for the user where weights train in bfloat16: which of them a step at the peak rate does not move.
 
@@ -129,7 +134,8 @@ def train_stage(
         moments: what AdamW goes on from; afterwards, what it knows of the parameters that trained, in main memory.
 
     Raises:
-        TrimError: if the loss is not a finite number; names the step. Weights saved before the stage are still good.
+        TrimError: if the loss or a gradient is not a finite number; names the step. Weights saved before the stage are
+            still good.
         InputError: if the processes share the weights between them (FSDP, DeepSpeed); see also `check`.
         torch.OutOfMemoryError: if not even one row fits.
     """
@@ -150,8 +156,7 @@ def train_stage(
     if settings.gradient_checkpointing:
         _checkpointing(model, on=True)
     model.train()
-    fused = accelerator.device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    optimizer = adamw(parameters, settings, accelerator.device)
     if moments is not None:
         optimizer_state.restore(optimizer, moments)
     history, tokens = [], 0
@@ -163,11 +168,10 @@ def train_stage(
             with _autocast(models, accelerator):
                 loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
             if not math.isfinite(loss):
-                raise TrimError(
-                    f"the loss became {loss} at step {number + 1} of {len(plan)}: lower --lr and start again with "
-                    "--resume; the weights from before this stage are kept"
-                )
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                raise _diverged(f"the loss became {loss}", number, len(plan))
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
+            if not math.isfinite(norm):
+                raise _diverged(f"the norm of the gradients became {norm}", number, len(plan))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             history.append(loss)
@@ -194,6 +198,27 @@ def train_stage(
         padding=1 - ways.tokens / max(1, ways.cells),
         cached=ways.prefix.read / max(1, ways.tokens) if ways.prefix else 0.0,
         micro_batch_size=ways.size,
+    )
+
+
+def adamw(
+    parameters: Sequence[torch.nn.Parameter], settings: TrainSettings, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of a stage."""
+    narrow = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=BETAS_BFLOAT16 if narrow else BETAS,
+        weight_decay=settings.weight_decay,
+        fused=device.type in ("cuda", "cpu"),
+    )
+
+
+def _diverged(what: str, number: int, steps: int) -> TrimError:
+    return TrimError(
+        f"{what} at step {number + 1} of {steps}: lower --lr and start again with --resume; the weights from before "
+        "this stage are kept"
     )
 
 
