@@ -295,7 +295,10 @@ def test_a_gpu_that_would_emulate_bfloat16_trains_without(own: bool, mixed: str,
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
     monkeypatch.setattr("accelerate.Accelerator", lambda **asked: asked)
     settings = TrimConfig(model="demo", task="demo_law", output="x")
-    assert models.accelerator(settings) == {"cpu": False, "mixed_precision": mixed}
+    made = models.accelerator(settings)
+    (patience,) = made.pop("kwargs_handlers")
+    assert patience.timeout.days == 1
+    assert made == {"cpu": False, "mixed_precision": mixed}
     asked = settings.model_copy(update={"mixed_precision": "bf16"})
     assert models.accelerator(asked)["mixed_precision"] == "bf16"
 

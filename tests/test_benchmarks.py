@@ -165,6 +165,18 @@ def test_ends_of_documents_count_as_no_characters(data: Path, tmp_path: Path) ->
     assert float(bits) == pytest.approx(float(loss) * rows.size / characters / math.log(2), abs=0.002)
 
 
+def test_a_device_that_finds_or_chooses_otherwise_is_noticed() -> None:
+    device = module("device")
+    stages = [{"loss": 2.0, "seconds": 3.0}, {"loss": None}, {"loss": 0.5}]
+    one = {"layers": [0, 2], "history": stages, "scan": [{"unit": "block 0", "norm": 100.0}]}
+    assert device.difference(one, json.loads(json.dumps(one))) == (0.0, 3, "")
+    assert device.difference(one, one | {"seconds": 9.0, "layers": [0, 3]}) == (0.0, 3, "layers")
+    off = [{"loss": 2.0}, {"loss": None}, {"loss": 0.7}]
+    assert device.difference(one, one | {"history": off})[0] == pytest.approx(0.1), "of the largest loss"
+    assert device.difference(one, one | {"history": stages[:2]})[0] == math.inf
+    assert device.difference(one, one | {"history": [{"loss": math.nan}, *stages[1:]]})[0] == math.inf
+
+
 def test_exit_codes_are_those_of_the_command_and_of_own_processes(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     run = importlib.import_module("_sides").run

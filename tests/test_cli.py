@@ -779,6 +779,9 @@ def test_scan_writes_table_and_picture_and_refuses_to_do_it_twice(base, task, tm
     assert f"least important: {record['first']}" in out, "no sub-layer goes alone"
     assert "would go first" not in out
     assert (tmp_path / "scan" / "scan.png").read_bytes().startswith(b"\x89PNG")
+    row = next(row for row in record["units"] if row["unit"] == "mlp 1")
+    shown = next(line.split() for line in out.splitlines() if line.startswith("mlp 1 "))
+    assert shown[2:4] == [f"{row['importance']:.4g}", f"{row['probability']:.1f}"], "what decides is shown"
     assert "already holds scan.json" in refusal(capsys, "scan", *words)
 
 
@@ -941,6 +944,22 @@ def test_eval_against_a_model_with_another_template_says_so(base, tmp_path, caps
         code, _, err = call(capsys, *words, tmp_path / name)
         assert code == 0, err
         assert ("is asked in other words: the two have different chat templates" in err) == (name == "other")
+
+
+def test_eval_against_a_model_for_which_other_rows_are_drawn_is_refused(base, tmp_path, capsys):
+    """A template that leaves out what the system says makes rows alike, of which one is drawn."""
+    for name, roles in (("one", ("system", "user", "assistant")), ("other", ("user", "assistant"))):
+        shutil.copytree(base, tmp_path / name)
+        template = "{%- for m in messages %}{% if m.role in ROLES %}{{ m.content }}\n{% endif %}{% endfor %}"
+        (tmp_path / name / "chat_template.jinja").write_text(template.replace("ROLES", repr(roles)))
+    system = [{"role": "system", "content": f"you are the cat {n}."} for n in range(40)]
+    talk = [{"role": "user", "content": "who is it?"}, {"role": "assistant", "content": "a cat"}]
+    rows = [[one, talk[0] | {"content": f"who is it {n % 20}?"}, talk[1]] for n, one in enumerate(system)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in rows))
+    words = ["eval", "--task", tmp_path / "rows.jsonl", "--model", tmp_path / "one", "--against", tmp_path / "other"]
+    code, out, err = call(capsys, *words)
+    assert (code, "likelihood" in out) == (2, True), "what is known of the first is told"
+    assert f"trimllm: --against {tmp_path / 'other'}: its chat template makes other rows alike" in err
 
 
 def test_likelihoods_of_other_tokens_are_not_compared(base, tmp_path, capsys):

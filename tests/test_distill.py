@@ -304,4 +304,7 @@ def test_a_model_that_fits_once_but_not_twice_is_refused_before_it_is_loaded(bas
     assert cli.main(["trim", *words]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--distill 0.25 needs the model twice: the weights alone take 0.0 GB" in said
+    words = h.arguments(h.settings(base, task, tmp_path / "run", target_speedup=1.5))
+    assert cli.main(["trim", *words]) == 2
+    assert "--target-speedup 1.5 measures the base beside the model: the weights" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -40,7 +40,13 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory")
 CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
 
-@pytest.mark.parametrize("error", [CUDA, CPU], ids=["cuda", "cpu"])
+OTHERS = [
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", [CUDA, CPU, *OTHERS], ids=["cuda", "cpu", "mps", "cublas"])
 def test_evaluation_goes_on_in_halves_and_does_not_try_again_what_failed(error, tokenizer, questions):
     model = tiny.build("llama", 4)
     scorer = Scorer(model, tokenizer, questions, token_budget=4096)

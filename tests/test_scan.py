@@ -17,7 +17,7 @@ import torch
 from trimllm.blocks import decoder, families
 from trimllm.blocks.layout import Unit, units, whole
 from trimllm.blocks.surgery import drop_layers
-from trimllm.errors import InputError
+from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.batches import make_rows
 from trimllm.evaluation.evaluate import Scorer
@@ -430,6 +430,23 @@ def test_two_processes_share_the_batches_and_learn_the_same(tokenizer, questions
 def test_positions_are_places_in_the_original_model():
     candidates = [Unit("block", 0), Unit("pair", 1), Unit("mlp", 2), Unit("attention", 2)]
     assert positions(candidates, [0, 3, 7]).tolist() == [0.0, 3.5, 7.25, 7.0]
+
+
+def test_a_trial_without_finite_scores_names_the_unit(tokenizer, questions, monkeypatch):
+    """In 16 bits the model may overflow without one block only."""
+    model, ran = tiny.build("llama", 4), []
+    blocks = decoder.blocks(model)
+    for number in (1, 2):
+        blocks[number].register_forward_hook(lambda *_, number=number: ran.append(number))
+
+    def overflow(module, args, output):
+        alone, ran[:] = ran == [2], []
+        return output * float("nan") if alone else output
+
+    blocks[3].register_forward_hook(overflow)
+    monkeypatch.setattr(scan, "_resumes_exactly", lambda model, batch: False)
+    with pytest.raises(TrimError, match=r"^without block 1 the model's log-likelihoods are not finite numbers.*: try"):
+        scan.scan(model, Scorer(model, tokenizer, questions), "acc")
 
 
 def test_the_table_is_json_that_every_reader_takes(tokenizer, questions):

@@ -633,6 +633,18 @@ def test_frozen_embeddings_do_not_move_after_the_warm_up(base, task, tmp_path):
     assert not torch.equal(before.get_input_embeddings().weight, original.get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize("strategy", ["probability", "scan+norm"])
+def test_a_run_says_of_a_drop_the_score_that_decided(strategy, base, task, tmp_path, capsys):
+    progressive.trim(**h.settings(base, task, tmp_path / "run", depth=4, strategy=strategy, **NO_TRAINING))
+    (drop,) = h.journal(tmp_path / "run", "drop")
+    table = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())
+    row = next(row for row in table["units"] if [row["unit"]] == drop["units"])
+    sure = f"probability {row['probability']:.1f} and acc {row['value']:.1f} without it; intact probability "
+    right = f", {row['value']:.1f} without it; intact {table['intact']['value']:.1f};"
+    said = capsys.readouterr().err
+    assert (sure in said, right in said) == (strategy == "probability", strategy == "scan+norm")
+
+
 def test_a_run_by_loss_scans_by_likelihood_and_reports_accuracy(base, task, tmp_path, capsys):
     progressive.trim(**h.settings(base, task, tmp_path / "run", depth=4, strategy="loss", **NO_TRAINING))
     (drop,) = h.journal(tmp_path / "run", "drop")

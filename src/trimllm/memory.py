@@ -11,10 +11,13 @@ from accelerate.utils.memory import clear_device_cache
 
 T = TypeVar("T")
 
+TEXTS = ("can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What the CPU's allocator, Apple's and cuBLAS say."""
+
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the error says that memory ran out; the CPU's allocator has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether the error says that memory ran out; not every allocator has a class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in TEXTS)
 
 
 def attempt(compute: Callable[[], T]) -> T | None:

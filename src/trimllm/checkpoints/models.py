@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from trimllm.offline import hub_or_cache
 DEMO = Path(__file__).parents[1] / "demo" / "base"
 """The embedded model, which `--model demo` names."""
 TOO_LARGE = "free memory, or give a narrower --dtype (trimllm drop --streaming cuts a model without loading it)"
+
+PATIENCE = timedelta(days=1)
+"""How long the processes of a run wait for one that writes a checkpoint or measures; NCCL would give up after ten
+minutes, and end them all."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def accelerator(settings: TrainedModel) -> Any:
         InputError: if there is no such device, or an earlier run of this process had others.
     """
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     wanted = training_device(settings.device)
     if settings.device != "auto" and wanted.type == "cuda" and wanted.index is not None:
@@ -98,7 +104,8 @@ def accelerator(settings: TrainedModel) -> Any:
         own = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         mixed = "bf16" if own and not on_cpu and settings.dtype == "auto" else "no"
     try:
-        return Accelerator(cpu=on_cpu, mixed_precision=mixed)
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        return Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[patience])
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise

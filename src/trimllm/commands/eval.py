@@ -86,11 +86,16 @@ def _against(
     """Ask the other model the same: what is known of it and of the difference, and how that is told.
 
     Raises:
-        InputError: if it divides what is to be likely into other tokens.
+        InputError: if it is asked other rows, or divides what is to be likely into other tokens.
     """
     other = command.model_copy(update={"model": command.against, "generate": False})
     with _of_against(command):
         loaded, theirs, own = _asked(other, data)
+        if [item.place for item in theirs.test] != [item.place for item in data.test]:
+            raise InputError(
+                "its chat template makes other rows alike, so that others are drawn for the reported split: give the "
+                "task a test file of its own, or leave --against out"
+            )
         if data.metric == "likelihood" and _targets(own) != _targets(scorer):
             raise InputError(
                 "its tokenizer, chat template or context makes other tokens of the rows, whose likelihoods cannot be "

@@ -20,7 +20,7 @@ from trimllm import memory
 from trimllm.blocks import config_rules, decoder, families, legality
 from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
-from trimllm.errors import InputError
+from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.batches import Batch, Batches
 from trimllm.evaluation.evaluate import Evaluation, Pieces, Scorer
@@ -349,7 +349,10 @@ def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tenso
     with trial(model, after, resume_from=start) as injection:
         if start:
             injection.hidden = stream[start]
-        return evaluate.batch_pieces(model, batch)
+        try:
+            return evaluate.batch_pieces(model, batch)
+        except TrimError as error:
+            raise TrimError(f"without {unit} {str(error).partition(':')[0]}: try --dtype float32") from None
 
 
 @torch.no_grad()

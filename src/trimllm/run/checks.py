@@ -20,12 +20,15 @@ def memory(config: TrimConfig, device: torch.device) -> list[str]:
     """Notes on memory and arithmetic, before the model is loaded.
 
     Raises:
-        InputError: if memory has no room for what `--distill` needs.
+        InputError: if memory has no room for what `--distill` or `--target-speedup` needs.
     """
     weights = room.weights(models.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
     if config.distill:
         what = f"--distill {config.distill:g} needs the model twice"
         room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
+    if config.target_speedup:
+        what = f"--target-speedup {config.target_speedup:g} measures the base beside the model"
+        room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or --keep in its place")
     stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
     full = config.warmup_epochs or config.sparse_update == "off"
     tight = room.full_training_note(weights, device, stages) if full else None
