@@ -139,7 +139,8 @@ def test_rows_kept_apart_in_a_single_packed_row_alone_are_found_out(masks, monke
     monkeypatch.setattr(packing, "_logprobs", flash)
     monkeypatch.setattr(packing.decoder, "takes_masks", lambda model: masks)
     found, reason = find_way(model, ROWS, 0)
-    assert (found.mask == torch.float32, reason is None) == (masks, masks)
+    why = "packed rows are not exact with FlashAttention"
+    assert (found, reason) == ((Way(64, torch.float32), None) if masks else (ALONE, why))
     assert any(ways) == masks
 
 

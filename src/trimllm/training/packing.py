@@ -180,7 +180,8 @@ def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way,
                 continue
             if float((together - alone.repeat(2)).abs().max()) <= tolerance:
                 return way, None
-    return ALONE, f"packed rows are not exact on model type {kind.model_type}"
+    where = f"on model type {kind.model_type}" if decoder.takes_masks(model) else "with FlashAttention"
+    return ALONE, f"packed rows are not exact {where}"
 
 
 def _logprobs(model: Any, packed: Packed) -> torch.Tensor:
