@@ -67,9 +67,10 @@ def test_shared_prompts_and_single_rows_equal_a_naive_forward(family, shares, to
 
 def test_where_attention_takes_no_mask_choices_are_scored_one_by_one(tokenizer, questions, monkeypatch):
     model = tiny.build("llama", depth=2)
-    assert decoder.takes_masks(model)
-    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
-    assert not decoder.takes_masks(model)
+    takes = {"sdpa": True, "flex_attention": True, "kernels-community/flash-attn2": False, "flash_attention_2": False}
+    for name, expected in takes.items():
+        monkeypatch.setattr(model.config, "_attn_implementation_internal", name)
+        assert decoder.takes_masks(model) == expected
     scorer = Scorer(model, tokenizer, questions)
     assert (scorer.branches, scorer.note) == (
         False,

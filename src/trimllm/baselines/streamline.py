@@ -96,7 +96,7 @@ def train_replacement(
     way, _ = packing.find_way(model, [row for rows in steps for row in rows], pad_id)
     accelerator = models.accelerator(settings)
     replacement = copy.deepcopy(decoder.blocks(model)[start]).requires_grad_(True)
-    optimizer = torch.optim.AdamW(replacement.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = train.adamw(list(replacement.parameters()), settings, model.device)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train.schedule(step, len(steps)))
     model.eval()
     errors: list[float] = []

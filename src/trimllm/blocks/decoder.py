@@ -24,9 +24,9 @@ def text_config(model: nn.Module) -> Any:
 
 
 def takes_masks(model: nn.Module) -> bool:
-    """Whether attention takes a mask that says of every two positions if they see each other. FlashAttention reads
-    every mask as one of padding."""
-    return not str(text_config(model)._attn_implementation).startswith("flash")
+    """Whether attention takes a mask that says of every two positions if they see each other. FlashAttention, which may
+    come as `kernels-community/flash-attn2`, reads every mask as one of padding."""
+    return "flash" not in str(text_config(model)._attn_implementation)
 
 
 def text_decoder(model: nn.Module) -> nn.Module:

@@ -141,6 +141,10 @@ def target_logprobs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     return chosen - logits.logsumexp(1), logits.argmax(1) == batch.targets
 
 
+class NotFiniteError(TrimError):
+    """A model gives log-probabilities that are no numbers."""
+
+
 Pieces = dict[tuple[int, int], tuple[float, int, bool]]
 """(item, choice) -> summed log-likelihood, tokens, greedy: the outcome of one batch."""
 
@@ -150,7 +154,7 @@ def batch_pieces(model: Any, batch: Batch) -> Pieces:
     """Scores of one batch. The model's device decides where it is computed.
 
     Raises:
-        TrimError: if the model gives a log-probability that is not a number.
+        NotFiniteError: if the model gives a log-probability that is not a number.
     """
     logprobs, greedy = target_logprobs(model, batch)
     count = len(batch.owners)
@@ -159,7 +163,7 @@ def batch_pieces(model: Any, batch: Batch) -> Pieces:
     misses = torch.zeros(count, dtype=torch.long).index_add_(0, segment, (~greedy).long())
     lengths = torch.bincount(segment, minlength=count)
     if len(bad := (~torch.isfinite(total)).nonzero()):
-        raise TrimError(
+        raise NotFiniteError(
             f"the model's log-likelihoods are not finite numbers, for {len(bad)} of {count} continuations in a batch "
             f"(the first: item {batch.owners[int(bad[0])][0] + 1} of its set): try --dtype float32; if that does not "
             "help, the weights are damaged, or were trained at far too high an --lr"

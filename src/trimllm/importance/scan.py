@@ -20,10 +20,10 @@ from trimllm import memory
 from trimllm.blocks import config_rules, decoder, families, legality
 from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
-from trimllm.errors import InputError, TrimError
+from trimllm.errors import InputError
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.batches import Batch, Batches
-from trimllm.evaluation.evaluate import Evaluation, Pieces, Scorer
+from trimllm.evaluation.evaluate import Evaluation, NotFiniteError, Pieces, Scorer
 from trimllm.importance import activations, racing
 from trimllm.importance.scores import Array, Evidence, importance, needs, s_norm
 from trimllm.importance.scores import parts as parts_of
@@ -351,8 +351,8 @@ def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tenso
             injection.hidden = stream[start]
         try:
             return evaluate.batch_pieces(model, batch)
-        except TrimError as error:
-            raise TrimError(f"without {unit} {str(error).partition(':')[0]}: try --dtype float32") from None
+        except NotFiniteError as error:
+            raise NotFiniteError(f"without {unit} of the {len(before)} that there are, {error}") from None
 
 
 @torch.no_grad()

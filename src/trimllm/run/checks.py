@@ -26,7 +26,7 @@ def memory(config: TrimConfig, device: torch.device) -> list[str]:
     if config.distill:
         what = f"--distill {config.distill:g} needs the model twice"
         room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
-    if config.target_speedup:
+    if config.target_speedup and not config.resume:  # it fitted, or is smaller by now
         what = f"--target-speedup {config.target_speedup:g} measures the base beside the model"
         room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or --keep in its place")
     stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
