@@ -9,7 +9,7 @@ forgets to move a tensor fails there. It knows nothing of a GPU's kernels, 16-bi
 Compared is what was dropped, and what was measured on the way (losses, scores, probabilities). A run is killed after
 its second drop and resumed on either device. Exit code 1 if a command fails on the device alone, drops something else,
 or finds a figure that differs by more than TOLERANCE. The last line is one JSON object; nothing is kept. On the
-simulated device it takes a quarter of an hour.
+simulated device it takes some half an hour on two cores.
 """
 
 from __future__ import annotations
