@@ -27,9 +27,8 @@ def build(folder: str | Path) -> None:
         verify_ninja_availability()
         load("simulated_device", [str(SOURCE)], build_directory=str(folder), extra_cflags=["-O1"])
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"no simulated device ({str(error).splitlines()[0]}): it takes a C++ compiler and ninja"
-        ) from None
+        why = str(error).partition(":")[0]
+        raise InputError(f"no simulated device: {why}: install a C++ compiler and ninja, or give --device") from None
 
 
 def register(folder: str | Path) -> None:

@@ -399,11 +399,12 @@ def test_scan_with_analysis_writes_measures_and_their_rank_correlations(base, tm
     assert [row["measure"] for row in made["correlations"]] == list(made["measures"]) == names
     assert (made["questions"], made["traced"], made["notes"]) == (12, 2, [])
     assert [row["unit"] for row in made["units"]] == [row["unit"] for row in scanned["units"]]
-    losses = np.array([row["loss"] for row in scanned["units"]])
-    values = np.array([row["value"] for row in scanned["units"]])
+    values, sure, losses = (
+        np.array([row[name] for row in scanned["units"]]) for name in ("value", "probability", "loss")
+    )
     for row in made["correlations"]:
         measured = np.array([one[row["measure"]] for one in made["units"]])
-        for kind, scan_says in (("value", -values), ("loss", losses)):
+        for kind, scan_says in (("value", -values), ("probability", -sure), ("loss", losses)):
             expected = ranks.spearman(measured, scan_says)
             assert row[kind]["rho"] == (None if np.isnan(expected) else pytest.approx(expected))
         shown = "-" if row["loss"]["rho"] is None else f"{row['loss']['rho']:+.2f}  {row['loss']['p']:.4f}"
@@ -414,6 +415,8 @@ def test_scan_with_analysis_writes_measures_and_their_rank_correlations(base, tm
         [1 - r["cosine"] for r in scanned["units"]]
     )
     assert [row["norm"] for row in made["units"]] == pytest.approx([row["s_norm"] for row in scanned["units"]])
+    assert made["among_verdicts"]["probability"]["rho"] == pytest.approx(ranks.spearman(values, sure))
+    assert "rank correlation with acc, probability, loss" in out
     assert "traced: 2 questions, probability of the answer" in out
     assert call(capsys, *words, "--analysis")[0] == 2
 

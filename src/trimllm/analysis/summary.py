@@ -147,12 +147,8 @@ def record(found: dict[str, Any], scanned: dict[str, Any], seed: int) -> dict[st
             row[name] = float(means[name][i])
             if values.ndim == 2 and values.shape[1] > 1:
                 row[f"{name}_stderr"] = float(values[i].std(ddof=1) / np.sqrt(values.shape[1]))
-    found_without = {name: [row[name] for row in rows] for name in VERDICTS}
-    verdicts = {
-        name: VERDICTS[name] * np.array([np.nan if value is None else value for value in values], float)
-        for name, values in found_without.items()
-        if any(value is not None for value in values)
-    }
+    worths = {name: sign * np.array([row[name] for row in rows], float) for name, sign in VERDICTS.items()}
+    verdicts = {name: worth for name, worth in worths.items() if not np.isnan(worth).all()}
     correlations = [
         {"measure": name, **{by: _agreement(values, worth, seed) for by, worth in verdicts.items()}}
         for name, values in means.items()
