@@ -217,8 +217,9 @@ def reference_error(model, block, start, length, rows):
     return total / count
 
 
-def test_the_trained_replacement_is_nearer_to_the_run_than_its_first_block(job_of):
-    job = job_of("streamline")
+def test_the_trained_replacement_is_nearer_to_the_run_than_its_first_block(job_of, monkeypatch):
+    job, made, stages = job_of("streamline"), [], streamline.train.adamw
+    monkeypatch.setattr(streamline.train, "adamw", lambda *asked: made.append(asked) or stages(*asked))
     loaded = job.load(job.full)
     before = weights(loaded.model)
     steps = job.plan(loaded, 6, 0)
@@ -227,6 +228,7 @@ def test_the_trained_replacement_is_nearer_to_the_run_than_its_first_block(job_o
     first, rows = decoder.blocks(loaded.model)[1], one_epoch(job)
     untrained, trained = (reference_error(loaded.model, one, 1, 3, rows) for one in (first, block))
     assert trained < 0.8 * untrained
+    assert [len(parameters) for parameters, *_ in made] == [len(list(block.parameters()))], "a stage's optimizer"
     # The first step is taken with the first block as it is.
     assert errors[0] == pytest.approx(reference_error(loaded.model, first, 1, 3, steps[0]), rel=1e-3)
 
