@@ -1042,11 +1042,15 @@ def test_export_of_a_directory_without_a_run(capsys, tmp_path):
 def test_export_of_a_depth_that_is_trained_and_not_measured_says_so(base, task, tmp_path, capsys):
     output = tmp_path / "run"
     h.run(base, task, output, depth=3, warmup_epochs=0, epochs_per_drop=0)
+    says = f"--depth 3: it is trained, and not measured yet: go on with trimllm trim --output {output} --resume"
+    whole = (output / "journal.jsonl").read_text()
+    kept = [line for line in whole.splitlines(keepends=True) if '"stage", "depth": 3' not in line]
+    assert len(kept) < len(whole.splitlines())
+    (output / "journal.jsonl").write_text("".join(kept))
+    assert refusal(capsys, "export", output, "--depth", 3) == says
+    (output / "journal.jsonl").write_text(whole)
     (output / "plans" / "depth-3.json").unlink()
-    line = refusal(capsys, "export", output, "--depth", 3)
-    assert line == (
-        f"--depth 3: it is trained, and not measured yet: go on with trimllm trim --output {output} --resume"
-    )
+    assert refusal(capsys, "export", output, "--depth", 3) == says
 
 
 @pytest.mark.parametrize("source", [".", "./", "../here", "../here/..", "sub/.."])

@@ -845,3 +845,10 @@ def test_a_comparison_is_no_run_and_a_run_no_comparison(tmp_path, capsys):
     ):
         assert cli.main(words) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_shares_are_as_the_rows_are_named(world: tuple[Path, Path], tmp_path: Path) -> None:
+    asked = settings(world, tmp_path / "out", keep=(0.5, 1 / 3, 0.333333))
+    assert asked.keep == (0.5, 0.333333)
+    names = [cell.name for cell in cells(("one-shot",), asked.keep)]
+    assert names == ["full", "one-shot-0.5", "one-shot-0.333333"]

@@ -287,6 +287,18 @@ def test_two_processes_give_what_one_gives(tokenizer, questions):
     assert reference.in_ranks(2, work) == [alone, alone]
 
 
+def test_logits_taken_a_few_positions_at_a_time_score_alike(tokenizer, questions, monkeypatch):
+    model = tiny.build("llama", depth=2)
+    scorer = Scorer(model, tokenizer, questions)
+    at_once = scorer.score(model)
+    parts = []
+    monkeypatch.setattr(evaluate, "chunk", lambda vocabulary: parts.append(vocabulary) or 2)
+    apart = scorer.score(model)
+    assert parts == [model.config.vocab_size] * len(scorer.batches)
+    assert apart.loglik == at_once.loglik
+    assert apart.greedy == at_once.greedy
+
+
 def test_a_damaged_model_is_an_error(tokenizer, questions):
     model = tiny.build("llama", depth=2)
     with torch.no_grad():

@@ -31,6 +31,13 @@ def test_repeated_four_grams_and_empty_texts_are_counted_in_percent(monkeypatch)
     assert asked == ["one two"] * 4
 
 
+def test_scripts_without_spaces_are_counted_by_character(monkeypatch):
+    found, _ = said(monkeypatch, ["\u597d" * 100, "\u533b\u751f\u8bf4\u75c5\u4eba\u9700\u8981\u4f11\u606f"])
+    assert found["repetition"] == pytest.approx(100 * (96 / 97) / 2)
+    assert fluency._beginning(Item("a:1", "\u533b" * 10, ("x",))) == "\u533b" * 5
+    assert fluency._beginning(Item("a:1", "\u533b" * 100, ("x",))) == "\u533b" * fluency.WORDS
+
+
 def test_a_document_without_prompt_is_gone_on_with_from_its_beginning(monkeypatch):
     asked = []
     monkeypatch.setattr(fluency, "generate", lambda m, t, items, max_new_tokens: [asked.append(items[0].prompt) or "x"])

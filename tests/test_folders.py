@@ -97,8 +97,10 @@ def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path: Path, monkey
     fill_where_moves_fail(".partial-", ".old-")
     (kept,) = tmp_path.glob(".out.old-*/folder")
     assert (kept / "weights").read_text() == "old"
-    kept.rename(out)
-    kept.parent.rmdir()
+    with pytest.raises(KeyboardInterrupt):
+        fill(out, "half", KeyboardInterrupt(), overwrite=True)
+    assert (out / "weights").read_text() == "old"
+    shutil.copytree(out, tmp_path / ".out.old-x" / "folder")
     fill(out, "new", overwrite=True)
     assert (out / "weights").read_text() == "new"
     assert names(tmp_path) == ["out", "out/more", "out/weights"]

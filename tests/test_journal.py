@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import get_args
 
 import helpers_run as h
 import pytest
@@ -14,7 +15,7 @@ import yaml
 from trimllm import cli, files
 from trimllm.blocks.layout import Block, dump_layout, load_layout, whole_layers
 from trimllm.checkpoints import loading
-from trimllm.config import TrimConfig
+from trimllm.config import CompareConfig, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.run import journal, placing, progressive, rundir
 
@@ -63,6 +64,25 @@ def test_damage_in_the_middle_is_an_error(tmp_path):
     path.write_text('{"event": "a"}\n{"ev\n{"event": "b"}\n')
     with pytest.raises(TrimError, match="is damaged"):
         files.read_lines(path)
+    path.write_bytes(b'{"event": "a"}\n\0\xff\0\n{"event": "b"}\n')  # a loss of power
+    with pytest.raises(TrimError, match="is damaged"):
+        files.read_lines(path)
+
+
+def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    real = os.fsync
+
+    def other_process_writes_meanwhile(descriptor):
+        monkeypatch.setattr(files.os, "fsync", real)
+        monkeypatch.setattr(files.os, "getpid", lambda: 1)
+        files.write_json(path, {"by": "another"})
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", other_process_writes_meanwhile)
+    files.write_json(path, {"by": "me"})
+    assert files.read_json(path) == {"by": "me"}
+    assert [left.name for left in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -98,6 +118,23 @@ def test_stored_settings_make_the_same_config(tmp_path):
     assert rundir.claim(mine) == []
     assert TrimConfig(**placing.stored_settings(mine.output)) == mine
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lr"] == 3e-5
+
+
+def is_place(annotation, metadata=()):
+    found = (*metadata, *getattr(annotation, "__metadata__", ()))
+    return any(getattr(one, "func", None) is os.path.expanduser for one in found) or any(
+        is_place(part) for part in get_args(annotation)
+    )
+
+
+def test_every_place_a_run_can_be_given_is_found_from_another_folder():
+    places = {
+        name
+        for kind in (TrimConfig, CompareConfig)
+        for name, field in kind.model_fields.items()
+        if is_place(field.annotation, field.metadata)
+    }
+    assert {*places, "model"} - {"output"} == set(placing.PATHS)
 
 
 def test_settings_are_found_again_without_heavy_libraries(tmp_path):

@@ -167,6 +167,13 @@ def test_names_on_the_hub_of_base_and_data_become_metadata(tmp_path: Path, monke
         ),
         ({"config.json": '{"license": "gemma"}'}, {"license": "gemma"}, "config of the base"),
         ({"LICENSE": "\n   Apache License\n   Version 2.0"}, {"license": "apache-2.0"}, "file LICENSE"),
+        ({"LICENSE": "GNU GENERAL PUBLIC LICENSE\n  Version 2, June 1991"}, {"license": "gpl-2.0"}, "gpl-2.0"),
+        ({"LICENCE": "GNU LESSER GENERAL PUBLIC LICENSE\nVersion 2.1,"}, {"license": "lgpl-2.1"}, "file LICENCE"),
+        ({"LICENSE": "GNU GENERAL PUBLIC LICENSE\nVersion 9"}, {"license": "other"}, "read it before"),
+        ({"README.md": "---\nlicense: [mit, apache-2.0]\n---\n"}, {"license": "other"}, "Licence: mit, apache-2.0, as"),
+        ({"README.md": "---\nlicense: [mit\n---\n# Hi"}, {"license": "other"}, "Licence: unknown"),
+        ({"README.md": "---\n- license\n---\n# Hi"}, {"license": "other"}, "Licence: unknown"),
+        ({"README.md": "---\nlicense: mit\n---\n\udcff"}, {"license": "mit"}, "Licence: mit"),
         ({"LICENSE.txt": "My own terms"}, {"license": "other", "license_link": "LICENSE.txt"}, "read it before"),
         ({"README.md": "# No metadata"}, {"license": "other", "license_name": "unknown"}, "Licence: unknown"),
         ({}, {"license": "other", "license_name": "unknown"}, "Licence: unknown"),
@@ -176,7 +183,7 @@ def test_licence_is_that_of_the_base_or_said_to_be_unknown(
     tmp_path: Path, files: dict[str, str], expected: dict[str, str], says: str
 ) -> None:
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     card = loaded(model_card.cut(str(tmp_path), whole(2), 3))
     assert {name: card.data.get(name) for name in expected} == expected
     assert says in card.text

@@ -71,6 +71,13 @@ def test_equal_norms_go_to_the_deeper():
     assert choose(BLOCKS, evidence([80, 80, 80, 60, 70], [5, 5, 4, 9, 9]), "scan+norm").index == 1
 
 
+def test_a_score_that_is_no_number_never_wins():
+    known = replace(evidence([70, 80, 60, 75, 79]), cosine=np.array([np.nan, 0.7, 0.8, np.nan, 0.6]))
+    assert choose(BLOCKS, known, "bi").index == 2
+    with pytest.raises(InputError, match="none of the 2 candidates has a score that is a number"):
+        choose(BLOCKS, known, "bi", allowed=[0, 3])
+
+
 def test_only_allowed_candidates_count_even_for_the_ties():
     known = evidence([99, 80, 79.5, 70, 60], [1, 2, 3, 4, 5])
     choice = choose(BLOCKS, known, "scan+norm", tolerance=1, allowed={1, 2, 3})

@@ -833,6 +833,12 @@ def test_what_memory_had_room_for_in_one_stage_is_where_the_next_begins(base, ta
     assert sizes[0] >= sizes[1] >= sizes[2]
 
 
+def test_domain_text_of_white_space_is_refused(base, task, tmp_path):
+    (tmp_path / "blank.jsonl").write_text('{"text": " \\n "}\n')
+    with pytest.raises(InputError, match=r"--text .*blank.jsonl: there is nothing in it but white space: give text"):
+        h.run(base, task, tmp_path / "run", depth=3, text=str(tmp_path / "blank.jsonl"))
+
+
 def test_an_empty_stage_says_nothing_about_memory(base, task, tmp_path, monkeypatch):
     stage, begun = train.train_stage, []
     monkeypatch.setattr(train, "train_stage", lambda *a, **more: begun.append(more["fitted"]) or stage(*a, **more))

@@ -39,12 +39,16 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or a kill, sees the old one or the new one."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may be writing it, too
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 class _EveryKeyOnce(yaml.SafeLoader):
@@ -106,7 +110,7 @@ def read_lines(path: Path, *, mend: bool = True) -> list[dict[str, Any]]:
             file.truncate(len(whole))
     try:
         return [json.loads(line) for line in whole.splitlines()]
-    except json.JSONDecodeError:
+    except ValueError:  # not JSON, or not even text
         raise TrimError(f"{path} is damaged: move it away and start the run again") from None
 
 

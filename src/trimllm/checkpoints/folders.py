@@ -220,18 +220,23 @@ def _rename(folder: Path, place: Path, overwrite: bool) -> None:
         folder.rename(place)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old-", dir=place.parent))
-    place.rename(old / "folder")
-    try:
-        folder.rename(place)
-    except BaseException:
-        (old / "folder").rename(place)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    with _locked(old):
+        place.rename(old / "folder")
+        try:
+            folder.rename(place)
+        except BaseException:
+            (old / "folder").rename(place)
+            old.rmdir()
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_leftovers(place: Path) -> None:
-    """Remove the partial folders of this target that no living process holds."""
-    for folder in place.parent.glob(f".{glob.escape(place.name)}.partial-*"):
+    """Remove the partial and the replaced folders of this target that no living process holds; put the replaced one
+    back where a kill came before the new one took its place."""
+    name = glob.escape(place.name)
+    for folder in (*place.parent.glob(f".{name}.partial-*"), *place.parent.glob(f".{name}.old-*")):
         with suppress(OSError), _locked(folder):
+            if (replaced := folder / "folder").is_dir() and ".old-" in folder.name and not place.exists():
+                replaced.rename(place)
             shutil.rmtree(folder)

@@ -158,6 +158,6 @@ def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.T
     ]
     exact = [metrics.exact_match(answer, references) for answer, references in pairs]
     rouge = [metrics.rouge_l(answer, references) for answer, references in pairs]
-    repeated = [metrics.repetition(answer.split()) for answer in answers]
+    repeated = [metrics.repetition(metrics.words(answer)) for answer in answers]
     columns = {"exact_match": exact, "rouge_l": rouge, "repetition": repeated}
     return {name: 100 * sum(map(float, values)) / len(values) for name, values in columns.items()}

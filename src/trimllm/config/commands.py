@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trimllm.config.shared import (
     ANALYSIS_ITEMS,
@@ -209,6 +209,11 @@ class CompareConfig(TrainedModel, StrategySettings, DataSettings):
     """Rounds of the speed; in each, the base and the method's model have their turn."""
     baselines_python: Location | None = None
     """Python of another environment, with trimllm[baselines] in it, for methods whose libraries are missing here."""
+
+    @field_validator("keep")
+    @classmethod
+    def _as_rows_are_named(cls, keep: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(dict.fromkeys(float(f"{share:g}") for share in keep))
 
     @model_validator(mode="after")
     def _methods_train_everything(self) -> CompareConfig:

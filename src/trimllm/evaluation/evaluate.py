@@ -136,9 +136,12 @@ def target_logprobs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     logits = logits.flatten(0, 1)
     if not used:
         logits = logits.index_select(0, batch.where)
-    logits = logits.float()
-    chosen = logits.gather(1, batch.targets[:, None])[:, 0]
-    return chosen - logits.logsumexp(1), logits.argmax(1) == batch.targets
+    found = list[torch.Tensor]()
+    places = chunk(logits.shape[-1])  # what is computed from logits takes as much memory again, or twice that
+    for some, targets in zip(logits.split(places), batch.targets.split(places), strict=True):
+        exact = some.float()
+        found.append(exact.gather(1, targets[:, None])[:, 0] - exact.logsumexp(1))
+    return torch.cat(found), logits.argmax(1) == batch.targets
 
 
 class NotFiniteError(TrimError):

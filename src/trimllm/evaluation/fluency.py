@@ -13,7 +13,7 @@ from typing import Any
 from trimllm.evaluation import encoding
 from trimllm.evaluation.generation import generate
 from trimllm.tasks.items import Item
-from trimllm.tasks.metrics import repetition
+from trimllm.tasks.metrics import repetition, words
 
 PROMPTS, TOKENS, WORDS = 16, 48, 32
 """Prompts that are gone on with, tokens each, and words at most of a prompt."""
@@ -27,10 +27,10 @@ def measure(model: Any, tokenizer: Any, items: Sequence[Item]) -> Fluency:
     """Percent of word 4-grams that occurred before in the same text, and of prompts after which nothing came."""
     beginnings = [replace(item, prompt=_beginning(item)) for item in items[:PROMPTS]]
     tokens = max(1, min(TOKENS, encoding.context_length(model.config) // 2))
-    texts = [text.split() for text in generate(model, tokenizer, beginnings, max_new_tokens=tokens)]
+    texts = [words(text) for text in generate(model, tokenizer, beginnings, max_new_tokens=tokens)]
     return {
-        "repetition": 100 * sum(repetition(words) for words in texts) / len(texts),
-        "silence": 100 * sum(not words for words in texts) / len(texts),
+        "repetition": 100 * sum(map(repetition, texts)) / len(texts),
+        "silence": 100 * sum(not text for text in texts) / len(texts),
     }
 
 
@@ -50,5 +50,8 @@ def warning(base: Fluency | None, now: Fluency | None) -> str | None:
 
 
 def _beginning(item: Item) -> str:
-    words = (item.prompt or item.target).split()
-    return " ".join(words[: max(1, min(WORDS, len(words) // 2))])
+    text = item.prompt or item.target
+    spaced = text.split()
+    if len(words(text)) == len(spaced):
+        return " ".join(spaced[: max(1, min(WORDS, len(spaced) // 2))])
+    return text[: max(1, min(WORDS, len(text) // 2))]

@@ -99,7 +99,11 @@ def _about(folder: Path, command: ExportConfig, depth: int) -> dict[str, Any]:
     for half in HALVES if kept.get("blocks") else ():
         keys[f"trimllm.kept.{half}"] = [int(block[half]) for block in kept["blocks"]]
     card = folder / "README.md"
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.exists() else None
+    front = (
+        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        if card.exists()
+        else None
+    )
     stated = re.search(r"^license: *['\"]?([\w.+-]+)", front[1], re.MULTILINE) if front else None
     return keys | ({"general.license": stated[1]} if stated else {})
 

@@ -70,8 +70,8 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         raise InputError(
             f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
         )
-    plan_file = run.plans / f"depth-{command.depth}.json"
-    if not plan_file.exists():
+    plan_file, stages = run.plans / f"depth-{command.depth}.json", _stages(run, command.depth)
+    if not plan_file.exists() or command.depth not in [stage["depth"] for stage in stages]:
         raise InputError(
             f"--depth {command.depth}: it is trained, and not measured yet: go on with trimllm trim --output "
             f"{command.source} --resume"
@@ -93,7 +93,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         tokenizer=tokenizer,
         layout=layout,
         base=plan["base"],
-        card=model_card.depth_of_run(named, origin, layout, _stages(run, command.depth)),
+        card=model_card.depth_of_run(named, origin, layout, stages),
         companions=licences.terms(origin),
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
+from yaml import YAMLError
 
 from trimllm.checkpoints import belongings, models
 from trimllm.checkpoints.loading import quiet
@@ -17,16 +19,18 @@ Origin = str | dict[str, str]
 """A base by the name the user gave, or with keys `name` and, where one was merged, `adapter`; `place` is where the base
 lies, if the name does not lead there from here."""
 
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+LICENCE_FILES = tuple(f"{name}{end}" for name in ("LICENSE", "LICENCE") for end in ("", ".txt", ".md"))
 """Names under which a base may have its licence."""
 LICENCES = (
-    ("Apache License", "apache-2.0"),
-    ("MIT License", "mit"),
-    ("GNU AFFERO GENERAL PUBLIC LICENSE", "agpl-3.0"),
-    ("GNU LESSER GENERAL PUBLIC LICENSE", "lgpl-3.0"),
-    ("GNU GENERAL PUBLIC LICENSE", "gpl-3.0"),
+    (r"apache license", "apache-2.0"),
+    (r"mit license", "mit"),
+    (r"gnu affero general public license\s+version 3", "agpl-3.0"),
+    (r"gnu lesser general public license\s+version 3", "lgpl-3.0"),
+    (r"gnu lesser general public license\s+version 2\.1", "lgpl-2.1"),
+    (r"gnu general public license\s+version 3", "gpl-3.0"),
+    (r"gnu general public license\s+version 2", "gpl-2.0"),
 )
-"""First words of licence files -> their ids on the Hub."""
+"""What licence files begin with, in small letters -> their ids on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ def licence(base: Origin) -> Licence:
     name = place(base)
     if (path := card_of(base)) is not None:
         data = read_card(path).data
+        if isinstance(data.license, list):
+            named = ", ".join(map(str, data.license))
+            return Licence("other", {"license_name": "as-the-base"}, f"Licence: {named}, as the card of the base says.")
         if data.license:
             more = {k: v for k in ("license_name", "license_link") if (v := data.get(k))}
             named = more.get("license_name", data.license)
@@ -55,7 +62,7 @@ def licence(base: Origin) -> Licence:
         if (path := _file(name, file)) is not None:
             start = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
             for words, known in LICENCES:
-                if words.lower() in start:
+                if re.search(words, start):
                     return Licence(known, {}, f"Licence: {known}, as the file {file} of the base says.")
             more = {"license_name": "as-the-base", "license_link": file}
             return Licence("other", more, f"Licence: that of the base, in its file {file}; read it before you publish.")
@@ -81,9 +88,13 @@ def card_of(base: Origin) -> Path | None:
 
 
 def read_card(path: Path) -> Any:
-    """A card that may have no metadata; the Hub's library would say so on the console."""
-    with quiet():
-        return ModelCard.load(path, ignore_metadata_errors=True)
+    """A card, without metadata where it has none or they cannot be read: that of a base is not ours to mend."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    with quiet():  # the Hub's library says on the console what it does not find
+        try:
+            return ModelCard(text, ignore_metadata_errors=True)
+        except (ValueError, TypeError, YAMLError):
+            return ModelCard(text.split("\n---", 1)[-1], ignore_metadata_errors=True)
 
 
 def as_record(base: Origin) -> dict[str, str]:

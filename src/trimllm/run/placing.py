@@ -18,7 +18,7 @@ from trimllm.tasks.catalog import find_builtin
 
 CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
-PATHS = ("model", "task", "text", "task_files", "also")
+PATHS = ("model", "task", "text", "task_files", "also", "baselines_python")
 """Settings that may name files and folders."""
 
 

@@ -8,6 +8,7 @@ answers/         what the reported split was answered   used_rows.json   what it
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from trimllm.config import CompareConfig, Settings, TrimConfig
 from trimllm.config.plain_settings import make
+from trimllm.config.shared import option_of
 from trimllm.errors import InputError
 from trimllm.files import read_lines, write_atomic
 from trimllm.run import placing
@@ -62,7 +64,8 @@ class RunDir:
 
     def kept_depths(self) -> list[int]:
         """Depths whose weights are there, deepest first."""
-        return sorted((int(path.name.split("-")[1]) for path in self.checkpoints.glob("depth-*")), reverse=True)
+        names = (re.fullmatch(r"depth-(\d+)", path.name) for path in self.checkpoints.glob("depth-*"))
+        return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def clean(
         self, stages: Sequence[int], trained: Sequence[int] = (), more: Collection[int] = (), *, every: bool = False
@@ -146,9 +149,8 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
     kind = "comparison" if isinstance(config, CompareConfig) else "run"
     for name, value in config.model_dump(mode="json").items():
         if name not in free and not placing.same(name, before[name], value):
-            option = "--" + name.replace("_", "-")
             raise InputError(
-                f"{option} {value}: the {kind} in {output} has {before[name]}: give that or leave it out, "
+                f"{option_of(name, value)}: the {kind} in {output} has {before[name]}: give that or leave it out, "
                 f"or start another {kind}"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -19,11 +20,32 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
-def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """The best ROUGE-L F-measure (0 to 1, stemmed) over the references (Lin, 2004)."""
-    from rouge_score.rouge_scorer import RougeScorer
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
+)
+"""A character of a script that puts no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+
+def words(text: str) -> list[str]:
+    """What white space separates; where a script puts none between words, its characters."""
+    return UNSPACED.sub(r" \1 ", text).split()
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """The best ROUGE-L F-measure (0 to 1, stemmed) over the references (Lin, 2004); `words` in other scripts than the
+    Latin one count as they stand, since the library's own tokenizer knows a to z and digits alone."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
+
+    class AnyScript(Tokenizer):
+        latin = DefaultTokenizer(use_stemmer=True)
+
+        def tokenize(self, text: str) -> list[str]:
+            letters = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in text.lower())
+            spaced = words("".join(letters))
+            return [token for word in spaced for token in (self.latin.tokenize(word) if word.isascii() else [word])]
+
+    scorer = RougeScorer(["rougeL"], tokenizer=AnyScript())
     return max((scorer.score(reference, answer)["rougeL"].fmeasure for reference in references), default=0.0)
 
 
