@@ -77,6 +77,23 @@ def test_plan_of_shifted_pairs_has_no_list_of_layers(tmp_path: Path) -> None:
     assert plan["blocks"] == [{"attention": 0, "mlp": 1}, {"attention": 2, "mlp": 2}]
 
 
+def test_a_layout_may_be_written_as_users_see_it(tmp_path: Path) -> None:
+    model = drop_layers(build("llama", depth=3), [1])
+    layouts: list[Any] = [[(0, 0), (2, 2)], [{"attention": 0, "mlp": 0}, {"attention": 2, "mlp": 2}]]
+    for number, layout in enumerate(layouts):
+        save_trimmed(model, tmp_path / str(number), layout=layout, verify=False)
+        assert json.loads((tmp_path / str(number) / "plan.json").read_text())["layers"] == [0, 2]
+
+
+def test_there_must_be_something_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such folder"):
+        verify("no-such-folder", build("llama", depth=1))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=f"give {tmp_path}/model"):
+        verify(tmp_path, build("llama", depth=1))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_reloads_in_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     """`.to(dtype)` also rounds the frequencies of RoPE, which a reload computes anew: that is no difference."""

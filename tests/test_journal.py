@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -12,6 +13,7 @@ import helpers_run as h
 import pytest
 import yaml
 
+import trimllm
 from trimllm import cli, files
 from trimllm.blocks.layout import Block, dump_layout, load_layout, whole_layers
 from trimllm.checkpoints import loading
@@ -135,6 +137,29 @@ def test_every_place_a_run_can_be_given_is_found_from_another_folder():
         if is_place(field.annotation, field.metadata)
     }
     assert {*places, "model"} - {"output"} == set(placing.PATHS)
+
+
+def test_what_python_gives_in_place_of_a_name_is_not_repeated_at_length(tmp_path):
+    with pytest.raises(InputError) as found:
+        trimllm.trim(model="m", task=["row"] * 1000, output=str(tmp_path / "run"))
+    assert "--task ['row', " in str(found.value)
+    assert len(str(found.value)) < 300
+
+
+def test_going_on_from_python_with_a_run_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"resume: there is no run in .*run: check output, or give model and task"):
+        trimllm.trim(output=str(tmp_path / "run"), resume=True)
+
+
+def test_everything_public_is_there_and_known_to_type_checkers():
+    source = Path(trimllm.__file__).with_suffix(".pyi").read_text()
+    for name in trimllm.__all__:
+        assert getattr(trimllm, name).__name__ == name
+        assert f"import {name} as {name}" in source
+    assert trimllm.__version__
+    assert Path(trimllm.__file__).with_name("py.typed").exists()
+    with pytest.raises(AttributeError):
+        _ = trimllm.nonsense
 
 
 def test_settings_are_found_again_without_heavy_libraries(tmp_path):

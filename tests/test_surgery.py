@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -397,3 +399,31 @@ def test_alibi_and_recurrent_families_do_not_branch() -> None:
     names = ("llama", "falcon", "falcon-alibi", "bloom", "mpt", "qwen3_next", "lfm2")
     assert [branching(text_config(build(name, depth=3))) for name in names] == [True, True, *[False] * 5]
     assert Family().branching
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ([False, True, False], "False is no number of a layer: give whole numbers, as [3, 7]"),
+        (torch.tensor([True, False]), "is no number of a layer"),
+        (np.array([True, False]), "is no number of a layer"),
+        ([1.0], "1.0 is no number of a layer"),
+        (["1"], "'1' is no number of a layer"),
+        ("1", "'1' is no number of a layer"),
+        (1, "1 is no list of layers: give their numbers, as [3, 7]"),
+        (torch.tensor([[0, 1]]), "is no number of a layer"),
+    ],
+)
+def test_only_whole_numbers_name_layers(layers: Any, says: str) -> None:
+    model = build("llama", depth=3)
+    with pytest.raises(InputError, match=re.escape(says)):
+        drop_layers(model, layers)
+    assert len(model.model.layers) == 3
+
+
+@pytest.mark.parametrize("layers", [torch.tensor([2, 0]), np.array([0, 2]), (2, -3), range(0, 3, 2)])
+def test_layers_may_be_numbers_of_numpy_and_torch(layers: Any) -> None:
+    model = build("llama", depth=3)
+    kept = model.model.layers[1]
+    drop_layers(model, layers)
+    assert list(model.model.layers) == [kept]

@@ -344,6 +344,21 @@ def test_missing_yaml(tmp_path):
     assert message(tmp_path / "x.yaml") == "cannot read the task file FILE: No such file or directory; check the path"
 
 
+@pytest.mark.parametrize("asked", [{"piece": 0}, {"piece": -1}, {"per_entity": 0}])
+def test_texts_are_of_one_character_or_more(tmp_path, asked):
+    (tmp_path / "t.txt").write_text("abc")
+    ((name, number),) = asked.items()
+    with pytest.raises(InputError, match=f"{name}={number}: give at least 1"):
+        load_text(tmp_path / "t.txt", **asked)
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.txt").write_text("\n\n".join(f"text number {n} of many, {n * 7919}." * 40 for n in range(40)))
+    assert load_text("~/t.txt")
+    assert load_task("~/t.txt").kind == "text"
+
+
 def test_domain_text_errors(tmp_path):
     for given, expected in [
         (

@@ -8,11 +8,13 @@ trimllm.drop_layers(model, [3, 7]); trimllm.save_trimmed(model, "trimmed")
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 _PUBLIC = {
     "trim": "run.progressive",
     "TrimConfig": "config",
+    "Console": "console",
     "drop_layers": "blocks.surgery",
     "apply_layout": "blocks.surgery",
     "save_trimmed": "checkpoints.export",
@@ -30,6 +32,8 @@ __all__ = sorted(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     """Load what is asked for, when it is asked for: `import trimllm` alone does not import torch."""
+    if name == "__version__":
+        return version("trimllm")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'trimllm' has no attribute {name!r}")
     return getattr(import_module(f"trimllm.{_PUBLIC[name]}"), name)

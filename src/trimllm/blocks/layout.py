@@ -7,7 +7,8 @@ Indices are 0-based and refer to the model the layout is applied to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from trimllm.errors import InputError
@@ -62,10 +63,10 @@ def positions(layers: Iterable[int], depth: int) -> list[int]:
     """The layers that a user named, as indices in a model of `depth` layers; negative ones count from the end.
 
     Raises:
-        InputError: if one does not exist, or two of them are the same layer.
+        InputError: if one is no whole number or does not exist, or two of them are the same layer.
     """
     found: dict[int, int] = {}
-    for layer in layers:
+    for layer in _numbers(layers):
         if not -depth <= layer < depth:
             raise InputError(f"layer {layer} does not exist: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
         place = layer % depth
@@ -75,6 +76,22 @@ def positions(layers: Iterable[int], depth: int) -> list[int]:
             raise InputError(f"{same} named twice: the model has {depth} layers, name each one once")
         found[place] = layer
     return list(found)
+
+
+def _numbers(layers: Iterable[Any]) -> Iterator[int]:
+    """Whole numbers, of Python, numpy or torch; a mask would otherwise be read as layers 0 and 1."""
+    try:
+        given = list(layers)
+    except TypeError:
+        raise InputError(f"{layers!r} is no list of layers: give their numbers, as [3, 7]") from None
+    for layer in given:
+        try:
+            number = operator.index(layer)
+        except (TypeError, ValueError):
+            number = None
+        if number is None or isinstance(layer, bool) or str(getattr(layer, "dtype", "")).endswith("bool"):
+            raise InputError(f"{layer!r} is no number of a layer: give whole numbers, as [3, 7]")
+        yield number
 
 
 def without(layout: Layout, positions: Iterable[int]) -> Layout:
@@ -206,6 +223,11 @@ def dump_layout(layout: Layout) -> list[dict[str, int | None]]:
     return [block._asdict() for block in layout]
 
 
-def load_layout(record: list[dict[str, int | None]]) -> Layout:
+def load_layout(record: Iterable[dict[str, int | None]]) -> Layout:
     """The layout that `dump_layout` recorded."""
     return tuple(Block(block["attention"], block["mlp"]) for block in record)
+
+
+def as_layout(blocks: Iterable[Any]) -> Layout:
+    """A layout as users write it: pairs of halves, or what stands in a `plan.json`."""
+    return tuple(load_layout([block])[0] if isinstance(block, dict) else Block(*block) for block in blocks)

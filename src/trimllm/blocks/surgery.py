@@ -28,7 +28,7 @@ from trimllm.blocks.decoder import (
     text_config,
     text_decoder,
 )
-from trimllm.blocks.layout import Block, Layout, places, positions, whole, without
+from trimllm.blocks.layout import Layout, as_layout, places, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.errors import InputError
 
@@ -68,7 +68,7 @@ def apply_layout(model: nn.Module, layout: Iterable[tuple[int | None, int | None
             model has an adapter that is not merged.
     """
     adapters.check_merged(model)
-    cut = tuple(Block(*halves) for halves in layout)
+    cut = as_layout(layout)
     if cut == whole(depth(model)):
         return model
     reason = refusal(model, cut)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from trimllm.blocks import adapters
 from trimllm.blocks.decoder import depth
-from trimllm.blocks.layout import Layout, plan_record, whole
+from trimllm.blocks.layout import Layout, as_layout, plan_record, whole
 from trimllm.checkpoints import folders, verification
 from trimllm.checkpoints.loading import plain_generation, quiet
 from trimllm.checkpoints.streaming import REFERS_TO_LAYERS
@@ -29,7 +29,7 @@ def save_trimmed(
     directory: str | Path,
     *,
     tokenizer: Any = None,
-    layout: Layout | None = None,
+    layout: Iterable[Any] | None = None,
     base: str | dict[str, Any] | None = None,
     card: str | None = None,
     companions: Sequence[Path] = (),
@@ -45,7 +45,8 @@ def save_trimmed(
         model: the trimmed model.
         directory: must not exist, be empty, or (with `overwrite`) hold an earlier export.
         tokenizer: tokenizer or processor to save beside the model.
-        layout: which original halves the blocks hold, for `plan.json`; by default the model counts as its own original.
+        layout: which original halves the blocks hold, for `plan.json`, as `apply_layout` takes it, or as it stands
+            there; by default the model counts as its own original.
         base: name (or name and fingerprint) of the model that was trimmed, for `plan.json`.
         card: text of the model card (`README.md`).
         companions: files to copy beside it: the base's licence.
@@ -67,7 +68,7 @@ def save_trimmed(
             "a quantized model cannot be saved after a cut: cut the unquantized one and quantize the result, or cut "
             "the files with trimllm drop --streaming"
         )
-    layout = whole(depth(model)) if layout is None else layout
+    layout = whole(depth(model)) if layout is None else as_layout(layout)
     if len(layout) != depth(model):
         raise TrimError(f"the layout describes {len(layout)} blocks and the model has {depth(model)}")
     with folders.appearing(directory, needed=weight_bytes(model), overwrite=overwrite) as folder:

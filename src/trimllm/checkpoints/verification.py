@@ -22,7 +22,7 @@ from transformers import DynamicCache, StaticCache
 
 from trimllm.blocks.decoder import text_config
 from trimllm.blocks.families import family
-from trimllm.checkpoints.loading import quiet, weight_files
+from trimllm.checkpoints.loading import check_path, quiet, weight_files
 from trimllm.errors import TrimError, one_line
 
 PREFILL, STEPS = 6, 3
@@ -53,9 +53,11 @@ def verify(directory: str | Path, model: nn.Module) -> Report:
         model: the model in memory. The copy is put on the same device, in the checkpoint's dtype.
 
     Raises:
+        InputError: if there is no checkpoint in `directory`.
         TrimError: if a weight is missing, left over or of another shape, or logits differ.
     """
-    folder = Path(directory)
+    folder = Path(directory).expanduser()
+    check_path(str(folder), local=True)
     device = next(model.parameters()).device
     if device.type != "cuda" or _spread_out(model) or weight_bytes(model) * 1.2 < torch.cuda.mem_get_info(device)[0]:
         return _compare(folder, model, _reload(folder, model))

@@ -62,6 +62,10 @@ def begun(path: str | Path) -> str | None:
     return json.loads(first.removeprefix(BEGUN)) if first.startswith(BEGUN) else None
 
 
+LONGEST = 200
+"""Characters of a value that a message repeats."""
+
+
 def make(kind: type[S], values: dict[str, Any]) -> S:
     """The settings from plain values.
 
@@ -89,7 +93,9 @@ def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
         message += did_you_mean(str(first["input"]), re.findall("'(.+?)'", first["ctx"]["expected"]))
     if first["type"] == "sequence_str" or (first["type"] == "is_instance_of" and "Sequence" in message):
         message = "write a list, as [0, -1]"
-    return f"{option} {first['input']}".rstrip() + f": {message}" if option else message
+    given = str(first["input"])  # from Python it may be a model or a task
+    given = given if len(given) <= LONGEST else f"{given[:LONGEST]}..."
+    return f"{option} {given}".rstrip() + f": {message}" if option else message
 
 
 def to_yaml(settings: Settings, folder: str | None = None) -> str:

@@ -44,7 +44,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, private: bool = False) -
         InputError: if the directory holds no export, the name cannot be one, or nobody is logged in.
         TrimError: if the Hub cannot be reached, or refuses.
     """
-    folder = export_folder(Path(directory))
+    folder = export_folder(Path(directory).expanduser())
     names = files(folder)
     try:
         validate_repo_id(repo_id)

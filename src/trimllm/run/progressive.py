@@ -46,8 +46,15 @@ History = list[dict[str, Any]]
 def trim(config: TrimConfig | None = None, *, console: Console | None = None, **settings: Any) -> tuple[Any, History]:
     """Trim a model; see `TrimConfig` for the settings (given as one object or by name).
 
+    With `resume=True` and `output` alone, the run in `output` goes on.
+
+    Args:
+        config: the settings as one object.
+        console: where it is said what happens (default: standard error); `trimllm.Console(quiet=True)` says nothing.
+
     Returns:
-        The trimmed model as it was saved in `output/model`, and one row per depth, the base first.
+        The trimmed model as it was saved in `output/model`, and the history: a row for the base, one for each depth
+        that was measured, and one for the result as it was saved (see `Run.history`).
 
     Raises:
         InputError: if the settings, the model or the data cannot be used.
@@ -56,8 +63,11 @@ def trim(config: TrimConfig | None = None, *, console: Console | None = None, **
     if config is not None and settings:
         raise InputError(f"trim(config, {next(iter(settings))}=...): give a config or settings by name, not both")
     if config is None and settings.get("resume") and "output" in settings:
-        settings = placing.stored_settings(settings["output"]) | settings
-    return Run(config or make(TrimConfig, settings), console or Console()).go()
+        stored = placing.stored_settings(settings["output"])
+        if not stored and "model" not in settings:
+            raise InputError(f"resume: there is no run in {settings['output']}: check output, or give model and task")
+        settings = stored | settings
+    return Run(config or make(TrimConfig, settings), Console() if console is None else console).go()
 
 
 @dataclass
@@ -398,7 +408,7 @@ class Run:
         )
 
     def history(self) -> History:
-        """One row per depth: the base, the warmed-up model, every depth on the way, and the result as it was saved."""
+        """Rows of the base, the warmed-up model, every depth on the way, and the result as it was saved."""
         return [*self.journal.of("base"), *self.journal.of("stage"), *self.journal.of("saved")[-1:]]
 
     def _good(self, stages: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _find(
     name_or_path: str | Path, files: Files | None, metric: str | None, tokenizer: Any
 ) -> tuple[TaskSpec, Parts, list[str]]:
     """The spec, the raw rows by part, and notes."""
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     spec = find_builtin(str(name_or_path))
     shadowed = spec is not None and files is None and path.exists()
     if spec is None and path.suffix.lower() in (".yaml", ".yml"):

@@ -30,15 +30,18 @@ def load_text(name_or_path: str | Path, *, per_entity: int = 6, piece: int = PIE
     `demo_law`, `demo_finance`: `per_entity` biographies of each entity of the built-in world.
 
     Raises:
-        InputError: if there is no such file or domain, or the rows have no text.
+        InputError: if there is no such file or domain, the rows have no text, or a number is less than 1.
     """
+    for name, number in (("per_entity", per_entity), ("piece", piece)):
+        if number < 1:
+            raise InputError(f"{name}={number}: give at least 1")
     domain = str(name_or_path).removeprefix(WORLD_PREFIX)
     if str(name_or_path).startswith(WORLD_PREFIX) and not Path(name_or_path).exists():
         if domain not in world.DOMAINS:
             known = ", ".join(WORLD_PREFIX + each for each in world.DOMAINS)
             raise InputError(f"unknown domain text {name_or_path!r}: use {known}, a file or a folder")
         return world.biographies(domain, per_entity, seed)
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if not path.exists():
         raise InputError(
             f"{path} does not exist: give a file or folder with text, or demo_medicine, demo_law, demo_finance"
