@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from trimllm import cli, parallel
+from trimllm.errors import TrimError
+from trimllm.run import progressive
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -109,6 +111,15 @@ ALONE = {
     "demo": "",
 }
 """Commands that are work for one process, and what each needs to be parsed."""
+
+
+def test_a_process_that_does_not_see_the_output_says_so_before_any_work(base, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(progressive, "SHARED_WITHIN", 0.0)
+    monkeypatch.setattr(
+        progressive.rundir, "claim", lambda config: []
+    )  # as the first of two processes, on another disk
+    with pytest.raises(TrimError, match=r"process 0 on .* does not see what the first process wrote there"):
+        h.run(base, task, tmp_path / "run", depth=3)
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "trim"])

@@ -131,6 +131,21 @@ def test_a_share_is_no_floor_to_go_on_with_unless_it_is_the_runs_own(base, task,
     h.run(base, task, output, min_accuracy=0.8, depth=4, resume=True)
 
 
+def test_a_run_that_goes_on_does_not_hold_the_base_beside_its_checkpoint(base, task, tmp_path, monkeypatch):
+    output, bases, held = tmp_path / "run", [], []
+    h.killed_run((progressive.Run, "_drop", 1), base, task, output)
+    load, again = progressive.load, progressive.loading.load_model
+    monkeypatch.setattr(progressive, "load", lambda *a, **k: bases.append(load(*a, **k)) or bases[-1])
+
+    def loading(folder, **named):
+        held.extend(one.model.device.type for one in bases)
+        return again(folder, **named)
+
+    monkeypatch.setattr(progressive.loading, "load_model", loading)
+    h.run(base, task, output, resume=True)
+    assert set(held) == {"meta"}
+
+
 def test_a_run_goes_on_in_the_dtype_that_it_noted(base, task, tmp_path):
     output = tmp_path / "run"
     h.killed_run((progressive.Run, "_drop", 1), base, task, output)

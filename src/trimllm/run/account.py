@@ -119,6 +119,14 @@ def result(
     }
 
 
+def device_line(config: TrimConfig, accelerator: Any) -> str:
+    """Where the run computes, and in what: `auto` may be what the user did not expect."""
+    mixed = accelerator.mixed_precision
+    weights = "float32" if config.dtype == "auto" else config.dtype
+    several = f" in each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    return f"training on {accelerator.device}{several}, {weights}{f' with {mixed} products' if mixed != 'no' else ''}"
+
+
 def text_line(
     config: TrimConfig, text: Sequence[Example], task: Sequence[Example], stages: Sequence[tuple[int, float]]
 ) -> str:

@@ -10,7 +10,10 @@ the seed and the stage's number.
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +42,9 @@ from trimllm.run.rundir import RunDir
 from trimllm.training import optimizer_state, sparse, train, training_rows
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
+
+SHARED_WITHIN = 60.0
+"""Seconds after which a file must be seen by all processes."""
 
 History = list[dict[str, Any]]
 
@@ -130,6 +136,7 @@ class Run:
         self.journal = Journal(
             self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.share.first
         )
+        self._everyone_sees_it()
         self._begin(loaded, asked)
         if (done := self.journal.last("done")) is not None:
             self.console.say(f"{self.dir.root} is finished: {done['table']}")
@@ -142,6 +149,18 @@ class Run:
         del loaded  # a run that goes on has no more use for the base's weights, and training may need the memory
         self._loop(state)
         return self._finish(state, base)
+
+    def _everyone_sees_it(self) -> None:
+        """Raises TrimError in a process that does not see what the first one wrote: all read its checkpoints."""
+        ends = time.monotonic() + SHARED_WITHIN
+        while not self.dir.config.exists():
+            if time.monotonic() > ends:
+                raise TrimError(
+                    f"--output {self.dir.root}: process {self.share.rank} on {platform.node()} does not see what the "
+                    "first process wrote there: give a folder that all of them share"
+                )
+            os.listdir(self.dir.root.parent)  # network file systems remember for a while that nothing is there
+            time.sleep(0.1)
 
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
         """Whether what AdamW knows at the end of the stage after these drops goes on. It does not after the warm-up (no
@@ -184,6 +203,7 @@ class Run:
         self.said = {note for note in (ready.calibration.note, ready.test.note) if note}
         for note in (*data.notes, *self.said):
             say(f"  {note}")
+        say(account.device_line(config, self.accelerator))
         if ready.text_rows:
             say(account.text_line(config, ready.text_rows, ready.task_rows, ready.ahead))
         say(account.training_ahead(config, ready.ahead, ready.tokens_per_epoch))
@@ -212,6 +232,7 @@ class Run:
             state.trained, state.layout, dropped = trained["train"], self._layout_after(state), state.pending
         if dropped is not None:
             folder = self.dir.checkpoint(len(state.layout))
+            state.model.to("meta")  # the base's weights, which others refer to: both would not fit
             state.model = self._load(folder)
             if self._carries(dropped):
                 state.moments = optimizer_state.load(state.model, folder)
