@@ -39,7 +39,16 @@ ARMS = {
     "trimllm": "an epoch after every drop",
     "full, as long": "all blocks, trained as long as for that share",
 }
-"""Arms of the picture, and what they are called there."""
+"""Arms of the table, and what they are called in the picture."""
+DRAWN = (
+    "late, carried, probability",
+    "late, carried, exact ties",
+    "one-shot, probability",
+    "perplexity",
+    "shortgpt",
+    "full, as long",
+)
+"""Those of the picture: of the defaults, the present one alone."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +129,14 @@ def draw(found: dict[str, dict[float, list[Run]]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=list(FILES), help="study.json of benchmarks/study.py")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", help="arms of the table and the picture (default: the main ones)")
     parser.add_argument("--picture", type=Path, help="PNG to write")
     options = parser.parse_args()
-    found = load(options.files, options.arms)
+    found = load(options.files, options.arms or list(ARMS))
     rows = [row(arm, keep, by[keep]) for arm, by in found.items() for keep in sorted(by, reverse=True)]
     print(table(list(HEADERS), rows))
     if options.picture:
-        draw({arm: by for arm, by in found.items() if by}, options.picture)
+        draw({arm: found[arm] for arm in options.arms or DRAWN if found[arm]}, options.picture)
         print(f"written: {options.picture}")
     return 0
 
