@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import subprocess
 import sys
 from importlib import import_module
 
@@ -53,3 +55,42 @@ def test_a_child_imports_its_module_and_is_ended_by_an_interrupt(
     finally:
         signal.signal(signal.SIGINT, before)
     assert young == ["all"]
+
+
+TERMINATED = """
+import os, subprocess, sys
+from trimllm import cli
+
+def work(command):
+    print(os.getpid(), flush=True)
+    subprocess.run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
+
+cli.parse = lambda words: None
+cli.run = work
+sys.exit(cli.main(["compare"]))
+"""
+
+
+def test_a_scheduler_that_ends_a_command_ends_what_it_started() -> None:
+    words = [sys.executable, "-c", TERMINATED]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as begun:
+        assert begun.stdout is not None
+        own, child = int(begun.stdout.readline()), int(begun.stdout.readline())
+        os.kill(own, signal.SIGTERM)
+        _, error = begun.communicate(timeout=30)
+    assert begun.returncode == 128 + signal.SIGTERM
+    assert error == "trimllm: ended by SIGTERM; a run that has begun goes on with --resume\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def wait_for_sigterm() -> None:
+    with startup.termination_raises():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_does_afterwards_what_it_did() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(startup.Terminated):
+        wait_for_sigterm()
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -10,8 +10,9 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
-from contextlib import redirect_stderr, suppress
+from contextlib import nullcontext, redirect_stderr, suppress
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -33,6 +34,7 @@ from trimllm.config import plain_settings
 from trimllm.console import to_stderr
 from trimllm.errors import InputError, TrimError, did_you_mean, one_line
 from trimllm.parallel import another_failed, first_to_fail, processes
+from trimllm.startup import Terminated, termination_raises
 
 
 class _Configurable(BaseModel):
@@ -317,8 +319,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _carried_out(words: list[str]) -> int:
     """The exit code of a command, which says itself what went wrong."""
+    remedy = "; a run that has begun goes on with --resume" if words and words[0] in RESUMABLE else ""
     try:
-        run(parse(words))
+        with termination_raises() if remedy and processes() == 1 else nullcontext():  # a launcher ends its processes
+            run(parse(words))
     except TrimError as error:
         if first_to_fail():
             to_stderr(f"trimllm: {error}\n")
@@ -334,9 +338,11 @@ def _carried_out(words: list[str]) -> int:
             to_stderr(f"trimllm: out of memory on the device: {_less_memory(words[0])}\n")
         return 1
     except KeyboardInterrupt:
-        remedy = "; a run that has begun goes on with --resume" if words and words[0] in RESUMABLE else ""
         to_stderr(f"trimllm: interrupted{remedy}\n")
         return 1
+    except Terminated:
+        to_stderr(f"trimllm: ended by SIGTERM{remedy}\n")
+        return 128 + signal.SIGTERM
     except OSError as error:
         if error.errno is None:  # of a library, and no word of the operating system
             raise
