@@ -850,5 +850,7 @@ def test_a_comparison_is_no_run_and_a_run_no_comparison(tmp_path, capsys):
 def test_shares_are_as_the_rows_are_named(world: tuple[Path, Path], tmp_path: Path) -> None:
     asked = settings(world, tmp_path / "out", keep=(0.5, 1 / 3, 0.333333))
     assert asked.keep == (0.5, 0.333333)
+    with pytest.raises(InputError, match="must be less than 1, in six digits"):
+        settings(world, tmp_path / "out", keep=(0.99999999,))
     names = [cell.name for cell in cells(("one-shot",), asked.keep)]
     assert names == ["full", "one-shot-0.5", "one-shot-0.333333"]

@@ -36,6 +36,9 @@ def test_scripts_without_spaces_are_counted_by_character(monkeypatch):
     assert found["repetition"] == pytest.approx(100 * (96 / 97) / 2)
     assert fluency._beginning(Item("a:1", "\u533b" * 10, ("x",))) == "\u533b" * 5
     assert fluency._beginning(Item("a:1", "\u533b" * 100, ("x",))) == "\u533b" * fluency.WORDS
+    mixed = "Which is the capital? \u5317\u4eac or another one of the cities"
+    assert fluency._beginning(Item("a:1", mixed, ("x",))) == "Which is the capital? \u5317\u4eac"
+    assert fluency._beginning(Item("a:1", "\n" * 40 + "a b", ("x",))) == "a"
 
 
 def test_a_document_without_prompt_is_gone_on_with_from_its_beginning(monkeypatch):

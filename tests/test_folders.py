@@ -99,11 +99,14 @@ def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path: Path, monkey
     assert (kept / "weights").read_text() == "old"
     with pytest.raises(KeyboardInterrupt):
         fill(out, "half", KeyboardInterrupt(), overwrite=True)
-    assert (out / "weights").read_text() == "old"
-    shutil.copytree(out, tmp_path / ".out.old-x" / "folder")
+    assert (kept / "weights").read_text() == "old"
+    fill(out, "newer")
+    assert (kept / "weights").read_text() == "old"
+    (tmp_path / ".out.old-elephant" / "mine").mkdir(parents=True)
     fill(out, "new", overwrite=True)
     assert (out / "weights").read_text() == "new"
-    assert names(tmp_path) == ["out", "out/more", "out/weights"]
+    theirs = [".out.old-elephant", ".out.old-elephant/mine"]
+    assert names(tmp_path) == [*theirs, "out", "out/more", "out/weights"]
 
 
 def test_an_empty_folder_and_a_link_to_one_are_filled_where_they_are(tmp_path: Path) -> None:

@@ -172,6 +172,11 @@ def test_names_on_the_hub_of_base_and_data_become_metadata(tmp_path: Path, monke
         ({"LICENSE": "GNU GENERAL PUBLIC LICENSE\nVersion 9"}, {"license": "other"}, "read it before"),
         ({"README.md": "---\nlicense: [mit, apache-2.0]\n---\n"}, {"license": "other"}, "Licence: mit, apache-2.0, as"),
         ({"README.md": "---\nlicense: [mit\n---\n# Hi"}, {"license": "other"}, "Licence: unknown"),
+        (
+            {"README.md": "---\nlicense: [mit\n---\n\n---\nlicense: [mit\n---\n# Hi"},
+            {"license": "other"},
+            "Licence: unknown",
+        ),
         ({"README.md": "---\n- license\n---\n# Hi"}, {"license": "other"}, "Licence: unknown"),
         ({"README.md": "---\nlicense: mit\n---\n\udcff"}, {"license": "mit"}, "Licence: mit"),
         ({"LICENSE.txt": "My own terms"}, {"license": "other", "license_link": "LICENSE.txt"}, "read it before"),

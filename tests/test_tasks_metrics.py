@@ -28,6 +28,7 @@ def test_rouge_l_is_the_best_over_the_references():
             "\u0939\u093f\u0928\u094d\u0926\u0940",
             2 / 3,
         ),
+        ("cafe\u0301", "caf\u00e9", 1),
         ("Müllers Katze", "müllers hund", 1 / 2),
         ("it\u2019s the runner", "it's the running", 3 / 4),
     ],

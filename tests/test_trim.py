@@ -835,7 +835,7 @@ def test_what_memory_had_room_for_in_one_stage_is_where_the_next_begins(base, ta
 
 def test_domain_text_of_white_space_is_refused(base, task, tmp_path):
     (tmp_path / "blank.jsonl").write_text('{"text": " \\n "}\n')
-    with pytest.raises(InputError, match=r"--text .*blank.jsonl: there is nothing in it but white space: give text"):
+    with pytest.raises(InputError, match=r"--text .*blank.jsonl: there is no text of two tokens in it: give more"):
         h.run(base, task, tmp_path / "run", depth=3, text=str(tmp_path / "blank.jsonl"))
 
 

@@ -208,7 +208,7 @@ def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareCo
         same_conditions(command, root)
         rundir.same_data(before, data, command, f"the comparison in {root}")
         command = joined(command, plain_settings.make(CompareConfig, placing.stored_settings(root, CompareConfig)))
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and any(not path.name.startswith(f".{settings.name}") for path in root.iterdir()):
         raise InputError(f"--output {root}: the directory is not empty: choose another one")
     command = command.model_copy(update={"resume": False})
     files.write_atomic(settings, placing.to_store(command, root))

@@ -232,11 +232,10 @@ def _rename(folder: Path, place: Path, overwrite: bool) -> None:
 
 
 def _remove_leftovers(place: Path) -> None:
-    """Remove the partial and the replaced folders of this target that no living process holds; put the replaced one
-    back where a kill came before the new one took its place."""
-    name = glob.escape(place.name)
-    for folder in (*place.parent.glob(f".{name}.partial-*"), *place.parent.glob(f".{name}.old-*")):
+    """Remove the partial folders of this target that no living process holds, and what it has replaced: where a kill
+    came before the new one took the place, the old one stays."""
+    replaced = place.parent.glob(f".{glob.escape(place.name)}.old-{'?' * 8}") if place.exists() else ()
+    ours = [folder for folder in replaced if all(path.name == "folder" for path in folder.iterdir())]
+    for folder in (*place.parent.glob(f".{glob.escape(place.name)}.partial-*"), *ours):
         with suppress(OSError), _locked(folder):
-            if (replaced := folder / "folder").is_dir() and ".old-" in folder.name and not place.exists():
-                replaced.rename(place)
             shutil.rmtree(folder)

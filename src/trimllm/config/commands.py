@@ -213,7 +213,10 @@ class CompareConfig(TrainedModel, StrategySettings, DataSettings):
     @field_validator("keep")
     @classmethod
     def _as_rows_are_named(cls, keep: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(dict.fromkeys(float(f"{share:g}") for share in keep))
+        named = tuple(dict.fromkeys(float(f"{share:g}") for share in keep))
+        if 1.0 in named:
+            raise ValueError("must be less than 1, in six digits")
+        return named
 
     @model_validator(mode="after")
     def _methods_train_everything(self) -> CompareConfig:

@@ -51,7 +51,11 @@ def warning(base: Fluency | None, now: Fluency | None) -> str | None:
 
 def _beginning(item: Item) -> str:
     text = item.prompt or item.target
-    spaced = text.split()
-    if len(words(text)) == len(spaced):
-        return " ".join(spaced[: max(1, min(WORDS, len(spaced) // 2))])
-    return text[: max(1, min(WORDS, len(text) // 2))]
+    most = max(1, min(WORDS, len(words(text)) // 2))
+    kept = list[str]()
+    for spaced in text.split():
+        room = most - len(words(" ".join(kept)))
+        if len(words(spaced)) > room:
+            return " ".join([*kept, spaced[:room]] if room else kept)  # where words are characters
+        kept.append(spaced)
+    return " ".join(kept)

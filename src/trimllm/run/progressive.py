@@ -15,6 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,9 @@ class Run:
                     f"--output {self.dir.root}: process {self.share.rank} on {platform.node()} does not see what the "
                     "first process wrote there: give a folder that all of them share"
                 )
-            os.listdir(self.dir.root.parent)  # network file systems remember for a while that nothing is there
+            for folder in (self.dir.root.parent, self.dir.root):
+                with suppress(OSError):
+                    os.listdir(folder)  # network file systems remember for a while that nothing is there
             time.sleep(0.1)
 
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:

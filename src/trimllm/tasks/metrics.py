@@ -41,7 +41,8 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
         latin = DefaultTokenizer(use_stemmer=True)
 
         def tokenize(self, text: str) -> list[str]:
-            letters = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in text.lower())
+            text = unicodedata.normalize("NFC", text.lower())
+            letters = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in text)
             spaced = words("".join(letters))
             return [token for word in spaced for token in (self.latin.tokenize(word) if word.isascii() else [word])]
 

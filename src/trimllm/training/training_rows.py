@@ -36,7 +36,7 @@ def examples(
     texts = load_text(settings.text) if settings.text else []
     text_rows = text_examples(tokenizer, texts, min(longest, text_length))
     if settings.text and not text_rows:
-        raise InputError(f"--text {settings.text}: there is nothing in it but white space: give text, or leave it out")
+        raise InputError(f"--text {settings.text}: there is no text of two tokens in it: give more, or leave it out")
     known = encoding.vocabulary_of(model_config)
     encoding.check_vocabulary(tokenizer, (row.ids for row in (*rows, *text_rows)), known)
     return rows, text_rows
