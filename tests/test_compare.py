@@ -854,3 +854,13 @@ def test_shares_are_as_the_rows_are_named(world: tuple[Path, Path], tmp_path: Pa
         settings(world, tmp_path / "out", keep=(0.99999999,))
     names = [cell.name for cell in cells(("one-shot",), asked.keep)]
     assert names == ["full", "one-shot-0.5", "one-shot-0.333333"]
+
+
+def test_what_a_kill_left_of_the_settings_does_not_fill_a_folder(world: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.123.tmp").write_text("mod")
+    compare.claim(settings(world, tmp_path), tmp_path, {})
+    assert (tmp_path / "config.yaml").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="the directory is not empty"):
+        compare.claim(settings(world, tmp_path / "other"), tmp_path / "other", {})

@@ -184,6 +184,15 @@ def test_a_setting_that_an_older_run_did_not_know_has_the_value_that_held_then(t
     for other in ({"distill": 0.5}, {"schedule": "late"}):
         with pytest.raises(InputError, match=f"--{next(iter(other))} .*give that or leave it out"):
             rundir.check(again.model_copy(update=other))
+    with pytest.raises(InputError, match=r"^--no-train-embeddings: the run in .* has True: give that or leave it out"):
+        rundir.check(again.model_copy(update={"train_embeddings": False}))
+
+
+def test_only_folders_of_depths_are_depths(tmp_path):
+    run = rundir.RunDir(tmp_path)
+    for name in ("depth-4", "depth-12", "depth-10.bak", "depth-", "depth-x"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert run.kept_depths() == [12, 4]
 
 
 def test_a_floor_added_later_leaves_the_target_of_the_run(tmp_path):
