@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimllm import commands
-from trimllm.config import DemoConfig, EvalConfig
+from trimllm.config import DemoConfig, EvalConfig, TrimConfig
 from trimllm.demo.steps import option
 from trimllm.errors import InputError, TrimError
-from trimllm.run import rundir
+from trimllm.run import rundir, targets
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
@@ -222,6 +222,19 @@ def test_study_differences_are_paired_by_part_and_seed_and_keep_what_was_measure
     assert over_full["late"]["0.25"] == (-20, None, 1)
     assert {arm: by["0.5"][::2] for arm, by in study.means(raw, "one-shot").items()} == {"late": (2, 1)}
     assert "+1.0 +- 3.0 (2)" in study.report(over_full)
+
+
+@pytest.mark.parametrize("keep", [0.75, 0.5, 0.25])
+def test_the_studys_default_spreads_its_epochs_as_the_default_does(keep: float) -> None:
+    study, stages_ahead = module("study"), targets.stages_ahead
+    given = {**study.PARTS["law"].settings, "output": "-", "keep": keep}
+    arm = study.ARMS["late, carried, probability"].settings(given, round(16 * (1 - keep)))
+    by_default = TrimConfig(model="m", task="t", output="o", keep=keep, epochs_per_drop=given["epochs_per_drop"])
+    chosen = ("optimizer_state", "strategy")
+    assert [getattr(by_default, name) for name in chosen] == [arm[name] for name in chosen]
+    ours, theirs = stages_ahead(TrimConfig(**arm), 16), stages_ahead(by_default, 16)
+    assert [depth for depth, _ in ours] == [depth for depth, _ in theirs]
+    assert [epochs for _, epochs in ours] == pytest.approx([epochs for _, epochs in theirs])
 
 
 def test_a_study_takes_its_depths_from_runs_that_went_further(tmp_path: Path, monkeypatch: Any) -> None:

@@ -11,7 +11,7 @@ from torch import distributed
 
 from trimllm import cli, parallel
 from trimllm.errors import TrimError
-from trimllm.run import progressive
+from trimllm.run import rundir
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -114,10 +114,8 @@ ALONE = {
 
 
 def test_a_process_that_does_not_see_the_output_says_so_before_any_work(base, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(progressive, "SHARED_WITHIN", 0.0)
-    monkeypatch.setattr(
-        progressive.rundir, "claim", lambda config: []
-    )  # as the first of two processes, on another disk
+    monkeypatch.setattr(rundir, "SHARED_WITHIN", 0.0)
+    monkeypatch.setattr(rundir, "claim", lambda config: [])  # the first process has another disk
     with pytest.raises(TrimError, match=r"process 0 on .* does not see what the first process wrote there"):
         h.run(base, task, tmp_path / "run", depth=3)
 

@@ -234,8 +234,10 @@ def _rename(folder: Path, place: Path, overwrite: bool) -> None:
 def _remove_leftovers(place: Path) -> None:
     """Remove the partial folders of this target that no living process holds, and what it has replaced: where a kill
     came before the new one took the place, the old one stays."""
-    replaced = place.parent.glob(f".{glob.escape(place.name)}.old-{'?' * 8}") if place.exists() else ()
-    ours = [folder for folder in replaced if all(path.name == "folder" for path in folder.iterdir())]
-    for folder in (*place.parent.glob(f".{glob.escape(place.name)}.partial-*"), *ours):
+    name = glob.escape(place.name)
+    partial = place.parent.glob(f".{name}.partial-*")
+    replaced = place.parent.glob(f".{name}.old-{'?' * 8}") if place.exists() else ()
+    for folder in (*partial, *replaced):
         with suppress(OSError), _locked(folder):
-            shutil.rmtree(folder)
+            if ".partial-" in folder.name or all(path.name == "folder" for path in folder.iterdir()):
+                shutil.rmtree(folder)

@@ -13,7 +13,7 @@ from typing import Any
 from trimllm.evaluation import encoding
 from trimllm.evaluation.generation import generate
 from trimllm.tasks.items import Item
-from trimllm.tasks.metrics import repetition, words
+from trimllm.tasks.metrics import WORD, repetition, words
 
 PROMPTS, TOKENS, WORDS = 16, 48, 32
 """Prompts that are gone on with, tokens each, and words at most of a prompt."""
@@ -51,11 +51,5 @@ def warning(base: Fluency | None, now: Fluency | None) -> str | None:
 
 def _beginning(item: Item) -> str:
     text = item.prompt or item.target
-    most = max(1, min(WORDS, len(words(text)) // 2))
-    kept = list[str]()
-    for spaced in text.split():
-        room = most - len(words(" ".join(kept)))
-        if len(words(spaced)) > room:
-            return " ".join([*kept, spaced[:room]] if room else kept)  # where words are characters
-        kept.append(spaced)
-    return " ".join(kept)
+    ends = [word.end() for word in WORD.finditer(text)]
+    return " ".join(text[: ends[max(1, min(WORDS, len(ends) // 2)) - 1] if ends else 0].split())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from gguf import GGUFValueType as Value
 from trimllm.handover import gguf_families, gguf_tensors, gguf_tokenizer
 from trimllm.handover.gguf_families import Described
 from trimllm.handover.gguf_tensors import Planned
+from trimllm.run import licences
 
 
 def write(folder: Path, target: Path, command: ExportConfig) -> str:
@@ -99,13 +99,8 @@ def _about(folder: Path, command: ExportConfig, depth: int) -> dict[str, Any]:
     for half in HALVES if kept.get("blocks") else ():
         keys[f"trimllm.kept.{half}"] = [int(block[half]) for block in kept["blocks"]]
     card = folder / "README.md"
-    front = (
-        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        if card.exists()
-        else None
-    )
-    stated = re.search(r"^license: *['\"]?([\w.+-]+)", front[1], re.MULTILINE) if front else None
-    return keys | ({"general.license": stated[1]} if stated else {})
+    stated = licences.read_card(card).data.license if card.exists() else None
+    return keys | ({"general.license": stated} if isinstance(stated, str) else {})
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -53,9 +53,10 @@ def choose(
     if not open_:
         raise InputError("every remaining layer is protected: protect fewer, or ask for a smaller drop")
     decider, *breakers = scores.parts(strategy)
-    if np.isnan(scores.importance(decider, evidence)[open_]).all():
+    values = scores.importance(decider, evidence)
+    if np.isnan(values[open_]).all():
         raise InputError(f"--strategy {strategy}: none of the {len(open_)} candidates has a score that is a number")
-    values = np.nan_to_num(scores.importance(decider, evidence), nan=np.inf, posinf=np.inf, neginf=-np.inf)
+    values = np.where(np.isnan(values), np.inf, values)
     tied = _tied(values, evidence, open_, tolerance if breakers else 0.0)
     ranks = scores.importance(breakers[0], evidence) if breakers else np.zeros(len(candidates))
     index = min(tied, key=lambda i: (ranks[i], -evidence.position[i]))

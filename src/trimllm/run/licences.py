@@ -94,7 +94,7 @@ def read_card(path: Path) -> Any:
         try:
             return ModelCard(text, ignore_metadata_errors=True)
         except (ValueError, TypeError, YAMLError):
-            return ModelCard("\n" + text.replace("---", ""), ignore_metadata_errors=True)
+            return ModelCard(f"<!-- -->\n{text}", ignore_metadata_errors=True)
 
 
 def as_record(base: Origin) -> dict[str, str]:

@@ -10,12 +10,8 @@ the seed and the stage's number.
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +39,6 @@ from trimllm.run.rundir import RunDir
 from trimllm.training import optimizer_state, sparse, train, training_rows
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
-
-SHARED_WITHIN = 60.0
-"""Seconds after which a file must be seen by all processes."""
 
 History = list[dict[str, Any]]
 
@@ -137,7 +130,7 @@ class Run:
         self.journal = Journal(
             self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.share.first
         )
-        self._everyone_sees_it()
+        rundir.wait_until_seen(self.dir, self.share.rank)
         self._begin(loaded, asked)
         if (done := self.journal.last("done")) is not None:
             self.console.say(f"{self.dir.root} is finished: {done['table']}")
@@ -150,20 +143,6 @@ class Run:
         del loaded  # a run that goes on has no more use for the base's weights, and training may need the memory
         self._loop(state)
         return self._finish(state, base)
-
-    def _everyone_sees_it(self) -> None:
-        """Raises TrimError in a process that does not see what the first one wrote: all read its checkpoints."""
-        ends = time.monotonic() + SHARED_WITHIN
-        while not self.dir.config.exists():
-            if time.monotonic() > ends:
-                raise TrimError(
-                    f"--output {self.dir.root}: process {self.share.rank} on {platform.node()} does not see what the "
-                    "first process wrote there: give a folder that all of them share"
-                )
-            for folder in (self.dir.root.parent, self.dir.root):
-                with suppress(OSError):
-                    os.listdir(folder)  # network file systems remember for a while that nothing is there
-            time.sleep(0.1)
 
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
         """Whether what AdamW knows at the end of the stage after these drops goes on. It does not after the warm-up (no

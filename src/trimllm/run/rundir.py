@@ -8,16 +8,20 @@ answers/         what the reported split was answered   used_rows.json   what it
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trimllm.config import CompareConfig, Settings, TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.config.shared import option_of
-from trimllm.errors import InputError
+from trimllm.errors import InputError, TrimError
 from trimllm.files import read_lines, write_atomic
 from trimllm.run import placing
 from trimllm.training import optimizer_state
@@ -34,6 +38,10 @@ DATA = ("task", "task_files", "text")
 """Settings that may differ where the journal holds the SHA-256 of what they name."""
 REMEDIES = ("lr", "max_grad_norm", "min_accuracy", "max_drop")
 """Settings that may differ while it is not finished: for what can end it."""
+
+
+SHARED_WITHIN = 60.0
+"""Seconds within which all processes must see a file of the first one."""
 
 
 class RunDir:
@@ -110,6 +118,25 @@ def claim(config: TrimConfig) -> list[dict[str, Any]]:
     for left_by_a_kill in (*run.root.glob(".model.*"), *run.checkpoints.glob(".depth-*")):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     return read_lines(run.journal)
+
+
+def wait_until_seen(run: RunDir, rank: int) -> None:
+    """Wait until process `rank` sees what the first one has written there: all read its checkpoints.
+
+    Raises:
+        TrimError: if it does not, in `SHARED_WITHIN` seconds.
+    """
+    ends = time.monotonic() + SHARED_WITHIN
+    while not run.config.exists():
+        if time.monotonic() > ends:
+            raise TrimError(
+                f"--output {run.root}: process {rank} on {platform.node()} does not see what the first process wrote "
+                "there: give a folder that all of them share"
+            )
+        for folder in (run.root.parent, run.root):
+            with suppress(OSError):
+                os.listdir(folder)  # network file systems remember for a while that nothing is there
+        time.sleep(0.1)
 
 
 def happened(run: RunDir, event: str) -> dict[str, Any] | None:

@@ -20,15 +20,15 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
-UNSPACED = re.compile(
-    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
-)
-"""A character of a script that puts no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Characters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+"""What white space separates; where a script puts none between words, a character."""
 
 
 def words(text: str) -> list[str]:
-    """What white space separates; where a script puts none between words, its characters."""
-    return UNSPACED.sub(r" \1 ", text).split()
+    """The words of a text, as `WORD` has them."""
+    return WORD.findall(text)
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
