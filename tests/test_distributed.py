@@ -25,12 +25,21 @@ sys.path.insert(0, sys.argv[2])
 import helpers_run
 from trimllm import cli
 from trimllm.errors import TrimError
-from trimllm.training import train
+from trimllm.training import train, underway
 
 helpers_run.fast(pytest.MonkeyPatch())
-*runs, failing = json.loads(sys.argv[1])
+*runs, cut, failing = json.loads(sys.argv[1])
 for words in runs:
     assert cli.main(words) == 0
+
+underway.Underway.due = lambda self: self.writes
+step, done = train._step, []
+train._step = lambda *a, **k: done.append(1) or step(*a, **k)
+with pytest.MonkeyPatch.context() as patch, pytest.raises(helpers_run.Killed):
+    helpers_run.kill_at(patch, train, "_step", 7)
+    cli.main(cut)
+assert cli.main([*cut, "--resume"]) == 0
+assert len(done) == 12, done
 
 
 def fail(*_, **__):
@@ -41,7 +50,7 @@ train_stage = train.train_stage
 train.train_stage = lambda *a, **k: fail() if a[4].process_index == 1 else train_stage(*a, **k)
 sys.exit(cli.main(failing))
 """
-"""Runs that end well, and one after them whose second process fails."""
+"""Runs that end well; one that is cut within its second stage, and goes on; one whose second process fails."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,7 @@ def base(tmp_path_factory):
 RECOVER = {"schedule": "recover", "depth": 1, "max_joint": 2, "joint_tolerance": 100.0, "tie_tolerance": 100.0}
 
 
-RUNS = {"epoch": {"depth": 3}, "recover": RECOVER}
+RUNS = {"epoch": {"depth": 2, "schedule": "epoch"}, "recover": RECOVER}
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +70,11 @@ def pair(base, task, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     script = folder / "runs.py"
     script.write_text(RUNNING)
-    runs = RUNS | {"failing": {"depth": 3}}
+    runs = RUNS | {"cut": RUNS["epoch"], "failing": {"depth": 3}}
     words = [["trim", *h.arguments(h.settings(base, task, folder / name, **runs[name]))] for name in runs]
     done = h.command(json.dumps(words), str(Path(__file__).parent), launcher=TWO, program=[str(script)])
-    assert done.stdout.count("trimmed checkpoint:") == len(RUNS), done.stderr
-    assert sum(line.startswith("saved ") for line in done.stderr.splitlines()) == len(RUNS)
+    assert done.stdout.count("trimmed checkpoint:") == len(RUNS) + 1, done.stderr
+    assert sum(line.startswith("saved ") for line in done.stderr.splitlines()) == len(RUNS) + 1
     return folder, done
 
 
@@ -88,6 +97,13 @@ def test_two_processes_drop_the_same_layers_and_measure_the_same_accuracies(
     alone, together = (load_file(run / "model" / "model.safetensors") for run in (one, two))
     assert alone.keys() == together.keys()
     assert max(float((alone[name] - together[name]).abs().max()) for name in alone) < 1e-4
+
+
+def test_two_processes_go_on_within_a_stage_to_bit_equal_weights(pair):
+    straight, cut = (pair[0] / name for name in ("epoch", "cut"))
+    assert h.weights_hash(cut / "model") == h.weights_hash(straight / "model")
+    assert "  going on after step 2 of 4\n" in pair[1].stderr
+    assert not list(cut.glob("*stage.pt*"))
 
 
 def test_failure_of_one_process_ends_both_with_one_line(pair):

@@ -25,6 +25,7 @@ from trimllm.run import licences, progressive, rundir
 from trimllm.run.targets import wanted_depth
 from trimllm.training import sparse, train, training_rows
 from trimllm.training.packing import Example
+from trimllm.training.underway import Underway
 
 SHARED = {*TrainSettings.model_fields, *DataSettings.model_fields, *ModelSettings.model_fields}
 SHARED |= {"eval_batch_size", "warmup_epochs", "schedule", "epochs_per_drop", "final_epochs", "optimizer_state"}
@@ -149,9 +150,10 @@ class Job:
         parameters: Sequence[torch.nn.Parameter] | None = None,
         on_step: Callable[[int, int], None] | None = None,
         lr: float | None = None,
+        underway: Underway | None = None,
     ) -> train.StageReport:
         """Fine-tune in place on the task and the domain text, as a stage of `trimllm trim` does; all parameters
-        unless named, at --lr unless another rate is given."""
+        unless named, at --lr unless another rate is given. With `underway` one that was cut goes on."""
         command, model = self.command.model_copy(update={"lr": lr} if lr else {}), loaded.model
         model.to(self.accelerator.device)
         seed = command.seed * 1000 + stage
@@ -178,7 +180,12 @@ class Job:
                 on_step=step,
                 say=self.console.say,
                 attention=command.attention,
+                underway=underway,
             )
+
+    def underway(self) -> Underway:
+        """Where the only stage of a method is saved on the way."""
+        return Underway(self.folder / "stage.pt", self.command.checkpoint_minutes, {})
 
     def save(self, loaded: models.Loaded, layout: Layout | None = None) -> Path:
         """Write the model as a verified checkpoint in the dtype that the base was saved in."""

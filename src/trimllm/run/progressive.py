@@ -4,8 +4,8 @@
     model, history = trimllm.trim(model="demo", task="demo_law", text="demo_law", lr=3e-4, output="runs/law")
 
 Every stage of training, every measurement and every drop is journaled when it is done. A run that was killed goes on
-from the last one: weights and what AdamW knows are those of the last checkpoint, the order of training rows comes from
-the seed and the stage's number.
+from the last one: weights and what AdamW knows are those of the last checkpoint, or of what the stage that was under
+way saved since; the order of training rows comes from the seed and the stage's number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import transformers
 from trimllm import files
 from trimllm.blocks import surgery
 from trimllm.blocks.layout import Layout, compose, dump_layout, load_layout, plan_record, remove_all, whole
-from trimllm.checkpoints import export, folders, loading, models
+from trimllm.checkpoints import export, folders, loading, models, verification
 from trimllm.checkpoints.dtypes import name_of
 from trimllm.checkpoints.models import Loaded, load
 from trimllm.config import TrimConfig
@@ -39,6 +39,7 @@ from trimllm.run.rundir import RunDir
 from trimllm.training import optimizer_state, sparse, train, training_rows
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
+from trimllm.training.underway import Underway
 
 History = list[dict[str, Any]]
 
@@ -309,6 +310,8 @@ class Run:
         if config.schedule == "recover" and not warm and state.reached is None:
             limit = recovery.limit(self.journal.of("stage"), config.recover_tolerance)
             watch = recovery.follow(state.model, self.ready.calibration, self.share, plan, epochs, limit)
+        remedies = {"lr": config.lr, "max_grad_norm": config.max_grad_norm}  # a run may go on with others
+        saved = self._underway(state, remedies)
         with self.console.progress(name) as show:
             report = train.train_stage(
                 state.model,
@@ -326,15 +329,24 @@ class Run:
                 attention=config.attention,
                 teacher=self._teacher() if config.distill and plan and not warm else None,
                 moments=state.moments if config.optimizer_state == "carried" and not warm else None,
+                underway=saved,
             )
         if not self._carries(state.pending):
             state.moments.clear()
         self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)
-        remedies = {"lr": config.lr, "max_grad_norm": config.max_grad_norm}  # a run may go on with others
         done = asdict(report) | remedies | ({"recovery": watch.record()} if watch else {})
         self.journal.add("trained", stage=state.stages, train=done)
+        saved.delete()
         return done
+
+    def _underway(self, state: State, remedies: dict[str, float]) -> Underway:
+        """Where the stage that follows is saved on the way; it leaves room for its checkpoint. With another remedy it
+        begins anew."""
+        config, model = self.config, state.model
+        reserve = verification.weight_bytes(model) + config.carries_state * optimizer_state.most_bytes(config, model)
+        shared = {"stage": state.stages, **remedies}
+        return Underway(self.dir.underway, config.checkpoint_minutes, shared, reserve=reserve, writes=self.share.first)
 
     def _teacher(self) -> Teacher:
         """The model at the end of the warm-up; not kept between stages, in which scans may need the memory."""
@@ -361,9 +373,10 @@ class Run:
             self.dir.clean(stages, trained, teacher, every=self.config.keep_checkpoints)
 
     def _forget(self) -> None:
-        """Of a finished run, delete what AdamW knew where a floor ended it, and a depth that was trained and never
-        measured, since a floor was raised then."""
+        """Of a finished run, delete what AdamW knew where a floor ended it, a depth that was trained and never
+        measured, since a floor was raised then, and what a kill left of the last stage on its way."""
         if self.share.first:
+            self.dir.underway.unlink(missing_ok=True)
             measured = {stage["depth"] for stage in self.journal.of("stage")}
             for depth in self.dir.kept_depths():
                 optimizer_state.delete(self.dir.checkpoint(depth))

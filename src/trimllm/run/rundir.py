@@ -3,7 +3,8 @@
 config.yaml      the resolved settings            plan.json, plans/     which original layers each depth holds
 journal.jsonl    what happened, in order          scans/                one table per scan
 checkpoints/     weights at the end of stages     model/, result.json   the product
-answers/         what the reported split was answered   used_rows.json   what it was trained and decided on
+stage.pt         the stage that is under way      used_rows.json        what it was trained and decided on
+answers/         what the reported split was answered
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from trimllm.config.shared import option_of
 from trimllm.errors import InputError, TrimError
 from trimllm.files import read_lines, write_atomic
 from trimllm.run import placing
-from trimllm.training import optimizer_state
+from trimllm.training import optimizer_state, underway
 
 COMPUTING = (
     *("resume", "output", "threads", "device", "attention", "micro_batch_size", "eval_batch_size"),
-    "gradient_checkpointing",
+    *("gradient_checkpointing", "checkpoint_minutes"),
 )
 """Settings of where and how a run computes, and not of what."""
 WHERE = (*COMPUTING, "model")
@@ -58,6 +59,7 @@ class RunDir:
         self.plan = self.root / "plan.json"
         self.result = self.root / "result.json"
         self.model = self.root / "model"
+        self.underway = self.root / "stage.pt"
 
     def checkpoint(self, depth: int) -> Path:
         return self.checkpoints / f"depth-{depth}"
@@ -117,6 +119,7 @@ def claim(config: TrimConfig) -> list[dict[str, Any]]:
         write_atomic(run.config, placing.to_store(config.model_copy(update={"resume": False}), run.root))
     for left_by_a_kill in (*run.root.glob(".model.*"), *run.checkpoints.glob(".depth-*")):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    underway.remove_partial(run.underway)
     return read_lines(run.journal)
 
 

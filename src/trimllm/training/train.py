@@ -1,8 +1,9 @@
 """One stage of training: cross-entropy on the target tokens of a list of steps, AdamW, a schedule of its own.
 
 A stage is a fixed list of optimizer steps made from a seed, so that a stage that is started again gives the same
-weights. Each stage begins with its own warm-up and decay, and with an optimizer that knows nothing, or what AdamW knew
-before of the parameters that train now: it never holds parameters of removed blocks.
+weights, from its beginning or from where it was saved. Each stage begins with its own warm-up and decay, and with an
+optimizer that knows nothing, or what AdamW knew before of the parameters that train now: it never holds parameters of
+removed blocks.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +28,7 @@ from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
 from trimllm.training.packing import Example, Way
 from trimllm.training.prefix import Prefix
+from trimllm.training.underway import Progress, Underway
 
 WARMUP_SHARE = 0.06
 """Share of a stage's steps over which the learning rate rises."""
@@ -75,14 +78,16 @@ class Watch(Protocol):
     """What may end a stage before its plan does: asked every `cycle` steps, about."""
 
     cycle: int
+    losses: list[float]
+    """What it saw each time."""
 
     def __call__(self) -> bool: ...
 
 
 @dataclass
 class _Ways:
-    """How a stage computes its micro-batches, decided at its start, and how many tokens it has computed so far. Where
-    memory runs out, `eager` becomes 0, then `size` halves."""
+    """How a stage computes its micro-batches, decided at its start, and how far it is. Where memory runs out, `eager`
+    becomes 0, then `size` halves."""
 
     packing: Way
     places: int
@@ -93,10 +98,7 @@ class _Ways:
     eager: int = 0
     """Rows of up to so many tokens are computed with eager attention, while memory lasts."""
     teacher: Teacher | None = None
-    tokens: int = 0
-    """Computed so far, without padding."""
-    cells: int = 0
-    """Computed so far, padding counted."""
+    progress: Progress = field(default_factory=Progress)
 
 
 def train_stage(
@@ -116,13 +118,14 @@ def train_stage(
     attention: str = backends.AUTO,
     teacher: Teacher | None = None,
     moments: Moments | None = None,
+    underway: Underway | None = None,
 ) -> StageReport:
     """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
 
     The learning rate rises and decays once; with a `watch` anew in every cycle.
 
     Args:
-        seed: of whatever is random within the model (dropout).
+        seed: of whatever is random within the model (dropout), together with the number of the step.
         folder: where `cache_frozen_prefix="disk"` puts its file.
         on_step: called after every optimizer step with its number, their count, the loss, tokens per second.
         say: called with a line that the user should see.
@@ -132,6 +135,7 @@ def train_stage(
             `backends.EAGER_LENGTH`).
         teacher: a model of the same family and vocabulary, to learn from beside the targets.
         moments: what AdamW goes on from; afterwards, what it knows of the parameters that trained, in main memory.
+        underway: where the stage is saved on the way, and gone on with.
 
     Raises:
         TrimError: if the loss or a gradient is not a finite number; names the step. Weights saved before the stage are
@@ -147,7 +151,6 @@ def train_stage(
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise InputError(f"processes of type {kind} share the weights: launch plain ones, with a whole model each")
     say = say or (lambda line: None)
-    torch.manual_seed(seed)
     models = [model, teacher.model] if teacher else [model]
     ways = _ways(models, plan, settings, accelerator, pad_id, folder, say)
     ways.eager = _eager_length(models, plan, ways.packing, accelerator, attention, pad_id)
@@ -159,12 +162,20 @@ def train_stage(
     optimizer = adamw(parameters, settings, accelerator.device)
     if moments is not None:
         optimizer_state.restore(optimizer, moments)
-    history, tokens = [], 0
+    if underway and (found := underway.read(model, parameters, optimizer, len(plan), accelerator)):
+        ways.progress = found
+        say(f"  going on after step {found.steps} of {len(plan)}")
+        if watch:
+            watch.losses[:] = found.watched
+    progress = ways.progress
+    before = replace(progress)
     try:
-        for number, rows in enumerate(plan):
+        for number in range(before.steps, len(plan)):
+            rows = plan[number]
             place, length = _in_cycle(number, len(plan), watch.cycle if watch else None)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(place, length)
+            torch.manual_seed(zlib.crc32(f"{seed} {number}".encode()))
             with _autocast(models, accelerator):
                 loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
             if not math.isfinite(loss):
@@ -174,12 +185,18 @@ def train_stage(
                 raise _diverged(f"the norm of the gradients became {norm}", number, len(plan))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            history.append(loss)
-            tokens += sum(len(row.ids) for row in rows)
+            progress.losses.append(loss)
+            progress.tokens += sum(len(row.ids) for row in rows)
+            progress.steps += 1
+            seconds = time.perf_counter() - started
             if on_step:
-                on_step(number + 1, len(plan), loss, tokens / (time.perf_counter() - started))
+                on_step(number + 1, len(plan), loss, (progress.tokens - before.tokens) / seconds)
             if watch and place + 1 == length and watch():
                 break
+            if underway and number + 1 < len(plan) and underway.due():
+                now = replace(progress, seconds=before.seconds + seconds, watched=watch.losses if watch else [])
+                if line := underway.write(model, parameters, optimizer, len(plan), now):
+                    say(line)
     finally:
         if settings.gradient_checkpointing:
             _checkpointing(model, on=False)
@@ -189,14 +206,14 @@ def train_stage(
     if moments is not None:
         known = optimizer.state.items()
         moments.update({one: {name: value.cpu() for name, value in state.items()} for one, state in known})
-    tail = history[-max(1, len(history) // 10) :]
+    tail = progress.losses[-max(1, progress.steps // 10) :]
     return StageReport(
-        steps=len(history),
-        tokens=tokens,
+        steps=progress.steps,
+        tokens=progress.tokens,
         loss=sum(tail) / len(tail),
-        seconds=time.perf_counter() - started,
-        padding=1 - ways.tokens / max(1, ways.cells),
-        cached=ways.prefix.read / max(1, ways.tokens) if ways.prefix else 0.0,
+        seconds=before.seconds + time.perf_counter() - started,
+        padding=1 - progress.computed / max(1, progress.cells),
+        cached=ways.prefix.read / max(1, progress.computed - before.computed) if ways.prefix else 0.0,
         micro_batch_size=ways.size,
     )
 
@@ -401,7 +418,8 @@ def _passes(
         if ways.prefix:
             ways.prefix.take_back()  # the step is done again
         return None
-    ways.tokens, ways.cells = ways.tokens + tokens, ways.cells + cells
+    ways.progress.computed += tokens
+    ways.progress.cells += cells
     return total
 
 

@@ -1,0 +1,170 @@
+"""A stage that is under way, on disk from time to time, so that a run that ends within it does not train it anew.
+
+    underway = Underway(run / "stage.pt", minutes=15, stage={"stage": 3, "lr": 2e-5})
+    train_stage(..., underway=underway)
+    underway.delete()
+
+The file holds the weights that train, what AdamW knows of them, and how far the stage is. The rest of the model is what
+the stage begins with, and the order of rows comes from its seed: a stage that goes on ends with the weights that it
+would have had.
+"""
+
+from __future__ import annotations
+
+import glob
+import pickle
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimllm import files
+from trimllm.errors import TrimError
+from trimllm.training import optimizer_state
+
+SHARE = 0.05
+"""Largest share of a stage's time that saving takes: where it takes long, it is done more seldom than asked for."""
+
+UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.PickleError)
+"""What `torch.load` raises for damaged files, and what it then means to take them for what they were."""
+
+
+@dataclass
+class Progress:
+    """How far a stage is."""
+
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Of every step."""
+    tokens: int = 0
+    """Ids of the rows, over all processes."""
+    computed: int = 0
+    """Tokens that this process has computed, without padding."""
+    cells: int = 0
+    """The same with padding."""
+    seconds: float = 0.0
+    """Of training, until the process that trains now went on with it."""
+    watched: list[float] = field(default_factory=list)
+    """What the stage's watch has seen (see `recovery.Recovery`)."""
+
+
+Parameters = Sequence[torch.nn.Parameter]
+
+
+class Underway:
+    """The file of one stage.
+
+    Args:
+        path: of the file.
+        minutes: how often it is written; 0: never.
+        stage: what a stage that goes on must have in common with the one that was saved: plain values.
+        reserve: bytes that are to stay free on the disk for what is saved at the end.
+        writes: false in processes other than the first.
+    """
+
+    def __init__(
+        self, path: Path, minutes: float, stage: dict[str, Any], *, reserve: int = 0, writes: bool = True
+    ) -> None:
+        self.path, self.minutes, self.stage, self.reserve, self.writes = path, minutes, stage, reserve, writes
+        self.saved, self.took = time.monotonic(), 0.0
+
+    def read(
+        self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int, accelerator: Any
+    ) -> Progress | None:
+        """Take up the weights, and what the optimizer knew, where the file is of this stage of so many steps and all
+        processes see the same one; None, and nothing is changed, where it is not. Every process must call it."""
+        found = self._found(model, parameters, steps)
+        progress = Progress(**found["progress"]) if found else Progress()
+        seen = accelerator.gather(torch.tensor([progress.steps], device=accelerator.device)).tolist()
+        if found is None or min(seen) != max(seen):
+            return None
+        known = optimizer_state.Moments()
+        with torch.no_grad():
+            for name, parameter in _named(model, parameters).items():
+                parameter.copy_(found["weights"][name])
+                if name in found["moments"]:
+                    state = found["moments"][name].items()
+                    known[parameter] = {key: _apart(key, value, parameter.device) for key, value in state}
+        optimizer_state.restore(optimizer, known)
+        return progress
+
+    def _found(self, model: Any, parameters: Parameters, steps: int) -> dict[str, Any] | None:
+        """What the file holds, if it can be gone on with. Tensors stay on the disk until they are read."""
+        if not self.path.exists():
+            return None
+        try:
+            found: dict[str, Any] = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            same = (found["stage"], found["of"]) == (self.stage, steps)
+            shapes = {name: (value.shape, value.dtype) for name, value in found["weights"].items()}
+            Progress(**found["progress"])
+        except UNREADABLE:
+            return None
+        now = {name: (one.shape, one.dtype) for name, one in _named(model, parameters).items()}
+        return found if same and shapes == now else None
+
+    def due(self) -> bool:
+        """Whether it is time to write it."""
+        pause = max(60 * self.minutes, self.took / SHARE)
+        return self.writes and self.minutes > 0 and time.monotonic() - self.saved >= pause
+
+    def write(
+        self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int, progress: Progress
+    ) -> str | None:
+        """Write it. Where the disk has no room for it, it is not written, now or later, and a line says so."""
+        begun = time.monotonic()
+        named = _named(model, parameters)
+        moments = {name: optimizer.state[one] for name, one in named.items() if one in optimizer.state}
+        tensors = [*named.values(), *(value for state in moments.values() for value in state.values())]
+        needed, free = sum(one.nbytes for one in tensors), shutil.disk_usage(self.path.parent).free
+        if free < needed + self.reserve:
+            return self._never(f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
+        record = {
+            "stage": self.stage,
+            "of": steps,
+            "progress": asdict(progress),
+            "weights": {name: _alone(one.detach()) for name, one in named.items()},
+            "moments": {name: {key: _alone(value) for key, value in state.items()} for name, state in moments.items()},
+        }
+        try:
+            with files.atomic(self.path) as file:
+                torch.save(record, file)
+        except TrimError as error:
+            return self._never(str(error))
+        self.saved = time.monotonic()
+        self.took = self.saved - begun
+        return None
+
+    def _never(self, why: str) -> str:
+        """A line that says why the stage is not saved from here on."""
+        self.minutes = 0
+        return f"  a stage that is cut begins anew: it cannot be saved on the way ({why})"
+
+    def delete(self) -> None:
+        """The stage is over, and saved."""
+        if self.writes:
+            self.path.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what kills left of writing the file."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        partial.unlink(missing_ok=True)
+
+
+def _named(model: Any, parameters: Parameters) -> dict[str, torch.nn.Parameter]:
+    wanted = set(parameters)
+    return {name: one for name, one in model.named_parameters() if one in wanted}
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without the rest of a larger storage that it lies in: storages are saved whole."""
+    return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
+
+
+def _apart(key: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a moment on the device of its parameter; of the count of steps where it was, as AdamW wants it."""
+    return value.clone() if key == "step" else value.to(device, copy=True)

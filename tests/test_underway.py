@@ -1,0 +1,261 @@
+"""A stage of training that was cut goes on from where it was saved, and ends with the weights it would have had."""
+
+import itertools
+import shutil
+
+import helpers_run as h
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from trimllm.baselines import METHODS, Cell, plain
+from trimllm.baselines.job import Job
+from trimllm.checkpoints.loading import load_tokenizer
+from trimllm.checkpoints.models import DEMO
+from trimllm.config import CompareConfig, TrainSettings
+from trimllm.console import Console
+from trimllm.run import progressive, rundir
+from trimllm.run.recovery import Recovery
+from trimllm.training import train, underway
+from trimllm.training.packing import Example
+from trimllm.training.underway import Progress, Underway
+
+pytestmark = pytest.mark.usefixtures("fast")
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """Stages are saved after every step."""
+    monkeypatch.setattr(Underway, "due", lambda self: self.writes and self.minutes > 0)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts the optimizer steps that are computed."""
+    done, step = [], train._step
+    monkeypatch.setattr(train, "_step", lambda *a, **k: done.append(1) or step(*a, **k))
+    return done
+
+
+@pytest.fixture(scope="module")
+def dropping_out(tmp_path_factory):
+    """A model whose training is random within, too."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": h.DEPTH, "n_head": 4, "n_positions": 128, "vocab_size": len(load_tokenizer(DEMO))}
+    config = GPT2Config(**sizes, resid_pdrop=0.3, embd_pdrop=0.3, bos_token_id=0, eos_token_id=0)
+    return h.save_model(GPT2LMHeadModel(config), tmp_path_factory.mktemp("dropping-out"))
+
+
+RECOVER = {"schedule": "recover", "joint_tolerance": 100.0, "tie_tolerance": 100.0, "max_joint": 2, "depth": 2}
+CASES = {
+    "warm-up": (3, {}),
+    "a stage after a drop": (7, {}),
+    "a stage with what AdamW knew before": (11, {}),
+    "the last stage of the default": (10, {"schedule": "late"}),
+    "all of the blocks train": (11, {"sparse_update": "off", "optimizer_state": "fresh"}),
+    "with a teacher": (11, {"distill": 0.5}),
+    "activations computed again": (11, {"gradient_checkpointing": True, "micro_batch_size": 60}),
+    "weights in bfloat16": (11, {"dtype": "bfloat16"}),
+    "while the loss recovers": (8, {**RECOVER, "recover_tolerance": 0.0}),
+    "dropout": (11, {}),
+}
+"""At which step the run is killed, which has four of them in each of its three stages, and the settings."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stage_goes_on_and_ends_with_bit_equal_weights(base, task, dropping_out, tmp_path, steps, name):
+    call, changes = CASES[name][0], {"schedule": "epoch", **CASES[name][1]}
+    model = dropping_out if name == "dropout" else base
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    h.run(model, task, straight, **changes)
+    whole = len(steps)
+    h.killed_run((train, "_step", call), model, task, cut, **changes)
+    assert (cut / "stage.pt").exists()
+    h.run(model, task, cut, resume=True, **changes)
+    assert len(steps) == 2 * whole, "no step was computed twice"
+    assert h.weights_hash(cut / "model") == h.weights_hash(straight / "model")
+    for one, other in zip(h.journal(cut, "stage"), h.journal(straight, "stage"), strict=True):
+        assert one["train"] | {"seconds": 0} == other["train"] | {"seconds": 0}
+        assert one["calibration"] == other["calibration"]
+    assert not list(cut.glob("*stage.pt*"))
+
+
+def test_dropout_is_another_in_every_step(dropping_out):
+    model, masks = GPT2LMHeadModel.from_pretrained(dropping_out), []
+    model.transformer.drop.register_forward_hook(lambda _module, _args, out: masks.append(out == 0))
+    settings = TrainSettings(lr=1e-9)
+    train.train_stage(model, list(model.parameters()), rows(3), settings, Accelerator(cpu=True))
+    assert not torch.equal(masks[-1], masks[-2])
+
+
+def test_a_stage_that_is_cut_while_it_is_saved_goes_on_from_the_save_before(base, task, tmp_path, steps, monkeypatch):
+    """A kill leaves a part of the new file beside the old one."""
+    output, save, calls = tmp_path / "run", torch.save, itertools.count(1)
+
+    def dying(record, file):
+        save(record, file)
+        if next(calls) == 3:
+            shutil.copy(file.name, output / ".stage.pt.12345.tmp")
+            raise h.Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", dying)
+        with pytest.raises(h.Killed):
+            h.run(base, task, output)
+    assert len(steps) == 3
+    h.run(base, task, output, resume=True)
+    whole = sum(stage["train"]["steps"] for stage in h.journal(output, "stage"))
+    assert len(steps) == whole + 1, "the third step alone was computed again"
+    assert not list(output.glob("*stage.pt*"))
+
+
+def test_with_a_remedy_the_stage_begins_anew(base, task, tmp_path, steps):
+    """Where a loss diverged, the weights of its last steps are no place to go on from."""
+    output = tmp_path / "run"
+    h.killed_run((train, "_step", 3), base, task, output)
+    assert len(steps) == 2
+    h.run(base, task, output, resume=True, lr=5e-4)
+    whole = sum(stage["train"]["steps"] for stage in h.journal(output, "stage"))
+    assert len(steps) == 2 + whole
+
+
+@pytest.mark.parametrize("damage", ["torn", "nothing", "another", "other weights"])
+def test_a_file_that_is_not_of_the_stage_is_not_gone_on_with(base, task, tmp_path, steps, damage):
+    output = tmp_path / "run"
+    h.killed_run((train, "_step", 3), base, task, output)
+    file = output / "stage.pt"
+    if damage == "torn":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif damage == "nothing":
+        file.write_bytes(b"")
+    elif damage == "another":
+        torch.save({"epoch": 3}, file)
+    else:
+        record = torch.load(file, weights_only=True)
+        name = next(iter(record["weights"]))
+        record["weights"][name] = record["weights"][name][:1]
+        torch.save(record, file)
+    done = len(steps)
+    h.run(base, task, output, resume=True)
+    whole = sum(stage["train"]["steps"] for stage in h.journal(output, "stage"))
+    assert len(steps) == done + whole
+    assert not file.exists()
+
+
+def test_no_stage_is_saved_where_it_is_not_wanted(base, task, tmp_path):
+    h.killed_run((train, "_step", 3), base, task, tmp_path / "run", checkpoint_minutes=0)
+    assert not (tmp_path / "run" / "stage.pt").exists()
+
+
+@pytest.mark.parametrize("full", ["known", "met"])
+def test_a_full_disk_does_not_end_a_stage_that_could_only_not_be_saved(base, task, tmp_path, capsys, monkeypatch, full):
+    output = tmp_path / "run"
+    if full == "known":
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(rundir, "check_space", lambda *_: None)
+        monkeypatch.setattr(underway.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    else:
+
+        def met(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torch, "save", met)
+    with monkeypatch.context() as patch:
+        patch.setattr(progressive.Run, "_checkpoint", lambda *_: (_ for _ in ()).throw(h.Killed))
+        with pytest.raises(h.Killed):
+            progressive.trim(console=Console(), **h.settings(base, task, output))
+    err = capsys.readouterr().err
+    assert err.count("a stage that is cut begins anew") == 1
+    assert ("GiB free)" if full == "known" else "the disk is full") in err
+    assert not list(output.glob("*stage.pt*"))
+
+
+def rows(count, length=20):
+    return [[Example(list(range(1, length)), 5)] for _ in range(count)]
+
+
+def trained(plan, file, watch=None, **more):
+    model = tiny.build("llama")
+    saved = Underway(file, 1.0, {"stage": 1}, **more)
+    parameters, settings = list(model.parameters()), TrainSettings(lr=1e-3)
+    return train.train_stage(model, parameters, plan, settings, Accelerator(cpu=True), watch=watch, underway=saved)
+
+
+def test_what_a_watch_has_seen_is_saved_with_the_stage(tmp_path):
+    file, seen = tmp_path / "stage.pt", iter([3.0, 2.0, 1.0])
+    watch = Recovery(lambda: next(seen), limit=0.0, cycle=3)
+    trained(rows(9), file, watch=watch)
+    assert watch.losses == [3.0, 2.0, 1.0]
+    assert torch.load(file, weights_only=True)["progress"]["watched"] == [3.0, 2.0]
+    again = Recovery(lambda: 0.5, limit=0.0, cycle=3)
+    report = trained(rows(9), file, watch=again)
+    assert (again.losses, report.steps) == ([3.0, 2.0, 0.5], 9)
+
+
+def test_another_process_does_not_write(tmp_path):
+    trained(rows(4), tmp_path / "stage.pt", writes=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_between_saves(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    now = [0.0]
+    monkeypatch.setattr(underway.time, "monotonic", lambda: now[0])
+    saved = Underway(tmp_path / "stage.pt", 2.0, {})
+    now[0] = 119.0
+    assert not saved.due()
+    now[0] = 121.0
+    assert saved.due()
+    model = tiny.build("llama")
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def slow(*_):
+        now[0] += 60.0
+
+    monkeypatch.setattr(torch, "save", slow)
+    assert saved.write(model, list(model.parameters()), optimizer, 9, Progress()) is None
+    now[0] += 1190.0
+    assert not saved.due(), "a save takes a minute: one in twenty"
+    now[0] += 20.0
+    assert saved.due()
+
+
+def test_weights_that_share_their_storage_with_others_are_saved_alone(tmp_path):
+    """Loaders make weights from slices of one large piece of memory."""
+    model = tiny.build("llama")
+    parameters = list(model.model.norm.parameters())
+    large = torch.zeros(1_000_000)
+    large[: parameters[0].numel()] = parameters[0].data
+    parameters[0].data = large[: parameters[0].numel()]
+    saved = Underway(tmp_path / "stage.pt", 1.0, {})
+    saved.write(model, parameters, torch.optim.AdamW(parameters), 9, Progress(steps=1))
+    assert saved.path.stat().st_size < 10_000
+
+
+@pytest.mark.parametrize("name", ["full", "full-long"])
+def test_a_fully_fine_tuned_row_of_a_comparison_goes_on(base, task, tmp_path, steps, monkeypatch, name):
+    command = CompareConfig(
+        model=str(base), task=str(task), output=str(tmp_path), lr=1e-3, batch_size=128, calibration_size=6, device="cpu"
+    )
+
+    def job(root):
+        made = Job(command, Cell(METHODS[name], 0.5), root)
+        made.folder.mkdir(parents=True)
+        monkeypatch.setattr(Job, "full", base)
+        return made
+
+    straight, cut = job(tmp_path / "straight"), job(tmp_path / "cut")
+    plain.run(straight)
+    whole = len(steps)
+    h.kill_at(monkeypatch, train, "_step", 4)
+    with pytest.raises(h.Killed):
+        plain.run(cut)
+    monkeypatch.undo()
+    h.fast(monkeypatch)
+    monkeypatch.setattr(Job, "full", base)
+    product = plain.run(cut)
+    assert len(steps) == whole + 3
+    assert h.weights_hash(product.checkpoint) == h.weights_hash(straight.folder / "model")
+    assert not list(tmp_path.rglob("*stage.pt*"))
