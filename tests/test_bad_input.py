@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 
 from trimllm import cli, drop_layers, load_model, save_trimmed
+from trimllm.checkpoints import models
 from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.errors import InputError
 
@@ -397,3 +398,14 @@ def test_an_adapter_is_not_exported_and_how_to_merge_it_is_said(base: Path, tmp_
     code = line.split('"')[1].replace("'merged'", repr(str(merged)))
     exec(code, {})
     assert cli.main(["export", str(merged), "--to", "gguf"]) == 0
+
+
+@pytest.mark.parametrize("kind", models.PACKED)
+def test_quantized_weights_are_refused_for_training_before_anything_that_loads_them_is_asked_for(
+    base: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": kind, "bits": 4}}))
+    said = refusal(capsys, "trim", "--model", model, "--task", task, "--output", tmp_path / "run")
+    assert said.startswith(f"--model {model}: quantized weights cannot be trained: trim the unquantized model")

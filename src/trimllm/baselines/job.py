@@ -13,7 +13,7 @@ import torch
 from trimllm.baselines import METHODS, Cell
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
-from trimllm.checkpoints import export, models, room
+from trimllm.checkpoints import export, mixed, models, room
 from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.config import CompareConfig, DataSettings, ModelSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
@@ -139,7 +139,9 @@ class Job:
         """The calibration rows, ready for the model, which is moved to the device, and the task's metric."""
         loaded.model.to(self.accelerator.device)
         data = inputs.task_data(self.command, loaded.tokenizer)
-        return inputs.scorer(self.command, loaded.model, loaded.tokenizer, data.calibration), data.metric
+        autocast = mixed.measuring(self.accelerator)
+        found = inputs.scorer(self.command, loaded.model, loaded.tokenizer, data.calibration, autocast)
+        return found, data.metric
 
     def tune(
         self,

@@ -24,6 +24,8 @@ DEMO = Path(__file__).parents[1] / "demo" / "base"
 """The embedded model, which `--model demo` names."""
 TOO_LARGE = "free memory, or give a narrower --dtype (trimllm drop --streaming cuts a model without loading it)"
 
+PACKED = ("gptq", "awq", "bitsandbytes", "compressed-tensors")
+"""Kinds of quantization that are never undone on loading; what loads them need not be here to know that."""
 PATIENCE = timedelta(days=1)
 """How long the processes of a run wait for one that writes a checkpoint or measures; NCCL would give up after ten
 minutes, and end them all."""
@@ -137,6 +139,8 @@ def load(
     device = device or device_of(settings.device)
     dtype = DTYPES.get(settings.dtype) or (torch.float32 if training else None)
     backends.check(settings.attention, device, dtype, training=training)
+    if training and quantization_of(path, settings) in PACKED:
+        raise _cannot_train(settings)
     needed = room.weights(path, dtype)
     for place in (torch.device("cpu"), device):  # on its way to a GPU a model lies in memory
         room.check(f"--model {settings.model}", needed, place, TOO_LARGE)
@@ -149,10 +153,7 @@ def load(
         attention=settings.attention,
     )
     if training and getattr(model, "is_quantized", False):
-        raise InputError(
-            f"--model {settings.model}: quantized weights cannot be trained: trim the unquantized model, then quantize "
-            "the result with trimllm export --to int8 or int4"
-        )
+        raise _cannot_train(settings)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     backends.probe(model, settings.attention, training=training)
     _check_causal(model, settings.model)
@@ -166,6 +167,20 @@ def load(
         notes.append(reason)
         cast(model, torch.float32)
     return Loaded(settings, model, tokenizer, tuple(notes))
+
+
+def _cannot_train(settings: ModelSettings) -> InputError:
+    return InputError(
+        f"--model {settings.model}: quantized weights cannot be trained: trim the unquantized model, then quantize "
+        "the result with trimllm export --to int8 or int4"
+    )
+
+
+def quantization_of(path: str, settings: ModelSettings) -> str | None:
+    """How the weights of a checkpoint are quantized, by its config; None where they are not."""
+    config = config_of(path, trust_remote_code=settings.trust_remote_code)
+    found = getattr(config, "quantization_config", None) or {}
+    return (found if isinstance(found, dict) else vars(found)).get("quant_method")
 
 
 def origin(name: str) -> str | dict[str, str]:

@@ -287,8 +287,8 @@ class TrainSettings(Settings):
     train_embeddings: bool = True
     """Embeddings, final norm and output head train too (as published)."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """Training computes in bf16 on float32 weights; auto: on a CUDA GPU that has it (CPUs with AVX512-BF16 or AMX gain
-    too)."""
+    """Training, scans and accuracies on the way compute in bf16 on float32 weights; auto: on a CUDA GPU that has it
+    (CPUs with AVX512-BF16 or AMX gain too). The result is measured as it is saved."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 15.0

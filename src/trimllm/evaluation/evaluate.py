@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from trimllm.blocks import decoder, families
+from trimllm.checkpoints import mixed
 from trimllm.checkpoints.dtypes import name_of
+from trimllm.checkpoints.mixed import Autocast
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
 from trimllm.evaluation.batches import Batch, Batches, NoRoomError, make_rows
@@ -34,6 +36,9 @@ LOGITS = 2**22
 """Logits of a chunk, where not all are held at once: 16 MiB in float32."""
 LEAST_PLACES = 256
 """Positions of a chunk, however large the vocabulary: fewer would read the head's weights too often."""
+
+MIXED = "mixed bfloat16"
+"""Products in bfloat16, by float32 weights."""
 
 INEXACT = "shared prompts are not exact for"
 
@@ -75,7 +80,8 @@ class Evaluation:
     """What `value` is the mean of: 100 or 0 for a choice; for a likelihood, `value` and what the item moves it by, to
     first order. See `paired.difference`."""
     dtype: str | None = None
-    """Dtype of the weights when they computed it: a CPU that emulates the 16 bits of a checkpoint takes float32."""
+    """Dtype of the weights when they computed it (a CPU that emulates the 16 bits of a checkpoint takes float32), or
+    `MIXED`."""
 
     @property
     def perplexity(self) -> float:
@@ -213,7 +219,7 @@ class Scorer:
     """Items made ready for one model: encoded, in batches on its device. Branches share prompts where that is exact.
 
     Whether it is exact is known for the family and checked on the first rows of the data; where it is not, one row per
-    continuation is computed and `note` says so.
+    continuation is computed and `note` says so. With `autocast` the model computes in mixed precision.
     """
 
     def __init__(
@@ -226,6 +232,7 @@ class Scorer:
         max_length: int | None = None,
         truncate: bool = False,
         branches: bool | None = None,
+        autocast: Autocast | None = None,
     ) -> None:
         if not items:
             raise InputError(
@@ -238,7 +245,9 @@ class Scorer:
         self.token_budget = token_budget
         encoding.check_vocabulary(tokenizer, encoding.rows_of(self.encoded), encoding.vocabulary(model))
         self.pad_id = encoding.pad_id(tokenizer, model)
+        self.autocast: Autocast | None = None  # whether prompts may be shared shows in the weights' own dtype
         self.branches = self._decide(model) if branches is None else branches
+        self.autocast = autocast
         self.batches = self._batches(model, self.encoded, self.branches)
 
     def _batches(self, model: Any, encoded: Sequence[Encoded], branches: bool) -> Batches:
@@ -249,6 +258,12 @@ class Scorer:
         """Batches of some of the items."""
         wanted = set(items)
         return self._batches(model, [one for one in self.encoded if one.item in wanted], self.branches)
+
+    def plain(self) -> Scorer:
+        """One that computes in the dtype of the weights."""
+        found = copy.copy(self)
+        found.autocast = None
+        return found
 
     def right_only(self, model: Any) -> Scorer:
         """A scorer of the right continuations alone: all that a loss takes. This one, if there are no wrong ones."""
@@ -298,17 +313,23 @@ class Scorer:
         batches = self.batches if same else self._batches(model, self.encoded, self.branches)
         return self._scores(model, batches, self.encoded, share)
 
-    @staticmethod
-    def _scores(model: Any, batches: Batches, encoded: Sequence[Encoded], share: Share = ALONE) -> Scores:
+    @contextmanager
+    def computing(self, model: Any) -> Iterator[None]:
+        """Within, forward passes of the model are as they are to be measured; afterwards as they were."""
+        with evaluating(model), mixed.casting(model, self.autocast):
+            yield
+
+    def _scores(self, model: Any, batches: Batches, encoded: Sequence[Encoded], share: Share = ALONE) -> Scores:
         work = partial(batch_pieces, model)
-        with evaluating(model):
+        with self.computing(model):
             numbers = range(share.rank, len(batches), share.world)
             mine = [pieces for number in numbers for pieces in batches.compute(number, work)]
             return gather(share.gather(mine), encoded)
 
     def evaluate(self, model: Any, metric: str, share: Share = ALONE) -> Evaluation:
         """Score and judge all items."""
-        return replace(judge(self.items, self.score(model, share), metric), dtype=name_of(model.dtype))
+        dtype = MIXED if self.autocast else name_of(model.dtype)
+        return replace(judge(self.items, self.score(model, share), metric), dtype=dtype)
 
 
 def _reach(one: Encoded) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from trimllm import tasks
+from trimllm.checkpoints.mixed import Autocast
 from trimllm.config import TaskSettings
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import TOKEN_BUDGET, Scorer
@@ -41,8 +42,10 @@ def task_data(settings: TaskSettings, tokenizer: Any, *, reported_only: bool = F
     )
 
 
-def scorer(settings: Evaluating, model: Any, tokenizer: Any, items: Sequence[Item]) -> Scorer:
-    """Items encoded and in batches for `model`.
+def scorer(
+    settings: Evaluating, model: Any, tokenizer: Any, items: Sequence[Item], autocast: Autocast | None = None
+) -> Scorer:
+    """Items encoded and in batches for `model`, which computes them in mixed precision with `autocast`.
 
     Raises:
         InputError: if rows do not fit (see `encoding.encode`), or a row exceeds the tokens of a batch.
@@ -55,6 +58,7 @@ def scorer(settings: Evaluating, model: Any, tokenizer: Any, items: Sequence[Ite
         token_budget=budget or TOKEN_BUDGET,
         max_length=settings.max_length,
         truncate=settings.truncate,
+        autocast=autocast,
     )
     if budget is not None and made.batches.length > budget:
         longest = made.batches.length

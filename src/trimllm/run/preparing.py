@@ -10,6 +10,7 @@ import torch
 from trimllm.blocks import decoder
 from trimllm.checkpoints import models
 from trimllm.checkpoints.dtypes import DTYPES
+from trimllm.checkpoints.mixed import Autocast
 from trimllm.checkpoints.models import Loaded
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
@@ -62,8 +63,10 @@ class Prepared:
         return found
 
 
-def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir) -> Prepared:
+def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir, autocast: Autocast | None = None) -> Prepared:
     """Read the data, and find everything that can be wrong with it and the model before anything is computed.
+
+    With `autocast` accuracies are measured in mixed precision.
 
     Raises:
         InputError: in that case.
@@ -79,8 +82,8 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir) -> Prepared:
         targets.check_possible(config, depth, recording.least_size(model, save_dtype))
     data = inputs.task_data(config, tokenizer)
     checks.floor(config, data.metric)
-    calibration = inputs.scorer(config, model, tokenizer, data.calibration)
-    test = inputs.scorer(config, model, tokenizer, data.test)
+    calibration = inputs.scorer(config, model, tokenizer, data.calibration, autocast)
+    test = inputs.scorer(config, model, tokenizer, data.test, autocast)
     task_rows, text_rows = training_rows.examples(config, tokenizer, model.config, data.train, config.batch_size)
     cut = encoding.row_notes(training=task_rows, calibration=calibration.encoded, reported=test.encoded)
     if begun and "ties" not in begun and config.tie_tolerance is None:  # of a version whose default that was

@@ -21,7 +21,7 @@ import transformers
 from trimllm import files
 from trimllm.blocks import surgery
 from trimllm.blocks.layout import Layout, compose, dump_layout, load_layout, plan_record, remove_all, whole
-from trimllm.checkpoints import export, folders, loading, models, verification
+from trimllm.checkpoints import export, folders, loading, mixed, models, verification
 from trimllm.checkpoints.dtypes import name_of
 from trimllm.checkpoints.models import Loaded, load
 from trimllm.config import TrimConfig
@@ -123,7 +123,7 @@ class Run:
         for note in checks.memory(self.config, self.accelerator.device):
             self.console.say(note)
         loaded = load(self.config, training=True, device=self.accelerator.device)
-        self.ready = prepare(self.config, loaded, self.dir)
+        self.ready = prepare(self.config, loaded, self.dir, mixed.measuring(self.accelerator))
         if tight := checks.disk(self.config, loaded.model, self.ready.decider, self.ready.ahead):
             self.console.say(tight)
         asked = self.ready.digests()

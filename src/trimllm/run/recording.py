@@ -45,15 +45,17 @@ class Recorder:
     metric: str
 
     def record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
-        """Evaluate a depth and journal it, with a row for the user; of base and result also how fluently they write."""
+        """Evaluate a depth and journal it, with a row for the user; of base and result also how fluently they write.
+        The saved model computes in the dtype that it was saved in, others as in training."""
         folder = RunDir(self.config.output)
-        first_or_last = event != "stage"
+        first_or_last, as_it_stands = event != "stage", event == "saved"
+        sets = [one.plain() if as_it_stands else one for one in (self.calibration, self.test)]
         with self._fast(model):
             if first_or_last:
                 more["fluency"] = fluency.measure(model, self.tokenizer, self.calibration.items)
-            calibration = self.calibration.evaluate(model, self.metric, self.share)
+            calibration = sets[0].evaluate(model, self.metric, self.share)
             report = self.config.report_depths or first_or_last
-            test = self.test.evaluate(model, self.metric, self.share) if report else None
+            test = sets[1].evaluate(model, self.metric, self.share) if report else None
         now = size(model, self.save_dtype)
         speed = timing.decode_speed({"now": model}, repeats=3)["now"] if self.share.first else [0.0]
         if self.share.first and event != "saved":  # before the journal's line: what that says is done is not redone

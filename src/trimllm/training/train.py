@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from trimllm import memory
-from trimllm.checkpoints import backends
+from trimllm.checkpoints import backends, mixed
 from trimllm.config import TrainSettings, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.training import losses, optimizer_state, packing, prefix
@@ -176,7 +176,9 @@ def train_stage(
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(place, length)
             torch.manual_seed(zlib.crc32(f"{seed} {number}".encode()))
-            with _autocast(models, accelerator):
+            with contextlib.ExitStack() as within:
+                for each in models:
+                    within.enter_context(mixed.casting(each, mixed.training(accelerator)))
                 loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
             if not math.isfinite(loss):
                 raise _diverged(f"the loss became {loss}", number, len(plan))
@@ -315,32 +317,6 @@ def _eager_length(
             if _packing(models, plan, pad_id)[0] != way:
                 return 0
     return length
-
-
-@contextlib.contextmanager
-def _autocast(models: Sequence[Any], accelerator: Any) -> Iterator[None]:
-    """Within, forward passes compute in the accelerator's mixed precision; the backward pass follows them."""
-    with contextlib.ExitStack() as undo:
-        for model in models if accelerator.mixed_precision != "no" else ():
-            undo.enter_context(_casting(model, accelerator))
-        yield
-
-
-@contextlib.contextmanager
-def _casting(model: Any, accelerator: Any) -> Iterator[None]:
-    plain, before = model.forward, vars(model).get("forward")
-
-    def forward(*arguments: Any, **named: Any) -> Any:
-        with accelerator.autocast():
-            return plain(*arguments, **named)
-
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward
-        if before is not None:
-            model.forward = before
 
 
 def _in_cycle(step: int, total: int, cycle: int | None) -> tuple[int, int]:
