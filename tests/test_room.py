@@ -11,6 +11,7 @@ import helpers_run as h
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from trimllm import cli
 from trimllm.bench import benching
@@ -53,6 +54,17 @@ def test_an_adapter_counts_its_base_and_quantized_weights_as_they_are(base: Path
     assert room.weights(str(tmp_path / "int8"), torch.float32) == 8 + 16
 
 
+def test_a_model_for_another_device_is_loaded_there_without_a_copy_in_main_memory(base: Path, monkeypatch: Any) -> None:
+    asked: dict[str, Any] = {}
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.update(k) or load(*a, **k))
+    elsewhere: Any = load_model(base, device="meta")
+    assert asked["device_map"] == {"": torch.device("meta")}
+    assert {parameter.device.type for parameter in elsewhere.parameters()} == {"meta"}
+    load_model(base, device="cpu")
+    assert asked["device_map"] is None
+
+
 def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     (tmp_path / "config.json").write_text("{}")
@@ -63,15 +75,30 @@ def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
     assert room.free_bytes(torch.device("meta")) is None
 
 
-def test_what_is_free_is_that_of_the_machine_or_of_its_container(tmp_path: Path, monkeypatch: Any) -> None:
+NO_LIMIT = "9223372036854771712\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit_file", "used_file", "cached", "none"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file", "max\n"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", NO_LIMIT),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_what_is_free_is_that_of_the_machine_or_of_its_container(
+    tmp_path: Path, monkeypatch: Any, folder: str, limit_file: str, used_file: str, cached: str, none: str
+) -> None:
     monkeypatch.setattr(room, "_CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=200))
     assert room.free_bytes(CPU) == 1200
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    for limit, expected in (("max\n", 1200), ("800\n", 250), ("9000\n", 1200), ("100\n", 1)):
-        (tmp_path / "memory.max").write_text(limit)
+    place = tmp_path / folder
+    place.mkdir(exist_ok=True)
+    (place / used_file).write_text("700\n")
+    (place / "memory.stat").write_text(f"anon 500\ninactive_file 15\n{cached} 150\n")
+    for limit, expected in ((none, 1200), ("800\n", 250), ("9000\n", 1200), ("100\n", 1)):
+        (place / limit_file).write_text(limit)
         assert room.free_bytes(CPU) == expected
 
 

@@ -48,7 +48,7 @@ def load_model(
     Args:
         path_or_id: a folder with a checkpoint or an adapter, or a name on the Hugging Face hub.
         dtype: of the weights; the checkpoint's own by default.
-        device: where to put it; CPU by default.
+        device: where to put it, without a copy in main memory; CPU by default.
         trust_remote_code: run the model code that the checkpoint brings.
         allow_pickle: also accept weights that are not safetensors. Unpickling can run code: trust the source.
         quantization: quantize the weights on the way, as this config of transformers says.
@@ -58,8 +58,8 @@ def load_model(
         InputError: if there is no such model, it is not a causal language model, weights are missing, or it cannot
             compute with this `attention`; also for an adapter that is to be quantized.
     """
-    name = os.path.expanduser(path_or_id)
-    backends.check(attention, torch.device(device or "cpu"), dtype if isinstance(dtype, torch.dtype) else None)
+    name, place = os.path.expanduser(path_or_id), torch.device(device or "cpu")
+    backends.check(attention, place, dtype if isinstance(dtype, torch.dtype) else None)
     if (base := adapters.base_of(name)) is not None:
         if quantization is not None:
             raise InputError(
@@ -88,7 +88,7 @@ def load_model(
                 name,
                 dtype=dtype or "auto",
                 **({"quantization_config": quantization} if quantization is not None else {}),
-                device_map={"": device or "cpu"} if quantized else None,  # by default bitsandbytes takes a GPU
+                device_map={"": place} if quantized or place.type != "cpu" else None,
                 trust_remote_code=trust_remote_code,
                 attn_implementation=backends.chosen(attention),
                 use_safetensors=None if allow_pickle else True,

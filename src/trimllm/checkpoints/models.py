@@ -141,9 +141,7 @@ def load(
     backends.check(settings.attention, device, dtype, training=training)
     if training and quantization_of(path, settings) in PACKED:
         raise _cannot_train(settings)
-    needed = room.weights(path, dtype)
-    for place in (torch.device("cpu"), device):  # on its way to a GPU a model lies in memory
-        room.check(f"--model {settings.model}", needed, place, TOO_LARGE)
+    room.check(f"--model {settings.model}", room.weights(path, dtype), device, TOO_LARGE)
     model: Any = loading.load_model(
         path,
         dtype=dtype,

@@ -19,6 +19,12 @@ GB = 1e9
 STATES = 4
 """Numbers in memory for every parameter that trains: itself, its gradient, and the two moments of AdamW."""
 _CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (*(f"memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")), "total_inactive_file"),
+)
+"""Files of the limit, of what is used and of what that consists of, and its entry for file contents that can go: of
+control groups of version 2 and 1."""
 
 
 def free_bytes(device: torch.device, *, swap: bool = True) -> int | None:
@@ -32,13 +38,15 @@ def free_bytes(device: torch.device, *, swap: bool = True) -> int | None:
 
 
 def _container() -> int | None:
-    """What the limit of this process's control group (version 2) leaves; cached file contents are given up for it."""
-    try:
-        limit, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
-        return max(1, int(limit) - int(used) + int(stat["inactive_file"]))
-    except (OSError, ValueError, KeyError):  # no such system, or no limit: "max"
-        return None
+    """What the limit of this process's control group leaves; cached file contents are given up for it."""
+    for *names, cached in _LIMITS:
+        try:
+            limit, used, stat = ((_CGROUP / name).read_text(encoding="ascii") for name in names)
+            known = dict(line.split() for line in stat.splitlines())
+            return max(1, int(limit) - int(used) + int(known[cached]))
+        except (OSError, ValueError, KeyError):  # no such system, or no limit: "max"
+            continue
+    return None
 
 
 def weights(path: str, dtype: torch.dtype | None) -> int | None:
