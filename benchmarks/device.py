@@ -33,6 +33,7 @@ from trimllm import cli
 from trimllm.console import table
 from trimllm.errors import TrimError
 from trimllm.files import finite
+from trimllm.run.rundir import RunDir
 
 SCRIPTS = Path(__file__).parent
 TOLERANCE = 0.05
@@ -51,7 +52,7 @@ SCAN = f"scan --model demo {DATA} --calibration-size 20"
 METHODS = "trim-pair,one-shot,taylor,magnitude,sleb,streamline,layer-drop"
 CASES = {
     "trim": (f"{TRIM} --text demo_medicine --keep 0.75", "result.json"),
-    "trim, killed and resumed": (f"{TRIM} --keep 0.75", "result.json"),
+    "trim, killed and resumed": (f"{TRIM} --keep 0.75 --final-epochs 1 --checkpoint-minutes 0.001", "result.json"),
     "trim, frozen blocks kept": (f"{TRIM} {FROZEN} --depth 14", "result.json"),
     "trim, pairs with a teacher": (f"{TRIM} {PAIRS} --depth 14", "result.json"),
     "scan": (SCAN, "scan.json"),
@@ -91,7 +92,9 @@ def outcome(name: str, device: str, place: Path) -> tuple[dict[str, Any] | None,
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")]))
     with log.open("wb") as said:
         process = subprocess.Popen([*program, *words, "--device", device], stdout=said, stderr=said, env=environment)
-        if name == KILLED and dropped_twice(process, folder / "journal.jsonl"):
+        if name == KILLED:
+            if not within_a_stage(process, RunDir(folder)):
+                return None, "it ended before it could be killed"
             process.kill()
             process.wait()
             words = ["trim", "--output", str(output), "--resume", "--device", device]
@@ -104,10 +107,10 @@ def outcome(name: str, device: str, place: Path) -> tuple[dict[str, Any] | None,
     return json.loads(path.read_text(encoding="utf-8")), ""
 
 
-def dropped_twice(process: subprocess.Popen[bytes], journal: Path) -> bool:
-    """Wait until a run has dropped two blocks; False if it ended before."""
+def within_a_stage(process: subprocess.Popen[bytes], run: RunDir) -> bool:
+    """Wait until a run has dropped two blocks and saved the stage after that on its way; False if it ended before."""
     while process.poll() is None:
-        if journal.exists() and journal.read_bytes().count(b'"drop"') > 1:
+        if run.journal.exists() and run.journal.read_bytes().count(b'"drop"') > 1 and run.underway.exists():
             return True
         time.sleep(0.05)
     return False

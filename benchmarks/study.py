@@ -139,6 +139,16 @@ ARMS = {
     "late, carried, probability": Arm(
         {"optimizer_state": "carried", "strategy": "probability"}, per_depth=True, late=LATE_SHARE
     ),
+    "late, carried, probability, filled": Arm(
+        {"optimizer_state": "carried", "strategy": "probability", "sparse_update": "filled"},
+        per_depth=True,
+        late=LATE_SHARE,
+    ),
+    "late, carried, probability, r=1": Arm(
+        {"optimizer_state": "carried", "strategy": "probability", "sparse_update": "off"},
+        per_depth=True,
+        late=LATE_SHARE,
+    ),
     "late, carried, ties by loss": Arm(
         {"optimizer_state": "carried", "strategy": "scan+loss"}, per_depth=True, late=LATE_SHARE
     ),

@@ -22,6 +22,8 @@ _PUBLIC = {
     "push_to_hub": "handover.hub",
     "load_model": "checkpoints.loading",
     "load_tokenizer": "checkpoints.loading",
+    "scan_layers": "importance.ranking",
+    "evaluate": "evaluation.evaluate",
     "load_task": "tasks",
     "load_text": "tasks",
     "InputError": "errors",

@@ -8,7 +8,9 @@ from trimllm.config import TrimConfig as TrimConfig
 from trimllm.console import Console as Console
 from trimllm.errors import InputError as InputError
 from trimllm.errors import TrimError as TrimError
+from trimllm.evaluation.evaluate import evaluate as evaluate
 from trimllm.handover.hub import push_to_hub as push_to_hub
+from trimllm.importance.ranking import scan_layers as scan_layers
 from trimllm.run.progressive import trim as trim
 from trimllm.tasks import load_task as load_task
 from trimllm.tasks import load_text as load_text

@@ -9,15 +9,13 @@ from typing import Any
 
 from trimllm import config, files, tasks
 from trimllm.analysis import lens, summary
-from trimllm.blocks import decoder
-from trimllm.blocks.layout import describe, whole
 from trimllm.checkpoints import folders
 from trimllm.commands import shared
 from trimllm.console import Console, table
-from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan
+from trimllm.importance.ranking import Ranking, rank
 from trimllm.importance.rules import Rules
 from trimllm.plot import analysis_plot, importance_plot
 from trimllm.run import used_rows
@@ -42,18 +40,15 @@ def run(command: config.ScanConfig) -> None:
         shared.fresh(output, product)
     folders.check_writable(output)
     prepared = _prepare(command, console)
-    result = _scan(command, prepared, console)
-    record = _show(command, prepared, result)
+    found = _scan(command, prepared, console)
+    record = _show(command, prepared, found)
     if command.analysis:
-        _explain(command, prepared, result, record)
+        _explain(command, prepared, found.result, record)
 
 
 def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
     """Load model and task, and refuse what cannot be scanned before anything is computed."""
     loaded = shared.load(command, evaluating=True)
-    depth = decoder.depth(loaded.model)
-    if command.run is not None and command.run > depth:
-        raise InputError(f"--run {command.run}: the model has only {depth} layers")
     rules = Rules(command, loaded.model, command.seed)
     data = inputs.task_data(command, loaded.tokenizer)
     for note in data.notes:
@@ -67,48 +62,41 @@ def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
     return _Prepared(loaded.model, rules, data, scorer, asked)
 
 
-def _scan(command: config.ScanConfig, prepared: _Prepared, console: Console) -> scan.ScanResult:
+def _scan(command: config.ScanConfig, prepared: _Prepared, console: Console) -> Ranking:
     """Measure every candidate, and say what the user should know of it."""
-    model, scorer, metric = prepared.model, prepared.scorer, prepared.data.metric
-    depth = decoder.depth(model)
+    model, scorer = prepared.model, prepared.scorer
     # An analysis compares what it finds with accuracies too.
     asks_every_choice = command.analysis or command.metric is not None
     if not asks_every_choice and command.scan == "exact":
         slow = scan.many_choices_note(scorer, command.strategy)
         if slow:
             console.say(f"  {slow}")
-    questions = (scorer, metric) if asks_every_choice else scan.asked(model, scorer, metric, command.strategy)
     with console.progress("scan") as show:
-        result = scan.scan(
+        found = rank(
             model,
-            *questions,
-            command.unit,
-            length=prepared.rules.length,
-            run=command.run or max(1, depth // 2),
-            race=prepared.rules.race(model, whole(depth)),
+            scorer,
+            prepared.data.metric,
+            command,
+            prepared.rules,
+            every_choice=asks_every_choice,
             progress=show,
         )
-    for note in result.notes:
+    for note in found.result.notes:
         console.say(f"  {note}")
-    return result
+    return found
 
 
-def _show(command: config.ScanConfig, prepared: _Prepared, result: scan.ScanResult) -> dict[str, Any]:
+def _show(command: config.ScanConfig, prepared: _Prepared, found: Ranking) -> dict[str, Any]:
     """Print the table and what would go first; write scan.json, which is returned, and its picture."""
-    model, intact, output = prepared.model, whole(decoder.depth(prepared.model)), Path(command.output)
-    evidence = prepared.rules.evidence(model, intact, prepared.scorer, result)
-    names = [describe(unit, intact) for unit in result.candidates]
-    record = scan.table(result, evidence, command.strategy, names)
-    choice, reason = prepared.rules.first(model, intact, result, evidence)
-    record |= {"model": command.model, "task": prepared.data.name, "metric": result.intact.metric}
-    record["first"] = names[choice.index] if choice else None
+    output, choice, intact = Path(command.output), found.choice, found.result.intact
+    record = found.record | {"model": command.model, "task": prepared.data.name}
     if choice is None:
-        first = f"nothing: {reason}"
+        first = f"nothing: {found.reason}"
     elif command.unit == "sublayer" and len(choice.tied) == 1:  # "least important" is what its line begins with
-        first = names[choice.index]
+        first = record["first"]
     else:
-        first = f"{names[choice.index]} ({choice.why})"
-    print(f"intact: {result.intact.metric} {result.intact}")
+        first = f"{record['first']} ({choice.why})"
+    print(f"intact: {intact.metric} {intact}")
     print(scan_table(record))
     print(f"{'least important' if command.unit == 'sublayer' else 'would go first'}: {first}")
     files.write_json(output / "scan.json", record)

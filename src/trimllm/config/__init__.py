@@ -15,6 +15,7 @@ from trimllm.config.commands import (
     ExportConfig,
     PushConfig,
     ScanConfig,
+    ScanSettings,
     TasksConfig,
 )
 from trimllm.config.shared import (
@@ -54,6 +55,7 @@ __all__ = [
     "ModelSettings",
     "PushConfig",
     "ScanConfig",
+    "ScanSettings",
     "ScoreSettings",
     "Settings",
     "Several",

@@ -30,7 +30,22 @@ NEW_TOKENS = 128
 """Longest generated answer, in tokens."""
 
 
-class ScanConfig(ScoreSettings, CalibrationSettings):
+class ScanSettings(ScoreSettings):
+    """What is scanned, and by which score."""
+
+    unit: Literal["block", "pair", "sublayer"] = "block"  # type: ignore[assignment]
+    """What is deleted on trial: blocks, pairs, or attention and MLP separately."""
+    run: Positive | None = None
+    """Blocks in the contiguous runs that --strategy angular compares (default: half of the depth)."""
+
+    @model_validator(mode="after")
+    def _runs_are_for_angular(self) -> ScanSettings:
+        if self.run is not None and "angular" not in self.strategy:
+            raise ValueError("--run is for --strategy angular: leave it out")
+        return self
+
+
+class ScanConfig(ScanSettings, CalibrationSettings):
     """Measure how important every layer is, without changing the model: a table, scan.json and scan.png.
 
     Example:
@@ -38,10 +53,6 @@ class ScanConfig(ScoreSettings, CalibrationSettings):
       trimllm scan --model runs/medicine/model --task demo_medicine --analysis --output runs/why
     """
 
-    unit: Literal["block", "pair", "sublayer"] = "block"  # type: ignore[assignment]
-    """What is deleted on trial: blocks, pairs, or attention and MLP separately."""
-    run: Positive | None = None
-    """Blocks in the contiguous runs that --strategy angular compares (default: half of the depth)."""
     analysis: bool = False
     """Also measure what may explain the scan (causal tracing, what MLPs promote, block influence, logit lens) and how
     its ranks agree: analysis.json, analysis.png."""
@@ -62,12 +73,6 @@ class ScanConfig(ScoreSettings, CalibrationSettings):
             raise ValueError("--analysis compares all candidates, and --scan racing finds one: leave one of them out")
         if self.keep_pattern:
             raise ValueError("--analysis is of single layers: leave out --keep-pattern")
-        return self
-
-    @model_validator(mode="after")
-    def _runs_are_for_angular(self) -> ScanConfig:
-        if self.run is not None and "angular" not in self.strategy:
-            raise ValueError("--run is for --strategy angular: leave it out")
         return self
 
 

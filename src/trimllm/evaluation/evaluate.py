@@ -414,5 +414,15 @@ def estimate(share: float, seen: int, metric: str) -> Evaluation:
 
 
 def evaluate(model: Any, tokenizer: Any, items: Sequence[Item], metric: str, **settings: Any) -> Evaluation:
-    """Score items and judge them by `metric`; `settings` are those of `Scorer`."""
+    """Score items and judge them by `metric`: acc, acc_norm (choices) or likelihood.
+
+        data = trimllm.load_task("cases.jsonl", tokenizer=tokenizer)
+        print(trimllm.evaluate(model, tokenizer, data.test, data.metric))
+
+    Args:
+        settings: those of `Scorer`: `token_budget` (tokens of a batch), `max_length` and `truncate`.
+
+    Raises:
+        InputError: if there are no items, a row exceeds the context, or the metric does not fit them.
+    """
     return Scorer(model, tokenizer, items, **settings).evaluate(model, metric)
