@@ -409,3 +409,14 @@ def test_quantized_weights_are_refused_for_training_before_anything_that_loads_t
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": kind, "bits": 4}}))
     said = refusal(capsys, "trim", "--model", model, "--task", task, "--output", tmp_path / "run")
     assert said.startswith(f"--model {model}: quantized weights cannot be trained: trim the unquantized model")
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "it is not JSON"), ("{}", "it names no model_type")])
+def test_a_broken_config_is_one_line_for_training_too(
+    base: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    (model / "config.json").write_text(text)
+    found = refusal(capsys, "trim", "--model", model, "--task", task, "--output", tmp_path / "run")
+    assert said in found
+    assert "config.json" in found

@@ -11,7 +11,8 @@ import torch
 
 from trimllm import cli, memory
 from trimllm.bench import benching
-from trimllm.config import EvalConfig
+from trimllm.checkpoints.loading import load_model
+from trimllm.config import EvalConfig, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.evaluation.inputs import scorer as scorer_of
@@ -122,7 +123,7 @@ def test_other_errors_are_not_taken_for_the_end_of_memory():
 
 
 def raising(error):
-    def work(*_):
+    def work(*_, **__):
         raise error
 
     return work
@@ -152,6 +153,20 @@ def test_commands_say_in_one_line_that_memory_ended(error, monkeypatch, capsys):
     said = []
     recorder = SimpleNamespace(against_base=raising(error), console=SimpleNamespace(say=said.append))
     assert recording.Recorder.final_speeds(recorder, None) is None
+    assert said[0].startswith("the decode speed was not compared")
+
+
+@pytest.mark.parametrize("error", [CUDA, CPU])
+def test_a_model_that_does_not_fit_when_it_is_loaded_is_out_of_memory_too(base, tmp_path, monkeypatch, error):
+    """Base and result need not fit together: the speeds are then not compared, and the run ends well."""
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", raising(error))
+    with pytest.raises(type(error)):
+        load_model(base)
+    said = []
+    config = TrimConfig(model=str(base), task="t", output=str(tmp_path))
+    console = SimpleNamespace(say=said.append)
+    recorder = recording.Recorder(config, console, None, None, torch.device("cpu"), *[None] * 5)
+    assert recorder.final_speeds(tiny.build("llama", 2)) is None
     assert said[0].startswith("the decode speed was not compared")
 
 

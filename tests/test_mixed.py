@@ -14,6 +14,7 @@ from trimllm.checkpoints import mixed
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.evaluate import MIXED, Scorer
 from trimllm.importance import scan
+from trimllm.run import progressive
 
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
 
@@ -91,6 +92,30 @@ def test_a_run_measures_in_mixed_precision_but_for_the_result(base, task, tmp_pa
     assert saved == ("saved", "float32")
     assert set(seen) == {AUTOCAST}
     assert dtypes(tmp_path / "run", "test")[-1] == saved
+
+
+@pytest.mark.usefixtures("fast")
+def test_batches_of_another_precision_are_scanned_again(base, task, tmp_path, monkeypatch):
+    """A run that was begun on a GPU goes on on a CPU."""
+    output, scanned, part = tmp_path / "run", [], scan._part
+    with monkeypatch.context() as patch:
+        patch.setattr(mixed, "measuring", lambda _: AUTOCAST)
+        h.killed_run((scan, "_part", 2), base, task, output)
+    (batches,) = (output / "scans").glob("*.jsonl")
+    assert len(batches.read_text().splitlines()) == 1
+    monkeypatch.setattr(scan, "_part", lambda *a, **k: scanned.append(1) or part(*a, **k))
+    h.killed_run((progressive.Run, "_drop", 1, True), base, task, output, resume=True)
+    again = len(scanned)
+    scanned.clear()
+    h.killed_run((progressive.Run, "_drop", 1, True), base, task, tmp_path / "plain")
+    assert again == len(scanned)
+
+
+@pytest.mark.usefixtures("fast")
+def test_what_trains_nothing_computes_in_the_dtype_of_its_weights(base, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixed, "measuring", lambda _: AUTOCAST)
+    h.run(base, task, tmp_path / "run", warmup_epochs=0, epochs_per_drop=0)
+    assert {dtype for _, dtype in dtypes(tmp_path / "run")} == {"float32"}
 
 
 @pytest.mark.usefixtures("fast")

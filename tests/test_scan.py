@@ -444,7 +444,7 @@ def test_a_trial_without_finite_scores_names_the_unit(tokenizer, questions, monk
         return output * float("nan") if alone else output
 
     blocks[3].register_forward_hook(overflow)
-    monkeypatch.setattr(scan, "_resumes_exactly", lambda model, batch, exact: False)
+    monkeypatch.setattr(scan, "_resumes_exactly", lambda model, batch: False)
     with pytest.raises(TrimError, match=r"^without block 1 of the 4 that there are, the model's .*: try --dtype"):
         scan.scan(model, Scorer(model, tokenizer, questions), "acc")
 

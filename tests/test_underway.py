@@ -1,6 +1,7 @@
 """A stage of training that was cut goes on from where it was saved, and ends with the weights it would have had."""
 
 import itertools
+import resource
 import shutil
 
 import helpers_run as h
@@ -10,15 +11,17 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trimllm.baselines import METHODS, Cell, plain
+from trimllm import files
+from trimllm.baselines import METHODS, Cell, cell, plain
 from trimllm.baselines.job import Job
 from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
 from trimllm.config import CompareConfig, TrainSettings
 from trimllm.console import Console
-from trimllm.run import progressive, rundir
+from trimllm.errors import InputError
+from trimllm.run import placing, progressive, rundir
 from trimllm.run.recovery import Recovery
-from trimllm.training import train, underway
+from trimllm.training import optimizer_state, train, underway
 from trimllm.training.packing import Example
 from trimllm.training.underway import Progress, Underway
 
@@ -149,17 +152,27 @@ def test_no_stage_is_saved_where_it_is_not_wanted(base, task, tmp_path):
     assert not (tmp_path / "run" / "stage.pt").exists()
 
 
+def short_of(monkeypatch, free):
+    """The disk has so many bytes left, as far as saving a stage sees."""
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(underway.shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
+
+
 @pytest.mark.parametrize("full", ["known", "met"])
 def test_a_full_disk_does_not_end_a_stage_that_could_only_not_be_saved(base, task, tmp_path, capsys, monkeypatch, full):
     output = tmp_path / "run"
     if full == "known":
-        usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(rundir, "check_space", lambda *_: None)
-        monkeypatch.setattr(underway.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+        short_of(monkeypatch, [100_000])
     else:
+        save, allowed = torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-        def met(*_):
-            raise OSError(28, "No space left on device")
+        def met(record, file):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, allowed[1]))
+            try:
+                save(record, file)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
 
         monkeypatch.setattr(torch, "save", met)
     with monkeypatch.context() as patch:
@@ -167,9 +180,46 @@ def test_a_full_disk_does_not_end_a_stage_that_could_only_not_be_saved(base, tas
         with pytest.raises(h.Killed):
             progressive.trim(console=Console(), **h.settings(base, task, output))
     err = capsys.readouterr().err
-    assert err.count("a stage that is cut begins anew") == 1
-    assert ("GiB free)" if full == "known" else "the disk is full") in err
+    (line,) = [line for line in err.splitlines() if "cannot be saved" in line]
+    assert line.endswith("if it is cut, it begins anew")
+    assert ("GiB free)" if full == "known" else "File too large") in line
     assert not list(output.glob("*stage.pt*"))
+
+
+def test_where_the_disk_fills_later_what_was_saved_stays_and_room_is_used_again(tmp_path, monkeypatch):
+    said, free = [], [10**9]
+    short_of(monkeypatch, free)
+    monkeypatch.setattr(torch, "save", lambda *_: None)
+    model = tiny.build("llama")
+    parameters, optimizer = list(model.parameters()), torch.optim.AdamW(model.parameters())
+    saved = Underway(tmp_path / "stage.pt", 1.0, {}, say=said.append, reserve=10**8)
+    for step, room in ((3, 10**9), (5, 10**7), (7, 10**7), (9, 10**9)):
+        free[0] = room
+        saved.write(model, parameters, optimizer, 20, Progress(steps=step))
+        assert saved.step == (3 if room == 10**7 else step)
+    (line,) = said
+    assert line.endswith("if it is cut, it goes on after step 3")
+
+
+def test_a_run_that_goes_on_counts_the_saved_stage_as_room(base, task, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    h.killed_run((train, "_step", 3), base, task, output)
+    stage = output / "stage.pt"
+    shutil.copy(stage, output / ".stage.pt.77.tmp")
+    usage, needed = shutil.disk_usage(tmp_path), 10**6
+    monkeypatch.setattr(rundir.shutil, "disk_usage", lambda _: usage._replace(free=needed - 2 * stage.stat().st_size))
+    rundir.check_space(output, needed)
+    with pytest.raises(InputError, match="free some space"):
+        rundir.check_space(output, needed + 1)
+
+
+def test_moments_are_not_held_twice_when_a_stage_goes_on(base, task, tmp_path, monkeypatch):
+    output, restored, restore = tmp_path / "run", [], optimizer_state.restore
+    h.killed_run((train, "_step", 11), base, task, output, schedule="epoch")
+    assert (output / "checkpoints" / f"depth-{h.DEPTH - 1}" / optimizer_state.FOLDER).exists()
+    monkeypatch.setattr(optimizer_state, "restore", lambda *a: restored.append(len(a[1])) or restore(*a))
+    h.run(base, task, output, resume=True, schedule="epoch")
+    assert len(restored) == 1
 
 
 def rows(count, length=20):
@@ -215,7 +265,7 @@ def test_time_between_saves(monkeypatch, tmp_path):
         now[0] += 60.0
 
     monkeypatch.setattr(torch, "save", slow)
-    assert saved.write(model, list(model.parameters()), optimizer, 9, Progress()) is None
+    saved.write(model, list(model.parameters()), optimizer, 9, Progress())
     now[0] += 1190.0
     assert not saved.due(), "a save takes a minute: one in twenty"
     now[0] += 20.0
@@ -242,20 +292,34 @@ def test_a_fully_fine_tuned_row_of_a_comparison_goes_on(base, task, tmp_path, st
 
     def job(root):
         made = Job(command, Cell(METHODS[name], 0.5), root)
-        made.folder.mkdir(parents=True)
-        monkeypatch.setattr(Job, "full", base)
+        made.folder.mkdir(parents=True, exist_ok=True)
         return made
 
+    monkeypatch.setattr(Job, "full", base)
     straight, cut = job(tmp_path / "straight"), job(tmp_path / "cut")
     plain.run(straight)
     whole = len(steps)
-    h.kill_at(monkeypatch, train, "_step", 4)
-    with pytest.raises(h.Killed):
-        plain.run(cut)
-    monkeypatch.undo()
-    h.fast(monkeypatch)
-    monkeypatch.setattr(Job, "full", base)
-    product = plain.run(cut)
-    assert len(steps) == whole + 3
+    with monkeypatch.context() as patch:
+        h.kill_at(patch, train, "_step", 4)
+        with pytest.raises(h.Killed):
+            plain.run(cut)
+    (cut.folder / ".stage.pt.77.tmp").write_text("left by a kill")
+    product = plain.run(job(tmp_path / "cut"))
+    assert len(steps) == 2 * whole
     assert h.weights_hash(product.checkpoint) == h.weights_hash(straight.folder / "model")
-    assert not list(tmp_path.rglob("*stage.pt*"))
+    assert [path.name for path in cut.folder.glob("*stage.pt*")] == ["stage.pt"], "the row is not finished"
+    steps.clear()
+    plain.run(job(tmp_path / "cut"))
+    assert len(steps) == 1, "cut while it was evaluated"
+
+
+@pytest.mark.parametrize(("status", "left"), [("done", False), ("not run", True)])
+def test_a_finished_row_has_no_use_for_its_stage(base, task, tmp_path, monkeypatch, status, left):
+    command = CompareConfig(model=str(base), task=str(task), output=str(tmp_path))
+    files.write_atomic(tmp_path / "config.yaml", placing.to_store(command, tmp_path))
+    stage = Cell(METHODS["full"], None).file(tmp_path).with_name("stage.pt")
+    stage.parent.mkdir(parents=True)
+    stage.write_text("saved")
+    monkeypatch.setattr(cell, "measure", lambda *_: {"status": status})
+    assert cell.main([str(tmp_path), "full"]) == 0
+    assert stage.exists() == left

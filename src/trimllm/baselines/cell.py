@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
     from trimllm import files
 
     files.write_json(cell.file(Path(root)), {"method": name, "keep": cell.keep, **row})
+    if row["status"] == "done":  # until then it is gone on with
+        cell.file(Path(root)).with_name(placing.STAGE).unlink(missing_ok=True)
     return 0
 
 

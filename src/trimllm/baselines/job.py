@@ -13,7 +13,7 @@ import torch
 from trimllm.baselines import METHODS, Cell
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
-from trimllm.checkpoints import export, mixed, models, room
+from trimllm.checkpoints import export, mixed, models, room, verification
 from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.config import CompareConfig, DataSettings, ModelSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
@@ -21,9 +21,9 @@ from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.files import read_lines
-from trimllm.run import licences, progressive, rundir
+from trimllm.run import licences, placing, progressive, rundir
 from trimllm.run.targets import wanted_depth
-from trimllm.training import sparse, train, training_rows
+from trimllm.training import sparse, train, training_rows, underway
 from trimllm.training.packing import Example
 from trimllm.training.underway import Underway
 
@@ -185,9 +185,12 @@ class Job:
                 underway=underway,
             )
 
-    def underway(self) -> Underway:
-        """Where the only stage of a method is saved on the way."""
-        return Underway(self.folder / "stage.pt", self.command.checkpoint_minutes, {})
+    def underway(self, model: Any) -> Underway:
+        """Where the only stage of a method is saved on the way; it leaves room for the model, as it trained and as it
+        is saved."""
+        path, minutes = self.folder / placing.STAGE, self.command.checkpoint_minutes
+        underway.remove_partial(path)
+        return Underway(path, minutes, {}, reserve=2 * verification.weight_bytes(model), say=self.console.say)
 
     def save(self, loaded: models.Loaded, layout: Layout | None = None) -> Path:
         """Write the model as a verified checkpoint in the dtype that the base was saved in."""

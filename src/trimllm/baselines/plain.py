@@ -14,10 +14,9 @@ def run(job: Job) -> Product:
     name = job.cell.method.name
     if name == "base":
         return Product(models.path_of(job.command.model))
-    underway = job.underway()
     if name == "full":
         loaded = job.load()
-        report = job.tune(loaded, job.command.warmup_epochs, stage=0, underway=underway)
+        report = job.tune(loaded, job.command.warmup_epochs, stage=0, underway=job.underway(loaded.model))
         export.save_model(loaded.model, job.folder / "trained")
         loaded.tokenizer.save_pretrained(job.folder / "trained")
         base = models.origin(job.command.model)
@@ -25,7 +24,5 @@ def run(job: Job) -> Product:
             shutil.copyfile(file, job.folder / "trained" / file.name)
     else:
         loaded = job.load(job.full)
-        report = job.tune(loaded, job.epochs, stage=1, underway=underway)
-    checkpoint = job.save(loaded)
-    underway.delete()
-    return Product(checkpoint, train_seconds=report.seconds, tokens=report.tokens)
+        report = job.tune(loaded, job.epochs, stage=1, underway=job.underway(loaded.model))
+    return Product(job.save(loaded), train_seconds=report.seconds, tokens=report.tokens)

@@ -22,7 +22,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from trimllm import files
+from trimllm import files, memory
 from trimllm.blocks import adapters
 from trimllm.checkpoints import backends, belongings, shards
 from trimllm.errors import InputError, one_line
@@ -95,6 +95,8 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as error:
+        if memory.is_out_of_memory(error):  # weights go to the device here; what asks for them may do without
+            raise
         refused = backends.refusal(attention, name, error)
         raise InputError(refused or explain(name, error, allow_pickle=allow_pickle)) from error
     lost = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]

@@ -175,7 +175,13 @@ def _cannot_train(settings: ModelSettings) -> InputError:
 
 
 def quantization_of(path: str, settings: ModelSettings) -> str | None:
-    """How the weights of a checkpoint are quantized, by its config; None where they are not."""
+    """How the weights of a checkpoint are quantized, by its config; None where they are not.
+
+    Raises:
+        InputError: if there is no checkpoint, or its config cannot be read.
+    """
+    if (folder := Path(adapters.base_of(path) or path)).is_dir():
+        loading.check_folder(folder)
     config = config_of(path, trust_remote_code=settings.trust_remote_code)
     found = getattr(config, "quantization_config", None) or {}
     return (found if isinstance(found, dict) else vars(found)).get("quant_method")

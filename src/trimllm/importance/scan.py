@@ -190,8 +190,9 @@ def scan(
     if race is not None and (metric not in ("acc", "acc_norm") or len(scorer.items) < 2 * racing.SMALLEST):
         notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
         race = None
+    with evaluate.evaluating(model):  # whether it may be resumed shows in the weights' own dtype
+        resume = trials and _resumes_exactly(model, longest)
     with scorer.computing(model):
-        resume = trials and _resumes_exactly(model, longest, exact=scorer.autocast is None)
         if trials and not resume:
             kind = model.config.model_type
             notes.append(f"every candidate computes the whole model: {kind} cannot be resumed midway")
@@ -356,9 +357,8 @@ def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tenso
 
 
 @torch.no_grad()
-def _resumes_exactly(model: Any, batch: Batch, *, exact: bool) -> bool:
-    """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked, up
-    to rounding (`exact`: that of the weights' dtype)."""
+def _resumes_exactly(model: Any, batch: Batch) -> bool:
+    """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked."""
     depth = decoder.depth(model)
     if not families.family(decoder.text_config(model)).resumable or depth < 2:
         return False
@@ -369,7 +369,7 @@ def _resumes_exactly(model: Any, batch: Batch, *, exact: bool) -> bool:
             again = evaluate.batch_pieces(model, batch)
     except evaluate.UNFIT:
         return False
-    tolerance = 1e-4 if exact and model.dtype == torch.float32 else 0.1
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     return all(abs(base[owner][0] - again[owner][0]) <= tolerance * max(1.0, abs(base[owner][0])) for owner in base)
 
 

@@ -117,12 +117,14 @@ class Decider:
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         depth, (scorer, metric) = decoder.depth(model), self.asked
         records = share.from_first(lambda: files.read_lines(parts))
-        same = [record for record in records if "right" in record and record["metric"] == metric]
+        kind = {"metric": metric, "mixed": scorer.autocast is not None}  # the same run on another device may differ
+        kinds = ({"mixed": False} | record for record in records if "right" in record)
+        same = [record for record in kinds if {name: record[name] for name in kind} == kind]
         finished = {record["batch"]: scan.Part.load(record) for record in same}
 
         def keep(batch: int, part: scan.Part) -> None:
             if share.first:
-                files.append_line(parts, {"batch": batch, "metric": metric, **part.dump()})
+                files.append_line(parts, {"batch": batch, **kind, **part.dump()})
 
         needed = scores.needs(self.config.strategy)
         with console.progress(f"scan of {depth} layers") as show:

@@ -18,6 +18,8 @@ from trimllm.tasks.catalog import find_builtin
 
 CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
+STAGE = "stage.pt"
+"""A stage of training that is under way."""
 PATHS = ("model", "task", "text", "task_files", "also", "baselines_python")
 """Settings that may name files and folders."""
 

@@ -123,7 +123,9 @@ class Run:
         for note in checks.memory(self.config, self.accelerator.device):
             self.console.say(note)
         loaded = load(self.config, training=True, device=self.accelerator.device)
-        self.ready = prepare(self.config, loaded, self.dir, mixed.measuring(self.accelerator))
+        self.ready = prepare(
+            self.config, loaded, self.dir, mixed.measuring(self.accelerator) if self.config.trains else None
+        )
         if tight := checks.disk(self.config, loaded.model, self.ready.decider, self.ready.ahead):
             self.console.say(tight)
         asked = self.ready.digests()
@@ -346,7 +348,14 @@ class Run:
         config, model = self.config, state.model
         reserve = verification.weight_bytes(model) + config.carries_state * optimizer_state.most_bytes(config, model)
         shared = {"stage": state.stages, **remedies}
-        return Underway(self.dir.underway, config.checkpoint_minutes, shared, reserve=reserve, writes=self.share.first)
+        return Underway(
+            self.dir.underway,
+            config.checkpoint_minutes,
+            shared,
+            reserve=reserve,
+            say=self.console.say,
+            writes=self.share.first,
+        )
 
     def _teacher(self) -> Teacher:
         """The model at the end of the warm-up; not kept between stages, in which scans may need the memory."""

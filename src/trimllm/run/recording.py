@@ -148,6 +148,7 @@ class Recorder:
 
     def final_speeds(self, saved: Any) -> dict[str, list[float]] | None:
         """Speeds of base and result, or None if the device cannot hold both: the result is saved all the same."""
+        memory.release()
         try:
             return self.against_base(saved, "trimmed")
         except RuntimeError as error:

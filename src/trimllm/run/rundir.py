@@ -59,7 +59,7 @@ class RunDir:
         self.plan = self.root / "plan.json"
         self.result = self.root / "result.json"
         self.model = self.root / "model"
-        self.underway = self.root / "stage.pt"
+        self.underway = self.root / placing.STAGE
 
     def checkpoint(self, depth: int) -> Path:
         return self.checkpoints / f"depth-{depth}"
@@ -205,9 +205,12 @@ def space_note(output: str | Path, most: int) -> str | None:
 
 
 def _space(output: str | Path, needed: int) -> tuple[int, int]:
-    """Bytes that are free, and how many of those needed are not there yet."""
+    """Bytes that are free, with those of a stage under way, which go; and how many of those needed are not there
+    yet."""
     there = sum(file.stat().st_size for file in Path(output).rglob("*.safetensors"))
+    stage = RunDir(output).underway
+    going = sum(file.stat().st_size for file in (stage, *underway.partial(stage)) if file.exists())
     parent = Path(output).absolute()
     while not parent.exists():
         parent = parent.parent
-    return shutil.disk_usage(parent).free, needed - there
+    return shutil.disk_usage(parent).free + going, needed - there

@@ -160,13 +160,16 @@ def train_stage(
         _checkpointing(model, on=True)
     model.train()
     optimizer = adamw(parameters, settings, accelerator.device)
-    if moments is not None:
-        optimizer_state.restore(optimizer, moments)
-    if underway and (found := underway.read(model, parameters, optimizer, len(plan), accelerator)):
-        ways.progress = found
-        say(f"  going on after step {found.steps} of {len(plan)}")
+    found = underway.find(model, parameters, len(plan), accelerator) if underway else None
+    if found is not None:
+        if moments is not None:
+            moments.clear()  # what it knew at the beginning
+        found.restore(model, parameters, optimizer)
+        ways.progress = found.progress
         if watch:
-            watch.losses[:] = found.watched
+            watch.losses[:] = found.progress.watched
+    elif moments is not None:
+        optimizer_state.restore(optimizer, moments)
     progress = ways.progress
     before = replace(progress)
     try:
@@ -197,8 +200,7 @@ def train_stage(
                 break
             if underway and number + 1 < len(plan) and underway.due():
                 now = replace(progress, seconds=before.seconds + seconds, watched=watch.losses if watch else [])
-                if line := underway.write(model, parameters, optimizer, len(plan), now):
-                    say(line)
+                underway.write(model, parameters, optimizer, len(plan), now)
     finally:
         if settings.gradient_checkpointing:
             _checkpointing(model, on=False)

@@ -15,7 +15,7 @@ import glob
 import pickle
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from trimllm import files
-from trimllm.errors import TrimError
+from trimllm.errors import TrimError, one_line
 from trimllm.training import optimizer_state
 
 SHARE = 0.05
@@ -31,6 +31,9 @@ SHARE = 0.05
 
 UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.PickleError)
 """What `torch.load` raises for damaged files, and what it then means to take them for what they were."""
+
+SAVED_AS_THEY_ARE = ("cpu", "cuda", "xpu", "mps")
+"""Kinds of devices whose tensors `torch.save` copies one by one; others need not know how."""
 
 
 @dataclass
@@ -55,6 +58,26 @@ class Progress:
 Parameters = Sequence[torch.nn.Parameter]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A stage as the file holds it. Tensors stay on the disk until they are asked for."""
+
+    progress: Progress
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]
+
+    def restore(self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
+        """Take up the weights, and what the optimizer knew of them."""
+        known = optimizer_state.Moments()
+        with torch.no_grad():
+            for name, parameter in _named(model, parameters).items():
+                parameter.copy_(self.weights[name])
+                if name in self.moments:
+                    state = self.moments[name].items()
+                    known[parameter] = {key: _apart(key, value, parameter.device) for key, value in state}
+        optimizer_state.restore(optimizer, known)
+
+
 class Underway:
     """The file of one stage.
 
@@ -63,48 +86,50 @@ class Underway:
         minutes: how often it is written; 0: never.
         stage: what a stage that goes on must have in common with the one that was saved: plain values.
         reserve: bytes that are to stay free on the disk for what is saved at the end.
+        say: called with a line that the user should see.
         writes: false in processes other than the first.
     """
 
     def __init__(
-        self, path: Path, minutes: float, stage: dict[str, Any], *, reserve: int = 0, writes: bool = True
+        self,
+        path: Path,
+        minutes: float,
+        stage: dict[str, Any],
+        *,
+        reserve: int = 0,
+        say: Callable[[str], None] = lambda line: None,
+        writes: bool = True,
     ) -> None:
-        self.path, self.minutes, self.stage, self.reserve, self.writes = path, minutes, stage, reserve, writes
+        self.path, self.minutes, self.stage, self.reserve = path, minutes, stage, reserve
+        self.say, self.writes = say, writes
         self.saved, self.took = time.monotonic(), 0.0
+        self.step = 0
+        """Where the stage would go on."""
+        self.warned = False
 
-    def read(
-        self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int, accelerator: Any
-    ) -> Progress | None:
-        """Take up the weights, and what the optimizer knew, where the file is of this stage of so many steps and all
-        processes see the same one; None, and nothing is changed, where it is not. Every process must call it."""
-        found = self._found(model, parameters, steps)
-        progress = Progress(**found["progress"]) if found else Progress()
-        seen = accelerator.gather(torch.tensor([progress.steps], device=accelerator.device)).tolist()
+    def find(self, model: Any, parameters: Parameters, steps: int, accelerator: Any) -> Saved | None:
+        """What is saved of this stage of so many steps, if all processes see the same; every one must call it."""
+        found = self._read(model, parameters, steps)
+        here = 0 if found is None else found.progress.steps
+        seen = accelerator.gather(torch.tensor([here], device=accelerator.device)).tolist()
         if found is None or min(seen) != max(seen):
             return None
-        known = optimizer_state.Moments()
-        with torch.no_grad():
-            for name, parameter in _named(model, parameters).items():
-                parameter.copy_(found["weights"][name])
-                if name in found["moments"]:
-                    state = found["moments"][name].items()
-                    known[parameter] = {key: _apart(key, value, parameter.device) for key, value in state}
-        optimizer_state.restore(optimizer, known)
-        return progress
+        self.step = here
+        self.say(f"  going on after step {here} of {steps}")
+        return found
 
-    def _found(self, model: Any, parameters: Parameters, steps: int) -> dict[str, Any] | None:
-        """What the file holds, if it can be gone on with. Tensors stay on the disk until they are read."""
+    def _read(self, model: Any, parameters: Parameters, steps: int) -> Saved | None:
         if not self.path.exists():
             return None
         try:
-            found: dict[str, Any] = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             same = (found["stage"], found["of"]) == (self.stage, steps)
-            shapes = {name: (value.shape, value.dtype) for name, value in found["weights"].items()}
-            Progress(**found["progress"])
+            saved = Saved(Progress(**found["progress"]), found["weights"], found["moments"])
+            shapes = {name: (value.shape, value.dtype) for name, value in saved.weights.items()}
         except UNREADABLE:
             return None
         now = {name: (one.shape, one.dtype) for name, one in _named(model, parameters).items()}
-        return found if same and shapes == now else None
+        return saved if same and shapes == now else None
 
     def due(self) -> bool:
         """Whether it is time to write it."""
@@ -113,15 +138,16 @@ class Underway:
 
     def write(
         self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int, progress: Progress
-    ) -> str | None:
-        """Write it. Where the disk has no room for it, it is not written, now or later, and a line says so."""
-        begun = time.monotonic()
+    ) -> None:
+        """Write it. Where the disk has no room, a line says so once, and what was saved before stays."""
+        begun = self.saved = time.monotonic()
         named = _named(model, parameters)
         moments = {name: optimizer.state[one] for name, one in named.items() if one in optimizer.state}
         tensors = [*named.values(), *(value for state in moments.values() for value in state.values())]
         needed, free = sum(one.nbytes for one in tensors), shutil.disk_usage(self.path.parent).free
         if free < needed + self.reserve:
-            return self._never(f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
+            self._warn(f"{(needed + self.reserve) / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
+            return
         record = {
             "stage": self.stage,
             "of": steps,
@@ -133,15 +159,20 @@ class Underway:
             with files.atomic(self.path) as file:
                 torch.save(record, file)
         except TrimError as error:
-            return self._never(str(error))
-        self.saved = time.monotonic()
-        self.took = self.saved - begun
-        return None
+            self._warn(one_line(error))
+        except RuntimeError as error:  # where a write fails, torch fails once more at the end of its file
+            if not isinstance(error.__context__, OSError):
+                raise
+            self._warn(one_line(error.__context__))
+        else:
+            self.saved = time.monotonic()
+            self.took, self.step = self.saved - begun, progress.steps
 
-    def _never(self, why: str) -> str:
-        """A line that says why the stage is not saved from here on."""
-        self.minutes = 0
-        return f"  a stage that is cut begins anew: it cannot be saved on the way ({why})"
+    def _warn(self, why: str) -> None:
+        if not self.warned:
+            begin = f"goes on after step {self.step}" if self.step else "begins anew"
+            self.say(f"  how far the stage is cannot be saved ({why}): if it is cut, it {begin}")
+        self.warned = True
 
     def delete(self) -> None:
         """The stage is over, and saved."""
@@ -149,10 +180,15 @@ class Underway:
             self.path.unlink(missing_ok=True)
 
 
+def partial(path: Path) -> list[Path]:
+    """What kills left of writing the file."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
 def remove_partial(path: Path) -> None:
     """Remove what kills left of writing the file."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        partial.unlink(missing_ok=True)
+    for each in partial(path):
+        each.unlink(missing_ok=True)
 
 
 def _named(model: Any, parameters: Parameters) -> dict[str, torch.nn.Parameter]:
@@ -162,6 +198,8 @@ def _named(model: Any, parameters: Parameters) -> dict[str, torch.nn.Parameter]:
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor without the rest of a larger storage that it lies in: storages are saved whole."""
+    if tensor.device.type not in SAVED_AS_THEY_ARE:
+        return tensor.cpu()
     return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
 
 
