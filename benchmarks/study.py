@@ -50,8 +50,9 @@ SPREAD = {
     "final_epochs": 0,
     "optimizer_state": "fresh",
     "strategy": "scan+norm",
+    "sparse_update": "static",
 }
-"""What the arms change; the defaults of `trimllm trim` are the arm "late, carried, probability"."""
+"""What the arms change; the defaults of `trimllm trim` are the arm "late, carried, probability, filled"."""
 QUESTION = 1.0
 """Points that a calibration question of the demo world is worth: within these candidates are tied, unless the arm says
 otherwise (the default until 2026-11-29)."""

@@ -27,8 +27,9 @@ from trimllm.plot import picture
 FILES = tuple(RESULTS / f"study{name}.json" for name in ("", "-other-cpu", "-2026-11-29"))
 WORLD = ("law", "finance", "medicine")
 ARMS = {
-    "late, carried, probability": "trimllm (default)",
-    "late, carried, exact ties": "trimllm --strategy scan+norm",
+    "late, carried, probability, filled": "trimllm (default)",
+    "late, carried, probability": "trimllm --sparse-update static",
+    "late, carried, exact ties": "trimllm --strategy scan+norm --sparse-update static",
     "late, carried": "trimllm (until 2026-11-29)",
     "late, carried, twice as long": "trimllm (until 2026-11-29), trained twice as long",
     "one-shot, probability": "one-shot by the same scan",
@@ -41,6 +42,7 @@ ARMS = {
 }
 """Arms of the table, and what they are called in the picture."""
 DRAWN = (
+    "late, carried, probability, filled",
     "late, carried, probability",
     "late, carried, exact ties",
     "one-shot, probability",

@@ -407,4 +407,4 @@ def test_settings_of_the_comparison_that_mean_nothing_to_a_method_do_not_stop_it
     assert job.trim_settings(keep=0.5).train_ratio == 0.5
     assert job.trim_settings(keep=0.5, sparse_update="off").sparse_update == "off"
     one = job_of("one-shot", sparse_update="dynamic").trim_settings(keep=0.5, one_shot=True, sparse_update="dynamic")
-    assert one.sparse_update == "static"  # by its only scan
+    assert one.sparse_update == "filled"  # the default: by its only scan

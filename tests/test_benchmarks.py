@@ -228,9 +228,9 @@ def test_study_differences_are_paired_by_part_and_seed_and_keep_what_was_measure
 def test_the_studys_default_spreads_its_epochs_as_the_default_does(keep: float) -> None:
     study, stages_ahead = module("study"), targets.stages_ahead
     given = {**study.PARTS["law"].settings, "output": "-", "keep": keep}
-    arm = study.ARMS["late, carried, probability"].settings(given, round(16 * (1 - keep)))
+    arm = study.ARMS["late, carried, probability, filled"].settings(given, round(16 * (1 - keep)))
     by_default = TrimConfig(model="m", task="t", output="o", keep=keep, epochs_per_drop=given["epochs_per_drop"])
-    chosen = ("optimizer_state", "strategy")
+    chosen = ("optimizer_state", "strategy", "sparse_update")
     assert [getattr(by_default, name) for name in chosen] == [arm[name] for name in chosen]
     ours, theirs = stages_ahead(TrimConfig(**arm), 16), stages_ahead(by_default, 16)
     assert [depth for depth, _ in ours] == [depth for depth, _ in theirs]

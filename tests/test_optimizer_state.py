@@ -249,8 +249,8 @@ def test_state_that_a_kill_left_in_a_finished_run_goes_when_it_is_asked_again(ba
     [
         ({}, True),
         ({"optimizer_state": "fresh"}, False),
-        ({"one_shot": True, "sparse_update": "static"}, False),
-        ({"epochs_per_drop": 0.0, "sparse_update": "static"}, False),
+        ({"one_shot": True, "sparse_update": "filled"}, False),
+        ({"epochs_per_drop": 0.0, "sparse_update": "filled"}, False),
         ({"depth": 3}, False),
         ({"depth": None, "max_params": 57_000}, True),
     ],

@@ -124,6 +124,13 @@ def test_with_a_remedy_the_stage_begins_anew(base, task, tmp_path, steps):
     assert len(steps) == 2 + whole
 
 
+def test_a_finished_stage_is_not_kept(base, task, tmp_path):
+    output = tmp_path / "run"
+    h.killed_run((progressive.Run, "_drop", 1), base, task, output)
+    assert h.journal(output)[-1]["event"] == "stage"
+    assert not (output / "stage.pt").exists()
+
+
 @pytest.mark.parametrize("damage", ["torn", "nothing", "another", "other weights"])
 def test_a_file_that_is_not_of_the_stage_is_not_gone_on_with(base, task, tmp_path, steps, damage):
     output = tmp_path / "run"

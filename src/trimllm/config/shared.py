@@ -281,9 +281,10 @@ class TrainSettings(Settings):
     """Gradient norm above which gradients are scaled down."""
     train_ratio: Fraction = TRAIN_RATIO
     """Share of the blocks that train after the warm-up: those most likely to stay."""
-    sparse_update: Literal["static", "filled", "dynamic", "off"] = "static"
-    """Which blocks train. static: those that the first scan chose, as long as one of them is left; filled: those, and
-    for each that was dropped the most important other one; dynamic: chosen by every scan; off: all train."""
+    sparse_update: Literal["filled", "static", "dynamic", "off"] = "filled"
+    """Which blocks train. filled: those that the first scan chose, and for each that was dropped the most important
+    other one; static: without that, as long as one of them is left (as published); dynamic: chosen by every scan; off:
+    all train."""
     train_embeddings: bool = True
     """Embeddings, final norm and output head train too (as published)."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"

@@ -124,7 +124,7 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
                 f"--drops-per-stage {self.drops_per_stage} is for several stages, and --one-shot drops everything at "
                 "once: leave one of them out"
             )
-        if self.sparse_update in ("dynamic", "filled"):
+        if self.sparse_update == "dynamic":
             found["sparse_update"] = (
                 f"--sparse-update {self.sparse_update} is for several scans, and --one-shot makes one: leave one of "
                 "them out"

@@ -26,7 +26,7 @@ def choose(
     """Original indices of the blocks that train after a drop, ascending; None trains all.
 
     Args:
-        mode: "static", "filled", "dynamic" or "off" (--sparse-update).
+        mode: "filled", "static", "dynamic" or "off" (--sparse-update).
         order: original indices of the blocks that are left, by the latest scan, the most important first.
         count: how many are to train.
         before: the blocks that trained so far, if any.
