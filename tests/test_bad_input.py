@@ -420,3 +420,9 @@ def test_a_broken_config_is_one_line_for_training_too(
     found = refusal(capsys, "trim", "--model", model, "--task", task, "--output", tmp_path / "run")
     assert said in found
     assert "config.json" in found
+
+
+def test_a_run_that_is_not_finished_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "journal.jsonl").write_text("")
+    said = refusal(capsys, "eval", "--model", tmp_path, "--task", "demo_law")
+    assert said.endswith(f"give one of {tmp_path / 'checkpoints'}, or finish the run with trimllm trim --resume")

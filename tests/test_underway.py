@@ -21,6 +21,7 @@ from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.run import placing, progressive, rundir
 from trimllm.run.recovery import Recovery
+from trimllm.startup import Terminated
 from trimllm.training import optimizer_state, train, underway
 from trimllm.training.packing import Example
 from trimllm.training.underway import Progress, Underway
@@ -114,12 +115,13 @@ def test_a_stage_that_is_cut_while_it_is_saved_goes_on_from_the_save_before(base
     assert not list(output.glob("*stage.pt*"))
 
 
-def test_with_a_remedy_the_stage_begins_anew(base, task, tmp_path, steps):
+def test_with_a_remedy_the_stage_begins_anew(base, task, tmp_path, steps, capsys):
     """Where a loss diverged, the weights of its last steps are no place to go on from."""
     output = tmp_path / "run"
     h.killed_run((train, "_step", 3), base, task, output)
     assert len(steps) == 2
-    h.run(base, task, output, resume=True, lr=5e-4)
+    progressive.trim(console=Console(), **h.settings(base, task, output, resume=True, lr=5e-4))
+    assert "  with another --lr the stage begins anew (2 of 4 steps were done)\n" in capsys.readouterr().err
     whole = sum(stage["train"]["steps"] for stage in h.journal(output, "stage"))
     assert len(steps) == 2 + whole
 
@@ -131,8 +133,8 @@ def test_a_finished_stage_is_not_kept(base, task, tmp_path):
     assert not (output / "stage.pt").exists()
 
 
-@pytest.mark.parametrize("damage", ["torn", "nothing", "another", "other weights"])
-def test_a_file_that_is_not_of_the_stage_is_not_gone_on_with(base, task, tmp_path, steps, damage):
+@pytest.mark.parametrize("damage", ["torn", "nothing", "another", "a bit", "other weights"])
+def test_a_file_that_is_not_of_the_stage_is_not_gone_on_with(base, task, tmp_path, steps, capsys, damage):
     output = tmp_path / "run"
     h.killed_run((train, "_step", 3), base, task, output)
     file = output / "stage.pt"
@@ -140,6 +142,10 @@ def test_a_file_that_is_not_of_the_stage_is_not_gone_on_with(base, task, tmp_pat
         file.write_bytes(file.read_bytes()[:-1000])
     elif damage == "nothing":
         file.write_bytes(b"")
+    elif damage == "a bit":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
     elif damage == "another":
         torch.save({"epoch": 3}, file)
     else:
@@ -148,7 +154,10 @@ def test_a_file_that_is_not_of_the_stage_is_not_gone_on_with(base, task, tmp_pat
         record["weights"][name] = record["weights"][name][:1]
         torch.save(record, file)
     done = len(steps)
-    h.run(base, task, output, resume=True)
+    capsys.readouterr()
+    progressive.trim(console=Console(), **h.settings(base, task, output, resume=True))
+    damaged = f"  {file} cannot be read (it is damaged): the stage begins anew\n"
+    assert (damaged in capsys.readouterr().err) == (damage != "other weights")
     whole = sum(stage["train"]["steps"] for stage in h.journal(output, "stage"))
     assert len(steps) == done + whole
     assert not file.exists()
@@ -189,7 +198,7 @@ def test_a_full_disk_does_not_end_a_stage_that_could_only_not_be_saved(base, tas
     err = capsys.readouterr().err
     (line,) = [line for line in err.splitlines() if "cannot be saved" in line]
     assert line.endswith("if it is cut, it begins anew")
-    assert ("GiB free)" if full == "known" else "File too large") in line
+    assert ("MiB free)" if full == "known" else "(File too large)") in line
     assert not list(output.glob("*stage.pt*"))
 
 
@@ -204,7 +213,8 @@ def test_where_the_disk_fills_later_what_was_saved_stays_and_room_is_used_again(
         free[0] = room
         saved.write(model, parameters, optimizer, 20, Progress(steps=step))
         assert saved.step == (3 if room == 10**7 else step)
-    (line,) = said
+    first, line = said
+    assert first.startswith("  saved within the stage, after step 3 of 20 (")
     assert line.endswith("if it is cut, it goes on after step 3")
 
 
@@ -227,6 +237,45 @@ def test_moments_are_not_held_twice_when_a_stage_goes_on(base, task, tmp_path, m
     monkeypatch.setattr(optimizer_state, "restore", lambda *a: restored.append(len(a[1])) or restore(*a))
     h.run(base, task, output, resume=True, schedule="epoch")
     assert len(restored) == 1
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, Terminated])
+@pytest.mark.parametrize("where", ["in a step", "while it is saved"])
+def test_a_stage_that_is_ended_from_outside_is_saved_first(base, task, tmp_path, steps, monkeypatch, signal, where):
+    output, save, calls = tmp_path / "run", torch.save, itertools.count(1)
+
+    def ended(record, file):
+        if next(calls) > 1:
+            return save(record, file)
+        with torch.serialization._open_zipfile_writer(file) as archive:  # as torch.save is broken off
+            archive.write_record("begun", b"some bytes", 10)
+            raise signal
+
+    with monkeypatch.context() as patch:
+        if where == "while it is saved":
+            patch.setattr(torch, "save", ended)
+        else:
+            patch.setattr(Underway, "due", lambda self: False)
+            step = train._step
+            patch.setattr(train, "_step", lambda *a, **k: raising(signal) if len(steps) == 2 else step(*a, **k))
+        with pytest.raises(signal):
+            h.run(base, task, output)
+    done = len(steps)
+    assert torch.load(output / "stage.pt", weights_only=True)["progress"]["steps"] == done > 0
+    h.run(base, task, output, resume=True)
+    assert len(steps) == sum(stage["train"]["steps"] for stage in h.journal(output, "stage"))
+
+
+def test_weights_in_the_middle_of_a_step_are_not_saved(base, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(Underway, "due", lambda self: False)
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda *_, **__: raising(Terminated))
+    with pytest.raises(Terminated):
+        h.run(base, task, tmp_path / "run")
+    assert not (tmp_path / "run" / "stage.pt").exists()
+
+
+def raising(error):
+    raise error
 
 
 def rows(count, length=20):

@@ -156,6 +156,11 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         raise TrimError(f"cannot write to {path}: {reason}{other}{remedy}") from error
 
 
+def size(count: float) -> str:
+    """So many bytes, for the reader."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
+
+
 def full_disk(path: str | Path, sizes: str = "") -> str:
     """One line for a full disk, with what is known of sizes."""
     remedy = "free some space, then start again (trimllm trim goes on with --resume)"

@@ -138,6 +138,8 @@ def check_path(name: str, *, local: bool = False) -> None:
         if not (path / "config.json").exists():
             run = (path / "model" / "config.json").exists()
             wanted = path / "model" if run else "the folder of a checkpoint"
+            if not run and (path / "journal.jsonl").exists():
+                wanted = f"one of {path / 'checkpoints'}, or finish the run with trimllm trim --resume"
             raise InputError(f"cannot load {name!r}: the folder has no config.json; give {wanted}")
     elif path.exists():
         raise InputError(f"cannot load {name!r}: it is a file; give the folder of a checkpoint")

@@ -293,8 +293,9 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 15.0
-    """Within a stage of training, save how far it is every so many minutes, for --resume (three times the size of what
-    trains; more seldom where it would take a twentieth of the time); 0: never."""
+    """Within a stage of training, save how far it is every so many minutes, for --resume, which may have another number
+    (three times the size of what trains; more seldom where it would take a twentieth of the time); Ctrl-C and SIGTERM
+    save it, too; 0: never."""
     cache_frozen_prefix: Literal["off", "memory", "disk"] = "off"
     """Keep what the blocks below the lowest that trains give for each row, for stages of several epochs; needs
     --no-train-embeddings."""

@@ -23,7 +23,7 @@ from trimllm.config import CompareConfig, Settings, TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.config.shared import option_of
 from trimllm.errors import InputError, TrimError
-from trimllm.files import read_lines, write_atomic
+from trimllm.files import read_lines, size, write_atomic
 from trimllm.run import placing
 from trimllm.training import optimizer_state, underway
 
@@ -189,9 +189,7 @@ def check_space(output: str | Path, needed: int) -> None:
     """Raises InputError if the disk cannot hold so many bytes in all, of which some may be there."""
     free, needed = _space(output, needed)
     if free < needed:
-        raise InputError(
-            f"--output {output}: {free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed: free some space"
-        )
+        raise InputError(f"--output {output}: {size(free)} free, about {size(needed)} needed: free some space")
 
 
 def space_note(output: str | Path, most: int) -> str | None:

@@ -23,6 +23,7 @@ from trimllm import memory
 from trimllm.checkpoints import backends, mixed
 from trimllm.config import TrainSettings, TrimConfig
 from trimllm.errors import InputError, TrimError
+from trimllm.startup import Terminated
 from trimllm.training import losses, optimizer_state, packing, prefix
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
@@ -172,6 +173,13 @@ def train_stage(
         optimizer_state.restore(optimizer, moments)
     progress = ways.progress
     before = replace(progress)
+
+    def now() -> Progress:
+        seconds = before.seconds + time.perf_counter() - started
+        return replace(progress, seconds=seconds, watched=watch.losses if watch else [])
+
+    between = True
+    """Whether the weights are those after a whole step."""
     try:
         for number in range(before.steps, len(plan)):
             rows = plan[number]
@@ -188,19 +196,24 @@ def train_stage(
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
             if not math.isfinite(norm):
                 raise _diverged(f"the norm of the gradients became {norm}", number, len(plan))
+            between = False
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.losses.append(loss)
             progress.tokens += sum(len(row.ids) for row in rows)
             progress.steps += 1
-            seconds = time.perf_counter() - started
+            between = True
             if on_step:
-                on_step(number + 1, len(plan), loss, (progress.tokens - before.tokens) / seconds)
+                speed = (progress.tokens - before.tokens) / (time.perf_counter() - started)
+                on_step(number + 1, len(plan), loss, speed)
             if watch and place + 1 == length and watch():
                 break
             if underway and number + 1 < len(plan) and underway.due():
-                now = replace(progress, seconds=before.seconds + seconds, watched=watch.losses if watch else [])
-                underway.write(model, parameters, optimizer, len(plan), now)
+                underway.write(model, parameters, optimizer, len(plan), now())
+    except (KeyboardInterrupt, Terminated):
+        if underway and between:
+            underway.end(model, parameters, optimizer, len(plan), now())
+        raise
     finally:
         if settings.gradient_checkpointing:
             _checkpointing(model, on=False)

@@ -12,9 +12,11 @@ would have had.
 from __future__ import annotations
 
 import glob
+import os
 import pickle
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +31,10 @@ from trimllm.training import optimizer_state
 SHARE = 0.05
 """Largest share of a stage's time that saving takes: where it takes long, it is done more seldom than asked for."""
 
-UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.PickleError)
+UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError),
+    *(pickle.PickleError, zipfile.BadZipFile),
+)
 """What `torch.load` raises for damaged files, and what it then means to take them for what they were."""
 
 SAVED_AS_THEY_ARE = ("cpu", "cuda", "xpu", "mps")
@@ -105,7 +110,7 @@ class Underway:
         self.saved, self.took = time.monotonic(), 0.0
         self.step = 0
         """Where the stage would go on."""
-        self.warned = False
+        self.warned = self.told = False
 
     def find(self, model: Any, parameters: Parameters, steps: int, accelerator: Any) -> Saved | None:
         """What is saved of this stage of so many steps, if all processes see the same; every one must call it."""
@@ -122,14 +127,24 @@ class Underway:
         if not self.path.exists():
             return None
         try:
+            if self.writes:  # one process reads all of it
+                _check(self.path)
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-            same = (found["stage"], found["of"]) == (self.stage, steps)
+            stage, of = dict(found["stage"]), found["of"]
             saved = Saved(Progress(**found["progress"]), found["weights"], found["moments"])
             shapes = {name: (value.shape, value.dtype) for name, value in saved.weights.items()}
-        except UNREADABLE:
+        except UNREADABLE as error:
+            why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it is damaged"
+            self.say(f"  {self.path} cannot be read ({why}): the stage begins anew")
             return None
         now = {name: (one.shape, one.dtype) for name, one in _named(model, parameters).items()}
-        return saved if same and shapes == now else None
+        if (stage, of, shapes) == (self.stage, steps, now):
+            return saved
+        others = [name for name in stage if name != "stage" and stage[name] != self.stage.get(name)]
+        if others and stage.get("stage") == self.stage.get("stage"):
+            options = ", ".join("--" + name.replace("_", "-") for name in others)
+            self.say(f"  with another {options} the stage begins anew ({saved.progress.steps} of {of} steps were done)")
+        return None
 
     def due(self) -> bool:
         """Whether it is time to write it."""
@@ -146,7 +161,7 @@ class Underway:
         tensors = [*named.values(), *(value for state in moments.values() for value in state.values())]
         needed, free = sum(one.nbytes for one in tensors), shutil.disk_usage(self.path.parent).free
         if free < needed + self.reserve:
-            self._warn(f"{(needed + self.reserve) / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
+            self._warn(f"{files.size(needed + self.reserve)} needed, {files.size(free)} free")
             return
         record = {
             "stage": self.stage,
@@ -160,13 +175,28 @@ class Underway:
                 torch.save(record, file)
         except TrimError as error:
             self._warn(one_line(error))
-        except RuntimeError as error:  # where a write fails, torch fails once more at the end of its file
-            if not isinstance(error.__context__, OSError):
+        except RuntimeError as error:  # where writing is broken off, torch fails once more at the end of its file
+            first = error.__context__
+            if isinstance(first, OSError):
+                self._warn(first.strerror or one_line(first))
+            elif first is not None and not isinstance(first, Exception):
+                raise first from None  # a signal
+            else:
                 raise
-            self._warn(one_line(error.__context__))
         else:
             self.saved = time.monotonic()
             self.took, self.step = self.saved - begun, progress.steps
+            if not self.told:
+                self.say(f"  saved within the stage, after step {self.step} of {steps} ({files.size(needed)})")
+            self.told = True
+
+    def end(
+        self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int, progress: Progress
+    ) -> None:
+        """Write it once more, since the process is to end."""
+        if self.writes and self.minutes > 0 and progress.steps > self.step:
+            self.told = False
+            self.write(model, parameters, optimizer, steps, progress)
 
     def _warn(self, why: str) -> None:
         if not self.warned:
@@ -189,6 +219,13 @@ def remove_partial(path: Path) -> None:
     """Remove what kills left of writing the file."""
     for each in partial(path):
         each.unlink(missing_ok=True)
+
+
+def _check(path: Path) -> None:
+    """Raises zipfile.BadZipFile if what the file holds is not what was written."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(damaged)
 
 
 def _named(model: Any, parameters: Parameters) -> dict[str, torch.nn.Parameter]:
