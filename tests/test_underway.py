@@ -276,6 +276,20 @@ def test_a_stage_that_is_ended_from_outside_is_saved_first(base, task, tmp_path,
     assert len(steps) == sum(stage["train"]["steps"] for stage in h.journal(output, "stage"))
 
 
+def test_a_look_at_the_loss_that_was_broken_off_is_taken_again(base, task, tmp_path, monkeypatch):
+    changes = {**RECOVER, "recover_tolerance": 0.0}
+    h.run(base, task, tmp_path / "straight", **changes)
+    look, calls = Recovery.__call__, itertools.count(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Recovery, "__call__", lambda self: raising(Terminated) if next(calls) == 2 else look(self))
+        with pytest.raises(Terminated):
+            h.run(base, task, tmp_path / "cut", **changes)
+    h.run(base, task, tmp_path / "cut", resume=True, **changes)
+    one, other = (h.journal(tmp_path / name, "stage")[1]["train"] for name in ("straight", "cut"))
+    assert one["recovery"] == other["recovery"]
+    assert h.weights_hash(tmp_path / "cut" / "model") == h.weights_hash(tmp_path / "straight" / "model")
+
+
 def test_weights_in_the_middle_of_a_step_are_not_saved(base, task, tmp_path, monkeypatch):
     monkeypatch.setattr(Underway, "due", lambda self: False)
     calls, clear = itertools.count(1), torch.optim.AdamW.zero_grad

@@ -179,7 +179,7 @@ def train_stage(
         return replace(progress, seconds=seconds, watched=watch.losses if watch else [])
 
     between = True
-    """Whether the weights are those after a whole step."""
+    """Whether a stage that is saved now would go on as this one does: after a whole step, and the look after it."""
     try:
         for number in range(before.steps, len(plan)):
             rows = plan[number]
@@ -206,8 +206,12 @@ def train_stage(
             if on_step:
                 speed = (progress.tokens - before.tokens) / (time.perf_counter() - started)
                 on_step(number + 1, len(plan), loss, speed)
-            if watch and place + 1 == length and watch():
-                break
+            if watch and place + 1 == length:
+                between = False
+                ended = watch()
+                between = True
+                if ended:
+                    break
             if underway and number + 1 < len(plan) and underway.due():
                 underway.write(model, parameters, optimizer, len(plan), now())
     except (KeyboardInterrupt, Terminated):
