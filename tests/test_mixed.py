@@ -9,6 +9,7 @@ import pytest
 import reference
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 
 from trimllm.checkpoints import mixed
 from trimllm.evaluation import evaluate
@@ -124,8 +125,15 @@ def test_a_run_in_float32_measures_in_float32(base, task, tmp_path):
     assert {dtype for _, dtype in dtypes(tmp_path / "run")} == {"float32"}
 
 
-def test_the_command_measures_as_it_trains(base, task, tmp_path):
-    values = h.settings(base, task, tmp_path / "run", mixed_precision="bf16", depth=4)
-    done = h.command("trim", *h.arguments(values))
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate fixes the mixed precision of a process at its first use."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fast", "fresh_accelerate")
+def test_a_run_measures_as_it_trains(base, task, tmp_path):
+    h.run(base, task, tmp_path / "run", mixed_precision="bf16", depth=4)
     assert dict(dtypes(tmp_path / "run")) == {"base": MIXED, "stage": MIXED, "saved": "float32"}
