@@ -219,7 +219,7 @@ def test_a_full_disk_does_not_end_a_stage_that_could_only_not_be_saved(base, tas
     err = capsys.readouterr().err
     (line,) = [line for line in err.splitlines() if "cannot be saved" in line]
     assert line.endswith("if it is cut, it begins anew")
-    assert ("MiB free)" if full == "known" else "(File too large)") in line
+    assert ("MiB free)" if full == "known" else "File too large: choose another --output)") in line
     assert not list(output.glob("*stage.pt*"))
 
 

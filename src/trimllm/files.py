@@ -134,7 +134,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line. safetensors has an error class of its own, with the number in it.
+    """Turn a full or unwritable disk into one line. safetensors has an error class of its own, with the number in it;
+    torch's writer, which is broken off, fails once more at the end of its file.
 
     Raises:
         TrimError: instead of any error of the operating system.
@@ -143,7 +144,10 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         yield
     except TrimError:
         raise
-    except Exception as error:
+    except Exception as last:
+        error = last.__context__ if "inline_container" in str(last) and last.__context__ else last
+        if not isinstance(error, Exception):  # a signal
+            raise error from None
         found = re.search(r"\b(?:os error|Os \{ code:) (\d+)", str(error))
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number in FULL or "No space left" in str(error):

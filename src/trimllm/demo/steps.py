@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimllm import files
 from trimllm.checkpoints import arithmetic
 from trimllm.demo.muon import Muon
 from trimllm.errors import InputError
@@ -77,8 +78,8 @@ def train_step(
 def write_state(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], **more: Any) -> None:
     """What a run goes on from: weights, optimizers, and `more`, which are plain values."""
     state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    torch.save(state | more, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    with files.atomic(path) as file:
+        torch.save(state | more, file)
 
 
 def read_state(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:

@@ -116,15 +116,11 @@ class Decider:
 
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         depth, (scorer, metric) = decoder.depth(model), self.asked
-        records = share.from_first(lambda: files.read_lines(parts))
-        kind = {"metric": metric, "mixed": scorer.autocast is not None}  # the same run on another device may differ
-        kinds = ({"mixed": False} | record for record in records if "right" in record)
-        same = [record for record in kinds if {name: record[name] for name in kind} == kind]
+        same = [one for one in self._kept(parts, share) if "right" in one and one["metric"] == metric]
         finished = {record["batch"]: scan.Part.load(record) for record in same}
 
         def keep(batch: int, part: scan.Part) -> None:
-            if share.first:
-                files.append_line(parts, {"batch": batch, **kind, **part.dump()})
+            self._keep(parts, share, {"batch": batch, "metric": metric, **part.dump()})
 
         needed = scores.needs(self.config.strategy)
         with console.progress(f"scan of {depth} layers") as show:
@@ -142,6 +138,19 @@ class Decider:
                 progress=show,
                 share=share,
             )
+
+    def _kept(self, parts: Path, share: Share) -> list[dict[str, Any]]:
+        """What the file holds of this decision, measured in the same precision: a run may go on on another device."""
+        records = share.from_first(lambda: files.read_lines(parts))
+        return [record for record in records if record.get("mixed", False) == self._mixed]
+
+    def _keep(self, parts: Path, share: Share, record: dict[str, Any]) -> None:
+        if share.first:
+            files.append_line(parts, {"mixed": self._mixed, **record})
+
+    @property
+    def _mixed(self) -> bool:
+        return self.calibration.autocast is not None
 
     def _choose(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[Choice]:
         """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
@@ -176,8 +185,7 @@ class Decider:
         config, candidates, intact = self.config, result.candidates, whole(len(layout))
         least = targets.least_depth(config, self.base_depth)
         alone = {i for i in self.droppable(model, layout, candidates) if self._harmless_alone(result, i)}
-        records = share.from_first(lambda: files.read_lines(parts))
-        known = [Joint.load(record["joint"]) for record in records if "joint" in record]
+        known = [Joint.load(record["joint"]) for record in self._kept(parts, share) if "joint" in record]
         choices = {first.index: first}
 
         def without(chosen: tuple[int, ...]) -> Layout:
@@ -204,8 +212,7 @@ class Decider:
             with trial(model, without(chosen)):
                 value = self.calibration.evaluate(model, self.metric, share)
             found = Joint(chosen, value.value, value.loss)
-            if share.first:
-                files.append_line(parts, {"joint": found.record()})
+            self._keep(parts, share, {"joint": found.record()})
             return found
 
         chosen, tried = joint.grow(

@@ -123,9 +123,8 @@ class Run:
         for note in checks.memory(self.config, self.accelerator.device):
             self.console.say(note)
         loaded = load(self.config, training=True, device=self.accelerator.device)
-        self.ready = prepare(
-            self.config, loaded, self.dir, mixed.measuring(self.accelerator) if self.config.trains else None
-        )
+        autocast = mixed.measuring(self.accelerator) if self.config.trains else None
+        self.ready = prepare(self.config, loaded, self.dir, autocast)
         if tight := checks.disk(self.config, loaded.model, self.ready.decider, self.ready.ahead):
             self.console.say(tight)
         asked = self.ready.digests()

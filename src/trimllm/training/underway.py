@@ -155,7 +155,7 @@ class Underway:
         self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int, progress: Progress
     ) -> None:
         """Write it. Where the disk has no room, a line says so once, and what was saved before stays."""
-        begun = self.saved = time.monotonic()
+        begun = self.saved = time.monotonic()  # where it fails, it is tried again after as long
         named = _named(model, parameters)
         moments = {name: optimizer.state[one] for name, one in named.items() if one in optimizer.state}
         tensors = [*named.values(), *(value for state in moments.values() for value in state.values())]
@@ -175,14 +175,6 @@ class Underway:
                 torch.save(record, file)
         except TrimError as error:
             self._warn(one_line(error))
-        except RuntimeError as error:  # where writing is broken off, torch fails once more at the end of its file
-            first = error.__context__
-            if isinstance(first, OSError):
-                self._warn(first.strerror or one_line(first))
-            elif first is not None and not isinstance(first, Exception):
-                raise first from None  # a signal
-            else:
-                raise
         else:
             self.saved = time.monotonic()
             self.took, self.step = self.saved - begun, progress.steps
