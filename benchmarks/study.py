@@ -183,6 +183,16 @@ ARMS = {
     "taylor": _peer("taylor"),
     "random": _peer("random"),
     "last": _peer("last"),
+    **{
+        f"Sajjad, {name}": replace(_peer(strategy), from_base=True)
+        for name, strategy in (
+            ("top", "last"),
+            ("bottom", "first"),
+            ("alternate", "alternate"),
+            ("symmetric", "symmetric"),
+            ("contribution", "bi"),
+        )
+    },
     "full, as long": Arm({"strategy": "last", "one_shot": True}, per_depth=True, whole=True),
     "distilled": Arm({"distill": 0.5}, per_depth=True, late=LATE_SHARE),
     "pairs": Arm({"unit": "pair"}),
