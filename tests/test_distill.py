@@ -21,6 +21,7 @@ from trimllm.run import checks, progressive
 from trimllm.training import distill, losses, packing, sparse, train
 from trimllm.training.distill import Teacher
 from trimllm.training.packing import ALONE, Example, find_way, pack
+from trimllm.training.step import Stepper
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -195,8 +196,8 @@ def test_processes_share_the_rows_out():
         one = SimpleNamespace(
             num_processes=2, process_index=rank, device=torch.device("cpu"), reduce=lambda tensor, reduction: tensor
         )
-        ways = train._Ways(packing.Way(64), 10_000, None, 10_000, teacher=Teacher(teacher, 0.5))
-        train._step(model, [], ROWS, ways, one, 0, print)
+        steps = Stepper(model, one, packing.Way(64), 10_000, 10_000, teacher=Teacher(teacher, 0.5))
+        steps.gradients([], ROWS)
         for name, grad in gradients(model).items():
             found[name] += grad
     assert distance(found, grads) < 1e-5

@@ -26,6 +26,7 @@ import helpers_run
 from trimllm import cli
 from trimllm.errors import TrimError
 from trimllm.training import train, underway
+from trimllm.training.step import Stepper
 
 helpers_run.fast(pytest.MonkeyPatch())
 *runs, cut, failing = json.loads(sys.argv[1])
@@ -33,10 +34,10 @@ for words in runs:
     assert cli.main(words) == 0
 
 underway.Underway.due = lambda self: self.writes
-step, done = train._step, []
-train._step = lambda *a, **k: done.append(1) or step(*a, **k)
+step, done = Stepper.gradients, []
+Stepper.gradients = lambda *a, **k: done.append(1) or step(*a, **k)
 with pytest.MonkeyPatch.context() as patch, pytest.raises(helpers_run.Killed):
-    helpers_run.kill_at(patch, train, "_step", 7)
+    helpers_run.kill_at(patch, Stepper, "gradients", 7)
     cli.main(cut)
 assert cli.main([*cut, "--resume"]) == 0
 assert len(done) == 12, done

@@ -24,6 +24,7 @@ from trimllm.run import progressive, recording
 from trimllm.run.rundir import RunDir
 from trimllm.training import optimizer_state, sparse, train
 from trimllm.training.packing import Example
+from trimllm.training.step import Stepper
 
 ROWS = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + 2 * (n % 5))), 1 + n % 2) for n in range(8)]
 PLANS = [[ROWS[:4], ROWS[4:], ROWS[2:6]], [ROWS[1:5], ROWS[:2], ROWS, ROWS[3:]]]
@@ -159,7 +160,7 @@ CARRIED = {
 
 POINTS = {
     "between drop and training": (progressive.Run, "_drop", 1, True),
-    "in the middle of a stage": (train, "_step", 5, False),
+    "in the middle of a stage": (Stepper, "gradients", 5, False),
     "while the state is written": (optimizer_state, "save", 2, False),
     "between a checkpoint and its journal line": (progressive.Run, "_checkpoint", 2, True),
     "while the first cut is measured": (recording.Recorder, "record", 3, False),

@@ -14,7 +14,7 @@ from trimllm.blocks.layout import whole
 from trimllm.config import TrainSettings, TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.errors import InputError
-from trimllm.training import prefix, sparse, train, training_rows
+from trimllm.training import losses, packing, prefix, sparse, train, training_rows
 from trimllm.training.packing import Example
 
 TASK = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + n % 9)), 1 + n % 2) for n in range(12)]
@@ -129,7 +129,7 @@ def test_a_step_that_is_taken_back_leaves_its_rows_to_come(tmp_path):
     model = tiny.build("llama", 3)
     sparse.freeze(model, whole(3), [2], embeddings=False)
     kept = prefix.Prefix(model, [TASK[0], TASK[0], TASK[1], TASK[1]])
-    packed = train.packing.pack(TASK[:2], train.packing.ALONE, 0)
+    packed = packing.pack(TASK[:2], packing.ALONE, 0)
     kept.begin()
     for _ in range(2):
         with kept.resumed(packed):
@@ -143,7 +143,7 @@ def test_a_step_that_is_taken_back_leaves_its_rows_to_come(tmp_path):
 def test_a_step_that_memory_ended_is_not_counted_twice(tmp_path, monkeypatch):
     plain, ended = tiny.build("llama", 4), tiny.build("llama", 4)
     report, _, _ = stage(plain, [3], tmp_path, cache_frozen_prefix="memory")
-    backward, calls = train.losses.backward, []
+    backward, calls = losses.backward, []
 
     def ending(*arguments):
         calls.append(1)
@@ -151,7 +151,7 @@ def test_a_step_that_memory_ended_is_not_counted_twice(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return backward(*arguments)
 
-    monkeypatch.setattr(train.losses, "backward", ending)
+    monkeypatch.setattr(losses, "backward", ending)
     kept, made = [], prefix.Prefix.__init__
     monkeypatch.setattr(prefix.Prefix, "__init__", lambda self, *a, **k: (made(self, *a, **k), kept.append(self))[0])
     again, said, _ = stage(ended, [3], tmp_path, cache_frozen_prefix="memory", micro_batch_size=24)
@@ -165,7 +165,7 @@ def test_only_rows_that_come_again_are_kept(tmp_path):
     sparse.freeze(model, whole(3), [2], embeddings=False)
     uses = [TASK[0], TASK[1], TASK[1]]
     kept = prefix.Prefix(model, uses)
-    packed = train.packing.pack(uses[:2], train.packing.ALONE, 0)
+    packed = packing.pack(uses[:2], packing.ALONE, 0)
     with kept.resumed(packed):
         pass
     assert set(kept.place) == {TASK[1]}

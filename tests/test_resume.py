@@ -23,6 +23,7 @@ from trimllm.importance import scan
 from trimllm.run import account, deciding, placing, progressive, recording, rundir
 from trimllm.run.progressive import trim
 from trimllm.training import optimizer_state, train
+from trimllm.training.step import Stepper
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -54,7 +55,7 @@ def assert_same(output, straight):
 POINTS = {
     "before the journal begins": (progressive.Run, "_start", 1, False),
     "before the base is journaled": (recording.Recorder, "record", 1, False),
-    "in the warm-up": (train, "_step", 2, False),
+    "in the warm-up": (Stepper, "gradients", 2, False),
     "between the first checkpoint and its journal line": (progressive.Run, "_checkpoint", 1, True),
     "while the fine-tuned model is measured": (recording, "size", 2, False),
     "between warm-up and scan": (progressive.Run, "_drop", 1, False),
@@ -62,7 +63,7 @@ POINTS = {
     "between scan and choice": (deciding.Decider, "_choose", 1, False),
     "after the drop, before its journal line": (deciding.Decider, "table", 1, False),
     "between drop and training": (progressive.Run, "_drop", 1, True),
-    "in the middle of a stage": (train, "_step", 7, False),
+    "in the middle of a stage": (Stepper, "gradients", 7, False),
     "while a checkpoint is written": (PreTrainedModel, "save_pretrained", 2, True),
     "between a checkpoint and its journal line": (progressive.Run, "_checkpoint", 2, True),
     "while a depth is measured": (recording.Recorder, "record", 3, False),
@@ -451,13 +452,13 @@ def test_loss_that_is_not_a_number_names_the_step_and_a_smaller_rate_goes_on(
 ):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        step, calls = train._step, []
+        step, calls = Stepper.gradients, []
 
         def diverging(*arguments):
             calls.append(1)
             return step(*arguments) if len(calls) < 7 else float("nan")
 
-        patch.setattr(train, "_step", diverging)
+        patch.setattr(Stepper, "gradients", diverging)
         words = h.arguments(h.settings(base, task, output))
         assert cli.main(["trim", *words]) == 1
     error = capsys.readouterr().err.splitlines()[-1]

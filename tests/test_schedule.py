@@ -28,6 +28,7 @@ from trimllm.run.recovery import Recovery
 from trimllm.run.targets import drops_end_sooner, least_depth, stage_epochs, stages_ahead
 from trimllm.training import train, training_rows
 from trimllm.training.packing import Example
+from trimllm.training.step import Stepper
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -40,7 +41,7 @@ RECOVER = {**EASY, "max_joint": 2, "depth": 2, "epochs_per_drop": 0.5, "recover_
 
 POINTS = {
     "between joint decision and cut": (joint, "grow", 1, True),
-    "in the first cycle of a stage": (train, "_step", 8, False),
+    "in the first cycle of a stage": (Stepper, "gradients", 8, False),
     "in a look at the loss": (Recovery, "__call__", 1, True),
     "in a later cycle": (Recovery, "__call__", 2, False),
     "between the second joint decision and its cut": (joint, "grow", 2, True),
@@ -114,10 +115,10 @@ def test_looks_ask_right_answers_only(tokenizer, questions):
 
 
 def test_loss_is_looked_at_where_the_learning_rate_is_down(base, task, tmp_path, monkeypatch):
-    rates, look, step, adam = [], Recovery.__call__, train._step, train.torch.optim.AdamW
+    rates, look, step, adam = [], Recovery.__call__, Stepper.gradients, train.torch.optim.AdamW
     optimizers = []
     monkeypatch.setattr(train.torch.optim, "AdamW", lambda *a, **k: optimizers.append(adam(*a, **k)) or optimizers[-1])
-    monkeypatch.setattr(train, "_step", lambda *a: rates.append(optimizers[-1].param_groups[0]["lr"]) or step(*a))
+    monkeypatch.setattr(Stepper, "gradients", lambda *a: rates.append(optimizers[-1].param_groups[0]["lr"]) or step(*a))
     monkeypatch.setattr(Recovery, "__call__", lambda self: rates.append("look") or look(self))
     looks(monkeypatch, [])
     h.run(base, task, tmp_path / "run", **EASY, max_joint=1, depth=3, warmup_epochs=0, epochs_per_drop=1, batch_size=60)

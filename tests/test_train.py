@@ -20,6 +20,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.tasks.items import Item
 from trimllm.training import losses, packing, sparse, train
 from trimllm.training.packing import Example
+from trimllm.training.step import Stepper
 from trimllm.training.train import rounding_note, train_stage
 from trimllm.training.training_rows import examples, steps, task_examples, text_examples
 
@@ -328,8 +329,8 @@ def machine(world=1, rank=0, reduce=lambda tensor, reduction: tensor):
     return SimpleNamespace(num_processes=world, process_index=rank, device=torch.device("cpu"), reduce=reduce)
 
 
-def ways(micro=None):
-    return train._Ways(packing.Way(64), 10_000, None, micro or 10_000)
+def stepper(model, accelerator, micro=None):
+    return Stepper(model, accelerator, packing.Way(64), micro or 10_000, 10_000)
 
 
 def gradient(model, rows, micro=None, world=1):
@@ -337,7 +338,7 @@ def gradient(model, rows, micro=None, world=1):
     losses, collected = [], []
     for rank in range(world):
         model.zero_grad(set_to_none=True)
-        losses.append(train._step(model, [], rows, ways(micro), machine(world, rank), 0, print))
+        losses.append(stepper(model, machine(world, rank), micro).gradients([], rows))
         collected.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()])
     return [torch.stack(grads).sum(0) for grads in zip(*collected, strict=True)], losses
 
@@ -416,14 +417,15 @@ def test_out_of_memory_in_one_process_halves_them_in_all(task, small_memory):
         return answers.pop(0) if answers else tensor
 
     model.zero_grad()
-    now = ways()
-    train._step(model, list(model.parameters()), task, now, machine(2, 0, reduce), 0, said.append)
+    steps = stepper(model, machine(2, 0, reduce))
+    steps.say = said.append
+    steps.gradients(list(model.parameters()), task)
     assert len(said) == 1
-    assert now.size < 10_000
+    assert steps.size < 10_000
     assert small_memory.sizes[0] > max(small_memory.sizes[1:])
     found = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    train._step(model, list(model.parameters()), task, ways(), machine(2, 0), 0, said.append)
+    stepper(model, machine(2, 0)).gradients(list(model.parameters()), task)
     pairs = zip(found, (parameter.grad for parameter in model.parameters()), strict=True)
     assert max(float((a - b).abs().max()) for a, b in pairs) < 1e-5, "nothing of the step that failed is left"
 

@@ -24,6 +24,7 @@ from trimllm.run.recovery import Recovery
 from trimllm.startup import Terminated
 from trimllm.training import optimizer_state, train, underway
 from trimllm.training.packing import Example
+from trimllm.training.step import Stepper
 from trimllm.training.underway import Progress, Underway
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -38,8 +39,8 @@ def always(monkeypatch):
 @pytest.fixture
 def steps(monkeypatch):
     """Counts the optimizer steps that are computed."""
-    done, step = [], train._step
-    monkeypatch.setattr(train, "_step", lambda *a, **k: done.append(1) or step(*a, **k))
+    done, step = [], Stepper.gradients
+    monkeypatch.setattr(Stepper, "gradients", lambda *a, **k: done.append(1) or step(*a, **k))
     return done
 
 
@@ -78,8 +79,8 @@ def uninterrupted(base, task, dropping_out, tmp_path_factory):
         if key not in runs:
             steps, output = [], tmp_path_factory.mktemp("straight") / "run"
             with pytest.MonkeyPatch.context() as patch:
-                step = train._step
-                patch.setattr(train, "_step", lambda *a, **k: steps.append(1) or step(*a, **k))
+                step = Stepper.gradients
+                patch.setattr(Stepper, "gradients", lambda *a, **k: steps.append(1) or step(*a, **k))
                 h.run(dropping_out if name == "dropout" else base, task, output, **changes)
             runs[key] = output, len(steps)
         return runs[key]
@@ -96,7 +97,7 @@ def test_a_stage_goes_on_and_ends_with_bit_equal_weights(
     straight, whole = uninterrupted(name, changes)
     cut = tmp_path / "cut"
     steps.clear()
-    h.killed_run((train, "_step", call), model, task, cut, **changes)
+    h.killed_run((Stepper, "gradients", call), model, task, cut, **changes)
     assert (cut / "stage.pt").exists()
     h.run(model, task, cut, resume=True, **changes)
     assert len(steps) == whole, "no step was computed twice"
@@ -139,7 +140,7 @@ def test_a_stage_that_is_cut_while_it_is_saved_goes_on_from_the_save_before(base
 def test_with_a_remedy_the_stage_begins_anew(base, task, tmp_path, steps, capsys):
     """Where a loss diverged, the weights of its last steps are no place to go on from."""
     output = tmp_path / "run"
-    h.killed_run((train, "_step", 3), base, task, output)
+    h.killed_run((Stepper, "gradients", 3), base, task, output)
     assert len(steps) == 2
     progressive.trim(console=Console(), **h.settings(base, task, output, resume=True, lr=5e-4))
     assert "  with another --lr the stage begins anew (2 of 4 steps were done)\n" in capsys.readouterr().err
@@ -157,7 +158,7 @@ def test_a_finished_stage_is_not_kept(base, task, tmp_path):
 @pytest.mark.parametrize("damage", ["torn", "nothing", "another", "a bit", "other weights"])
 def test_a_file_that_is_not_of_the_stage_is_not_gone_on_with(base, task, tmp_path, steps, capsys, damage):
     output = tmp_path / "run"
-    h.killed_run((train, "_step", 3), base, task, output)
+    h.killed_run((Stepper, "gradients", 3), base, task, output)
     file = output / "stage.pt"
     if damage == "torn":
         file.write_bytes(file.read_bytes()[:-1000])
@@ -185,7 +186,7 @@ def test_a_file_that_is_not_of_the_stage_is_not_gone_on_with(base, task, tmp_pat
 
 
 def test_no_stage_is_saved_where_it_is_not_wanted(base, task, tmp_path):
-    h.killed_run((train, "_step", 3), base, task, tmp_path / "run", checkpoint_minutes=0)
+    h.killed_run((Stepper, "gradients", 3), base, task, tmp_path / "run", checkpoint_minutes=0)
     assert not (tmp_path / "run" / "stage.pt").exists()
 
 
@@ -241,7 +242,7 @@ def test_where_the_disk_fills_later_what_was_saved_stays_and_room_is_used_again(
 
 def test_a_run_that_goes_on_counts_the_saved_stage_as_room(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
-    h.killed_run((train, "_step", 3), base, task, output)
+    h.killed_run((Stepper, "gradients", 3), base, task, output)
     stage = output / "stage.pt"
     shutil.copy(stage, output / ".stage.pt.77.tmp")
     usage, needed = shutil.disk_usage(tmp_path), 10**6
@@ -253,7 +254,7 @@ def test_a_run_that_goes_on_counts_the_saved_stage_as_room(base, task, tmp_path,
 
 def test_moments_are_not_held_twice_when_a_stage_goes_on(base, task, tmp_path, monkeypatch):
     output, restored, restore = tmp_path / "run", [], optimizer_state.restore
-    h.killed_run((train, "_step", 11), base, task, output, schedule="epoch")
+    h.killed_run((Stepper, "gradients", 11), base, task, output, schedule="epoch")
     assert (output / "checkpoints" / f"depth-{h.DEPTH - 1}" / optimizer_state.FOLDER).exists()
     monkeypatch.setattr(optimizer_state, "restore", lambda *a: restored.append(len(a[1])) or restore(*a))
     h.run(base, task, output, resume=True, schedule="epoch")
@@ -287,8 +288,8 @@ def test_a_stage_that_is_ended_from_outside_is_saved_first(base, task, tmp_path,
             patch.setattr(torch, "save", ended)
         else:
             patch.setattr(Underway, "due", lambda self: False)
-            step = train._step
-            patch.setattr(train, "_step", lambda *a, **k: raising(signal) if len(steps) == 2 else step(*a, **k))
+            step = Stepper.gradients
+            patch.setattr(Stepper, "gradients", lambda *a, **k: raising(signal) if len(steps) == 2 else step(*a, **k))
         with pytest.raises(signal):
             h.run(base, task, output)
     done = len(steps)
@@ -404,7 +405,7 @@ def test_a_fully_fine_tuned_row_of_a_comparison_goes_on(base, task, tmp_path, st
     plain.run(straight)
     whole = len(steps)
     with monkeypatch.context() as patch:
-        h.kill_at(patch, train, "_step", 4)
+        h.kill_at(patch, Stepper, "gradients", 4)
         with pytest.raises(h.Killed):
             plain.run(cut)
     (cut.folder / ".stage.pt.77.tmp").write_text("left by a kill")

@@ -13,22 +13,21 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from trimllm import memory
 from trimllm.checkpoints import backends, mixed
 from trimllm.config import TrainSettings, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.startup import Terminated
-from trimllm.training import losses, optimizer_state, packing, prefix
+from trimllm.training import optimizer_state
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
-from trimllm.training.packing import Example, Way
-from trimllm.training.prefix import Prefix
+from trimllm.training.packing import Example
+from trimllm.training.step import stepper
 from trimllm.training.underway import Progress, Underway
 
 WARMUP_SHARE = 0.06
@@ -85,23 +84,6 @@ class Watch(Protocol):
     def __call__(self) -> bool: ...
 
 
-@dataclass
-class _Ways:
-    """How a stage computes its micro-batches, decided at its start, and how far it is. Where memory runs out, `eager`
-    becomes 0, then `size` halves."""
-
-    packing: Way
-    places: int
-    """Most target positions whose logits are in memory at once."""
-    prefix: Prefix | None
-    size: int
-    """Tokens of a micro-batch, padding counted."""
-    eager: int = 0
-    """Rows of up to so many tokens are computed with eager attention, while memory lasts."""
-    teacher: Teacher | None = None
-    progress: Progress = field(default_factory=Progress)
-
-
 def train_stage(
     model: Any,
     parameters: Sequence[torch.nn.Parameter],
@@ -151,12 +133,18 @@ def train_stage(
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise InputError(f"processes of type {kind} share the weights: launch plain ones, with a whole model each")
-    say = say or (lambda line: None)
-    models = [model, teacher.model] if teacher else [model]
-    ways = _ways(models, plan, settings, accelerator, pad_id, folder, say)
-    ways.eager = _eager_length(models, plan, ways.packing, accelerator, attention, pad_id)
-    ways.teacher = teacher
-    ways.size = min(ways.size, fitted or ways.size)
+    steps = stepper(
+        model,
+        plan,
+        settings,
+        accelerator,
+        teacher=teacher,
+        attention=attention,
+        fitted=fitted,
+        pad_id=pad_id,
+        folder=folder,
+        say=say or (lambda line: None),
+    )
     if settings.gradient_checkpointing:
         _checkpointing(model, on=True)
     model.train()
@@ -166,12 +154,12 @@ def train_stage(
         if moments is not None:
             moments.clear()  # what it knew at the beginning
         found.restore(model, parameters, optimizer)
-        ways.progress = found.progress
+        steps.progress = found.progress
         if watch:
             watch.losses[:] = found.progress.watched
     elif moments is not None:
         optimizer_state.restore(optimizer, moments)
-    progress = ways.progress
+    progress = steps.progress
     before = replace(progress)
 
     def now() -> Progress:
@@ -188,9 +176,9 @@ def train_stage(
                 group["lr"] = settings.lr * schedule(place, length)
             torch.manual_seed(zlib.crc32(f"{seed} {number}".encode()))
             with contextlib.ExitStack() as within:
-                for each in models:
+                for each in (model, teacher.model) if teacher else (model,):
                     within.enter_context(mixed.casting(each, mixed.training(accelerator)))
-                loss = _step(model, parameters, rows, ways, accelerator, pad_id, say)
+                loss = steps.gradients(parameters, rows)
             if not math.isfinite(loss):
                 raise _diverged(f"the loss became {loss}", number, len(plan))
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
@@ -234,8 +222,8 @@ def train_stage(
         loss=sum(tail) / len(tail),
         seconds=before.seconds + time.perf_counter() - started,
         padding=1 - progress.computed / max(1, progress.cells),
-        cached=ways.prefix.read / max(1, progress.computed - before.computed) if ways.prefix else 0.0,
-        micro_batch_size=ways.size,
+        cached=steps.prefix.read / max(1, progress.computed - before.computed) if steps.prefix else 0.0,
+        micro_batch_size=steps.size,
     )
 
 
@@ -282,62 +270,6 @@ def _checkpointing(model: Any, *, on: bool) -> None:
         getattr(model, f"{name}_checkpointing_disable")()
 
 
-def _ways(
-    models: Sequence[Any],
-    plan: Sequence[Sequence[Example]],
-    settings: TrainSettings,
-    accelerator: Any,
-    pad_id: int,
-    folder: str | Path | None,
-    say: Callable[[str], None],
-) -> _Ways:
-    """`models`: the one that trains, and its teacher if it has one; what one of them cannot do is done for none."""
-    model, first = models[0], [row for rows in plan[:4] for row in rows]
-    way, reason = _packing(models, plan, pad_id)
-    if reason:
-        say(f"  rows are batched by length, not packed: {reason}")
-    # All logits of the sample are held at once, which is what chunks are to spare: few, but more than one.
-    sample = sorted((row for row in first if row.targets), key=lambda row: (row.targets < 2, row.targets))[:1]
-    places = 1
-    if sample:
-        packed = packing.pack(sample, packing.ALONE, pad_id, accelerator.device)
-        places = max(losses.places_at_once(each, packed) for each in models)
-    cache = None
-    if settings.cache_frozen_prefix != "off" and not all(p.requires_grad for p in model.parameters()):
-        on_disk = settings.cache_frozen_prefix == "disk"
-        mine = [row for rows in plan for row in rows[accelerator.process_index :: accelerator.num_processes]]
-        place = Path(folder or ".") if on_disk else None
-        why = prefix.refusal(model) or prefix.no_room(model, mine, place, copies=accelerator.num_processes)
-        if why is None:
-            cache = Prefix(model, mine, folder=place)
-        else:
-            say(f"  the frozen blocks are computed again in every epoch: {why}")
-    return _Ways(way, places, cache, settings.micro_batch_size or settings.batch_size)
-
-
-def _packing(models: Sequence[Any], plan: Sequence[Sequence[Example]], pad_id: int) -> tuple[Way, str | None]:
-    """See `packing.find_way`; how all of the models do it, or why not."""
-    rows = [row for step in plan for row in step]
-    found, reasons = zip(*(packing.find_way(model, rows, pad_id) for model in models), strict=True)
-    if len(set(found)) > 1:
-        return packing.ALONE, next(filter(None, reasons), "the model and its teacher do it in different ways")
-    return found[0], reasons[0]
-
-
-def _eager_length(
-    models: Sequence[Any], plan: Sequence[Sequence[Example]], way: Way, accelerator: Any, attention: str, pad_id: int
-) -> int:
-    """See `backends.eager_length`; 0 where rows would need another packing mode for it."""
-    length = min(backends.eager_length(model, attention, accelerator) for model in models)
-    if length:
-        with contextlib.ExitStack() as within:
-            for model in models:
-                within.enter_context(backends.eager(model))
-            if _packing(models, plan, pad_id)[0] != way:
-                return 0
-    return length
-
-
 def _in_cycle(step: int, total: int, cycle: int | None) -> tuple[int, int]:
     """Where a step lies in its cycle, and how long that is: about `cycle` steps, all cycles alike but for one step."""
     count = max(1, round(total / cycle)) if cycle else 1
@@ -350,102 +282,3 @@ def schedule(step: int, total: int) -> float:
     """Linear warm-up, then linear decay to zero."""
     warm = max(1, round(WARMUP_SHARE * total))
     return min((step + 1) / warm, (total - step) / max(1, total - warm + 1))
-
-
-def _step(
-    model: Any,
-    parameters: Sequence[torch.nn.Parameter],
-    rows: Sequence[Example],
-    ways: _Ways,
-    accelerator: Any,
-    pad_id: int,
-    say: Callable[[str], None],
-) -> float:
-    """Gradients of one optimizer step, in micro-batches; returns the mean loss per target token over all processes.
-
-    Each process takes its share of the rows. No process waits for another before all its gradients are there: where
-    memory runs out in one, all begin the step again with micro-batches of half the size.
-    """
-    world = accelerator.num_processes
-    scale = 1 / sum(row.targets for row in rows)
-    while True:
-        shares = [_micro_batches(rows[rank::world], ways.size) for rank in range(world)]
-        loss = _passes(model, shares[accelerator.process_index], scale, ways, accelerator, pad_id)
-        failed = torch.tensor(float(loss is None), device=accelerator.device)
-        if not accelerator.reduce(failed, reduction="sum") and loss is not None:
-            break
-        less, ways.eager = ways.eager > 0, 0
-        ways.size = ways.size if less else _half(shares, ways.size)
-        for parameter in parameters:
-            parameter.grad = None
-        memory.release()
-        if less:
-            say("  out of memory: short rows are computed with SDPA, too, from here on")
-            continue
-        say(f"  out of memory: micro-batches of at most {ways.size} tokens from here on")
-    _add_up(parameters, accelerator)
-    return float(accelerator.reduce(loss, reduction="sum"))
-
-
-def _passes(
-    model: Any, parts: Sequence[Sequence[Example]], scale: float, ways: _Ways, accelerator: Any, pad_id: int
-) -> torch.Tensor | None:
-    """Forward and backward over one process's micro-batches; None if memory runs out."""
-    total = torch.zeros((), device=accelerator.device)
-    tokens = cells = 0
-    if ways.prefix:
-        ways.prefix.begin()
-    try:
-        for part in parts:
-            packed = packing.pack(part, ways.packing, pad_id, accelerator.device)
-            short = packed.inputs["input_ids"].shape[1] <= ways.eager
-            loss_of: losses.Loss = losses.cross_entropy
-            if ways.teacher:
-                with backends.eager(ways.teacher.model, short):
-                    loss_of = ways.teacher.lesson(packed, ways.places)
-            resumed = ways.prefix.resumed(packed) if ways.prefix else contextlib.nullcontext()
-            with resumed, backends.eager(model, short):
-                total += losses.backward(model, packed, scale, ways.places, loss_of)
-            tokens, cells = tokens + packed.tokens, cells + packed.cells
-    except RuntimeError as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        if ways.prefix:
-            ways.prefix.take_back()  # the step is done again
-        return None
-    ways.progress.computed += tokens
-    ways.progress.cells += cells
-    return total
-
-
-def _half(shares: Sequence[Sequence[Sequence[Example]]], size: int) -> int:
-    """A size that cuts the largest micro-batch of all processes in two.
-
-    Raises:
-        torch.OutOfMemoryError: if they are single rows already.
-    """
-    largest = max((part for parts in shares for part in parts), key=lambda part: len(part) * _longest(part))
-    if all(len(part) == 1 for parts in shares for part in parts):
-        raise torch.OutOfMemoryError(f"one row of {_longest(largest)} tokens does not fit")
-    return min(size, len(largest) * _longest(largest)) // 2
-
-
-def _longest(rows: Sequence[Example]) -> int:
-    return max(len(row.ids) for row in rows)
-
-
-def _add_up(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
-    """Every parameter's gradient becomes the sum over the processes; it stays None where all of them have none."""
-    if accelerator.num_processes == 1:
-        return
-    there = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
-    there = accelerator.reduce(there, reduction="sum")
-    for parameter, count in zip(parameters, there.tolist(), strict=True):
-        if count:
-            mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(mine, reduction="sum")
-
-
-def _micro_batches(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    count = max(1, size // max((len(row.ids) for row in rows), default=1))
-    return [rows[begin : begin + count] for begin in range(0, len(rows), count)]
