@@ -281,6 +281,7 @@ EVAL, SCAN, COMPARE = (["eval", *TRIM[1:]], ["scan", *TRIM[1:]], ["compare", *TR
         (["scan", "--no-report-depths"], "unknown option --no-report-depths (of trim, and not of scan)"),
         ([*TRIM, "stray"], "unexpected argument 'stray'"),
         ([*TRIM, ""], "unexpected argument ''"),
+        (["eval", "runs/law", "--task", "t"], "unexpected argument 'runs/law' (did you mean --model runs/law?): see"),
         (["trim", "--task", "demo_law", "--output", "o"], "--model is required"),
         (["export", "--depth", "3"], "required: SOURCE"),
         ([*TRIM, "--lr", "fast"], "--lr fast: must be a valid number"),
@@ -651,7 +652,7 @@ def test_too_few_rows_are_counted(base, tmp_path, capsys):
     rows = [{"question": f"Which {i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = h.arguments(h.settings(base, tmp_path / "rows.jsonl", tmp_path / "run", calibration_size=8))
-    assert "training rows" in refusal(capsys, "trim", *words)
+    assert f"3 training rows (from {tmp_path}/rows.jsonl:" in refusal(capsys, "trim", *words)
 
 
 def test_prompts_longer_than_the_context_are_counted_and_work_with_truncate(base, task, tmp_path, capsys):

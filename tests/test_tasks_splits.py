@@ -110,7 +110,7 @@ def test_limits_are_seeded_subsamples_and_noted():
     [
         (
             {"calibration_size": 1000},
-            "calibration_size 1000 needs more than the 1000 training rows: give more or ask less",
+            "calibration_size 1000 needs more than the 1000 training rows (from f:0 on): give more or ask less",
         ),
         ({"calibration_size": 0}, "calibration_size is 0: give at least 1"),
         ({"max_test": -1}, "max_test is -1: give at least 1"),
@@ -124,9 +124,13 @@ def test_impossible_sizes(settings, message):
 
 
 def test_too_few_rows():
-    with pytest.raises(InputError, match="4 training rows are too few to hold out a calibration set: give at least 5"):
+    with pytest.raises(
+        InputError, match=r"4 training rows \(from f:0 on\) are too few to hold out .* set: give at least 5"
+    ):
         split(ITEMS[:4], TEST)
-    with pytest.raises(InputError, match="2 rows are too few to hold out a test and a calibration part"):
+    with pytest.raises(
+        InputError, match=r"2 rows \(from f:0 on\) are too few to hold out a test and a calibration part"
+    ):
         split(ITEMS[:2], [])
     with pytest.raises(InputError, match="all 10 training rows would go into the calibration set"):
         split([choice(number, group="one") for number in range(10)], TEST)
@@ -198,6 +202,13 @@ def test_equal_questions_with_other_answers_are_counted():
     assert not [
         note for note in split([*ITEMS, Item("g:7", "question 7", (" b", " a"), answer=0)], TEST).notes if "ask" in note
     ]
+
+
+def test_rows_with_a_choice_twice_are_counted():
+    items = [*ITEMS, Item("g:7", "Which?", (" a", " b", " a"), answer=2)]
+    said = "1 of 1,301 rows have the same choice twice (first: g:7): only the one that the answer names counts as right"
+    assert said in split(items, TEST).notes
+    assert not any("twice" in note for note in split(ITEMS, TEST).notes)
 
 
 def test_an_answer_that_is_most_of_the_reported_rows_is_said():

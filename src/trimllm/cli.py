@@ -189,7 +189,7 @@ def parse(arguments: list[str]) -> settings.Settings:
             remedy = f"to go on with the run in {output}, add --resume"
         raise InputError(f"{plain_settings.explain(error)}: {remedy}") from None
     except SettingsError as error:
-        raise InputError(_unknown_option(name, str(error))) from None
+        raise InputError(_unknown_option(name, str(error), arguments)) from None
     parsed = getattr(root, name)
     return COMMANDS[name](**parsed.model_dump(exclude={"config"}))
 
@@ -270,12 +270,17 @@ def _of_others(name: str, field: str) -> str:
     return f" (of {', '.join(others)}, and not of {name})" if others and not near else ""
 
 
-def _unknown_option(name: str, message: str) -> str:
+def _lacks_model(name: str, arguments: list[str]) -> bool:
+    return "model" in COMMANDS[name].model_fields and _value(arguments, "--model") is None
+
+
+def _unknown_option(name: str, message: str, arguments: list[str]) -> str:
     message = message.removeprefix("error parsing CLI: ")
     if message.startswith("unrecognized arguments: ") and name in COMMANDS:
         given = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
         if not given.startswith("-"):
-            return f"unexpected argument {given!r}: see trimllm {name} --help"
+            meant = f" (did you mean --model {given}?)" if _lacks_model(name, arguments) else ""
+            return f"unexpected argument {given!r}{meant}: see trimllm {name} --help"
         options = ["--" + field.replace("_", "-") for field in COMMANDS[name].model_fields]
         ours = ELSEWHERE.get(given.replace("_", "-"))
         meant = f" (did you mean {ours!r}?)" if ours in options else did_you_mean(given, options)

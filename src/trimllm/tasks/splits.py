@@ -65,7 +65,7 @@ def split(
     """
     _check(calibration_size, resolution, max_train, max_test)
     notes: list[str] = []
-    notes += _contradictions(train, test)
+    notes += [*_contradictions(train, test), *_twins(train, test)]
     if reported_only and test:
         reported = _limit(test, max_test, seed, "reported", notes)
         notes += [*_repeats(reported), *_one_sided(reported, "reported")]
@@ -87,7 +87,7 @@ def split(
             return done._replace(drawn=True, notes=(*notes, *done.notes))
     train, leaked = _without(train, test, "reported", notes)
     held = len(test) if drawn else 0
-    size = _calibration_size(len(train), distinct(train), len(leaked), held, calibration_size, resolution)
+    size = _calibration_size(train, len(leaked), held, calibration_size, resolution)
     rest, calibration = hold_out(train, size, f"{seed}:calibration")
     if not rest:
         raise InputError(f"all {len(train)} training rows would go into the calibration set: give more rows or groups")
@@ -111,7 +111,7 @@ def hold_out_test(items: Sequence[Item], seed: int) -> tuple[list[Item], list[It
     """(what remains, test): a seeded fifth of the questions, 1,000 at most."""
     available = distinct(items)
     if available < 3:
-        rows = _counted(available, len(items), "rows")
+        rows = _counted(items, "rows")
         raise InputError(f"{rows} are too few to hold out a test and a calibration part: give at least 3")
     return hold_out(items, max(1, min(TEST_ROWS, round(TEST_SHARE * available))), f"{seed}:test")
 
@@ -224,6 +224,18 @@ def _contradictions(*sets: Sequence[Item]) -> list[str]:
     ]
 
 
+def _twins(*sets: Sequence[Item]) -> list[str]:
+    """A note on rows with the same choice twice, if there are any."""
+    places = [item.place for each in sets for item in each if len(set(item.continuations)) < len(item.continuations)]
+    if not places:
+        return []
+    total = sum(map(len, sets))
+    return [
+        f"{len(places):,} of {total:,} rows have the same choice twice (first: {places[0]}): only the one that "
+        "the answer names counts as right"
+    ]
+
+
 def _one_sided(items: Sequence[Item], what: str) -> list[str]:
     """A note on an answer that most rows have, where all have the same choices."""
     choices = items[0].continuations
@@ -241,12 +253,12 @@ def _instructions(items: Iterable[Item]) -> set[str]:
     return {prompt for prompt, count in counts.items() if count > INSTRUCTION_ROWS}
 
 
-def _calibration_size(total: int, available: int, leaked: int, held: int, wanted: int | None, resolution: float) -> int:
-    """How many to hold out of `total` training rows, of which `available` differ; `leaked` more could not be used, and
-    `held` were held out for the report."""
-    rows = _counted(available, total, "training rows") + (
-        f" ({leaked} more are left out: they stand in the reported set)" if leaked else ""
-    )
+def _calibration_size(items: Sequence[Item], leaked: int, held: int, wanted: int | None, resolution: float) -> int:
+    """How many to hold out of the training rows; `leaked` more could not be used, and `held` were held out for the
+    report."""
+    available = distinct(items)
+    more = f" ({leaked} more are left out: they stand in the reported set)" if leaked else ""
+    rows = _counted(items, "training rows") + more
     if wanted is not None:
         if wanted >= available:
             raise InputError(f"calibration_size {wanted} needs more than the {rows}: give more or ask less")
@@ -257,8 +269,11 @@ def _calibration_size(total: int, available: int, leaked: int, held: int, wanted
     return max(1, min(round(100 / resolution), int(CALIBRATION_SHARE * available)))
 
 
-def _counted(available: int, total: int, what: str) -> str:
-    return f"{available} different {what}" if available < total else f"{total} {what}"
+def _counted(items: Sequence[Item], what: str) -> str:
+    """How many there are, and where they begin."""
+    available = distinct(items)
+    different = "different " if available < len(items) else ""
+    return f"{available} {different}{what} (from {items[0].place} on)"
 
 
 def _calibration_note(calibration: Sequence[Item], available: int, asked: int) -> str:
