@@ -26,6 +26,8 @@ TEST_ROWS = 1000
 """... and at most this many."""
 MOSTLY = 0.6
 """An answer to more than this part of the rows is worth saying."""
+_MARKS = re.compile(r"""[.,;:?…]+[-–—]*|["'“”‘’«»„_]|(?<![\d)])!|(?<=[^\W\d])[-–—]""")
+"""Signs that make no text another one; not a minus, nor the sign of a factorial."""
 INSTRUCTION_ROWS = 10
 """A prompt that stands in more rows than this is an instruction, not a question: the target tells its rows apart."""
 
@@ -168,8 +170,9 @@ def _without(
 
 
 def normalize(text: str) -> str:
-    """Case, punctuation and white space do not make a text a different one (text without any letter stays as it is)."""
-    return re.sub(r"[\W_]+", " ", text.casefold()).strip() or text
+    """Case, white space, punctuation and the hyphens of compounds do not make a text a different one. Other signs do:
+    `5 + 3` is not `5 - 3`, and `C++` not `C#`. (A text without any letter stays as it is.)"""
+    return spaced(_MARKS.sub(" ", text)) or text
 
 
 def _text(item: Item, common: set[str]) -> str:
