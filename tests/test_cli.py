@@ -1006,13 +1006,29 @@ def test_eval_writes_before_it_prints(base, task, tmp_path, capsys, monkeypatch)
     assert json.loads((tmp_path / "e.json").read_text())["against"]["n"] == 8
 
 
+def test_prompts_that_leave_no_room_for_an_answer_are_refused_or_counted(base, tmp_path, capsys):
+    rows = [{"question": f"Name {i}? " * (1 + 10 * (i == 3)), "answer": "whale"} for i in range(4)]
+    (tmp_path / "task").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "task" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = models.config_of(str(base)).max_position_embeddings - 25
+    words = ["eval", "--model", base, "--task", tmp_path / "task", "--generate", "--max-new-tokens", more]
+    said = refusal(capsys, *words)
+    assert re.search(
+        rf"1 of 4 prompts leave no room for --max-new-tokens {more} \(first: .*:4\): pass --truncate", said
+    )
+    code, _, err = call(capsys, *words, "--truncate")
+    assert code == 0, err
+    assert f"4 prompts: cut from the left, to leave room for --max-new-tokens {more}: 1" in err
+
+
 def test_generated_answers_are_judged_against_every_reference(base, tmp_path, capsys, monkeypatch):
     rows = [{"question": f"Name {i}?", "answer": ["the blue whale", "whale"]} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     answers = ["Whale", "the red whale"] * 20
     monkeypatch.setattr(eval_command, "generate", lambda *arguments, **_: answers[: len(arguments[2])])
-    words = ["eval", "--model", base, "--task", tmp_path / "rows.jsonl", "--generate", "--output", tmp_path / "e.json"]
-    code, out, err = call(capsys, *words)
+    words = ["eval", "--model", base, "--task", tmp_path / "rows.jsonl", "--generate", "--max-new-tokens", "4"]
+    code, out, err = call(capsys, *words, "--output", tmp_path / "e.json")
     assert code == 0, err
     found = json.loads((tmp_path / "e.json").read_text())["generation"]
     assert found["exact_match"] == 50

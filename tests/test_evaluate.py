@@ -17,7 +17,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import batches, encoding, evaluate
 from trimllm.evaluation.encoding import encode_pair
 from trimllm.evaluation.evaluate import Scorer, Scores, judge
-from trimllm.evaluation.generation import generate
+from trimllm.evaluation.generation import cut_note, generate
 from trimllm.evaluation.paired import difference
 from trimllm.tasks.items import Item
 
@@ -602,6 +602,17 @@ def test_generation_cuts_prompts_from_the_left_and_refuses_to_cut_all(tokenizer)
     assert short == tokenizer.decode([last], skip_special_tokens=True).strip()
     with pytest.raises(InputError, match="fill the 64 tokens of a row"):
         generate(model, tokenizer, [Item("r:1", "q", (" a",))], max_new_tokens=64)
+
+
+def test_prompts_that_generation_would_cut_are_told_to_the_token(tokenizer):
+    model, items = tiny.build("gpt2", depth=1), [Item("r:1", "q", (" a",)), Item("r:2", "qzx" * 10, (" a",))]
+    room = 64 - len(encode_pair(tokenizer, items[1].prompt, " x")[0])
+    assert cut_note(model, tokenizer, items, room, None, truncate=False) is None
+    with pytest.raises(InputError, match=r"1 of 2 prompts leave no room .* \(first: r:2\): pass --truncate"):
+        cut_note(model, tokenizer, items, room + 1, None, truncate=False)
+    with pytest.raises(InputError, match="1 of 2 prompts leave no room"):
+        cut_note(model, tokenizer, items, room, 63, truncate=False)
+    assert str(cut_note(model, tokenizer, items, room + 1, None, truncate=True)).endswith(f"{room + 1}: 1")
 
 
 def test_rows_longer_than_mpts_context_are_refused_or_cut(tokenizer):

@@ -223,13 +223,6 @@ def test_equal_questions_with_other_answers_are_counted():
     ]
 
 
-def test_rows_with_a_choice_twice_are_counted():
-    items = [*ITEMS, Item("g:7", "Which?", (" a", " b", " a"), answer=2)]
-    said = "1 of 1,301 rows have the same choice twice (first: g:7): only the one that the answer names counts as right"
-    assert said in split(items, TEST).notes
-    assert not any("twice" in note for note in split(ITEMS, TEST).notes)
-
-
 def test_an_answer_that_is_most_of_the_reported_rows_is_said():
     def rows(first, share, count=100):
         return [Item(f"f:{first + n}", f"Question {first + n}?", (" a", " b"), int(n >= share)) for n in range(count)]

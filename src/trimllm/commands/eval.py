@@ -15,7 +15,7 @@ from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs, paired
 from trimllm.evaluation.evaluate import Evaluation, Scorer
-from trimllm.evaluation.generation import generate
+from trimllm.evaluation.generation import cut_note, generate
 from trimllm.run import used_rows
 from trimllm.tasks import metrics
 
@@ -30,6 +30,10 @@ def run(command: config.EvalConfig) -> None:
     if command.against:
         _check_against(command)
     loaded, data, scorer = _asked(command)
+    if command.generate:
+        asked = loaded.model, loaded.tokenizer, data.test, command.max_new_tokens, command.max_length
+        if note := cut_note(*asked, truncate=command.truncate):
+            Console().say(f"  {note}")
     evaluation = scorer.evaluate(loaded.model, data.metric)
     record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
     _tell(command.output, record, f"{data.name}: {evaluation_line(evaluation)}")
@@ -151,8 +155,12 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.TaskData) -> dict[str, float]:
     """Percentages over the reported split: exact match, ROUGE-L against the best reference, repeated word 4-grams."""
-    lengths: dict[str, Any] = {"max_new_tokens": command.max_new_tokens, "max_length": command.max_length}
-    answers = generate(loaded.model, loaded.tokenizer, data.test, **lengths, token_budget=command.eval_batch_size)
+    answers = generate(
+        *(loaded.model, loaded.tokenizer, data.test),
+        max_new_tokens=command.max_new_tokens,
+        max_length=command.max_length,
+        token_budget=command.eval_batch_size,
+    )
     pairs = [
         (answer, item.references or (item.target.strip(),)) for answer, item in zip(answers, data.test, strict=True)
     ]

@@ -41,11 +41,8 @@ def generate(
         InputError: if `max_new_tokens` leave no room for a prompt.
         TrimError: if not even one row fits into memory.
     """
-    context = encoding.context_length(model.config, max_length)
-    space = context - max_new_tokens
-    if space < 1:
-        raise InputError(f"--max-new-tokens {max_new_tokens} fill the {context} tokens of a row: ask for fewer")
-    prompts = [encoding.encode_pair(tokenizer, item.prompt, " x")[0][-space:] for item in items]
+    space = _space(model, max_new_tokens, max_length)
+    prompts = [ids[-space:] for ids in _prompts(tokenizer, items)]
     encoding.check_vocabulary(tokenizer, prompts, encoding.vocabulary(model))
     pad = encoding.pad_id(tokenizer, model, tokenizer.eos_token_id or 0)  # also what stands after an answer's end
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -71,6 +68,39 @@ def generate(
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
             waiting = waiting[len(group) :]
     return answers
+
+
+def cut_note(
+    model: Any, tokenizer: Any, items: Sequence[Item], max_new_tokens: int, max_length: int | None, *, truncate: bool
+) -> str | None:
+    """A line on the prompts that `generate` cuts, if it cuts any.
+
+    Raises:
+        InputError: if it does, and `truncate` is not asked for; see also `generate`.
+    """
+    space = _space(model, max_new_tokens, max_length)
+    places = [item.place for item, ids in zip(items, _prompts(tokenizer, items), strict=True) if len(ids) > space]
+    if not places:
+        return None
+    room = f"--max-new-tokens {max_new_tokens}"
+    if not truncate:
+        raise InputError(
+            f"{len(places):,} of {len(items):,} prompts leave no room for {room} (first: {places[0]}): pass --truncate "
+            "to cut them from the left, or ask for fewer"
+        )
+    return f"--truncate, {len(items):,} prompts: cut from the left, to leave room for {room}: {len(places):,}"
+
+
+def _space(model: Any, max_new_tokens: int, max_length: int | None) -> int:
+    """Tokens that a prompt may have."""
+    context = encoding.context_length(model.config, max_length)
+    if context <= max_new_tokens:
+        raise InputError(f"--max-new-tokens {max_new_tokens} fill the {context} tokens of a row: ask for fewer")
+    return context - max_new_tokens
+
+
+def _prompts(tokenizer: Any, items: Sequence[Item]) -> list[list[int]]:
+    return [encoding.encode_pair(tokenizer, item.prompt, " x")[0] for item in items]
 
 
 def _rows(model: Any, prompts: Sequence[Sequence[int]], greedy: GenerationConfig) -> torch.Tensor:

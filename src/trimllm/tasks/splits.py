@@ -67,7 +67,7 @@ def split(
     """
     _check(calibration_size, resolution, max_train, max_test)
     notes: list[str] = []
-    notes += [*_contradictions(train, test), *_twins(train, test)]
+    notes += _contradictions(train, test)
     if reported_only and test:
         reported = _limit(test, max_test, seed, "reported", notes)
         notes += [*_repeats(reported), *_one_sided(reported, "reported")]
@@ -224,18 +224,6 @@ def _contradictions(*sets: Sequence[Item]) -> list[str]:
         return []
     return [
         f"{len(places):,} of {len(items):,} rows ask what another row asks and answer it otherwise (first: {places[0]})"
-    ]
-
-
-def _twins(*sets: Sequence[Item]) -> list[str]:
-    """A note on rows with the same choice twice, if there are any."""
-    places = [item.place for each in sets for item in each if len(set(item.continuations)) < len(item.continuations)]
-    if not places:
-        return []
-    total = sum(map(len, sets))
-    return [
-        f"{len(places):,} of {total:,} rows have the same choice twice (first: {places[0]}): only the one that "
-        "the answer names counts as right"
     ]
 
 
