@@ -759,10 +759,10 @@ def test_eval_with_a_full_disk_prints_what_it_found(base, task, tmp_path, capsys
 
 
 def test_a_bare_off_in_yaml_is_the_word(base, task, tmp_path):
-    (tmp_path / "run.yaml").write_text("sparse_update: off\ncache_frozen_prefix: off\n")
+    (tmp_path / "run.yaml").write_text("sparse_update: off\ncache_frozen_prefix: off\nmixed_precision: no\n")
     read = plain_settings.read_yaml(tmp_path / "run.yaml")
     made = plain_settings.make(config.TrimConfig, {"model": "m", "task": "t", "output": "o", **read})
-    assert (made.sparse_update, made.cache_frozen_prefix) == ("off", "off")
+    assert (made.sparse_update, made.cache_frozen_prefix, made.mixed_precision) == ("off", "off", "no")
     with pytest.raises(InputError, match="--schedule False: must be"):
         plain_settings.make(config.TrimConfig, {"model": "m", "task": "t", "output": "o", "schedule": False})
 

@@ -305,6 +305,16 @@ def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert path_of("~/m") == str(tmp_path / "m")
 
 
+def test_demo_is_the_embedded_model_whatever_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_trimmed(build("llama", depth=2), tmp_path / "demo", verify=False)
+    load_tokenizer(path_of("demo")).save_pretrained(tmp_path / "demo")
+    said = "demo is the embedded model: what has this name here would be ./demo"
+    assert said in models.load(EvalConfig(model="demo", task="t")).notes
+    other = models.load(EvalConfig(model="./demo", task="t"))
+    assert (said in other.notes, other.model.config.num_hidden_layers) == (False, 2)
+
+
 def test_a_model_of_the_hub_has_the_fingerprint_of_the_folder_that_was_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

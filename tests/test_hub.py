@@ -17,8 +17,9 @@ from huggingface_hub.utils import filter_repo_objects
 
 import trimllm
 from trimllm import cli
+from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.handover import hub
+from trimllm.handover import hub, source
 
 OURS = {
     *("README.md", "config.json", "generation_config.json", "model.safetensors", "plan.json"),
@@ -90,6 +91,18 @@ def test_the_code_of_a_model_that_brings_its_own_is_sent_too(export: Path, tmp_p
     own = {"auto_map": {"AutoTokenizer": ["modeling_x.X", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | own))
     assert set(hub.files(folder)) == OURS | {"spm.spm", "modeling_x.py"}
+
+
+def test_a_config_in_yaml_beside_a_checkpoint_makes_it_no_run(export: Path, calls: Any, tmp_path: Path) -> None:
+    shutil.copytree(export, tmp_path / "cut")
+    (tmp_path / "cut" / "config.yaml").write_text("train: {lr: 0.1\n")
+    trimllm.push_to_hub(tmp_path / "cut", "me/cut")
+    assert calls[1][1]["sent"] == OURS
+    asked = ExportConfig(source=str(tmp_path / "cut"), to="gguf")
+    with source.checkpoint(asked) as folder:
+        assert folder == tmp_path / "cut"
+    with pytest.raises(InputError, match="cut holds no run"):
+        source.save_depth(asked.model_copy(update={"to": "checkpoint", "depth": 2}), tmp_path / "out")
 
 
 def test_weights_of_an_earlier_push_that_are_not_sent_again_are_deleted(export: Path, calls: Any) -> None:

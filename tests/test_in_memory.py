@@ -57,6 +57,15 @@ def test_an_evaluation_is_that_of_the_command(base, task, model, tokenizer, tmp_
     assert (record["value"], record["stderr"], record["n"]) == (found.value, found.stderr, found.n)
 
 
+@pytest.mark.parametrize("strategy", ["taylor", "magnitude"])
+def test_weights_that_are_codes_have_no_size_and_no_gradient(task, model, tokenizer, monkeypatch, strategy):
+    monkeypatch.setattr(model, "is_quantized", True, raising=False)
+    data = trimllm.load_task(task, tokenizer=tokenizer, calibration_size=6)
+    with pytest.raises(InputError, match=f"--strategy {strategy}: the weights of a quantized model are codes"):
+        trimllm.scan_layers(model, tokenizer, data.calibration, strategy=strategy)
+    assert trimllm.scan_layers(model, tokenizer, data.calibration, strategy="bi")["first"]
+
+
 def test_text_is_scanned_by_its_likelihood(model, tokenizer):
     data = trimllm.load_task("demo_law", tokenizer=tokenizer, calibration_size=8)
     written = [item.right_only() for item in data.calibration]

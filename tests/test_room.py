@@ -78,28 +78,42 @@ def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
 NO_LIMIT = "9223372036854771712\n"
 
 
+@pytest.mark.parametrize("inner", ["", "system.slice/job", "system.slice"])
 @pytest.mark.parametrize(
-    ("folder", "limit_file", "used_file", "cached", "none"),
+    ("own", "folder", "limit_file", "used_file", "cached", "none"),
     [
-        ("", "memory.max", "memory.current", "inactive_file", "max\n"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", NO_LIMIT),
+        ("0::/", "", "memory.max", "memory.current", "inactive_file", "max\n"),
+        ("4:cpu,memory:/", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", NO_LIMIT),
     ],
     ids=["version 2", "version 1"],
 )
 def test_what_is_free_is_that_of_the_machine_or_of_its_container(
-    tmp_path: Path, monkeypatch: Any, folder: str, limit_file: str, used_file: str, cached: str, none: str
+    tmp_path: Path,
+    monkeypatch: Any,
+    inner: str,
+    own: str,
+    folder: str,
+    limit_file: str,
+    used_file: str,
+    cached: str,
+    none: str,
 ) -> None:
+    """Or of a job's control group, or of one around it."""
+    (tmp_path / "own").write_text(f"9:pids:/elsewhere\n{own}system.slice/job\n")
+    monkeypatch.setattr(room, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(room, "_CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=200))
     assert room.free_bytes(CPU) == 1200
-    place = tmp_path / folder
-    place.mkdir(exist_ok=True)
+    place = tmp_path / folder / inner
+    place.mkdir(parents=True, exist_ok=True)
     (place / used_file).write_text("700\n")
     (place / "memory.stat").write_text(f"anon 500\ninactive_file 15\n{cached} 150\n")
     for limit, expected in ((none, 1200), ("800\n", 250), ("9000\n", 1200), ("100\n", 1)):
         (place / limit_file).write_text(limit)
         assert room.free_bytes(CPU) == expected
+    monkeypatch.setattr(room, "_OWN_GROUPS", tmp_path / "none")
+    assert room.free_bytes(CPU) == (1200 if inner else 1)
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

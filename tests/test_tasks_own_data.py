@@ -954,6 +954,15 @@ def test_domain_text(tmp_path):
     assert texts == load_text("demo_medicine", per_entity=2)
 
 
+def test_a_folder_that_has_the_name_of_a_built_in_text_is_given_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo_law", "demo_own"):
+        (tmp_path / name).mkdir()
+        jsonl(tmp_path / name / "a.jsonl", [{"text": "One."}])
+    assert len(load_text("demo_law")) > 1
+    assert load_text("./demo_law") == load_text("demo_own") == ["One."]
+
+
 def test_importing_tasks_stays_light():
     import subprocess
     import sys

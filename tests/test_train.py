@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
@@ -411,7 +412,8 @@ def test_other_errors_of_the_backward_pass_are_not_taken_for_memory(task, settin
 def test_out_of_memory_in_one_process_halves_them_in_all(task, small_memory):
     """This process has room; another says that it ran out, once."""
     small_memory.limit[0] = 100
-    model, said, answers = tiny.build("llama", 1), [], [torch.tensor(1.0), torch.tensor(0.0)]
+    model, said, cached = tiny.build("llama", 1), [], []
+    answers = [torch.tensor(1.0), torch.tensor(0.0)]
 
     def reduce(tensor, reduction):
         return answers.pop(0) if answers else tensor
@@ -419,9 +421,16 @@ def test_out_of_memory_in_one_process_halves_them_in_all(task, small_memory):
     model.zero_grad()
     steps = stepper(model, machine(2, 0, reduce))
     steps.say = said.append
+    steps.prefix = SimpleNamespace(
+        begin=lambda: cached.append("begun"),
+        take_back=lambda: cached.append("taken back"),
+        resumed=lambda packed: contextlib.nullcontext(),
+    )
     steps.gradients(list(model.parameters()), task)
     assert len(said) == 1
     assert steps.size < 10_000
+    assert cached == ["begun", "taken back", "begun"]
+    assert steps.progress.computed == sum(len(row.ids) - 1 for row in task[::2]), "what is done again counts once"
     assert small_memory.sizes[0] > max(small_memory.sizes[1:])
     found = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()

@@ -98,7 +98,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
     found, notes = list[TaskData](), list[str]()
     digests = {"--model": mark} if (mark := weights_mark(path)) else {}
-    saved = models.saved_dtype(path, command) or DTYPES["float32"]
+    saved = models.saved_dtype(path, trust_remote_code=command.trust_remote_code) or DTYPES["float32"]
     slower = [arithmetic.evaluation_note(saved, command.dtype, models.device_of(command.device))]
     if training:
         place = models.training_device(command.device)

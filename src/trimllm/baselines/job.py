@@ -209,7 +209,7 @@ class Job:
 
     def saved_dtype(self) -> torch.dtype:
         """The dtype that the base was saved in."""
-        found = models.saved_dtype(models.path_of(self.command.model), self.command)
+        found = models.saved_dtype(models.path_of(self.command.model), trust_remote_code=self.command.trust_remote_code)
         return found or torch.float32
 
     def trim(self, start: str | Path, folder: Path | None = None, **changes: Any) -> Product:

@@ -43,7 +43,8 @@ class Loaded:
     @cached_property
     def saved(self) -> torch.dtype:
         """The dtype it was saved in."""
-        return saved_dtype(path_of(self.settings.model), self.settings) or self.model.dtype
+        own_code = self.settings.trust_remote_code
+        return saved_dtype(path_of(self.settings.model), trust_remote_code=own_code) or self.model.dtype
 
     @cached_property
     def fingerprint(self) -> str:
@@ -57,7 +58,7 @@ class Loaded:
 
 def path_of(name: str) -> str:
     """Where the model is: `demo` is the embedded one, others a directory (`~` is the home) or a Hub id."""
-    return str(DEMO) if name == "demo" and not Path(name).exists() else os.path.expanduser(name)
+    return str(DEMO) if name == "demo" else os.path.expanduser(name)
 
 
 def device_of(name: str) -> torch.device:
@@ -156,6 +157,8 @@ def load(
     backends.probe(model, settings.attention, training=training)
     _check_causal(model, settings.model)
     notes = [f"{settings.model} is an adapter: merged into its base {base}"] if base is not None else []
+    if settings.model == "demo" and Path("demo").exists():
+        notes.append("demo is the embedded model: what has this name here would be ./demo")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         notes.append(f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {vocabulary:,} of them")
@@ -279,9 +282,9 @@ def checked_config(path: str, settings: ModelSettings) -> Any:
     return config
 
 
-def saved_dtype(path: str, settings: ModelSettings) -> torch.dtype | None:
+def saved_dtype(path: str, *, trust_remote_code: bool) -> torch.dtype | None:
     """The dtype that the checkpoint's config names, or else that most of its weights have; of an adapter, its base's.
     None where neither is known."""
-    config = config_of(path, trust_remote_code=settings.trust_remote_code)
+    config = config_of(path, trust_remote_code=trust_remote_code)
     named = config.dtype or config.get_text_config(decoder=True).dtype
     return named or room.dtype_of_weights(adapters.base_of(path) or path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
@@ -18,13 +19,14 @@ from trimllm.errors import InputError
 GB = 1e9
 STATES = 4
 """Numbers in memory for every parameter that trains: itself, its gradient, and the two moments of AdamW."""
+_OWN_GROUPS = Path("/proc/self/cgroup")
 _CGROUP = Path("/sys/fs/cgroup")
-_LIMITS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (*(f"memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")), "total_inactive_file"),
-)
-"""Files of the limit, of what is used and of what that consists of, and its entry for file contents that can go: of
-control groups of version 2 and 1."""
+_FILES = {
+    "": ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
+}
+"""Of control groups of version 2 and 1, by their folder: files of the limit, of what is used and of what that consists
+of, and its entry for file contents that can go."""
 
 
 def free_bytes(device: torch.device, *, swap: bool = True) -> int | None:
@@ -38,15 +40,34 @@ def free_bytes(device: torch.device, *, swap: bool = True) -> int | None:
 
 
 def _container() -> int | None:
-    """What the limit of this process's control group leaves; cached file contents are given up for it."""
-    for *names, cached in _LIMITS:
-        try:
-            limit, used, stat = ((_CGROUP / name).read_text(encoding="ascii") for name in names)
-            known = dict(line.split() for line in stat.splitlines())
-            return max(1, int(limit) - int(used) + int(known[cached]))
-        except (OSError, ValueError, KeyError):  # no such system, or no limit: "max"
-            continue
-    return None
+    """What the limits of this process's control group, and of those around it, leave; None where there are none."""
+    return min((left for group in _groups() if (left := _left(*group)) is not None), default=None)
+
+
+def _groups() -> Iterator[tuple[Path, tuple[str, str, str, str]]]:
+    """Folders of control groups that may limit this process, each with its files: its own as the kernel says, those
+    around it, and the outermost, which is its own where a container sees no other."""
+    try:
+        own = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no such system
+        own = []
+    for line in ("0::/", "0:memory:/", *own):
+        _, kinds, path = line.split(":", 2)
+        for kind in _FILES.keys() & kinds.split(","):
+            inner = PurePosixPath(path.lstrip("/"))
+            for folder in (inner, *inner.parents):
+                yield _CGROUP / kind / folder, _FILES[kind]
+
+
+def _left(folder: Path, files: tuple[str, str, str, str]) -> int | None:
+    """What the limit of a control group leaves; cached file contents are given up for it."""
+    *names, cached = files
+    try:
+        limit, used, stat = ((folder / name).read_text(encoding="ascii") for name in names)
+        known = dict(line.split() for line in stat.splitlines())
+        return max(1, int(limit) - int(used) + int(known[cached]))
+    except (OSError, ValueError, KeyError):  # no such group, or no limit: "max"
+        return None
 
 
 def weights(path: str, dtype: torch.dtype | None) -> int | None:

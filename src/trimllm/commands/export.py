@@ -9,7 +9,7 @@ from trimllm.checkpoints import folders
 from trimllm.commands import shared
 from trimllm.errors import InputError
 from trimllm.handover import source
-from trimllm.run import rundir
+from trimllm.run import placing, rundir
 
 
 def run(command: config.ExportConfig) -> None:
@@ -32,7 +32,7 @@ def _default_target(command: config.ExportConfig) -> Path:
     """Beside what is handed over, named by what it becomes."""
     given = Path(command.source)
     given = given if given.name not in ("", "..") else given.resolve()
-    is_run = rundir.RunDir(given).config.exists()
+    is_run = placing.held(given) == "run"
     stem = "model" if is_run else given.resolve().name
     stem += f"-depth-{command.depth}" if command.depth else ""
     what = {"checkpoint": "", "gguf": f"-{command.quant or 'f16'}.gguf"}.get(command.to, f"-{command.to}")

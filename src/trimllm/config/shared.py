@@ -81,9 +81,9 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _a_bare_off_is_a_word(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads it as false."""
-        field = cls.model_fields[str(info.field_name)]
-        return "off" if value is False and "off" in get_args(field.annotation) else value
+        """YAML reads it as false, and `no`, too."""
+        words = get_args(cls.model_fields[str(info.field_name)].annotation)
+        return next((word for word in ("off", "no") if word in words), value) if value is False else value
 
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> Settings:

@@ -61,7 +61,7 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
     exporter, settings = _exporter(command.to)
     own_code = command.trust_remote_code
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
-    stored = models.config_of(str(folder), trust_remote_code=own_code).dtype or torch.float32
+    stored = models.saved_dtype(str(folder), trust_remote_code=own_code) or torch.float32
     model: Any = loading.load_model(folder, dtype=torch.float32, trust_remote_code=own_code)
     _check_family(model)
     ids, mask = _rows(model)

@@ -75,9 +75,10 @@ def export_folder(directory: Path) -> Path:
     """
     run = RunDir(directory)
     placing.refuse_comparison(directory)
-    if run.config.exists() and not run.result.exists():
+    holds = placing.held(directory)
+    if holds == "run" and not run.result.exists():
         raise InputError(f"{directory}: the run is not finished: go on with trimllm trim --output {directory} --resume")
-    folder = run.model if run.config.exists() else directory
+    folder = run.model if holds == "run" else directory
     if not folder.is_dir():
         raise InputError(f"{directory}: there is no such directory: give that of a run or of a checkpoint")
     lacking = [name for name in ("config.json", "plan.json") if not (folder / name).exists()]

@@ -53,7 +53,8 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
         encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(stock))
         seen = used_rows.warnings(command.source, data, asked.seed, at=folder)
         notes = [*data.notes, *encoding.row_notes(reported=encoded), *seen]
-    dtype = torch.float16 if stock.dtype == torch.float16 else torch.bfloat16
+    stored = models.saved_dtype(str(folder), trust_remote_code=own_code)
+    dtype = torch.float16 if stored == torch.float16 else torch.bfloat16
     kept, head = _too_odd(stock, own_code) if command.to == "int4" else ([], [])
     quantization = _settings(command.to, dtype, [*head, *kept] if kept else None)
     model: Any = loading.load_model(folder, dtype=dtype, quantization=quantization, trust_remote_code=own_code)

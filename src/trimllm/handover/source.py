@@ -28,14 +28,14 @@ def checkpoint(command: config.ExportConfig) -> Iterator[Path]:
     Raises:
         InputError: if there is none.
     """
-    run = RunDir(command.source)
+    run, holds = RunDir(command.source), placing.held(command.source)
     placing.refuse_comparison(command.source)
     if command.depth is not None:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=run.root if run.root.is_dir() else None) as scratch:
             folder = Path(scratch) / "checkpoint"
             save_depth(command, folder)
             yield folder
-    elif run.config.exists():
+    elif holds == "run":
         if not run.model.exists():
             kept = ", ".join(map(str, run.kept_depths())) or "none"
             raise InputError(f"{run.root}: the run is not finished: name a depth it kept with --depth (kept: {kept})")
@@ -61,7 +61,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
     """
     run = RunDir(command.source)
     placing.refuse_comparison(command.source)
-    if not run.config.exists():
+    if placing.held(command.source) != "run":
         raise InputError(f"{command.source} holds no run: give the --output of a trimllm trim")
     assert command.depth is not None
     folder = run.checkpoint(command.depth)
@@ -113,7 +113,7 @@ def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:
     if name in DTYPES:
         return DTYPES[name]
     try:
-        return models.saved_dtype(models.path_of(stored.model), stored)
+        return models.saved_dtype(models.path_of(stored.model), trust_remote_code=stored.trust_remote_code)
     except InputError:
         raise InputError(
             f"the dtype of {stored.model}, which the run did not note, cannot be read: put the model back there"

@@ -8,11 +8,15 @@ from typing import Any
 from trimllm.blocks import decoder, legality
 from trimllm.blocks.layout import Layout, Unit, remove, units, whole
 from trimllm.config import ScoreSettings
+from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan, scores, select, weights
 from trimllm.importance.scan import Race, ScanResult
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import Choice
+
+OF_WEIGHTS = {"taylor", "magnitude"}
+"""What is known of a layer by its weights and their gradients."""
 
 
 class Rules:
@@ -22,8 +26,14 @@ class Rules:
         """`least`: layers that must be left.
 
         Raises:
-            InputError: if a protected layer does not exist, or layers cannot go in the runs that are asked for.
+            InputError: if a protected layer does not exist, layers cannot go in the runs that are asked for, or the
+                strategy goes by weights that are packed.
         """
+        if OF_WEIGHTS & set(scores.needs(settings.strategy)) and getattr(model, "is_quantized", False):
+            raise InputError(
+                f"--strategy {settings.strategy}: the weights of a quantized model are codes, with no size and no "
+                "gradient: choose another one, or score the model as it was before"
+            )
         self.settings, self.seed, self.least = settings, seed, least
         self.base_depth = decoder.depth(model)
         self.protected = select.protected(settings.protect, self.base_depth)

@@ -25,9 +25,10 @@ PATHS = ("model", "task", "text", "task_files", "also", "baselines_python")
 
 
 def held(output: str | Path) -> str | None:
-    """What began in a folder: `run`, `comparison`, or neither."""
-    path = Path(output).expanduser() / CONFIG
-    if not files.there(path):
+    """What began in a folder: `run`, `comparison`, or neither. (In a checkpoint `config.yaml` may be anybody's.)"""
+    folder = Path(output).expanduser()
+    path = folder / CONFIG
+    if not files.there(path) or files.there(folder / "config.json"):
         return None
     return "comparison" if "methods" in read_yaml(path) else "run"
 

@@ -334,7 +334,8 @@ class Run:
             )
         if not self._carries(state.pending):
             state.moments.clear()
-        self.fitted = report.micro_batch_size or self.fitted
+        if chosen is not None or config.sparse_update == "off":  # more may fit where less trains
+            self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)
         done = asdict(report) | remedies | ({"recovery": watch.record()} if watch else {})
         self.journal.add("trained", stage=state.stages, train=done)

@@ -27,7 +27,8 @@ def load_text(name_or_path: str | Path, *, per_entity: int = 6, piece: int = PIE
     """Documents of a domain, long ones cut at paragraphs to about `piece` characters.
 
     `name_or_path` is a file (.txt, or any table with a column `text`), a folder of such files, or `demo_medicine`,
-    `demo_law`, `demo_finance`: `per_entity` biographies of each entity of the built-in world.
+    `demo_law`, `demo_finance`: `per_entity` biographies of each entity of the built-in world (a folder of that name
+    would be `./demo_law`).
 
     Raises:
         InputError: if there is no such file or domain, the rows have no text, or a number is less than 1.
@@ -36,13 +37,13 @@ def load_text(name_or_path: str | Path, *, per_entity: int = 6, piece: int = PIE
         if number < 1:
             raise InputError(f"{name}={number}: give at least 1")
     domain = str(name_or_path).removeprefix(WORLD_PREFIX)
-    if str(name_or_path).startswith(WORLD_PREFIX) and not Path(name_or_path).exists():
-        if domain not in world.DOMAINS:
-            known = ", ".join(WORLD_PREFIX + each for each in world.DOMAINS)
-            raise InputError(f"unknown domain text {name_or_path!r}: use {known}, a file or a folder")
+    if str(name_or_path).startswith(WORLD_PREFIX) and domain in world.DOMAINS:
         return world.biographies(domain, per_entity, seed)
     path = Path(name_or_path).expanduser()
     if not path.exists():
+        if str(name_or_path).startswith(WORLD_PREFIX):
+            known = ", ".join(WORLD_PREFIX + each for each in world.DOMAINS)
+            raise InputError(f"unknown domain text {name_or_path!r}: use {known}, a file or a folder")
         raise InputError(
             f"{path} does not exist: give a file or folder with text, or demo_medicine, demo_law, demo_finance"
         )

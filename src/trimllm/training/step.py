@@ -53,23 +53,29 @@ class Stepper:
         scale = 1 / sum(row.targets for row in rows)
         while True:
             shares = [_micro_batches(rows[each::world], self.size) for each in range(world)]
-            loss = self._passes(shares[rank], scale)
-            failed = torch.tensor(float(loss is None), device=self.accelerator.device)
-            if not self.accelerator.reduce(failed, reduction="sum") and loss is not None:
+            if self.prefix:
+                self.prefix.begin()
+            found = self._passes(shares[rank], scale)
+            failed = torch.tensor(float(found is None), device=self.accelerator.device)
+            if not self.accelerator.reduce(failed, reduction="sum") and found is not None:
                 break
+            if self.prefix:
+                self.prefix.take_back()
             for parameter in parameters:
                 parameter.grad = None
             self._take_less(shares)
             memory.release()
+        loss, tokens, cells = found
+        self.progress.computed += tokens
+        self.progress.cells += cells
         _add_up(parameters, self.accelerator)
         return float(self.accelerator.reduce(loss, reduction="sum"))
 
-    def _passes(self, parts: Sequence[Sequence[Example]], scale: float) -> torch.Tensor | None:
-        """Forward and backward over this process's micro-batches; None if memory runs out."""
+    def _passes(self, parts: Sequence[Sequence[Example]], scale: float) -> tuple[torch.Tensor, int, int] | None:
+        """Forward and backward over this process's micro-batches: their loss, tokens and positions; None if memory runs
+        out."""
         total = torch.zeros((), device=self.accelerator.device)
         tokens = cells = 0
-        if self.prefix:
-            self.prefix.begin()
         try:
             for part in parts:
                 packed = packing.pack(part, self.packing, self.pad_id, self.accelerator.device)
@@ -85,12 +91,8 @@ class Stepper:
         except RuntimeError as error:
             if not memory.is_out_of_memory(error):
                 raise
-            if self.prefix:
-                self.prefix.take_back()  # the step is done again
             return None
-        self.progress.computed += tokens
-        self.progress.cells += cells
-        return total
+        return total, tokens, cells
 
     def _take_less(self, shares: Sequence[Sequence[Sequence[Example]]]) -> None:
         """What takes less memory than the micro-batches of all processes did."""
