@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import shutil
@@ -18,8 +19,9 @@ from tiny import build
 from transformers import GenerationConfig
 
 from trimllm import compare
-from trimllm.blocks.layout import Block
-from trimllm.blocks.surgery import drop_layers
+from trimllm.blocks import decoder
+from trimllm.blocks.layout import Block, whole
+from trimllm.blocks.surgery import apply_layout, drop_layers, layout_of
 from trimllm.checkpoints import models, verification
 from trimllm.checkpoints.export import save_trimmed
 from trimllm.checkpoints.loading import fingerprint, load_model, load_tokenizer
@@ -83,6 +85,18 @@ def test_a_layout_may_be_written_as_users_see_it(tmp_path: Path) -> None:
     for number, layout in enumerate(layouts):
         save_trimmed(model, tmp_path / str(number), layout=layout, verify=False)
         assert json.loads((tmp_path / str(number) / "plan.json").read_text())["layers"] == [0, 2]
+
+
+def test_the_plan_says_what_is_left_after_several_cuts(tmp_path: Path) -> None:
+    model = drop_layers(drop_layers(build("llama", depth=6), [3, 5]), [0])
+    for place, cut in (("whole", model), ("copied", copy.deepcopy(model))):
+        save_trimmed(cut, tmp_path / place, verify=False)
+        assert json.loads((tmp_path / place / "plan.json").read_text())["layers"] == [1, 2, 4]
+    apply_layout(model, [(0, 0), (1, 2)])
+    assert layout_of(model) == (Block(1, 1), Block(2, 4))
+    assert layout_of(load_model(tmp_path / "whole")) == whole(3), "what is loaded begins anew"
+    del decoder.blocks(model)[1]
+    assert layout_of(model) == whole(1), "what is known is of another depth"
 
 
 def test_there_must_be_something_to_verify(tmp_path: Path) -> None:

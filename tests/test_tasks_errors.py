@@ -194,17 +194,14 @@ def test_errors_name_the_columns_that_are_there(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "renamed"),
     [
-        ("Text Label", "'Text' to 'text' and 'Label' to 'label'"),
+        ("Sentence Label", "'Sentence' to 'text' and 'Label' to 'label'"),
         ("question label", "'question' to 'text'"),
         ("sentence label", "'sentence' to 'text'"),
         ("prompt response", "'response' to 'completion'"),
         ("question choices answerKey", "'answerKey' to 'answer'"),
-        ("Question Answer", "'Question' to 'question' and 'Answer' to 'answer'"),
-        ("question A B C Answer", "'Answer' to 'answer'"),
         ("instruction context response category", "'response' to 'output'"),
         ("conversation", "'conversation' to 'messages'"),
         ("question choices correct_answer", "'correct_answer' to 'answer'"),
-        ("Text", "'Text' to 'text'"),
     ],
 )
 def test_columns_of_nearly_the_right_names(tmp_path, columns, renamed):

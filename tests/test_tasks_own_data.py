@@ -750,7 +750,7 @@ def test_a_split_without_answers_is_said(tmp_path):
     assert len(task.test) == 4
 
 
-@pytest.mark.parametrize("column", ["category", "labels", "class", "target", "Label", " label", "answer"])
+@pytest.mark.parametrize("column", ["category", "labels", "class", "target", "answer"])
 def test_texts_with_labels_in_a_column_of_another_name_are_refused(tmp_path, column):
     rows = [{"text": f"t {n}", column: ["flu", "heart", "skin"][n % 3]} for n in range(12)]
     with pytest.raises(InputError) as error:
@@ -759,6 +759,58 @@ def test_texts_with_labels_in_a_column_of_another_name_are_refused(tmp_path, col
         f"q: column {column!r} looks like labels, and nothing reads it: rename it to 'label', or, to learn the texts, "
         "give a task YAML of kind text"
     )
+
+
+@pytest.mark.parametrize(
+    ("columns", "note", "kind"),
+    [
+        ("Text Label", "columns read: 'Text' as 'text', 'Label' as 'label'", "choice"),
+        ("text LABEL", "columns read: 'LABEL' as 'label'", "choice"),
+        ("Question A B C Answer", "columns read: 'Question' as 'question', 'Answer' as 'answer'", "choice"),
+        ("QUESTION ANSWER", "columns read: 'QUESTION' as 'question', 'ANSWER' as 'answer'", "generation"),
+        ("Text", "columns read: 'Text' as 'text'", "text"),
+    ],
+)
+def test_columns_that_are_spelt_otherwise_are_read(tmp_path, columns, note, kind):
+    names = columns.split()
+    cells = {"label": "ab", "answer": "ABC" if "A" in names else [f"answer {n}" for n in range(40)]}
+    texts = {name: cells.get(name.lower(), [f"{name} {n}, of words" * 9 for n in range(40)]) for name in names}
+    for part in ("train", "test"):
+        rows = [{name: several[n % len(several)] for name, several in texts.items()} for n in range(40)]
+        jsonl(tmp_path / f"{part}.jsonl", rows[: 20 if part == "test" else 40])
+    task = load_task(tmp_path)
+    assert (task.kind, note in task.notes) == (kind, True)
+
+
+def test_columns_whose_names_are_no_words_stand_in_row(tmp_path):
+    rows = [
+        {"the question": f"q {n}", "opt 1": f"a {n}", "opt 2": f"b {n}", "right": n % 2, "age": str(n)}
+        for n in range(40)
+    ]
+    jsonl(tmp_path / "rows.jsonl", rows)
+    spec = "kind: choice\nsource: {files: {train: rows.jsonl}}\nprompt: \"{{ row['the question'] }}\"\nanswer: right\n"
+    read, words = "choices: \"{{ [row['opt 1'], row['opt 2']] }}\"\n", "choices: ['opt 1', 'opt 2']\n"
+    (tmp_path / "t.yaml").write_text(f"{spec}{read}where: age | int < 20")
+    task = load_task(tmp_path / "t.yaml")
+    assert sum(map(len, (task.train, task.calibration, task.test))) == 20
+    number = task.train[0].prompt.removeprefix("q ")
+    assert task.train[0].continuations == (f" a {number}", f" b {number}")
+    (tmp_path / "t.yaml").write_text(spec + words)
+    said = load_task(tmp_path / "t.yaml").notes[0]
+    assert said == (
+        "choices are the words opt 1, opt 2: to have what stands in the columns of these names, write "
+        "choices: \"{{ [row['opt 1'], row['opt 2']] }}\""
+    )
+    for line, expected in (
+        (
+            f"{read}where: age < 20",
+            r"cannot make the where: '<' not supported .*: cells may be text: write NAME \| int",
+        ),
+        ('choices: "{{ [opt_1, opt_2] }}"', r"columns found: .*, age \(in a template: row\['the question'\]\)"),
+    ):
+        (tmp_path / "t.yaml").write_text(spec + line)
+        with pytest.raises(InputError, match=expected):
+            load_task(tmp_path / "t.yaml")
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,12 @@ from trimllm.blocks.decoder import (
     text_config,
     text_decoder,
 )
-from trimllm.blocks.layout import Layout, as_layout, places, positions, whole, without
+from trimllm.blocks.layout import Layout, as_layout, compose, places, positions, whole, without
 from trimllm.blocks.legality import refusal
 from trimllm.errors import InputError
+
+LAYOUT = "trimllm_layout"
+"""Attribute of a model that was cut: what is left."""
 
 
 def drop_layers(model: nn.Module, layers: Iterable[int]) -> nn.Module:
@@ -71,6 +74,7 @@ def apply_layout(model: nn.Module, layout: Iterable[tuple[int | None, int | None
     cut = as_layout(layout)
     if cut == whole(depth(model)):
         return model
+    before = layout_of(model)
     reason = refusal(model, cut)
     if reason:
         raise InputError(reason)
@@ -87,7 +91,14 @@ def apply_layout(model: nn.Module, layout: Iterable[tuple[int | None, int | None
     _renumber(kept, cut)
     _fold_scales(model, cut, kept)
     _rename_device_map(model, owner, name, cut)
+    model.__dict__[LAYOUT] = compose(before, cut)
     return model
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Which halves the blocks hold of the model as it was made or loaded, by what was cut since."""
+    known: Layout | None = model.__dict__.get(LAYOUT)
+    return known if known is not None and len(known) == depth(model) else whole(depth(model))
 
 
 def assemble(model: nn.Module, layout: Layout, changes: Changes) -> list[nn.Module]:

@@ -16,7 +16,8 @@ from torch import nn
 
 from trimllm.blocks import adapters
 from trimllm.blocks.decoder import depth
-from trimllm.blocks.layout import Layout, as_layout, plan_record, whole
+from trimllm.blocks.layout import Layout, as_layout, plan_record
+from trimllm.blocks.surgery import layout_of
 from trimllm.checkpoints import folders, verification
 from trimllm.checkpoints.loading import plain_generation, quiet
 from trimllm.checkpoints.streaming import REFERS_TO_LAYERS
@@ -46,7 +47,7 @@ def save_trimmed(
         directory: must not exist, be empty, or (with `overwrite`) hold an earlier export.
         tokenizer: tokenizer or processor to save beside the model.
         layout: which original halves the blocks hold, for `plan.json`, as `apply_layout` takes it, or as it stands
-            there; by default the model counts as its own original.
+            there; by default what is known of cuts since the model was made or loaded (see `surgery.layout_of`).
         base: name (or name and fingerprint) of the model that was trimmed, for `plan.json`.
         card: text of the model card (`README.md`).
         companions: files to copy beside it: the base's licence.
@@ -68,7 +69,7 @@ def save_trimmed(
             "a quantized model cannot be saved after a cut: cut the unquantized one and quantize the result, or cut "
             "the files with trimllm drop --streaming"
         )
-    layout = whole(depth(model)) if layout is None else as_layout(layout)
+    layout = layout_of(model) if layout is None else as_layout(layout)
     if len(layout) != depth(model):
         raise TrimError(f"the layout describes {len(layout)} blocks and the model has {depth(model)}")
     with folders.appearing(directory, needed=weight_bytes(model), overwrite=overwrite) as folder:

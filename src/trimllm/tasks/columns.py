@@ -56,14 +56,32 @@ _ENOUGH = 20
 
 
 def renames(rows: Iterable[Row]) -> str:
-    """`'Text' to 'text' and 'Label' to 'label'`: the fewest new names that make a task; empty if none do."""
+    """`'sentence' to 'text' and 'class' to 'label'`: the fewest new names that make a task; empty if none do."""
+    return " and ".join(f"{column!r} to {name!r}" for column, name in _new_names(rows))
+
+
+def respelled(parts: dict[str, list[Row]], notes: list[str]) -> dict[str, list[Row]] | None:
+    """The rows with columns called as they are read, and a note, where only case and signs are to be changed (`Text`
+    and `Label`); else None."""
+    pairs = dict(_new_names(parts.get("train") or next(iter(parts.values()))))
+    if not pairs or any(_plain(column) != _plain(name) for column, name in pairs.items()):
+        return None
+    notes.append("columns read: " + ", ".join(f"{column!r} as {name!r}" for column, name in pairs.items()))
+
+    def read(row: Row) -> Row:
+        return row._replace(values={pairs.get(column, column): value for column, value in row.values.items()})
+
+    return {part: list(map(read, rows)) for part, rows in parts.items()}
+
+
+def _new_names(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    """(column, its new name): the fewest that make a task."""
     values = [(column, value) for row in rows for column, value in row.values.items()]
     nested = {column for column, value in values if isinstance(value, dict)}
     columns = sorted({column for column, _ in values} - nested)
     shapes = [shape for shape in _SHAPES if "answer" not in shape or not nested & {"choices", "options"}]
     found = [pairs for shape in shapes if (pairs := _fitted(shape, columns))]
-    pairs = min(found, key=len) if found else _fitted(("text",), [each for each in columns if each not in _ASKED])
-    return " and ".join(f"{column!r} to {name!r}" for column, name in pairs)
+    return min(found, key=len) if found else _fitted(("text",), [each for each in columns if each not in _ASKED])
 
 
 def unread(spec: TaskSpec, rows: Collection[Row]) -> list[str]:
@@ -107,6 +125,18 @@ def refuse_single_braces(spec: TaskSpec, rows: Iterable[Row]) -> None:
                     f"task {spec.name!r}: {found[0]} is read as it stands: columns stand in double braces, as in "
                     f"{{{{ {found[1]} }}}} (to have the braces: {{% raw %}}{found[0]}{{% endraw %}})"
                 )
+
+
+def named_choices_note(spec: TaskSpec, rows: Iterable[Row]) -> list[str]:
+    """A note where a list of choices is one of columns' names: are these words meant, or what stands in the columns?"""
+    choices = spec.choices if isinstance(spec.choices, list) else []
+    if not choices or not {column for row in rows for column in row.values}.issuperset(map(str, choices)):
+        return []
+    names = [each if str(each).isidentifier() else f"row[{each!r}]" for each in choices]
+    return [
+        f"choices are the words {shortened([*map(str, choices)], _SHOWN)}: to have what stands in the columns of these "
+        f'names, write choices: "{{{{ [{", ".join(map(str, names))}] }}}}"'
+    ]
 
 
 def refuse_labelled_texts(name: str, spec: TaskSpec, rows: Collection[Row]) -> None:

@@ -14,8 +14,10 @@ from trimllm.tasks.columns import (
     contradictions_note,
     doubtful_labels_note,
     few_answers_note,
+    named_choices_note,
     one_based_note,
     refuse_single_braces,
+    respelled,
     unread_note,
 )
 from trimllm.tasks.items import Item, TaskData
@@ -67,6 +69,8 @@ def load_task(
     refuse_single_braces(spec, (row for rows in parts.values() for row in rows))
     train_rows, reported_rows = _roles(spec.name, parts, notes, reported_only=reported_only)
     own = files is None and spec.source is None
+    if not own:
+        notes += named_choices_note(spec, train_rows or reported_rows)
     renderer = Renderer(spec, tokenizer, _UNKNOWN_LABEL if own and isinstance(spec.choices, list) else "")
     lenient = files is None and spec.source is not None and spec.source.hub is not None
     reported = _items(renderer, reported_rows, lenient, notes) if reported_only else []
@@ -130,7 +134,14 @@ def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Part
         notes.append(f"{path.name} alone is split, whatever its name: to have all of it reported, give its folder")
     name = path.resolve().name.split(".")[0]
     rows = parts.get("train") or next(iter(parts.values()))
-    spec = without_shared_context(recognize(name, rows, tokenizer), rows, notes)
+    try:
+        found = recognize(name, rows, tokenizer)
+    except InputError:
+        if (again := respelled(parts, notes)) is None:
+            raise
+        parts, rows = again, again.get("train") or next(iter(again.values()))
+        found = recognize(name, rows, tokenizer)
+    spec = without_shared_context(found, rows, notes)
     if "train" not in parts and isinstance(spec.choices, list):
         notes.append(f"choices are the {len(spec.choices)} labels of the rows at hand, as there are no training rows")
     check_metric(metric, spec.kind)

@@ -123,16 +123,22 @@ class Renderer:
     def _apply(self, field: str, template: Column, row: Row) -> Any:
         """Calls a template; whatever goes wrong inside becomes one line that names the row and the field."""
         try:
-            value = template(row.values)
-            if isinstance(value, Undefined):
-                value._fail_with_undefined_error()
+            value = template({"row": row.values, **row.values})
+            for each in (value, *value) if isinstance(value, list | tuple) else (value,):
+                if isinstance(each, Undefined):
+                    each._fail_with_undefined_error()
             return value
         except UndefinedError as error:
-            found = ", ".join(str(column) for column in row.values)
+            found, odd = ", ".join(map(str, row.values)), [c for c in row.values if not str(c).isidentifier()]
+            hint = f" (in a template: row[{odd[0]!r}])" if odd else ""
             raise InputError(
-                f"{row.place}: no value for the {field}: {error.message}; columns found: {found}"
+                f"{row.place}: no value for the {field}: {error.message}; columns found: {found}{hint}"
             ) from error
-        except (TemplateError, ValueError, TypeError, LookupError, SyntaxError, AttributeError) as error:
+        except TypeError as error:
+            numbers = "not supported between" in str(error) and "'str'" in str(error)
+            hint = ": cells may be text: write NAME | int for a number" if numbers else ""
+            raise InputError(f"{row.place}: cannot make the {field}: {one_line(error)}{hint}") from error
+        except (TemplateError, ValueError, LookupError, SyntaxError, AttributeError) as error:
             raise InputError(f"{row.place}: cannot make the {field}: {one_line(error)}") from error
 
     def _text(self, template: str) -> Column:
