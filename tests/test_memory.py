@@ -152,7 +152,7 @@ def test_commands_say_in_one_line_that_memory_ended(error, monkeypatch, capsys):
         benching._ask(SimpleNamespace(submit=raising(error)), "m", print)
     said = []
     recorder = SimpleNamespace(against_base=raising(error), console=SimpleNamespace(say=said.append))
-    assert recording.Recorder.final_speeds(recorder, None) is None
+    assert recording.Recorder.final_speedup(recorder, None) is None
     assert said[0].startswith("the decode speed was not compared")
 
 
@@ -166,7 +166,7 @@ def test_a_model_that_does_not_fit_when_it_is_loaded_is_out_of_memory_too(base, 
     config = TrimConfig(model=str(base), task="t", output=str(tmp_path))
     console = SimpleNamespace(say=said.append)
     recorder = recording.Recorder(config, console, None, None, torch.device("cpu"), *[None] * 5)
-    assert recorder.final_speeds(tiny.build("llama", 2)) is None
+    assert recorder.final_speedup(tiny.build("llama", 2)) is None
     assert said[0].startswith("the decode speed was not compared")
 
 
@@ -178,7 +178,7 @@ def test_commands_do_not_say_so_of_other_errors(monkeypatch):
     with pytest.raises(RuntimeError, match="shapes"):
         benching._ask(SimpleNamespace(submit=raising(OTHER)), "m", print)
     with pytest.raises(RuntimeError, match="shapes"):
-        recording.Recorder.final_speeds(SimpleNamespace(against_base=raising(OTHER)), None)
+        recording.Recorder.final_speedup(SimpleNamespace(against_base=raising(OTHER)), None)
 
 
 def test_a_budget_below_the_longest_row_is_refused(tokenizer, questions):

@@ -145,7 +145,7 @@ def test_names_on_the_hub_of_base_and_data_become_metadata(tmp_path: Path, monke
     row: dict[str, Any] = {"depth": 3, "event": "saved", "calibration": SUMMARY, "test": SUMMARY}
     row |= {"parameters": 1, "bytes": 1, "tokens_per_second": 1.0}
     base = {"name": "org/base-7B", "adapter": "org/lora", "sha256": "abc"}
-    card = loaded(model_card.trimmed(config, data, whole(3), [row | {"event": "base"}, row], base, None))
+    card = loaded(model_card.trimmed(config, data, whole(3), [row | {"event": "base"}, row], base, None, None))
     assert card.data.base_model == "org/base-7B"
     assert card.data.datasets == ["qiaojin/PubMedQA"]
     assert card.data.eval_results[0].dataset_type == "qiaojin/PubMedQA"

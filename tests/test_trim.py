@@ -29,6 +29,7 @@ from trimllm.evaluation.paired import difference
 from trimllm.importance import scores, weights
 from trimllm.importance.rules import Rules
 from trimllm.run import account, deciding, preparing, progressive, rundir, targets
+from trimllm.tasks import Item
 from trimllm.training import losses, train
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -250,9 +251,7 @@ def test_a_saved_model_that_is_slower_than_asked_is_said(base, task, tmp_path, c
     asked = h.settings(base, task, tmp_path / "run", **NO_TRAINING, target_speedup=1.6)
     progressive.trim(TrimConfig(**asked))
     assert "--target-speedup" not in capsys.readouterr().err, "5 to 3 layers: 1.67"
-    monkeypatch.setattr(
-        progressive.Recorder, "final_speeds", lambda *_: {"trimmed": [3.0, 3.1, 3.15], "base": [2.0] * 3}
-    )
+    monkeypatch.setattr(progressive.Recorder, "final_speedup", lambda *_: {"median": 1.55, "min": 1.5, "max": 1.575})
     progressive.trim(TrimConfig(**asked | {"output": str(tmp_path / "slower")}))
     warning = (
         "--target-speedup 1.6: the saved model decodes 1.55 times as fast as the base; when the drops ended it was "
@@ -269,7 +268,7 @@ def test_a_run_that_drops_nothing_says_so(base, task, tmp_path, scripted, capsys
     assert "warning: nothing was dropped: the first drop fell below the accuracy floor\n" in told
     assert "points against" not in told
     assert (tmp_path / "run" / "answers" / "depth-5.json").exists()
-    worse, warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
+    _few, worse, warned = json.loads((tmp_path / "run" / "result.json").read_text())["warnings"]
     assert worse.startswith("the calibration set got worse while depth 4 trained (acc 33.3 before, 10.0 after)")
     assert warned == "nothing was dropped: the first drop fell below the accuracy floor"
     assert h.result(tmp_path / "run")["above_full"] is None
@@ -769,7 +768,33 @@ def test_console_says_every_depth_once(base, task, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("depth   5  base") for line in lines) == 1
     assert sum(line.startswith("depth   4  - block") for line in lines) == 1
-    assert lines[-1].startswith(f"saved {tmp_path / 'run' / 'model'}: 4 of 5 layers")
+    assert lines[-2].startswith(f"saved {tmp_path / 'run' / 'model'}: 4 of 5 layers")
+    faster = "decodes 1.25 times as fast as the base (1.25 to 1.25, measured in turn)"
+    assert lines[-1] == f"  {faster}"
+    assert f"This checkpoint: {faster}." in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_a_model_that_is_no_better_than_guessing_is_said_before_drops_begin(base, task, tmp_path, scripted, capsys):
+    chance = "depth 5, from which drops begin, has acc 33.3 on the calibration set, where guessing has 25.0: train"
+    for name, accuracy in (("chance", 100 / 3), ("better", 90)):
+        scripted({5: accuracy, 4: accuracy})
+        progressive.trim(**h.settings(base, task, tmp_path / name, depth=4))
+        few, *others = h.result(tmp_path / name)["warnings"]
+        assert few.startswith("the calibration set has 6 rows: what is dropped is decided by chance")
+        told = capsys.readouterr().err
+        assert f"warning: {few}\n" in told
+        assert (f"warning: {chance}" in told) is any(one.startswith(chance) for one in others) is (name == "chance")
+
+
+def test_guessing_is_always_saying_the_most_frequent_answer_where_all_choices_are_the_same():
+    items = [Item(f"f:{n}", f"q {n}", (" flu", " gout"), answer=int(n > 6)) for n in range(10)]
+    row = {"depth": 8, "calibration": {"metric": "acc", "value": 71.0, "stderr": 2.0}}
+    said = str(account.guessing(row, items))
+    assert "has acc 71.0 on the calibration set, where always saying 'flu' has 70.0" in said
+    assert account.guessing({"depth": 8, "calibration": row["calibration"] | {"value": 72.5}}, items) is None
+    assert account.guessing({"depth": 8, "calibration": row["calibration"] | {"metric": "likelihood"}}, items) is None
+    assert account.few_rows(items * 2) is None
+    assert "has 19 rows" in str(account.few_rows((items * 2)[:19]))
 
 
 ROW = {"depth": 4, "train": {"steps": 9}, "calibration": {"metric": "likelihood", "value": 10.4, "stderr": 1.1}}

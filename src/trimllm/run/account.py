@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
+import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from trimllm.bench import timing
 from trimllm.blocks.layout import Layout, describe, load_layout, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.console import clock, table
@@ -20,12 +20,15 @@ from trimllm.importance.scores import parts
 from trimllm.importance.select import Choice
 from trimllm.run import targets
 from trimllm.run.targets import Size
-from trimllm.tasks import TaskData
+from trimllm.tasks import Item, TaskData
+from trimllm.tasks.splits import majority
 from trimllm.training.packing import Example
 
 LIBRARIES = ("trimllm", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
+FEW = 20
+"""Calibration rows, below which they decide nothing."""
 KINDS = {"choice": "choices", "generation": "written answers", "text": "text"}
 """What is asked in a task of each kind."""
 STEPS = {"base": "base", "stage": "fine-tuned", "saved": "as saved"}
@@ -46,6 +49,12 @@ def percent(record: dict[str, Any] | None) -> str:
 def above_line(above: dict[str, float], depth: int) -> str:
     """`-0.3 +- 0.8 points ...`: the saved model against the one that the drops began with."""
     return f"{shown(above)} points against all {depth} layers, as they were before the drops (paired answers)"
+
+
+def faster_line(speedup: dict[str, float]) -> str:
+    """`decodes 1.80 times as fast as the base ...`."""
+    least, most = speedup["min"], speedup["max"]
+    return f"decodes {speedup['median']:.2f} times as fast as the base ({least:.2f} to {most:.2f}, measured in turn)"
 
 
 def depth_table(history: list[dict[str, Any]]) -> str:
@@ -76,12 +85,9 @@ def result(
     base: dict[str, str],
     above: dict[str, float] | None,
     verified: Any,
-    speeds: dict[str, list[float]] | None,
+    speedup: dict[str, float] | None,
 ) -> dict[str, Any]:
     """The contents of result.json."""
-    speedup = (
-        dict(zip(("median", "min", "max"), timing.ratio(speeds, "trimmed", "base"), strict=True)) if speeds else {}
-    )
     saved = history[-1]
     return {
         "base": base,
@@ -96,7 +102,7 @@ def result(
         "layers": whole_layers(load_layout(stage["layout"])),
         "parameters": stage["parameters"],
         "bytes": stage["bytes"],
-        "decode_speedup": speedup or None,
+        "decode_speedup": speedup,
         "verified": vars(verified),
         "rows": {
             "train": len(data.train),
@@ -105,7 +111,7 @@ def result(
             "left_out": list(data.left_out),
         },
         "notes": list(data.notes),
-        "warnings": warnings(config, history, drops, speedup),
+        "warnings": warnings(config, data, history, drops, speedup),
         "history": history,
         "drops": drops,
         "tokens": tokens(history),
@@ -198,6 +204,33 @@ def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:
     )
 
 
+def few_rows(items: Sequence[Item]) -> str | None:
+    """One line if the calibration set is too small to decide anything."""
+    if len(items) >= FEW:
+        return None
+    return (
+        f"the calibration set has {len(items)} rows: what is dropped is decided by chance, and accuracies say little; "
+        "give more rows"
+    )
+
+
+def guessing(row: dict[str, Any], items: Sequence[Item]) -> str | None:
+    """One line if a journaled model is no better on the calibration set than who does not read the questions, within
+    its standard error."""
+    now = row["calibration"]
+    if now["metric"] not in ("acc", "acc_norm"):
+        return None
+    most = majority(items)
+    chance = most[1] if most else statistics.fmean(1 / len(item.continuations) for item in items)
+    if now["value"] > 100 * chance + now["stderr"]:
+        return None
+    how = f"always saying {most[0]!r}" if most else "guessing"
+    return (
+        f"depth {row['depth']}, from which drops begin, has {now['metric']} {now['value']:.1f} on the calibration set, "
+        f"where {how} has {100 * chance:.1f}: train for longer, at another --lr, or on more rows"
+    )
+
+
 def at_the_end(
     config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: dict[str, float] | None
 ) -> list[str]:
@@ -212,10 +245,17 @@ def at_the_end(
 
 
 def warnings(
-    config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: dict[str, float] | None
+    config: TrimConfig,
+    data: TaskData,
+    history: list[dict[str, Any]],
+    drops: list[dict[str, Any]],
+    speedup: dict[str, float] | None,
 ) -> list[str]:
-    """Everything that the user was warned of on the way, in that order; arguments are those of `at_the_end`."""
-    worse = [worsened(row, history[0]) for row in history if row["event"] == "stage"]
+    """Everything that the user was warned of on the way, in that order; the other arguments are those of
+    `at_the_end`."""
+    stages = [row for row in history if row["event"] == "stage"]
+    worse = [few_rows(data.calibration), guessing(stages[0], data.calibration)]
+    worse += [worsened(row, history[0]) for row in stages]
     ended = _ended(history, drops)
     missed = targets.missed(config, ended) if ended else None
     return [line for line in (*worse, missed) if line] + at_the_end(config, history, drops, speedup)

@@ -16,7 +16,7 @@ from trimllm.config import TrimConfig
 from trimllm.importance.scores import parts
 from trimllm.offline import is_path
 from trimllm.run import licences
-from trimllm.run.account import above_line, depth_table
+from trimllm.run.account import above_line, depth_table, faster_line
 from trimllm.run.licences import Origin
 from trimllm.run.targets import LATE_SHARE
 from trimllm.tasks import TaskData
@@ -33,15 +33,18 @@ def trimmed(
     history: list[dict[str, Any]],
     base: dict[str, str],
     above: dict[str, float] | None,
+    speedup: dict[str, float] | None,
 ) -> str:
     """The card of a run's result. `history` has a row per depth, the base first and the saved model last; `above` is
-    how far the latter is above all layers (see `Recorder.above_full`)."""
+    how far the latter is above all layers (see `Recorder.above_full`), `speedup` how much faster than the base."""
     last = history[-1]
     results = [evaluation(data.name, data.metric, last["test"], config.task)]
     tests = f"{data.metric} {last['test']['value']:.1f} +- {last['test']['stderr']:.1f} (n={last['test']['n']})"
     depth = history[0]["depth"]
     cut = f"trimmed to {len(layout)} of {depth} layers" if len(layout) < depth else f"with all of its {depth} layers"
-    further = f"\nThis checkpoint: {above_line(above, depth)}.\n" if above else ""
+    more = [above_line(above, depth)] if above else []
+    more += [faster_line(speedup)] if speedup and len(layout) < depth else []
+    further = f"\nThis checkpoint: {'; '.join(more)}.\n" if more else ""
     return f"""{_front(base, results, name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
 # {_short(base)}, {cut}
 

@@ -187,6 +187,8 @@ class Run:
         self.said = {note for note in (ready.calibration.note, ready.test.note) if note}
         for note in (*data.notes, *self.said):
             say(f"  {note}")
+        if few := account.few_rows(data.calibration):
+            say(f"warning: {few}")
         say(account.device_line(config, self.accelerator))
         if ready.text_rows:
             say(account.text_line(config, ready.text_rows, ready.task_rows, ready.ahead))
@@ -288,8 +290,10 @@ class Run:
             state.trained = self._train(state, epochs, name)
         known = {"stage": state.stages, "train": state.trained, "dropped": state.pending}
         self.recorder.record("stage", state.model, state.layout, **known)
-        if overfit := account.worsened(self.journal.events[-1], self.journal.of("base")[0]):
-            self.console.say(f"warning: {overfit}")
+        row, base = self.journal.events[-1], self.journal.of("base")[0]
+        chance = account.guessing(row, self.ready.data.calibration) if warm else None
+        for warning in filter(None, [chance, account.worsened(row, base)]):
+            self.console.say(f"warning: {warning}")
         if (
             warm
             and not config.distill
@@ -493,6 +497,8 @@ class Run:
         )
         if above:
             self.console.say(f"  {account.above_line(above, self.ready.base_depth)}")
+        if speedup and depth < self.ready.base_depth:
+            self.console.say(f"  {account.faster_line(speedup)}")
         self.journal.add("done", table=f"{depth} layers, {reached}")
         self._forget()
         return saved, self.history()

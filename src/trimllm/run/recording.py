@@ -104,12 +104,11 @@ class Recorder:
         saved model, and `above` is what `above_full` says of it; `base` names the base. Returns how many times the
         base's speed decoding has, where that could be measured."""
         folder, drops = RunDir(self.config.output), self.journal.of("drop")
-        text = model_card.trimmed(self.config, data, load_layout(stage["layout"]), history, base, above)
+        speedup = self.final_speedup(saved)
+        text = model_card.trimmed(self.config, data, load_layout(stage["layout"]), history, base, above, speedup)
         files.write_atomic(folder.model / "README.md", text)
-        speeds = self.final_speeds(saved)
-        result = account.result(self.config, data, stage, history, drops, base, above, verified, speeds)
+        result = account.result(self.config, data, stage, history, drops, base, above, verified, speedup)
         files.write_json(folder.result, result)
-        speedup: dict[str, float] | None = result["decode_speedup"]
         return speedup
 
     def above_full(self, history: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -146,11 +145,13 @@ class Recorder:
         )
         return timing.decode_speed({"base": base, name: model}, repeats=5)
 
-    def final_speeds(self, saved: Any) -> dict[str, list[float]] | None:
-        """Speeds of base and result, or None if the device cannot hold both: the result is saved all the same."""
+    def final_speedup(self, saved: Any) -> dict[str, float] | None:
+        """How many times the base's speed the result has: median, min and max of the rounds; None if the device cannot
+        hold both: the result is saved all the same."""
         memory.release()
         try:
-            return self.against_base(saved, "trimmed")
+            ratios = timing.ratio(self.against_base(saved, "trimmed"), "trimmed", "base")
+            return dict(zip(("median", "min", "max"), ratios, strict=True))
         except RuntimeError as error:
             if not memory.is_out_of_memory(error):
                 raise

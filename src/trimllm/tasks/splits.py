@@ -227,16 +227,21 @@ def _contradictions(*sets: Sequence[Item]) -> list[str]:
     ]
 
 
-def _one_sided(items: Sequence[Item], what: str) -> list[str]:
-    """A note on an answer that most rows have, where all have the same choices."""
+def majority(items: Sequence[Item]) -> tuple[str, float] | None:
+    """The most frequent right choice, and its share of the rows; None where rows have different choices, or none."""
     choices = items[0].continuations
     if len(choices) < 2 or any(item.continuations != choices for item in items):
-        return []
+        return None
     target, count = Counter(item.target for item in items).most_common(1)[0]
-    share = count / len(items)
-    if share <= MOSTLY:
+    return target.strip(), count / len(items)
+
+
+def _one_sided(items: Sequence[Item], what: str) -> list[str]:
+    """A note on an answer that most rows have, where all have the same choices."""
+    most = majority(items)
+    if most is None or most[1] <= MOSTLY:
         return []
-    return [f"{target.strip()!r} is {100 * share:.0f} % of the {what} rows: always saying it scores {100 * share:.1f}"]
+    return [f"{most[0]!r} is {100 * most[1]:.0f} % of the {what} rows: always saying it scores {100 * most[1]:.1f}"]
 
 
 def _instructions(items: Iterable[Item]) -> set[str]:
