@@ -13,8 +13,9 @@ import tiny
 import torch
 
 from trimllm.blocks import decoder
+from trimllm.config import EvalConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import batches, encoding, evaluate
+from trimllm.evaluation import batches, encoding, evaluate, inputs
 from trimllm.evaluation.encoding import encode_pair
 from trimllm.evaluation.evaluate import Scorer, Scores, judge
 from trimllm.evaluation.generation import cut_note, generate
@@ -602,6 +603,14 @@ def test_generation_cuts_prompts_from_the_left_and_refuses_to_cut_all(tokenizer)
     assert short == tokenizer.decode([last], skip_special_tokens=True).strip()
     with pytest.raises(InputError, match="fill the 64 tokens of a row"):
         generate(model, tokenizer, [Item("r:1", "q", (" a",))], max_new_tokens=64)
+
+
+def test_a_length_above_the_context_is_said(tokenizer):
+    model, item = tiny.build("gpt2", depth=1), Item("r:1", "q", (" a", " b"))
+    asked = EvalConfig(model="m", task="t", max_length=1000)
+    note = inputs.scorer(asked, model, tokenizer, [item]).note
+    assert str(note).startswith("--max-length 1000: rows have at most the 64 tokens of the model's context")
+    assert "--max" not in str(inputs.scorer(asked.model_copy(update={"max_length": 64}), model, tokenizer, [item]).note)
 
 
 def test_prompts_that_generation_would_cut_are_told_to_the_token(tokenizer):

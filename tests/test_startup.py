@@ -67,19 +67,22 @@ def work(command):
 
 cli.parse = lambda words: None
 cli.run = work
-sys.exit(cli.main(["compare"]))
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_a_scheduler_that_ends_a_command_ends_what_it_started() -> None:
-    words = [sys.executable, "-c", TERMINATED]
+@pytest.mark.parametrize(
+    ("command", "more"), [("compare", "; a run that has begun goes on with --resume"), ("export", "")]
+)
+def test_a_scheduler_that_ends_a_command_ends_what_it_started(command: str, more: str) -> None:
+    words = [sys.executable, "-c", TERMINATED, command]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as begun:
         assert begun.stdout is not None
         own, child = int(begun.stdout.readline()), int(begun.stdout.readline())
         os.kill(own, signal.SIGTERM)
         _, error = begun.communicate(timeout=30)
     assert begun.returncode == 128 + signal.SIGTERM
-    assert error == "trimllm: ended by SIGTERM; a run that has begun goes on with --resume\n"
+    assert error == f"trimllm: ended by SIGTERM{more}\n"
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 

@@ -214,7 +214,7 @@ def test_columns_of_nearly_the_right_names(tmp_path, columns, renamed):
 
 def test_one_label_is_no_classification(tmp_path):
     said = message(write(tmp_path, *[{"text": "t", "label": "a"}] * 9))
-    assert said == "data: column 'label' has 1 different values in the rows; 2 are needed"
+    assert said == "data: column 'label' is 'a' in every row: give rows with two labels at the least"
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -309,9 +309,10 @@ def test_wrong_use_of_files(tmp_path):
             "FILE: a Hub source needs the field 'splits', such as {train: train, test: test}",
         ),
         ("kind: text\ntarget: x", "task 'task' has no source: add one to its YAML or give files with --task-files"),
+        ("kind: classification\ntarget: x", "or 'text' (to have texts classified: choice, with the labels as choices)"),
         ("- a", "FILE must be a YAML mapping with the fields name,"),
-        ("a: [", "FILE is not valid YAML: while parsing"),
-        ("kind: text\ntarget: x\nkind: choice", "FILE is not valid YAML: 'kind' stands there twice in"),
+        ("a: [", "FILE:1: not valid YAML: expected the node"),
+        ("kind: text\ntarget: x\nkind: choice", "FILE:3: not valid YAML: 'kind' stands there twice"),
         (
             "kind: text\ntarget: '{{ x'\nsource: {files: {train: t.txt}}",
             "task 'task': template '{{ x' is not valid Jinja:",

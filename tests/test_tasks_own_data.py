@@ -996,6 +996,16 @@ def test_yaml_names_own_columns_relative_to_itself(tmp_path, monkeypatch):
     assert (task.test[0].target, task.test[0].group) == ("\nnein", "10")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_what_excel_calls_unicode_text_is_read(tmp_path, encoding):
+    text = "text\tlabel\r\n" + "".join(f"Größe {n}\t{'ja' if n % 2 else 'nein'}\r\n" for n in range(40))
+    begin = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    (tmp_path / "rows.tsv").write_bytes(begin + text.encode(encoding))
+    task = load_task(tmp_path / "rows.tsv")
+    assert task.train[0].prompt.startswith("Größe ")
+    assert task.train[0].continuations == (" ja", " nein")
+
+
 def test_domain_text(tmp_path):
     jsonl(tmp_path / "a.jsonl", [{"text": "One."}, {"text": "Two."}])
     (tmp_path / "b.txt").write_text("Three.\n\nStill three.")

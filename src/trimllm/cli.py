@@ -173,10 +173,11 @@ def parse(arguments: list[str]) -> settings.Settings:
     stored = _stored(name, output) if resumes else {}
     beneath = stored | given
     if name in COMMANDS:
+        file = f" {path}" if (path := _value(arguments, "--config")) else ""
         for key in beneath:
             if key not in COMMANDS[name].model_fields:
                 meant = _of_others(name, key) or did_you_mean(key, COMMANDS[name].model_fields)
-                raise InputError(f"--config: unknown setting {key!r}{meant}")
+                raise InputError(f"--config{file}: unknown setting {key!r}{meant}")
     under: dict[str, Any] = {name: beneath} if beneath else {}
     try:
         root = _read(name, arguments, under)
@@ -326,7 +327,7 @@ def _carried_out(words: list[str]) -> int:
     """The exit code of a command, which says itself what went wrong."""
     remedy = "; a run that has begun goes on with --resume" if words and words[0] in RESUMABLE else ""
     try:
-        with termination_raises() if remedy and processes() == 1 else nullcontext():  # a launcher ends its processes
+        with termination_raises() if processes() == 1 else nullcontext():  # a launcher ends its processes
             run(parse(words))
     except TrimError as error:
         if first_to_fail():

@@ -82,6 +82,12 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _EveryKeyOnce)
 
 
+def not_yaml(path: str | Path, error: yaml.YAMLError) -> str:
+    """What is wrong with a file, and in which line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML: {problem or 'not a text'}"
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of indented JSON; infinite and undefined numbers, which JSON does not know, become null."""
     write_atomic(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")

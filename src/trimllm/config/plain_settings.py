@@ -33,9 +33,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file: give a YAML file") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or "not a text"
-        raise InputError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML: {problem}") from None
+        raise InputError(files.not_yaml(path, error)) from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `name: value` lines")
     named = {str(name).replace("-", "_"): value for name, value in values.items()}
@@ -91,6 +89,8 @@ def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if first["type"] == "literal_error":
         message += did_you_mean(str(first["input"]), re.findall("'(.+?)'", first["ctx"]["expected"]))
+    if first["type"] == "less_than" and names[:1] == ["keep"] and 1 < (share := float(first["input"])) < 100:
+        message += f" (a share: {share / 100:g} for {share:g} %)"
     if first["type"] == "sequence_str" or (first["type"] == "is_instance_of" and "Sequence" in message):
         message = "write a list, as [0, -1]"
     given = str(first["input"])  # from Python it may be a model or a task

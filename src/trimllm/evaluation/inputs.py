@@ -9,6 +9,7 @@ from trimllm import tasks
 from trimllm.checkpoints.mixed import Autocast
 from trimllm.config import TaskSettings
 from trimllm.errors import InputError
+from trimllm.evaluation import encoding
 from trimllm.evaluation.evaluate import TOKEN_BUDGET, Scorer
 from trimllm.tasks import Item, TaskData
 
@@ -63,4 +64,7 @@ def scorer(
     if budget is not None and made.batches.length > budget:
         longest = made.batches.length
         raise InputError(f"--eval-batch-size {budget}: the longest row has {longest} tokens: give at least so many")
+    if settings.max_length is not None and settings.max_length > (context := encoding.context_length(model.config)):
+        asked = f"--max-length {settings.max_length}: rows have at most the {context} tokens of the model's context"
+        made.note = "; ".join(filter(None, [asked, made.note]))
     return made

@@ -231,6 +231,15 @@ def guessing(row: dict[str, Any], items: Sequence[Item]) -> str | None:
     )
 
 
+def other_rates(stages: Sequence[dict[str, Any]]) -> str | None:
+    """One line if a run went on with another learning rate, which the settings do not show."""
+    rates = dict.fromkeys(row["train"]["lr"] for row in stages if row["train"]["steps"] and "lr" in row["train"])
+    if len(rates) < 2:
+        return None
+    told = ", then ".join(f"{rate:g}" for rate in rates)
+    return f"stages were trained at --lr {told}: the settings hold the last one"
+
+
 def at_the_end(
     config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: dict[str, float] | None
 ) -> list[str]:
@@ -256,6 +265,7 @@ def warnings(
     stages = [row for row in history if row["event"] == "stage"]
     worse = [few_rows(data.calibration), guessing(stages[0], data.calibration)]
     worse += [worsened(row, history[0]) for row in stages]
+    worse += [other_rates(stages)]
     ended = _ended(history, drops)
     missed = targets.missed(config, ended) if ended else None
     return [line for line in (*worse, missed) if line] + at_the_end(config, history, drops, speedup)

@@ -272,7 +272,8 @@ def _classification(name: str, rows: Iterable[Row]) -> TaskSpec:
     labels = {label for row in rows if not blank(label := row.values.get("label"))}
     names = list(dict.fromkeys(str(label).strip() for label in sorted(labels, key=_label_order)))
     if len(names) < 2:
-        raise InputError(f"{name}: column 'label' has {len(names)} different values in the rows; 2 are needed")
+        what = f"is {names[0]!r} in every row" if names else "is empty in every row"
+        raise InputError(f"{name}: column 'label' {what}: give rows with two labels at the least")
     readable = [label.replace("_", " ") for label in names]
     plain = len(set(readable)) < len(names)
     return TaskSpec(

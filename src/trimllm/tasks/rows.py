@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -105,7 +106,10 @@ def _open(path: Path) -> IO[str]:
         return cast("IO[str]", bz2.open(path, "rt", encoding="utf-8-sig"))
     if ending == ".zst":
         return io.TextIOWrapper(io.BytesIO(_zstd(path)), encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig", newline="" if ending in (".csv", ".tsv") else None)
+    with open(path, "rb") as file:
+        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # "Unicode text" of Excel
+    encoding = "utf-16" if wide else "utf-8-sig"
+    return open(path, encoding=encoding, newline="" if ending in (".csv", ".tsv") else None)
 
 
 def _zstd(path: Path) -> bytes:

@@ -138,7 +138,9 @@ def read_spec(path: Path) -> TaskSpec:
         raw = files.parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the task file {path}: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
+        raise InputError(files.not_yaml(path, error)) from error
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} must be a YAML mapping with the fields {', '.join(TaskSpec.model_fields)}")
@@ -160,6 +162,8 @@ def _explain(error: ValidationError | InputError) -> str:
         fields = [*TaskSpec.model_fields, *Source.model_fields, *Splits.model_fields]
         return f"unknown field '{place}'{did_you_mean(str(first['loc'][-1]), fields)}"
     message = first["msg"].removeprefix("Value error, ")
+    if place == "kind":
+        message = f"{message} (to have texts classified: choice, with the labels as choices)"
     return f"field '{place}': {message}" if place else message
 
 
