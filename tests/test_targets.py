@@ -9,7 +9,7 @@ from trimllm.blocks.layout import Block
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.run import recording
-from trimllm.run.targets import STUCK, Size, floor, missed, reached, slower, wanted_depth
+from trimllm.run.targets import STUCK, End, Size, floor, missed, reached, slower, wanted_depth
 
 
 def config(**values):
@@ -76,7 +76,10 @@ def test_target_that_drops_nothing_is_an_error_with_the_depth(values, depth, mes
     ids=str,
 )
 def test_reached(values, size, words):
-    assert reached(config(**values), 16, size) == words
+    end = reached(config(**values), 16, size)
+    assert (end and end.words) == words
+    drop = {"reached": words, "ended_by": end and end.by, "speedup": end and end.speedup}
+    assert End.of(drop) == end, "as it stands in a journal"
 
 
 def test_a_target_that_is_not_met_is_said():
@@ -89,7 +92,9 @@ def test_a_target_that_is_not_met_is_said():
         assert missed(config(**values), end) == f"{asked}: not met, since the drops ended before: the minimum depth, 4"
     assert missed(config(depth=2), STUCK).startswith("--depth 2: not met, since the drops ended before: every layer ")
     assert missed(config(max_params=1, depth=4, min_depth=4), reached(config(depth=4, min_depth=4), 16, size)) is None
-    assert missed(config(min_accuracy=9, min_depth=4), "the minimum depth, 4") is None, "a floor is all that was asked"
+    assert missed(config(min_accuracy=9, min_depth=4), End.least(config(min_depth=4))) is None, (
+        "a floor is all that was asked"
+    )
 
 
 def test_floor_is_the_stricter_of_both_and_follows_the_best_depth():
@@ -119,8 +124,9 @@ def test_the_least_size_is_that_of_no_larger_a_model_than_one_layer_leaves(famil
 
 
 def test_a_saved_model_is_slower_where_no_round_has_the_speed():
-    asked, ended = config(target_speedup=1.6), "1.67 times the base's speed"
+    asked = config(target_speedup=1.6)
+    ended = reached(asked, 5, Size(3, 0, 0, 1.67))
     assert slower(asked, ended, {"median": 1.55, "min": 1.5, "max": 1.6}) is None
     assert "decodes 1.55 times as fast" in slower(asked, ended, {"median": 1.55, "min": 1.5, "max": 1.59})
-    assert slower(asked, "the minimum depth, 3", {"median": 1.5, "max": 1.5}) is None, "that is said otherwise"
+    assert slower(asked, End.least(asked), {"median": 1.5, "max": 1.5}) is None, "that is said otherwise"
     assert slower(asked, None, {"median": 1.5, "max": 1.5}) is slower(asked, ended, None) is None

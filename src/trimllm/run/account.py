@@ -19,7 +19,7 @@ from trimllm.importance.scan import ScanResult
 from trimllm.importance.scores import parts
 from trimllm.importance.select import Choice
 from trimllm.run import targets
-from trimllm.run.targets import Size
+from trimllm.run.targets import End, Size
 from trimllm.tasks import Item, TaskData
 from trimllm.tasks.splits import majority
 from trimllm.training.packing import Example
@@ -271,10 +271,10 @@ def warnings(
     return [line for line in (*worse, missed) if line] + at_the_end(config, history, drops, speedup)
 
 
-def _ended(history: list[dict[str, Any]], drops: list[dict[str, Any]]) -> str | None:
-    """What ended the drops, in words; None where a floor did, or nothing was dropped."""
+def _ended(history: list[dict[str, Any]], drops: list[dict[str, Any]]) -> End | None:
+    """What ended the drops; None where a floor did, or nothing was dropped."""
     stages = [row for row in history if row["event"] == "stage"]
-    return drops[-1]["reached"] if drops and stages[-1]["depth"] == history[-1]["depth"] else None
+    return End.of(drops[-1]) if drops and stages[-1]["depth"] == history[-1]["depth"] else None
 
 
 def tokens(history: list[dict[str, Any]]) -> dict[str, Any]:

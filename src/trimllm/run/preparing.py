@@ -77,7 +77,7 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir, autocast: Aut
     depth = decoder.depth(model)
     targets.wanted_depth(config, depth)
     if (already := targets.reached(config, depth, recording.size(model, save_dtype))) is not None:
-        raise InputError(f"nothing to drop: the model already meets the target, {already}")
+        raise InputError(f"nothing to drop: the model already meets the target, {already.words}")
     if not begun:
         targets.check_possible(config, depth, recording.least_size(model, save_dtype))
     data = inputs.task_data(config, tokenizer)

@@ -36,6 +36,7 @@ from trimllm.run.journal import Journal
 from trimllm.run.preparing import Prepared, prepare
 from trimllm.run.recording import Recorder
 from trimllm.run.rundir import RunDir
+from trimllm.run.targets import End
 from trimllm.training import optimizer_state, sparse, train, training_rows
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
@@ -86,7 +87,8 @@ class State:
     """What the stage after those drops was, where it is trained already and not yet measured."""
     chosen: list[int] | None = None
     """Original blocks that train (sparse update); None: all."""
-    reached: str | None = None
+    end: End | None = None
+    """What ended the drops."""
     moments: Moments = field(default_factory=dict)
     """What AdamW goes on with in the next stage (--optimizer-state carried); filled by stages after drops."""
 
@@ -210,7 +212,7 @@ class Run:
             state.layout, state.stages = load_layout(done["layout"]), done["stage"] + 1
             self.console.say(f"going on after stage {done['stage']}, at depth {len(state.layout)}")
         if last is not None:
-            state.chosen, state.reached = last["trains"], last["reached"]
+            state.chosen, state.end = last["trains"], End.of(last)
         state.pending = [drop for drop in self.journal.of("drop") if drop["stage"] == state.stages]
         dropped = None if done is None else done["dropped"]
         if trained is not None and trained["stage"] == state.stages:
@@ -254,14 +256,14 @@ class Run:
         if not state.stages:
             self._stage(state, config.warmup_epochs, "warm-up")
         while self._above_floor():
-            enough = len(state.pending) >= config.drops_per_stage or state.reached or config.one_shot
+            enough = len(state.pending) >= config.drops_per_stage or state.end or config.one_shot
             if state.pending and enough:
                 units = sum(len(drop["units"]) for drop in state.pending)
-                epochs = targets.stage_epochs(config, units, state.stages, last=state.reached is not None)
+                epochs = targets.stage_epochs(config, units, state.stages, last=state.end is not None)
                 self._stage(state, epochs, f"depth {len(state.layout)}")
-            elif state.reached:
-                self.console.say(f"end of the drops: {state.reached}")
-                if missed := targets.missed(config, state.reached):
+            elif state.end:
+                self.console.say(f"end of the drops: {state.end.words}")
+                if missed := targets.missed(config, state.end):
                     self.console.say(f"warning: {missed}")
                 return
             else:
@@ -312,7 +314,7 @@ class Run:
         seed = config.seed * 1000 + state.stages
         plan = training_rows.steps(self.ready.task_rows, self.ready.text_rows, config, epochs, seed)
         watch = None
-        if config.schedule == "recover" and not warm and state.reached is None:
+        if config.schedule == "recover" and not warm and state.end is None:
             limit = recovery.limit(self.journal.of("stage"), config.recover_tolerance)
             watch = recovery.follow(state.model, self.ready.calibration, self.share, plan, epochs, limit)
         remedies = {"lr": config.lr, "max_grad_norm": config.max_grad_norm}  # a run may go on with others
@@ -411,10 +413,10 @@ class Run:
         surgery.apply_layout(state.model, cut)
         state.moments = optimizer_state.present(state.moments, state.model)
         before, state.layout = state.layout, after
-        state.reached = targets.reached(self.config, self.ready.base_depth, self.recorder.size(state.model))
-        if state.reached is None and not self.ready.decider.droppable(state.model, state.layout):
+        state.end = targets.reached(self.config, self.ready.base_depth, self.recorder.size(state.model))
+        if state.end is None and not self.ready.decider.droppable(state.model, state.layout):
             few = len(state.layout) - self.ready.decider.length < self.config.min_depth
-            state.reached = f"{targets.LEAST}, {self.config.min_depth}" if few else targets.STUCK
+            state.end = End.least(self.config) if few else targets.STUCK
         if self.share.first:
             files.write_json(parts.with_suffix(".json"), self.ready.decider.table(decision, before))
         state.pending.append(
@@ -425,7 +427,9 @@ class Run:
                 cut=dump_layout(cut),
                 layout=dump_layout(state.layout),
                 trains=state.chosen,
-                reached=state.reached,
+                reached=state.end and state.end.words,
+                ended_by=state.end and state.end.by,
+                speedup=state.end and state.end.speedup,
             )
         )
         for note in decision.result.notes:

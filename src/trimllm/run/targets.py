@@ -5,17 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trimllm.config import TrimConfig
 from trimllm.config.trim import FLOORS, MEASURED, SIZES
 from trimllm.errors import InputError
 
 GIB = 2**30
-LEAST = "the minimum depth"
-STUCK = "every layer that remains is protected or cannot be removed"
-FASTER = " times the base's speed"
 LATE_SHARE = 2 / 3
 """Share of the training after drops that waits for the last drop with --schedule late; see docs/results.md."""
+
+
+@dataclass(frozen=True)
+class End:
+    """What ends the drops."""
+
+    by: str
+    """The setting that is met (`depth` stands for keep, too), `min_depth`, or `stuck`."""
+    words: str
+    speedup: float | None = None
+    """How many times the base's speed it was, where that ends them."""
+
+    @classmethod
+    def of(cls, drop: dict[str, Any]) -> End | None:
+        """What a journaled drop says."""
+        words = drop["reached"]
+        return cls(drop.get("ended_by", "depth"), words, drop.get("speedup")) if words else None
+
+    @classmethod
+    def least(cls, config: TrimConfig) -> End:
+        """No layer may go, for --min-depth."""
+        return cls("min_depth", f"the minimum depth, {config.min_depth}")
+
+
+STUCK = End("stuck", "every layer that remains is protected or cannot be removed")
 
 
 @dataclass(frozen=True)
@@ -51,20 +74,18 @@ def wanted_depth(config: TrimConfig, base_depth: int) -> int | None:
     return None if asked is None else max(asked, config.min_depth)
 
 
-def reached(config: TrimConfig, base_depth: int, size: Size) -> str | None:
-    """The target that `size` meets, in words, or None if the run goes on."""
+def reached(config: TrimConfig, base_depth: int, size: Size) -> End | None:
+    """The target that `size` meets, or None if the run goes on."""
     asked = asked_depth(config, base_depth)
     if asked is not None and size.depth <= asked:
-        return f"depth {size.depth}"
+        return End("depth", f"depth {size.depth}")
     if config.max_params is not None and size.parameters <= config.max_params:
-        return f"{size.parameters:,} parameters"
+        return End("max_params", f"{size.parameters:,} parameters")
     if config.max_memory is not None and size.bytes <= config.max_memory * GIB:
-        return f"{size.bytes / GIB:.3f} GiB"
+        return End("max_memory", f"{size.bytes / GIB:.3f} GiB")
     if config.target_speedup is not None and size.speedup is not None and size.speedup >= config.target_speedup:
-        return f"{size.speedup:.2f}{FASTER}"
-    if size.depth <= config.min_depth:
-        return f"{LEAST}, {config.min_depth}"
-    return None
+        return End("target_speedup", f"{size.speedup:.2f} times the base's speed", size.speedup)
+    return End.least(config) if size.depth <= config.min_depth else None
 
 
 def check_possible(config: TrimConfig, base_depth: int, least: Size) -> None:
@@ -90,23 +111,23 @@ def check_possible(config: TrimConfig, base_depth: int, least: Size) -> None:
         )
 
 
-def missed(config: TrimConfig, reached: str) -> str | None:
-    """One line where what ended the drops, in words, is none of the sizes that were asked for."""
+def missed(config: TrimConfig, end: End) -> str | None:
+    """One line where what ended the drops is none of the sizes that were asked for."""
     asked = [f"--{name.replace('_', '-')} {value}" for name in SIZES if (value := getattr(config, name)) is not None]
-    if not asked or not reached.startswith((LEAST, STUCK)):
+    if not asked or end.by not in ("min_depth", "stuck"):
         return None
-    return f"{' and '.join(asked)}: not met, since the drops ended before: {reached}"
+    return f"{' and '.join(asked)}: not met, since the drops ended before: {end.words}"
 
 
-def slower(config: TrimConfig, reached: str | None, speedup: dict[str, float] | None) -> str | None:
+def slower(config: TrimConfig, end: End | None, speedup: dict[str, float] | None) -> str | None:
     """One line where the drops ended at the speed that was asked for, and the saved model has less in every round."""
-    if config.target_speedup is None or not speedup or not (reached or "").endswith(FASTER):
+    if config.target_speedup is None or not speedup or end is None or end.speedup is None:
         return None
     if speedup["max"] >= config.target_speedup:
         return None
     return (
         f"--target-speedup {config.target_speedup}: the saved model decodes {speedup['median']:.2f} times as fast as "
-        f"the base; when the drops ended it was {(reached or '').removesuffix(FASTER)}: measure it with trimllm bench"
+        f"the base; when the drops ended it was {end.speedup:.2f}: measure it with trimllm bench"
     )
 
 
