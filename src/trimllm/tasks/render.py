@@ -220,7 +220,7 @@ def _texts(values: Any, field: str, place: str, *, single: bool = False) -> tupl
         what = "has an empty entry" if values else "is empty"
         raise InputError(f"{place}: field '{field}' {what}; fill it in or drop the row")
     if nested := [value for value in values if isinstance(value, NESTED)]:
-        what = not_text(nested[0]).partition(": say")[0]
+        what, _ = _no_text(nested[0])
         named = "name its texts in a task YAML (`| map(attribute='text') | list`)"
         raise InputError(f"{place}: field '{field}' {what}: {named}")
     return tuple(str(value) for value in values)
@@ -326,11 +326,16 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 def not_text(value: Any) -> str:
     """What a value is, if it is no text, with what to write in a task YAML."""
+    return ": ".join(_no_text(value))
+
+
+def _no_text(value: Any) -> tuple[str, str]:
+    """What a value is that is no text, and what to do."""
     shown = repr(value)[:_SHOWN] + ("..." if len(repr(value)) > _SHOWN else "")
     if isinstance(value, bytes):
-        return f"holds bytes that are no text ({shown}): leave it out"
+        return f"holds bytes that are no text ({shown})", "leave it out"
     kind, example = ("a list", "join(' ')") if isinstance(value, list | tuple) else ("an object", "tojson")
-    return f"holds {kind} ({shown}): say in a task YAML what of it is written (a part of it, or `| {example}`)"
+    return f"holds {kind} ({shown})", f"say in a task YAML what of it is written (a part of it, or `| {example}`)"
 
 
 def _required(value: Any, column: str) -> Any:
