@@ -24,7 +24,7 @@ from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
 from trimllm.console import Console
 from trimllm.evaluation import fluency
-from trimllm.run import progressive
+from trimllm.run import progressive, targets
 from trimllm.run.progressive import trim
 from trimllm.tasks import world
 
@@ -185,8 +185,8 @@ class Killed(BaseException):
 def floor_ends(monkeypatch: Any, stages: int) -> None:
     """The stage of this number (1-based) is the first that falls below the floor."""
     monkeypatch.setattr(progressive.Run, "_above_floor", lambda run: len(run.journal.of("stage")) < stages)
-    good = progressive.Run._good
-    monkeypatch.setattr(progressive.Run, "_good", lambda run, all_: good(run, all_[: stages - 1]))
+    good = targets.last_good
+    monkeypatch.setattr(targets, "last_good", lambda config, all_, kept: good(config, all_[: stages - 1], kept))
 
 
 def kill_at(monkeypatch: Any, owner: Any, name: str, call: int, *, after: bool = False) -> None:

@@ -26,7 +26,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import inputs
 from trimllm.evaluation.evaluate import Scorer, evaluate
 from trimllm.evaluation.paired import difference
-from trimllm.importance import scores, weights
+from trimllm.importance import scan, scores, weights
 from trimllm.importance.rules import Rules
 from trimllm.run import account, deciding, preparing, progressive, rundir, targets
 from trimllm.tasks import Item
@@ -161,7 +161,7 @@ def test_a_result_is_not_held_against_what_was_not_asked(base, task, tmp_path):
 
 def test_answers_that_a_killed_run_left_of_another_model_are_not_used(base, task, tmp_path):
     output, settings = tmp_path / "run", {"depth": 4, "report_depths": True}
-    h.killed_run((progressive.recording.Recorder, "write_result", 1), base, task, output, **settings)
+    h.killed_run((progressive.Recorder, "write_result", 1), base, task, output, **settings)
     path = output / "answers" / "saved.json"
     kept = json.loads(path.read_text())
     path.write_text(json.dumps(kept | {"values": [12.34] * 8}))
@@ -662,7 +662,7 @@ def test_a_run_by_loss_scans_by_likelihood_and_reports_accuracy(base, task, tmp_
 def test_dozens_of_choices_are_pointed_out_where_another_strategy_would_ask_fewer(
     base, task, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(progressive.scan, "MANY_CHOICES", 2)
+    monkeypatch.setattr(scan, "MANY_CHOICES", 2)
     ways = {"plain": {}, "racing": {"scan": "racing", **PAPERS}, "recover": {"schedule": "recover"}}
     ways["loss"] = {"strategy": "loss"}
     for name, changes in ways.items():

@@ -10,7 +10,6 @@ way saved since; the order of training rows comes from the seed and the stage's 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,10 +27,8 @@ from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
-from trimllm.importance import scan, scores
-from trimllm.importance.select import BREAKS_TIES
 from trimllm.parallel import Share
-from trimllm.run import account, checks, licences, placing, recording, recovery, rundir, targets, used_rows
+from trimllm.run import account, checks, licences, opening, placing, recovery, rundir, targets, used_rows
 from trimllm.run.journal import Journal
 from trimllm.run.preparing import Prepared, prepare
 from trimllm.run.recording import Recorder
@@ -138,7 +135,8 @@ class Run:
         self._begin(loaded, asked)
         if (done := self.journal.last("done")) is not None:
             self.console.say(f"{self.dir.root} is finished: {done['table']}")
-            self._forget()
+            if self.share.first:
+                self.dir.forget(self._measured())
             return self._load(self.dir.model), self.history()
         self.recorder = self._recorder()
         self._start(loaded)
@@ -174,35 +172,12 @@ class Run:
 
     def _start(self, loaded: Loaded) -> None:
         """Say what is there, and measure the base."""
-        config, ready, say = self.config, self.ready, self.console.say
-        data = ready.data
-        parameters = recording.size(loaded.model, ready.save_dtype).parameters
-        least = "at least " if targets.drops_end_sooner(config) else ""
-        end = "" if ready.decider.wanted is None else f"; {least}{ready.decider.wanted} layers are to stay"
-        say(f"{config.model}: {ready.base_depth} layers, {parameters:,} parameters{end}")
-        for note in loaded.notes:
-            say(f"  {note}")
-        say(
-            f"{data.name}: {len(data.train):,} training rows, {len(data.calibration):,} for calibration, "
-            f"{len(data.test):,} reported; {account.KINDS[data.kind]}, metric {data.metric}"
-        )
-        self.said = {note for note in (ready.calibration.note, ready.test.note) if note}
-        for note in (*data.notes, *self.said):
-            say(f"  {note}")
-        if few := account.few_rows(data.calibration):
-            say(f"warning: {few}")
-        say(account.device_line(config, self.accelerator))
-        if ready.text_rows:
-            say(account.text_line(config, ready.text_rows, ready.task_rows, ready.ahead))
-        say(account.training_ahead(config, ready.ahead, ready.tokens_per_epoch))
-        may_change = config.scan == "exact" and config.schedule != "recover" and not self.journal.of("base")
-        if may_change and (slow := scan.many_choices_note(ready.calibration, config.strategy)):
-            say(f"  {slow}")
-        _, *breaks = scores.parts(config.strategy)
-        if breaks and ready.decider.tolerance:
-            say(f"candidates within {ready.decider.tolerance:.2f} points are tied: the {BREAKS_TIES[breaks[0]]} goes")
-        if not self.journal.of("base"):
-            self.recorder.record("base", loaded.model, whole(ready.base_depth))
+        begun = bool(self.journal.of("base"))
+        for line in opening.lines(self.config, loaded, self.ready, self.accelerator, begun=begun):
+            self.console.say(line)
+        self.said = opening.scorer_notes(self.ready)
+        if not begun:
+            self.recorder.record("base", loaded.model, whole(self.ready.base_depth))
 
     def _restore(self, loaded: Loaded) -> State:
         """The state that the journal describes, weights included."""
@@ -387,17 +362,6 @@ class Run:
             teacher = [self.ready.base_depth] if self.config.distill else []
             self.dir.clean(stages, trained, teacher, every=self.config.keep_checkpoints)
 
-    def _forget(self) -> None:
-        """Of a finished run, delete what AdamW knew where a floor ended it, a depth that was trained and never
-        measured, since a floor was raised then, and what a kill left of the last stage on its way."""
-        if self.share.first:
-            self.dir.underway.unlink(missing_ok=True)
-            measured = {stage["depth"] for stage in self.journal.of("stage")}
-            for depth in self.dir.kept_depths():
-                optimizer_state.delete(self.dir.checkpoint(depth))
-                if depth not in measured:
-                    shutil.rmtree(self.dir.checkpoint(depth))
-
     def _drop(self, state: State) -> None:
         """Scan, choose, cut. The scan's finished batches survive a kill."""
         parts = self.dir.batches_of_scan(len(self.journal.of("drop")))
@@ -440,32 +404,17 @@ class Run:
             f"  {account.drop_line(choices, before, decision.result, decision.joint, self.config.strategy)}"
         )
 
+    def _measured(self) -> set[int]:
+        """Depths whose stage was measured."""
+        return {stage["depth"] for stage in self.journal.of("stage")}
+
     def history(self) -> History:
         """Rows of the base, the warmed-up model, every depth on the way, and the result as it was saved."""
         return [*self.journal.of("base"), *self.journal.of("stage"), *self.journal.of("saved")[-1:]]
 
-    def _good(self, stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The last stage that meets the floor.
-
-        Raises:
-            InputError: if a floor that was raised since asks for one whose weights are gone.
-        """
-        limit = targets.floor(self.config, [stage["calibration"]["value"] for stage in stages])
-        good = [stage for stage in stages if stage["calibration"]["value"] >= limit]
-        kept = self.dir.kept_depths()
-        here = [stage for stage in stages if len(stage["layout"]) in kept]
-        if not good or good[-1] not in here:
-            known = ", ".join(f"{len(one['layout'])} layers: {one['calibration']['value']:.1f}" for one in here)
-            why = "the weights of the depth that meets it are gone" if good else "no depth meets it"
-            raise InputError(
-                f"a floor of {limit:.1f} on the calibration set: {why}; there are those of {known}: lower "
-                "--min-accuracy or give a larger --max-drop, or start another run"
-            )
-        return good[-1]
-
     def _finish(self, state: State, fingerprint: str) -> tuple[Any, History]:
         stages = self.journal.of("stage")
-        good = self._good(stages)
+        good = targets.last_good(self.config, stages, self.dir.kept_depths())
         depth, layout = len(good["layout"]), load_layout(good["layout"])
         model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(depth))
         models.cast(model, self.ready.save_dtype)
@@ -504,5 +453,6 @@ class Run:
         if speedup and depth < self.ready.base_depth:
             self.console.say(f"  {account.faster_line(speedup)}")
         self.journal.add("done", table=f"{depth} layers, {reached}")
-        self._forget()
+        if self.share.first:
+            self.dir.forget(self._measured())
         return saved, self.history()

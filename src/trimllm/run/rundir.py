@@ -88,6 +88,15 @@ class RunDir:
             elif depth not in [*stages, *trained][-1:]:
                 optimizer_state.delete(self.checkpoint(depth))
 
+    def forget(self, measured: Collection[int]) -> None:
+        """Of a finished run, delete what AdamW knew where a floor ended it, a depth that was trained and not
+        `measured`, since a floor was raised then, and what a kill left of the last stage on its way."""
+        self.underway.unlink(missing_ok=True)
+        for depth in self.kept_depths():
+            optimizer_state.delete(self.checkpoint(depth))
+            if depth not in measured:
+                shutil.rmtree(self.checkpoint(depth))
+
 
 def check(config: TrimConfig) -> None:
     """Whether what stands in the directory is nothing, or this run; nothing is written.

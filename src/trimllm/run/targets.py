@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +178,25 @@ def drops_end_sooner(config: TrimConfig) -> bool:
 def ends_sooner(config: TrimConfig) -> bool:
     """Whether training may end before the wanted depth, or a stage before its epochs."""
     return config.schedule == "recover" or drops_end_sooner(config)
+
+
+def last_good(config: TrimConfig, stages: Sequence[dict[str, Any]], kept: Collection[int]) -> dict[str, Any]:
+    """The last journaled stage that meets the floor; `kept` are the depths whose weights are there.
+
+    Raises:
+        InputError: if a floor that was raised since asks for one whose weights are gone.
+    """
+    limit = floor(config, [stage["calibration"]["value"] for stage in stages])
+    good = [stage for stage in stages if stage["calibration"]["value"] >= limit]
+    here = [stage for stage in stages if len(stage["layout"]) in kept]
+    if not good or good[-1] not in here:
+        known = ", ".join(f"{len(one['layout'])} layers: {one['calibration']['value']:.1f}" for one in here)
+        why = "the weights of the depth that meets it are gone" if good else "no depth meets it"
+        raise InputError(
+            f"a floor of {limit:.1f} on the calibration set: {why}; there are those of {known}: lower "
+            "--min-accuracy or give a larger --max-drop, or start another run"
+        )
+    return good[-1]
 
 
 def floor(config: TrimConfig, values: Sequence[float]) -> float:
