@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
-from trimllm import cli
+from trimllm import cli, compare
+from trimllm.baselines import cell
 from trimllm.bench import timing
 from trimllm.checkpoints import verification
 from trimllm.checkpoints.loading import load_tokenizer
@@ -128,6 +130,32 @@ def fast(monkeypatch: Any) -> None:
     monkeypatch.setattr(verification, "STEPS", 1)
     monkeypatch.setattr(fluency, "TOKENS", 3)
     monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+SPEED = {
+    "ratio": {"median": 1.0, "min": 0.9, "max": 1.1},
+    "prefill_tokens_per_second": 1.0,
+    "decode_tokens_per_second": 1.0,
+    "peak_bytes": None,
+}
+"""Of a row of a comparison that was not timed."""
+
+
+def in_process(monkeypatch: Any, picture: bool = False, apart: str = "") -> None:
+    """Rows of comparisons are made in this process: no child starts, nothing is timed, but for the row of the method
+    `apart`."""
+
+    def child(command: list[str], **_: Any) -> Any:
+        assert command[1:3] == ["-m", "trimllm.baselines.cell"]
+        if command[4] == apart:
+            return subprocess.run(command)
+        return SimpleNamespace(returncode=cell.main(command[3:]))
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=child))
+    monkeypatch.setattr(cell, "speed", lambda *_: SPEED)
+    fast(monkeypatch)
+    if not picture:
+        monkeypatch.setattr(compare, "compare_plot", lambda *_: None)
 
 
 def arguments(values: dict[str, Any]) -> list[str]:

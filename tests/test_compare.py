@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_run import Killed, fast, save_base, save_task, with_own_code
+from helpers_run import SPEED, Killed, in_process, save_base, save_task, with_own_code
 from matplotlib.axes import Axes
 from transformers import AutoTokenizer
 
@@ -44,12 +44,7 @@ DONE = {
     "parameters": 10,
     "disk_bytes": 40,
     "accuracy": {"t": {"metric": "acc", "value": 50.0, "stderr": 1.0, "n": 4}},
-    "speed": {
-        "ratio": {"median": 1.0, "min": 0.9, "max": 1.1},
-        "prefill_tokens_per_second": 1.0,
-        "decode_tokens_per_second": 1.0,
-        "peak_bytes": None,
-    },
+    "speed": SPEED,
     "tokens": 0,
     "train_seconds": 0.0,
     "compress_seconds": 0.0,
@@ -88,22 +83,6 @@ def settings(world: tuple[Path, Path], output: Path, **changes: Any) -> CompareC
 def go(command: CompareConfig) -> dict[str, dict[str, Any]]:
     rows = compare.compare(command, Console(quiet=True))["rows"]
     return {Cell(METHODS[row["method"]], row["keep"]).name: row for row in rows}
-
-
-def in_process(monkeypatch: Any, picture: bool = False, apart: str = "") -> None:
-    """Rows are made in this process: no child starts, nothing is timed, but for the row of the method `apart`."""
-
-    def child(command: list[str], **_: Any) -> Any:
-        assert command[1:3] == ["-m", "trimllm.baselines.cell"]
-        if command[4] == apart:
-            return subprocess.run(command)
-        return SimpleNamespace(returncode=cell.main(command[3:]))
-
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=child))
-    monkeypatch.setattr(cell, "speed", lambda *_: DONE["speed"])
-    fast(monkeypatch)
-    if not picture:
-        monkeypatch.setattr(compare, "compare_plot", lambda *_: None)
 
 
 def made_up(monkeypatch: Any, **made: Any) -> list[list[str]]:

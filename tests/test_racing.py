@@ -269,6 +269,7 @@ def test_a_scan_races_in_the_order_of_a_runs_first(base, task, tmp_path, monkeyp
         return race(*given)
 
     monkeypatch.setattr(Rules, "race", watched)
+    h.fast(monkeypatch)
     asked = {"scan": "racing", "strategy": "scan+norm", "seed": 5}
     h.run(base, task, tmp_path / "run", depth=DEPTH - 1, warmup_epochs=0, epochs_per_drop=0, **asked)
     words = {"model": base, "task": task, "output": tmp_path / "scan", "calibration_size": 6, **asked}
@@ -277,7 +278,8 @@ def test_a_scan_races_in_the_order_of_a_runs_first(base, task, tmp_path, monkeyp
     assert set(seeds) == {5 + DEPTH}
 
 
-def test_a_scan_of_random_scores_names_what_a_run_would_drop_first(base, task, tmp_path, capsys):
+def test_a_scan_of_random_scores_names_what_a_run_would_drop_first(base, task, tmp_path, monkeypatch):
+    h.fast(monkeypatch)
     run = {"strategy": "random", "depth": DEPTH - 1, "warmup_epochs": 0, "epochs_per_drop": 0}
     for seed in (0, 1, 2):
         h.run(base, task, tmp_path / f"run-{seed}", seed=seed, **run)

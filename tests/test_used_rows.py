@@ -125,7 +125,7 @@ def seen_of(rows: Path, seed: int) -> int:
 
 def test_a_comparison_keeps_what_its_rows_are_made_with(made, tmp_path, capsys, monkeypatch):
     rows, run = made
-    h.fast(monkeypatch)
+    h.in_process(monkeypatch)
     words = ["compare", "--model", run / "model", "--task", rows, "--output", tmp_path / "made"]
     words += ["--sequence", 8, "--new-tokens", 2, "--repeats", 1, "--calibration-size", 6, "--methods", "base"]
     told = warned(capsys, *words)
