@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from trimllm import cli, commands, config, plot
 from trimllm.bench import benching, reads, shapes, tables, timing
 from trimllm.errors import InputError, TrimError
+from trimllm.startup import Terminated
 
 
 def bytes_of(model):
@@ -372,6 +374,22 @@ def test_ctrl_c_ends_the_process_of_a_model_without_a_traceback(capfd):
         with pytest.raises(BrokenProcessPool):
             pool.submit(os.getpid).result()
     assert capfd.readouterr().err == ""
+
+
+def test_a_scheduler_that_ends_bench_ends_what_a_models_process_is_doing():
+    found = []
+
+    def ended():
+        with benching._pool() as pool:
+            found.extend([pool.submit(os.getpid).result(), pool.submit(time.sleep, 600)])
+            raise Terminated
+
+    with pytest.raises(Terminated):
+        ended()
+    process, doing = found
+    assert isinstance(doing.exception(timeout=0), BrokenProcessPool)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
 
 
 def test_bench_writes_before_it_prints(tmp_path, monkeypatch):

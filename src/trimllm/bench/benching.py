@@ -11,12 +11,12 @@ import ctypes
 import gc
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -228,9 +228,16 @@ def measure(
     return known, measured
 
 
-def _pool() -> ProcessPoolExecutor:
-    """The process of one model."""
-    return ProcessPoolExecutor(1, get_context("spawn"), initializer=startup.child, initargs=(__name__,))
+@contextlib.contextmanager
+def _pool() -> Iterator[ProcessPoolExecutor]:
+    """The process of one model. Where a scheduler ends this one, it ends too, whatever it is doing."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=startup.child, initargs=(__name__,)) as pool:
+        try:
+            yield pool
+        except startup.Terminated:
+            for child in active_children():
+                child.terminate()
+            raise
 
 
 def _check(command: BenchConfig) -> None:
