@@ -239,7 +239,7 @@ def test_a_run_that_a_floor_ends_keeps_no_state_either(base, task, tmp_path, mon
 def test_state_that_a_kill_left_in_a_finished_run_goes_when_it_is_asked_again(base, task, tmp_path, monkeypatch):
     h.floor_ends(monkeypatch, 3)
     output, settings = tmp_path / "run", CARRIED | {"min_accuracy": 0}
-    h.killed_run((progressive.Run, "_forget", 1), base, task, output, **settings)
+    h.killed_run((RunDir, "forget", 1), base, task, output, **settings)
     assert list(output.rglob(optimizer_state.FOLDER))
     h.run(base, task, output, **settings, resume=True)
     assert not list(output.rglob(optimizer_state.FOLDER))
