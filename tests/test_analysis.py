@@ -498,7 +498,7 @@ def test_an_analysis_that_cannot_be_is_refused_in_one_line(base, tmp_path, capsy
 
 def test_the_ceiling_is_what_the_true_importance_reaches_against_a_noisy_scan():
     generator, found, halved = np.random.default_rng(0), [], []
-    for _ in range(200):
+    for _ in range(100):
         true = generator.uniform(0.6, 0.95, 16)
         hits = (generator.random((16, 100)) < true[:, None]).astype(float)
         halved.append(summary.halves(hits, 0))

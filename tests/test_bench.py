@@ -376,7 +376,8 @@ def test_ctrl_c_ends_the_process_of_a_model_without_a_traceback(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_scheduler_that_ends_bench_ends_what_a_models_process_is_doing():
+def test_a_scheduler_that_ends_bench_ends_what_a_models_process_is_doing(monkeypatch):
+    monkeypatch.setattr(benching, "get_context", lambda _: get_context("fork"))  # a new one imports torch
     found = []
 
     def ended():
