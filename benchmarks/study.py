@@ -32,6 +32,7 @@ from typing import Any
 from _sides import machine, run
 
 from trimllm import config
+from trimllm.baselines import METHODS
 from trimllm.checkpoints import models
 from trimllm.config import TrimConfig, plain_settings, without_idle
 from trimllm.console import Console, table
@@ -184,14 +185,9 @@ ARMS = {
     "random": _peer("random"),
     "last": _peer("last"),
     **{
-        f"Sajjad, {name}": replace(_peer(strategy), from_base=True)
-        for name, strategy in (
-            ("top", "last"),
-            ("bottom", "first"),
-            ("alternate", "alternate"),
-            ("symmetric", "symmetric"),
-            ("contribution", "bi"),
-        )
+        f"Sajjad, {method.name}": replace(_peer(method.settings["strategy"]), from_base=True)
+        for method in METHODS.values()
+        if method.module == "sajjad"
     },
     "full, as long": Arm({"strategy": "last", "one_shot": True}, per_depth=True, whole=True),
     "distilled": Arm({"distill": 0.5}, per_depth=True, late=LATE_SHARE),

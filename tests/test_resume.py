@@ -470,6 +470,7 @@ def test_loss_that_is_not_a_number_names_the_step_and_a_smaller_rate_goes_on(
     assert h.journal(output)[: len(journaled)] == journaled
     told = "stages were trained at --lr 0.001, then 0.0001: the settings hold the last one"
     assert told in h.result(output)["warnings"]
+    assert f"warning: {told}\n" in capsys.readouterr().err
     assert not any("stages were trained" in one for one in h.result(straight)["warnings"])
     assert h.result(output)["settings"]["lr"] == 1e-4
     assert h.drops(output)[0] == h.drops(straight)[0]

@@ -32,6 +32,8 @@ from trimllm.run import account, deciding, preparing, progressive, rundir, targe
 from trimllm.tasks import Item
 from trimllm.training import losses, train
 
+FINAL_SPEEDUP = progressive.Recorder.final_speedup
+"""As it is where a test does not make it fast."""
 pytestmark = pytest.mark.usefixtures("fast")
 
 PAPERS = {"strategy": "scan+norm"}
@@ -772,6 +774,13 @@ def test_console_says_every_depth_once(base, task, tmp_path, capsys):
     faster = "decodes 1.25 times as fast as the base (1.25 to 1.25, measured in turn)"
     assert lines[-1] == f"  {faster}"
     assert f"This checkpoint: {faster}." in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_the_speed_at_the_end_is_the_results_over_the_bases(base, tmp_path):
+    config = TrimConfig(model=str(base), task="t", output=str(tmp_path))
+    recorder = progressive.Recorder(config, Console(quiet=True), None, None, torch.device("cpu"), *[None] * 5)
+    found = FINAL_SPEEDUP(recorder, tiny.build("llama", depth=4))
+    assert found == {"median": 1.25, "min": 1.25, "max": 1.25}
 
 
 def test_a_model_that_is_no_better_than_guessing_is_said_before_drops_begin(base, task, tmp_path, scripted, capsys):

@@ -73,12 +73,10 @@ def export_folder(directory: Path) -> Path:
     Raises:
         InputError: if there is none that trimllm wrote.
     """
-    run = RunDir(directory)
-    placing.refuse_comparison(directory)
-    holds = placing.held(directory)
-    if holds == "run" and not run.result.exists():
+    run, holds_run = RunDir(directory), placing.holds_run(directory)
+    if holds_run and not run.result.exists():
         raise InputError(f"{directory}: the run is not finished: go on with trimllm trim --output {directory} --resume")
-    folder = run.model if holds == "run" else directory
+    folder = run.model if holds_run else directory
     if not folder.is_dir():
         raise InputError(f"{directory}: there is no such directory: give that of a run or of a checkpoint")
     lacking = [name for name in ("config.json", "plan.json") if not (folder / name).exists()]

@@ -28,14 +28,13 @@ def checkpoint(command: config.ExportConfig) -> Iterator[Path]:
     Raises:
         InputError: if there is none.
     """
-    run, holds = RunDir(command.source), placing.held(command.source)
-    placing.refuse_comparison(command.source)
+    run, holds_run = RunDir(command.source), placing.holds_run(command.source)
     if command.depth is not None:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=run.root if run.root.is_dir() else None) as scratch:
             folder = Path(scratch) / "checkpoint"
             save_depth(command, folder)
             yield folder
-    elif holds == "run":
+    elif holds_run:
         if not run.model.exists():
             kept = ", ".join(map(str, run.kept_depths())) or "none"
             raise InputError(f"{run.root}: the run is not finished: name a depth it kept with --depth (kept: {kept})")
@@ -60,8 +59,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         InputError: if there is no such run, or it did not keep that depth.
     """
     run = RunDir(command.source)
-    placing.refuse_comparison(command.source)
-    if placing.held(command.source) != "run":
+    if not placing.holds_run(command.source):
         raise InputError(f"{command.source} holds no run: give the --output of a trimllm trim")
     assert command.depth is not None
     folder = run.checkpoint(command.depth)

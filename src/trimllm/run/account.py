@@ -250,7 +250,8 @@ def at_the_end(
     found = [none] if saved["depth"] == base["depth"] else []
     collapsed = fluency.warning(base.get("fluency"), saved.get("fluency"))
     slower = targets.slower(config, _ended(history, drops), speedup)
-    return [*found, *filter(None, [collapsed, slower])]
+    rates = other_rates([row for row in history if row["event"] == "stage"])
+    return [*found, *filter(None, [collapsed, slower, rates])]
 
 
 def warnings(
@@ -265,7 +266,6 @@ def warnings(
     stages = [row for row in history if row["event"] == "stage"]
     worse = [few_rows(data.calibration), guessing(stages[0], data.calibration)]
     worse += [worsened(row, history[0]) for row in stages]
-    worse += [other_rates(stages)]
     ended = _ended(history, drops)
     missed = targets.missed(config, ended) if ended else None
     return [line for line in (*worse, missed) if line] + at_the_end(config, history, drops, speedup)

@@ -40,12 +40,14 @@ def check_held(output: str | Path, kind: type[Settings]) -> None:
         raise InputError(f"--output {output}: the directory holds a {found}, not a {wanted}: choose another one")
 
 
-def refuse_comparison(folder: str | Path) -> None:
-    """Raise InputError where a run or checkpoint is asked for and `folder` holds a comparison; names one in it."""
-    if held(folder) == "comparison":
+def holds_run(folder: str | Path) -> bool:
+    """Whether `folder` holds a run. Raises InputError where it holds a comparison, and names a checkpoint in it."""
+    found = held(folder)
+    if found == "comparison":
         made = sorted(Path(folder).glob("cells/*/model"))
         example = f", such as {made[0]}" if made else ""
         raise InputError(f"{folder} holds a comparison, not a run: give a checkpoint in it{example}")
+    return found == "run"
 
 
 def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def hold_out_test(items: Sequence[Item], seed: int) -> tuple[list[Item], list[It
     """(what remains, test): a seeded fifth of the questions, 1,000 at most."""
     available = distinct(items)
     if available < 3:
-        rows = _counted(items, "rows")
+        rows = _counted(items, available, "rows")
         raise InputError(f"{rows} are too few to hold out a test and a calibration part: give at least 3")
     return hold_out(items, max(1, min(TEST_ROWS, round(TEST_SHARE * available))), f"{seed}:test")
 
@@ -254,7 +254,7 @@ def _calibration_size(items: Sequence[Item], leaked: int, held: int, wanted: int
     report."""
     available = distinct(items)
     more = f" ({leaked} more are left out: they stand in the reported set)" if leaked else ""
-    rows = _counted(items, "training rows") + more
+    rows = _counted(items, available, "training rows") + more
     if wanted is not None:
         if wanted >= available:
             raise InputError(f"calibration_size {wanted} needs more than the {rows}: give more or ask less")
@@ -265,9 +265,8 @@ def _calibration_size(items: Sequence[Item], leaked: int, held: int, wanted: int
     return max(1, min(round(100 / resolution), int(CALIBRATION_SHARE * available)))
 
 
-def _counted(items: Sequence[Item], what: str) -> str:
-    """How many there are, and where they begin."""
-    available = distinct(items)
+def _counted(items: Sequence[Item], available: int, what: str) -> str:
+    """How many there are, of which so many differ, and where they begin."""
     different = "different " if available < len(items) else ""
     return f"{available} {different}{what} (from {items[0].place} on)"
 
