@@ -18,7 +18,7 @@ from trimllm.analysis import lens, probes, ranks, summary, tracing
 from trimllm.blocks import decoder, families
 from trimllm.blocks.layout import Unit, units, whole
 from trimllm.errors import InputError
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import forward
 from trimllm.evaluation.encoding import Encoded
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import activations, scan
@@ -148,8 +148,8 @@ def test_states_are_read_in_chunks_as_they_are_at_once(llama, tokenizer, monkeyp
     _, made, _ = prepared(llama, tokenizer)
     every = halves_of(llama)
     at_once = [lens.logit_lens(llama, made, every), lens.promotion(llama, made, every)]
-    monkeypatch.setattr(evaluate, "LOGITS", 1)
-    monkeypatch.setattr(evaluate, "LEAST_PLACES", 5)
+    monkeypatch.setattr(forward, "LOGITS", 1)
+    monkeypatch.setattr(forward, "LEAST_PLACES", 5)
     for one, other in zip(
         at_once, [lens.logit_lens(llama, made, every), lens.promotion(llama, made, every)], strict=True
     ):
@@ -254,11 +254,11 @@ def test_everything_restored_at_all_places_of_the_answer_gives_the_clean_model(l
     assert len(batch.where) > len(batch.owners) == 3
     every = [(i, "") for i in range(DEPTH)]
     with probes.reading(llama, every, batch.where) as written:
-        clean = evaluate.batch_pieces(llama, batch)
+        clean = forward.batch_pieces(llama, batch)
     with tracing._noisy(llama, batch, own, 3.0, 0, 0):
-        corrupted = evaluate.batch_pieces(llama, batch)
+        corrupted = forward.batch_pieces(llama, batch)
         with probes.writing(llama, written, batch.where):
-            restored = evaluate.batch_pieces(llama, batch)
+            restored = forward.batch_pieces(llama, batch)
     for owner, (loglik, _, _) in clean.items():
         assert restored[owner][0] == pytest.approx(loglik, abs=1e-4)
         assert corrupted[owner][0] != pytest.approx(loglik, abs=1e-2)
@@ -321,9 +321,9 @@ def everything_restored(model, batch, own, every):
         for name in ([""] if unit.kind == "block" else probes.half_modules(model, unit.kind, unit.index))
     ]
     with probes.reading(model, modules, at) as written:
-        clean = evaluate.batch_pieces(model, batch)
+        clean = forward.batch_pieces(model, batch)
     with tracing._noisy(model, batch, own, 1.0, 0, 0), probes.writing(model, written, at):
-        pieces = evaluate.batch_pieces(model, batch)
+        pieces = forward.batch_pieces(model, batch)
     assert set(pieces) == set(clean)
     return [100 * np.exp(pieces[item, 0][0]) for item in sorted(item for item, _ in batch.owners)]
 

@@ -15,10 +15,11 @@ import torch
 from trimllm.blocks import decoder
 from trimllm.config import EvalConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import batches, encoding, evaluate, inputs
+from trimllm.evaluation import batches, encoding, evaluate, forward, inputs
 from trimllm.evaluation.encoding import encode_pair
-from trimllm.evaluation.evaluate import Scorer, Scores, judge
+from trimllm.evaluation.evaluate import Scorer
 from trimllm.evaluation.generation import cut_note, generate
+from trimllm.evaluation.judging import Scores, judge
 from trimllm.evaluation.paired import difference
 from trimllm.tasks.items import Item
 
@@ -194,7 +195,7 @@ def test_a_model_that_was_cast_since_is_scored_as_by_a_scorer_of_its_own(made_in
 def test_outcomes_of_other_rows_are_an_error(tokenizer, questions):
     model = tiny.build("llama", depth=2)
     scorer = Scorer(model, tokenizer, questions)
-    pieces = [evaluate.batch_pieces(model, batch) for batch in scorer.batches]
+    pieces = [forward.batch_pieces(model, batch) for batch in scorer.batches]
     assert evaluate.gather(pieces, scorer.encoded) == scorer.score(model)
     for wrong in (pieces[1:], [*pieces, pieces[0]]):
         with pytest.raises(ValueError, match=r"item \d+: outcomes of .* tokens per continuation, but there are"):
@@ -202,30 +203,30 @@ def test_outcomes_of_other_rows_are_an_error(tokenizer, questions):
 
 
 def test_memory_that_ends_while_shared_prompts_are_tried_does_not_forbid_them(tokenizer, questions, monkeypatch):
-    model, forward = tiny.build("llama", depth=2), evaluate.batch_pieces
+    model, computed = tiny.build("llama", depth=2), forward.batch_pieces
     expected = Scorer(model, tokenizer, questions).score(model)
 
     def tight(model, batch):
         if len(batch.real) > 1:
             raise torch.OutOfMemoryError
-        return forward(model, batch)
+        return computed(model, batch)
 
-    monkeypatch.setattr(evaluate, "batch_pieces", tight)
+    monkeypatch.setattr(forward, "batch_pieces", tight)
     scorer = Scorer(model, tokenizer, questions)
     assert scorer.branches
     assert_close(scorer.score(model).loglik, expected.loglik)
 
 
 def test_where_memory_has_no_room_for_shared_prompts_the_note_says_so(tokenizer, questions, monkeypatch):
-    model, forward = tiny.build("llama", depth=2), evaluate.batch_pieces
+    model, computed = tiny.build("llama", depth=2), forward.batch_pieces
     expected = Scorer(model, tokenizer, questions).score(model)
 
     def tight(model, batch):
         if "position_ids" in batch.inputs:
             raise torch.OutOfMemoryError
-        return forward(model, batch)
+        return computed(model, batch)
 
-    monkeypatch.setattr(evaluate, "batch_pieces", tight)
+    monkeypatch.setattr(forward, "batch_pieces", tight)
     scorer = Scorer(model, tokenizer, questions)
     assert scorer.note == "choices are scored one by one: memory has no room for shared prompts of llama"
     assert_close(scorer.score(model).loglik, expected.loglik)
@@ -293,7 +294,7 @@ def test_logits_taken_a_few_positions_at_a_time_score_alike(tokenizer, questions
     scorer = Scorer(model, tokenizer, questions)
     at_once = scorer.score(model)
     parts = []
-    monkeypatch.setattr(evaluate, "chunk", lambda vocabulary: parts.append(vocabulary) or 2)
+    monkeypatch.setattr(forward, "chunk", lambda vocabulary: parts.append(vocabulary) or 2)
     apart = scorer.score(model)
     assert parts == [model.config.vocab_size] * len(scorer.batches)
     assert apart.loglik == at_once.loglik
@@ -312,14 +313,14 @@ def test_an_item_that_a_narrow_dtype_cannot_score_is_named(tokenizer, questions,
     model = tiny.build("llama", depth=1)
     made = Scorer(model, tokenizer, questions, token_budget=10**6, branches=True)
     third = [number for number, (item, _) in enumerate(made.batches[0].owners) if item == 2]
-    compute = evaluate.target_logprobs
+    compute = forward.target_logprobs
 
     def overflowing(model, batch):
         logprobs, greedy = compute(model, batch)
         logprobs[batch.segment == third[0]] = -torch.inf
         return logprobs, greedy
 
-    monkeypatch.setattr(evaluate, "target_logprobs", overflowing)
+    monkeypatch.setattr(forward, "target_logprobs", overflowing)
     with pytest.raises(TrimError, match=r"for 1 of \d+ continuations in a batch \(the first: item 3 of its set\)"):
         made.score(model)
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import forward
 from trimllm.training import losses, packing
 from trimllm.training.packing import ALONE, Example, Way, arrange, deal, find_way, pack
 
@@ -77,8 +77,8 @@ def test_packed_rows_give_the_loss_and_gradients_of_single_rows(family):
 def test_logits_in_chunks_give_the_same_loss_and_gradients(family, monkeypatch):
     model = tiny.build(family, 4)
     packed = pack(ROWS[:4], ALONE, 0)
-    monkeypatch.setattr(evaluate, "LEAST_PLACES", 3)
-    monkeypatch.setattr(evaluate, "LOGITS", 4 * 64)
+    monkeypatch.setattr(forward, "LEAST_PLACES", 3)
+    monkeypatch.setattr(forward, "LOGITS", 4 * 64)
     places = losses.places_at_once(model, packed)
     assert places == 4
     same(ours(model, packed, places), ours(model, packed))

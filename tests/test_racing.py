@@ -17,7 +17,7 @@ from trimllm.blocks.layout import units, whole
 from trimllm.checkpoints.models import DEMO
 from trimllm.commands.scan import scan_table
 from trimllm.errors import InputError
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import judging
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import racing, scan
 from trimllm.importance.racing import Rule
@@ -216,7 +216,7 @@ def test_run_by_races(tmp_path, monkeypatch):
 
 def test_table_of_a_race_says_which_accuracies_are_foreseen():
     units_, ones = units("block", whole(2)), np.ones(2)
-    base, seen, foreseen = (evaluate.estimate(share, n, "acc") for share, n in ((1.0, 24), (0.5, 24), (0.25, 8)))
+    base, seen, foreseen = (judging.estimate(share, n, "acc") for share, n in ((1.0, 24), (0.5, 24), (0.25, 8)))
     result = scan.ScanResult(units_, base, [seen, foreseen], ones, ones, ones, ones, 0.0, running=(0,))
     record = scan.table(result, result.evidence(np.arange(2.0), 2), "scan+norm", ["block 0", "block 1"])
     assert ["n" in row for row in record["units"]] == [False, True]

@@ -18,7 +18,7 @@ from trimllm.blocks import decoder, families
 from trimllm.blocks.layout import Unit, units, whole
 from trimllm.blocks.surgery import drop_layers
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import evaluate, forward
 from trimllm.evaluation.batches import make_rows
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan
@@ -237,7 +237,7 @@ def test_a_family_without_halves_or_without_cuts_is_refused_with_the_reason(toke
 
 def test_a_resumed_forward_that_gives_other_numbers_is_not_used(tokenizer, questions, monkeypatch):
     model = tiny.build("llama", DEPTH)
-    true_pieces, calls = evaluate.batch_pieces, []
+    true_pieces, calls = forward.batch_pieces, []
 
     def second_differs(model, batch):
         pieces = true_pieces(model, batch)
@@ -246,7 +246,7 @@ def test_a_resumed_forward_that_gives_other_numbers_is_not_used(tokenizer, quest
         return {owner: (loglik + shift, *rest) for owner, (loglik, *rest) in pieces.items()}
 
     scorer = Scorer(model, tokenizer, questions)
-    monkeypatch.setattr(evaluate, "batch_pieces", second_differs)
+    monkeypatch.setattr(forward, "batch_pieces", second_differs)
     result = scan.scan(model, scorer, "acc")
     assert any("cannot be resumed" in note for note in result.notes)
 

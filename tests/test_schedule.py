@@ -18,8 +18,9 @@ from trimllm.checkpoints.loading import load_tokenizer
 from trimllm.checkpoints.models import DEMO
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
-from trimllm.evaluation.evaluate import Evaluation, Scorer
+from trimllm.evaluation.evaluate import Scorer
 from trimllm.evaluation.inputs import scorer, task_data
+from trimllm.evaluation.judging import Evaluation
 from trimllm.importance import joint
 from trimllm.importance.joint import Joint
 from trimllm.parallel import ALONE

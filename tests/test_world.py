@@ -15,7 +15,7 @@ from trimllm.config import DemoConfig
 from trimllm.demo import demo, pretrain
 from trimllm.demo.steps import lr_share, option
 from trimllm.errors import InputError
-from trimllm.evaluation.evaluate import Evaluation
+from trimllm.evaluation.judging import Evaluation
 from trimllm.tasks import world
 from trimllm.tasks.world_data import ATTRIBUTES
 

@@ -21,10 +21,11 @@ from trimllm.analysis import probes
 from trimllm.blocks import decoder, families
 from trimllm.blocks.layout import HALVES, Unit
 from trimllm.errors import InputError
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import forward
 from trimllm.evaluation.batches import Batch, Batches, make_rows
 from trimllm.evaluation.encoding import Encoded
-from trimllm.evaluation.evaluate import Evaluation, Scorer
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.evaluation.judging import Evaluation
 from trimllm.importance import activations
 from trimllm.importance.scores import Array
 
@@ -56,8 +57,8 @@ def answered(model: Any, scorer: Scorer, asked: Sequence[Encoded], base: Evaluat
     if base.correct:
         return [one for one in asked if base.correct[one.item]][:most]
     made = batches(model, scorer, asked)
-    parts = (made.compute(number, lambda batch: evaluate.batch_pieces(model, batch)) for number in range(len(made)))
-    scores = evaluate.add_up(pieces for part in parts for pieces in part)
+    parts = (made.compute(number, lambda batch: forward.batch_pieces(model, batch)) for number in range(len(made)))
+    scores = forward.add_up(pieces for part in parts for pieces in part)
     return [one for one in asked if scores[one.item, 0][2]][:most]
 
 
@@ -160,7 +161,7 @@ def _read(model: Any, several: Sequence[torch.Tensor], tokens: torch.Tensor) -> 
     """What the tail reads from each of several states (k, hidden) about `tokens` (k,): (3, k) probability, whether it
     is the most likely one, and logit less the mean over the vocabulary."""
     hidden = torch.cat([states.to(tokens.device) for states in several], dim=-2)
-    count = evaluate.chunk(decoder.text_config(model).vocab_size)
+    count = forward.chunk(decoder.text_config(model).vocab_size)
     found = []
     for states, ids in zip(hidden.split(count, dim=-2), tokens.repeat(len(several)).split(count), strict=True):
         logits = probes.tail_logits(model, states).to(ids.device)
@@ -177,7 +178,7 @@ def _check_tail(model: Any, batch: Batch, what: str) -> None:
         stream = activations.keeping_stream(model, batch, mids=False)[1]
         read = probes.tail_logits(model, probes.at_places(stream[decoder.depth(model)], at))
         fits = probes.agree(model, read, own)
-    except evaluate.UNFIT:
+    except forward.UNFIT:
         fits = False
     if not fits:
         kind = model.config.model_type

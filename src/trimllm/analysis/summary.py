@@ -12,7 +12,7 @@ from trimllm.blocks import decoder
 from trimllm.config import ScanConfig
 from trimllm.console import Console, table
 from trimllm.errors import InputError
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import forward
 from trimllm.evaluation.encoding import Encoded
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan
@@ -76,7 +76,7 @@ def measure(
     """
     units, notes = result.candidates, list[str]()
     measures: dict[str, Array] = {}
-    with evaluate.evaluating(model):
+    with forward.evaluating(model):
         made = lens.batches(model, scorer, asked)
         for look in (lens.logit_lens, lens.promotion):
             try:

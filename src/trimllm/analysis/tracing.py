@@ -20,7 +20,7 @@ from trimllm.blocks.layout import Unit
 from trimllm.errors import InputError
 from trimllm.evaluation.batches import Batch, Batches
 from trimllm.evaluation.encoding import Encoded
-from trimllm.evaluation.evaluate import Pieces
+from trimllm.evaluation.forward import Pieces
 from trimllm.importance import activations
 from trimllm.importance.scores import Array
 

@@ -14,8 +14,9 @@ from trimllm.commands import shared
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs, paired
-from trimllm.evaluation.evaluate import Evaluation, Scorer
+from trimllm.evaluation.evaluate import Scorer
 from trimllm.evaluation.generation import cut_note, generate
+from trimllm.evaluation.judging import Evaluation
 from trimllm.run import used_rows
 from trimllm.tasks import metrics
 

@@ -24,7 +24,8 @@ from trimllm.checkpoints import folders, loading, models
 from trimllm.config import plain_settings
 from trimllm.console import Console, clock, table
 from trimllm.evaluation import paired
-from trimllm.evaluation.evaluate import Evaluation, Scorer
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.evaluation.judging import Evaluation
 from trimllm.run.progressive import trim
 from trimllm.run.rundir import RunDir
 from trimllm.tasks import load_task, world

@@ -14,7 +14,7 @@ from trimllm.blocks import decoder, families
 from trimllm.checkpoints.loading import plain_generation
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
-from trimllm.evaluation.evaluate import evaluating
+from trimllm.evaluation.forward import evaluating
 from trimllm.tasks.items import Item
 
 ROWS = 16

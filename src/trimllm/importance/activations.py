@@ -11,9 +11,9 @@ import torch
 
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Unit
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import forward
 from trimllm.evaluation.batches import Batch
-from trimllm.evaluation.evaluate import Pieces
+from trimllm.evaluation.forward import Pieces
 
 
 def keeping_stream(model: Any, batch: Batch, *, mids: bool) -> tuple[Pieces, dict[float, torch.Tensor]]:
@@ -37,7 +37,7 @@ def keeping_stream(model: Any, batch: Batch, *, mids: bool) -> tuple[Pieces, dic
             if middle is not None:
                 hooks.callback(middle.register_forward_pre_hook(keep(i + 0.5), with_kwargs=True).remove)
         hooks.callback(decoder.blocks(model)[-1].register_forward_hook(keep_output).remove)
-        return evaluate.batch_pieces(model, batch), stream
+        return forward.batch_pieces(model, batch), stream
 
 
 def ends(unit: Unit) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimllm.evaluation.evaluate import Evaluation
+from trimllm.evaluation.judging import Evaluation
 from trimllm.importance.select import Choice
 
 

@@ -21,9 +21,11 @@ from trimllm.blocks import config_rules, decoder, families, legality
 from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
 from trimllm.blocks.trial import trial
 from trimllm.errors import InputError
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import evaluate, forward, judging
 from trimllm.evaluation.batches import Batch, Batches
-from trimllm.evaluation.evaluate import Evaluation, NotFiniteError, Pieces, Scorer
+from trimllm.evaluation.evaluate import Scorer
+from trimllm.evaluation.forward import NotFiniteError, Pieces
+from trimllm.evaluation.judging import Evaluation
 from trimllm.importance import activations, racing
 from trimllm.importance.scores import Array, Evidence, importance, needs, s_norm
 from trimllm.importance.scores import parts as parts_of
@@ -190,7 +192,7 @@ def scan(
     if race is not None and (metric not in ("acc", "acc_norm") or len(scorer.items) < 2 * racing.SMALLEST):
         notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
         race = None
-    with evaluate.evaluating(model):  # whether it may be resumed shows in the weights' own dtype
+    with forward.evaluating(model):  # whether it may be resumed shows in the weights' own dtype
         resume = trials and _resumes_exactly(model, longest)
     with scorer.computing(model):
         if trials and not resume:
@@ -239,7 +241,7 @@ def _race(
 ) -> ScanResult:
     """Trials in rounds of items, hardest first; candidates without a chance to win stop (see `racing`)."""
     count, metric = len(scorer.items), untried.intact.metric
-    hits, margins = evaluate.outcomes(
+    hits, margins = judging.outcomes(
         scorer.items, evaluate.gather([part.intact for part in parts], scorer.encoded), metric
     )
     position = positions(untried.candidates, range(decoder.depth(model)))
@@ -260,17 +262,17 @@ def _race(
         rows = []
         for i in running:
             scores = evaluate.gather([part.trials[i] for part in new], encoded)
-            rows.append(evaluate.outcomes([scorer.items[k] for k in places], scores, metric)[0][order])
+            rows.append(judging.outcomes([scorer.items[k] for k in places], scores, metric)[0][order])
         return np.stack(rows)
 
     end = racing.race(compute, hits, margins, rule, race.confidence, race.seed)
 
     def trial_of(i: int) -> Evaluation:
         if i in end.running:
-            return evaluate.judge(
+            return judging.judge(
                 scorer.items, evaluate.gather([part.trials[i] for part in raced], scorer.encoded), metric
             )
-        return evaluate.estimate(end.expected[i] / count, end.seen[i], metric)
+        return judging.estimate(end.expected[i] / count, end.seen[i], metric)
 
     trials = [trial_of(i) for i in range(len(end.seen))]
     share = end.computed / (count * len(trials))
@@ -303,16 +305,16 @@ def _candidates(model: Any, every: Sequence[Unit], batch: Batch | None) -> tuple
 def _runs(model: Any, batch: Batch, unit: Unit) -> bool:
     """Whether the trial deletion of a unit can be computed; where memory runs out, the scan itself says so."""
     try:
-        with evaluate.evaluating(model), torch.no_grad():
+        with forward.evaluating(model), torch.no_grad():
             _trial(model, batch, unit, {}, resume=False)
-    except evaluate.UNFIT as error:
+    except forward.UNFIT as error:
         return memory.is_out_of_memory(error)
     return True
 
 
 def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: list[Unit], trials: bool) -> ScanResult:
     def judged(pieces: list[Pieces]) -> Evaluation:
-        return evaluate.judge(scorer.items, evaluate.gather(pieces, scorer.encoded), metric)
+        return judging.judge(scorer.items, evaluate.gather(pieces, scorer.encoded), metric)
 
     tokens, sequences = (sum(getattr(part, name) for part in ordered) for name in ("right", "sequences"))
     over = {"norm": tokens, "cosine": tokens, "run_cosine": tokens, "run_angle": sequences}
@@ -337,10 +339,10 @@ def _together(rows: str, parts: Sequence[Part]) -> Part:
     """The part of a batch, with the digest of its rows, that was computed in pieces."""
     if len(parts) == 1:
         return replace(parts[0], rows=rows)
-    trials = [evaluate.add_up(part.trials[i] for part in parts) for i in range(len(parts[0].trials))]
+    trials = [forward.add_up(part.trials[i] for part in parts) for i in range(len(parts[0].trials))]
     sums = {name: np.sum([part.sums[name] for part in parts], axis=0).tolist() for name in parts[0].sums}
     tokens, sequences = sum(part.right for part in parts), sum(part.sequences for part in parts)
-    return Part(rows, evaluate.add_up(part.intact for part in parts), trials, tokens, sequences, sums)
+    return Part(rows, forward.add_up(part.intact for part in parts), trials, tokens, sequences, sums)
 
 
 def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tensor], resume: bool) -> Pieces:
@@ -351,7 +353,7 @@ def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tenso
         if start:
             injection.hidden = stream[start]
         try:
-            return evaluate.batch_pieces(model, batch)
+            return forward.batch_pieces(model, batch)
         except NotFiniteError as error:
             raise NotFiniteError(f"without {unit} of the {len(before)} that there are, {error}") from None
 
@@ -366,8 +368,8 @@ def _resumes_exactly(model: Any, batch: Batch) -> bool:
     try:
         with trial(model, whole(depth), resume_from=depth // 2) as injection:
             injection.hidden = stream[depth // 2]
-            again = evaluate.batch_pieces(model, batch)
-    except evaluate.UNFIT:
+            again = forward.batch_pieces(model, batch)
+    except forward.UNFIT:
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     return all(abs(base[owner][0] - again[owner][0]) <= tolerance * max(1.0, abs(base[owner][0])) for owner in base)

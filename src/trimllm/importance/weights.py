@@ -11,7 +11,7 @@ import torch
 
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Unit
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import forward
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scores
 from trimllm.importance.scores import Array
@@ -68,7 +68,7 @@ def gradients(model: Any, scorer: Scorer) -> Iterator[None]:
     try:
         count = 0
         for batch in scorer.right_only(model).batches:
-            logprobs, _ = evaluate.target_logprobs(model, batch)
+            logprobs, _ = forward.target_logprobs(model, batch)
             (-logprobs.sum()).backward()
             count += logprobs.numel()
         for parameter in model.parameters():

@@ -12,7 +12,7 @@ from trimllm.blocks.layout import Layout, describe, load_layout, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluation import fluency
-from trimllm.evaluation.evaluate import Evaluation
+from trimllm.evaluation.judging import Evaluation
 from trimllm.evaluation.paired import shown
 from trimllm.importance.joint import Joint, accepted
 from trimllm.importance.scan import ScanResult

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from trimllm.blocks.decoder import text_decoder
-from trimllm.evaluation import evaluate
+from trimllm.evaluation import forward
 from trimllm.training.packing import Packed, target_logits
 
 Loss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -63,7 +63,7 @@ def decode(model: Any, packed: Packed) -> tuple[torch.Tensor, Any]:
 
     handle = text_decoder(model).register_forward_hook(keep)
     try:
-        with evaluate.head_only_at(model, packed.where[:0]):
+        with forward.head_only_at(model, packed.where[:0]):
             model(**packed.inputs, use_cache=False)
     finally:
         handle.remove()
@@ -101,11 +101,11 @@ def places_at_once(model: Any, packed: Packed) -> int:
     if head is None or not len(packed.targets):
         return everything
     try:
-        with evaluate.evaluating(model):
+        with forward.evaluating(model):
             apart = logits_of(model, *decode(model, packed)) - (whole := target_logits(model, packed))
-    except (*evaluate.UNFIT, AttributeError):
+    except (*forward.UNFIT, AttributeError):
         return everything
     tolerance = TOLERANCE if model.dtype == torch.float32 else 0.05
     if not apart.abs().max() <= tolerance * whole.abs().max().clamp(min=1):
         return everything
-    return evaluate.chunk(whole.shape[-1])
+    return forward.chunk(whole.shape[-1])

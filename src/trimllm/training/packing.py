@@ -15,7 +15,7 @@ import torch
 
 from trimllm import memory
 from trimllm.blocks import decoder, families
-from trimllm.evaluation import encoding, evaluate
+from trimllm.evaluation import encoding, forward
 
 MOST_PER_PACKED_ROW = 8
 """How many rows, on average, may share a packed row."""
@@ -169,12 +169,12 @@ def find_way(model: Any, examples: Sequence[Example], pad_id: int) -> tuple[Way,
         return ALONE, f"no two rows fit the context of {limit} tokens together"
     sample = [short, fitting[-1], second]
     tolerance = TOLERANCE if model.dtype == torch.float32 else 0.3
-    with torch.no_grad(), evaluate.evaluating(model):
+    with torch.no_grad(), forward.evaluating(model):
         alone = torch.cat([_logprobs(model, lay_out([[one]], pad_id, model.device)) for one in sample])
         for way in (Way(limit), *([Way(limit, model.dtype)] if decoder.takes_masks(model) else [])):
             try:
                 together = _logprobs(model, lay_out([sample, sample], pad_id, model.device, way.mask))
-            except evaluate.UNFIT as error:
+            except forward.UNFIT as error:
                 if memory.is_out_of_memory(error):
                     return ALONE, "memory ran out when packed rows were tried"
                 continue
@@ -191,6 +191,6 @@ def _logprobs(model: Any, packed: Packed) -> torch.Tensor:
 
 def target_logits(model: Any, packed: Packed) -> torch.Tensor:
     """Logits (k, vocabulary) at the positions of the targets; the output head computes no others."""
-    with evaluate.head_only_at(model, packed.where) as used:
+    with forward.head_only_at(model, packed.where) as used:
         logits = model(**packed.inputs, use_cache=False).logits.flatten(0, 1)
     return logits if used else logits.index_select(0, packed.where)
