@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from trimllm.checkpoints import mixed
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.evaluate import MIXED, Scorer
-from trimllm.importance import scan
+from trimllm.importance import deletion, scan
 from trimllm.run import progressive
 
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
@@ -86,7 +86,7 @@ def test_a_run_measures_in_mixed_precision_but_for_the_result(base, task, tmp_pa
         return work(model, scorer, *arguments, **more)
 
     monkeypatch.setattr(scan, "scan", scanning)
-    h.killed_run((scan, "_part", 2), base, task, tmp_path / "run", **changes)
+    h.killed_run((deletion, "measure", 2), base, task, tmp_path / "run", **changes)
     h.run(base, task, tmp_path / "run", resume=True, **changes)
     *way, saved = dtypes(tmp_path / "run")
     assert {dtype for _, dtype in way} == {MIXED}
@@ -98,13 +98,13 @@ def test_a_run_measures_in_mixed_precision_but_for_the_result(base, task, tmp_pa
 @pytest.mark.usefixtures("fast")
 def test_batches_of_another_precision_are_scanned_again(base, task, tmp_path, monkeypatch):
     """A run that was begun on a GPU goes on on a CPU."""
-    output, scanned, part = tmp_path / "run", [], scan._part
+    output, scanned, part = tmp_path / "run", [], deletion.measure
     with monkeypatch.context() as patch:
         patch.setattr(mixed, "measuring", lambda _: AUTOCAST)
-        h.killed_run((scan, "_part", 2), base, task, output)
+        h.killed_run((deletion, "measure", 2), base, task, output)
     (batches,) = (output / "scans").glob("*.jsonl")
     assert len(batches.read_text().splitlines()) == 1
-    monkeypatch.setattr(scan, "_part", lambda *a, **k: scanned.append(1) or part(*a, **k))
+    monkeypatch.setattr(deletion, "measure", lambda *a, **k: scanned.append(1) or part(*a, **k))
     h.killed_run((progressive.Run, "_drop", 1, True), base, task, output, resume=True)
     again = len(scanned)
     scanned.clear()

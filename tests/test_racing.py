@@ -20,6 +20,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation import judging
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import racing, scan
+from trimllm.importance.deletion import Part
 from trimllm.importance.racing import Rule
 from trimllm.importance.rules import Rules
 from trimllm.importance.scores import Evidence
@@ -160,7 +161,7 @@ def test_scan_that_races_finds_what_the_exact_one_finds(knowing):
     assert f"{len(racing_scan.running)} of 6 candidates to the end" in racing_scan.notes[-1]
     assert sum(len(trial) > 0 for part in kept.values() for trial in part.trials) < 6 * len(kept)
     # what was finished before an interruption is not computed again
-    half = {n: scan.Part.load(kept[n].dump()) for n in sorted(kept)[: len(kept) // 2]}
+    half = {n: Part.load(kept[n].dump()) for n in sorted(kept)[: len(kept) // 2]}
     made = []
     again = scan.scan(
         model,
@@ -175,7 +176,7 @@ def test_scan_that_races_finds_what_the_exact_one_finds(knowing):
     assert again.running == racing_scan.running
     # a part that lacks a candidate which runs now (numbers may round otherwise elsewhere) is computed again
     last = max(kept)
-    torn = {n: scan.Part.load(part.dump()) for n, part in kept.items()}
+    torn = {n: Part.load(part.dump()) for n, part in kept.items()}
     torn[last].trials[racing_scan.running[0]] = {}
     made.clear()
     third = scan.scan(

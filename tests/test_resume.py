@@ -19,7 +19,7 @@ from trimllm.console import Console
 from trimllm.demo.demo import demo
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import batches
-from trimllm.importance import scan
+from trimllm.importance import deletion
 from trimllm.run import account, deciding, placing, progressive, recording, rundir
 from trimllm.run.progressive import trim
 from trimllm.training import optimizer_state, train
@@ -59,7 +59,7 @@ POINTS = {
     "between the first checkpoint and its journal line": (progressive.Run, "_checkpoint", 1, True),
     "while the fine-tuned model is measured": (recording, "size", 2, False),
     "between warm-up and scan": (progressive.Run, "_drop", 1, False),
-    "in the first scan": (scan, "_part", 2, False),
+    "in the first scan": (deletion, "measure", 2, False),
     "between scan and choice": (deciding.Decider, "_choose", 1, False),
     "after the drop, before its journal line": (deciding.Decider, "table", 1, False),
     "between drop and training": (progressive.Run, "_drop", 1, True),
@@ -69,7 +69,7 @@ POINTS = {
     "while a depth is measured": (recording.Recorder, "record", 3, False),
     "between the journal line and cleaning up": (progressive.Run, "_clean", 2, False),
     "while an old checkpoint is deleted": (shutil, "rmtree", 4, False),
-    "in the second scan": (scan, "_part", 4, False),
+    "in the second scan": (deletion, "measure", 4, False),
     "before the export": (progressive.Run, "_finish", 1, False),
     "in the export": (verification, "verify", 1, False),
     "between the export and result.json": (progressive.Run, "_load", 1, False),
@@ -174,8 +174,8 @@ def test_marks_that_earlier_versions_noted_are_those_of_the_same_weights(base, t
 
 
 def count_parts(monkeypatch):
-    measured, part = [], scan._part
-    monkeypatch.setattr(scan, "_part", lambda *a, **k: measured.append(1) or part(*a, **k))
+    measured, part = [], deletion.measure
+    monkeypatch.setattr(deletion, "measure", lambda *a, **k: measured.append(1) or part(*a, **k))
     return measured
 
 
@@ -186,7 +186,7 @@ def scanned(*arguments, resume=False, **changes):
 
 def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path, straight, monkeypatch):
     output = tmp_path / "run"
-    h.killed_run((scan, "_part", 2), base, task, output, depth=4)
+    h.killed_run((deletion, "measure", 2), base, task, output, depth=4)
     lines = (output / "scans" / "scan-000.jsonl").read_bytes().splitlines()
     assert len(lines) == 1
     measured = count_parts(monkeypatch)
@@ -198,7 +198,7 @@ def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path,
 
 def test_batches_that_a_version_summed_over_other_tokens_are_computed_again(base, task, tmp_path):
     output = tmp_path / "run"
-    h.killed_run((scan, "_part", 2), base, task, output, depth=4)
+    h.killed_run((deletion, "measure", 2), base, task, output, depth=4)
     parts = output / "scans" / "scan-000.jsonl"
     (older,) = [json.loads(line) for line in parts.read_text().splitlines()]
     older["tokens"] = 3 * older.pop("right")
@@ -211,7 +211,7 @@ def test_batches_that_a_version_summed_over_other_tokens_are_computed_again(base
 
 def test_scan_in_batches_of_another_size_is_not_continued(base, task, tmp_path):
     output = tmp_path / "run"
-    h.killed_run((scan, "_part", 2), base, task, output, depth=4)
+    h.killed_run((deletion, "measure", 2), base, task, output, depth=4)
     scanned(base, task, output, depth=4, resume=True, eval_batch_size=40)
     scanned(base, task, tmp_path / "straight", depth=4, eval_batch_size=40)
     tables = [json.loads((run / "scans" / "scan-000.json").read_text()) for run in (output, tmp_path / "straight")]
@@ -224,7 +224,7 @@ def test_scan_that_another_kind_of_device_began_is_not_continued(base, task, tmp
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(batches, "ENOUGH", {"cpu": 40})  # where this machine puts rows of other lengths together
-        h.kill_at(patch, scan, "_part", 2)
+        h.kill_at(patch, deletion, "measure", 2)
         with pytest.raises(h.Killed):
             h.run(base, task, output, depth=4)
     assert (output / "scans" / "scan-000.jsonl").exists()
@@ -242,7 +242,7 @@ def test_race_that_another_kind_of_device_began_is_not_continued(base, tmp_path,
         output = tmp_path / f"run-{call}"
         with monkeypatch.context() as patch:
             patch.setattr(batches, "ENOUGH", {})
-            h.kill_at(patch, scan, "_part", call)
+            h.kill_at(patch, deletion, "measure", call)
             with pytest.raises(h.Killed):
                 h.run(base, task, output, **race)
         scanned(base, task, output, **race, resume=True)
@@ -252,7 +252,7 @@ def test_race_that_another_kind_of_device_began_is_not_continued(base, tmp_path,
 
 def test_scan_that_asked_all_choices_is_not_continued_with_right_ones_alone(base, task, tmp_path, monkeypatch):
     output = tmp_path / "run"
-    h.killed_run((scan, "_part", 2), base, task, output, depth=4, strategy="loss")
+    h.killed_run((deletion, "measure", 2), base, task, output, depth=4, strategy="loss")
     path = output / "scans" / "scan-000.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**line, "metric": "acc"}) + "\n" for line in lines))

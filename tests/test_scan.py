@@ -21,8 +21,9 @@ from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import evaluate, forward
 from trimllm.evaluation.batches import make_rows
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.importance import scan
-from trimllm.importance.scan import Part, positions, table
+from trimllm.importance import deletion, scan
+from trimllm.importance.deletion import Part
+from trimllm.importance.scan import positions, table
 from trimllm.tasks.items import Item
 
 DEPTH = 4
@@ -444,7 +445,7 @@ def test_a_trial_without_finite_scores_names_the_unit(tokenizer, questions, monk
         return output * float("nan") if alone else output
 
     blocks[3].register_forward_hook(overflow)
-    monkeypatch.setattr(scan, "_resumes_exactly", lambda model, batch: False)
+    monkeypatch.setattr(deletion, "resumes_exactly", lambda model, batch: False)
     with pytest.raises(TrimError, match=r"^without block 1 of the 4 that there are, the model's .*: try --dtype"):
         scan.scan(model, Scorer(model, tokenizer, questions), "acc")
 

@@ -14,62 +14,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
-from trimllm import memory
-from trimllm.blocks import config_rules, decoder, families, legality
-from trimllm.blocks.layout import Unit, remove, shared_prefix, units, whole
-from trimllm.blocks.trial import trial
+from trimllm.blocks import config_rules, decoder, legality
+from trimllm.blocks.layout import Unit, remove, units, whole
 from trimllm.errors import InputError
 from trimllm.evaluation import evaluate, forward, judging
 from trimllm.evaluation.batches import Batch, Batches
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.evaluation.forward import NotFiniteError, Pieces
+from trimllm.evaluation.forward import Pieces
 from trimllm.evaluation.judging import Evaluation
-from trimllm.importance import activations, racing
+from trimllm.importance import deletion, racing
+from trimllm.importance.deletion import Part
 from trimllm.importance.scores import Array, Evidence, importance, needs, s_norm
 from trimllm.importance.scores import parts as parts_of
 from trimllm.parallel import ALONE, Share
-
-
-@dataclass
-class Part:
-    """What one batch contributed: plain numbers, so that a journal can keep it and a resumed scan need not redo it."""
-
-    rows: str
-    """Digest of the batch's rows: under the same number, another device or attention may have others."""
-    intact: Pieces
-    """Outcome of the intact model; its key in files is `base`."""
-    trials: list[Pieces]
-    """Per candidate, {} for one that is not in the race any more; empty if only activations were measured."""
-    right: int
-    """Tokens of prompts and right continuations, over which activations are summed."""
-    sequences: int
-    """Right continuations; of a document, its windows."""
-    sums: dict[str, list[float]]
-    """See `activations.sums`; one number per candidate."""
-
-    def dump(self) -> dict[str, Any]:
-        def flat(pieces: Pieces) -> list[list[Any]]:
-            return [[*owner, *values] for owner, values in pieces.items()]
-
-        return {
-            "rows": self.rows,
-            "base": flat(self.intact),
-            "trials": [flat(t) for t in self.trials],
-            "right": self.right,
-            "sequences": self.sequences,
-            "sums": self.sums,
-        }
-
-    @classmethod
-    def load(cls, record: Mapping[str, Any]) -> Part:
-        def pieces(rows: Sequence[Sequence[Any]]) -> Pieces:
-            return {(row[0], row[1]): (row[2], row[3], row[4]) for row in rows}
-
-        counts = record["right"], record["sequences"]
-        trials = [pieces(each) for each in record["trials"]]
-        return cls(record["rows"], pieces(record["base"]), trials, *counts, dict(record["sums"]))
 
 
 @dataclass(frozen=True)
@@ -193,7 +151,7 @@ def scan(
         notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
         race = None
     with forward.evaluating(model):  # whether it may be resumed shows in the weights' own dtype
-        resume = trials and _resumes_exactly(model, longest)
+        resume = trials and deletion.resumes_exactly(model, longest)
     with scorer.computing(model):
         if trials and not resume:
             kind = model.config.model_type
@@ -203,11 +161,11 @@ def scan(
             """The parts of `batches`, numbered from `first` on, with trials of these candidates."""
             numbers = range(first, first + len(batches))
             rows = {number: batches.digest(number - first) for number in numbers}
-            todo = [n for n in numbers if not _covers(parts.get(n), rows[n], tried, len(candidates))]
+            todo = [n for n in numbers if not deletion.covers(parts.get(n), rows[n], tried, len(candidates))]
             for begin in range(0, len(todo), share.world):
                 mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
-                part_of = partial(_part, model, candidates=candidates, tried=tried, run=run, resume=resume)
-                made = [(n, _together(rows[n], batches.compute(n - first, part_of))) for n in mine]
+                measured = partial(deletion.measure, model, candidates=candidates, tried=tried, run=run, resume=resume)
+                made = [(n, deletion.together(rows[n], batches.compute(n - first, measured))) for n in mine]
                 for number, part in share.gather(made):
                     parts[number] = part
                     if on_part:
@@ -222,13 +180,6 @@ def scan(
         if trials and race is not None:
             result = _race(model, race, result, begun, scorer, work)
     return replace(result, seconds=time.perf_counter() - started, notes=(*notes, *result.notes))
-
-
-def _covers(part: Part | None, rows: str, tried: Sequence[int], candidates: int) -> bool:
-    """Whether an earlier, interrupted scan tried these of so many candidates on these rows."""
-    if part is None or part.rows != rows or any(len(sums) != candidates for sums in part.sums.values()):
-        return False
-    return not tried or (len(part.trials) == candidates and all(part.trials[i] for i in tried))
 
 
 def _race(
@@ -294,22 +245,12 @@ def _candidates(model: Any, every: Sequence[Unit], batch: Batch | None) -> tuple
     refused = {u: config_rules.illegal(decoder.text_config(model), layout) for u, layout in layouts.items()}
     for unit, layout in layouts.items():
         inexact = None if batch is None or refused[unit] or unit.bypassed else legality.refusal(model, layout)
-        if batch is not None and inexact and not _runs(model, batch, unit):
+        if batch is not None and inexact and not deletion.runs(model, batch, unit):
             refused[unit] = inexact
     for units_ in (every, [u for u in every if u.kind == "pair"]):
         if units_ and all(refused[u] for u in units_):
             raise InputError(str(refused[units_[0]]))
     return [u for u in every if not refused[u]], [f"{u} must stay: {why}" for u, why in refused.items() if why]
-
-
-def _runs(model: Any, batch: Batch, unit: Unit) -> bool:
-    """Whether the trial deletion of a unit can be computed; where memory runs out, the scan itself says so."""
-    try:
-        with forward.evaluating(model), torch.no_grad():
-            _trial(model, batch, unit, {}, resume=False)
-    except forward.UNFIT as error:
-        return memory.is_out_of_memory(error)
-    return True
 
 
 def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: list[Unit], trials: bool) -> ScanResult:
@@ -321,58 +262,6 @@ def _collect(ordered: Sequence[Part], scorer: Scorer, metric: str, candidates: l
     means = {name: np.sum([part.sums[name] for part in ordered], axis=0) / count for name, count in over.items()}
     tried = [judged([part.trials[i] for part in ordered]) for i in range(len(candidates))] if trials else []
     return ScanResult(candidates, judged([part.intact for part in ordered]), tried, **means, seconds=0.0)
-
-
-@torch.no_grad()
-def _part(model: Any, batch: Batch, candidates: list[Unit], *, tried: Sequence[int], run: int, resume: bool) -> Part:
-    intact, stream = activations.keeping_stream(model, batch, mids=any(unit.kind != "block" for unit in candidates))
-    measured = activations.sums(stream, batch, candidates, run)
-    part = Part("", intact, [], int(batch.right.sum()), len(batch.last), measured)
-    if tried:
-        part.trials = [
-            _trial(model, batch, unit, stream, resume) if i in tried else {} for i, unit in enumerate(candidates)
-        ]
-    return part
-
-
-def _together(rows: str, parts: Sequence[Part]) -> Part:
-    """The part of a batch, with the digest of its rows, that was computed in pieces."""
-    if len(parts) == 1:
-        return replace(parts[0], rows=rows)
-    trials = [forward.add_up(part.trials[i] for part in parts) for i in range(len(parts[0].trials))]
-    sums = {name: np.sum([part.sums[name] for part in parts], axis=0).tolist() for name in parts[0].sums}
-    tokens, sequences = sum(part.right for part in parts), sum(part.sequences for part in parts)
-    return Part(rows, forward.add_up(part.intact for part in parts), trials, tokens, sequences, sums)
-
-
-def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tensor], resume: bool) -> Pieces:
-    before = whole(decoder.depth(model))
-    after = remove(before, unit)
-    start = shared_prefix(before, after) if resume else 0
-    with trial(model, after, resume_from=start) as injection:
-        if start:
-            injection.hidden = stream[start]
-        try:
-            return forward.batch_pieces(model, batch)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"without {unit} of the {len(before)} that there are, {error}") from None
-
-
-@torch.no_grad()
-def _resumes_exactly(model: Any, batch: Batch) -> bool:
-    """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked."""
-    depth = decoder.depth(model)
-    if not families.family(decoder.text_config(model)).resumable or depth < 2:
-        return False
-    base, stream = activations.keeping_stream(model, batch, mids=False)
-    try:
-        with trial(model, whole(depth), resume_from=depth // 2) as injection:
-            injection.hidden = stream[depth // 2]
-            again = forward.batch_pieces(model, batch)
-    except forward.UNFIT:
-        return False
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
-    return all(abs(base[owner][0] - again[owner][0]) <= tolerance * max(1.0, abs(base[owner][0])) for owner in base)
 
 
 def positions(candidates: Sequence[Unit], original: Sequence[int]) -> Array:

@@ -18,6 +18,7 @@ from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import at_once, joint, scan, scores, select
+from trimllm.importance.deletion import Part
 from trimllm.importance.joint import Joint
 from trimllm.importance.rules import Rules
 from trimllm.importance.scan import ScanResult
@@ -117,9 +118,9 @@ class Decider:
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         depth, (scorer, metric) = decoder.depth(model), self.asked
         same = [one for one in self._kept(parts, share) if "right" in one and one["metric"] == metric]
-        finished = {record["batch"]: scan.Part.load(record) for record in same}
+        finished = {record["batch"]: Part.load(record) for record in same}
 
-        def keep(batch: int, part: scan.Part) -> None:
+        def keep(batch: int, part: Part) -> None:
             self._keep(parts, share, {"batch": batch, "metric": metric, **part.dump()})
 
         needed = scores.needs(self.config.strategy)
