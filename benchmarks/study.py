@@ -123,53 +123,53 @@ def _peer(strategy: str, **more: Any) -> Arm:
     return Arm({"one_shot": True, "strategy": strategy, "sparse_update": "off", **more}, per_depth=True)
 
 
+def _late(**changes: Any) -> Arm:
+    return Arm(changes, per_depth=True, late=LATE_SHARE)
+
+
+def _carried(**changes: Any) -> Arm:
+    return _late(optimizer_state="carried", **changes)
+
+
+def _default(**changes: Any) -> Arm:
+    """What `trimllm trim` does, but for the changes."""
+    return _carried(strategy="probability", sparse_update="filled", **changes)
+
+
 ARMS = {
     "trimllm": Arm(),
-    "late": Arm(per_depth=True, late=LATE_SHARE),
+    "late": _late(),
     "all late": Arm(per_depth=True, late=1.0),
-    "late, r=1": Arm({"sparse_update": "off"}, per_depth=True, late=LATE_SHARE),
-    "late, frozen embeddings": Arm({"train_embeddings": False}, per_depth=True, late=LATE_SHARE),
-    "late, loss scan": Arm({"strategy": "loss"}, per_depth=True, late=LATE_SHARE),
-    "late, scan alone": Arm({"strategy": "scan"}, per_depth=True, late=LATE_SHARE),
-    "late, pairs": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE),
-    "late, filled": Arm({"sparse_update": "filled"}, per_depth=True, late=LATE_SHARE),
-    "late, pairs, filled": Arm({"sparse_update": "filled", "unit": "pair"}, per_depth=True, late=LATE_SHARE),
-    "late, carried": Arm({"optimizer_state": "carried"}, per_depth=True, late=LATE_SHARE),
-    "late, carried, exact ties": Arm(
-        {"optimizer_state": "carried", "tie_tolerance": 0.0}, per_depth=True, late=LATE_SHARE
+    "late, r=1": _late(sparse_update="off"),
+    "late, frozen embeddings": _late(train_embeddings=False),
+    "late, loss scan": _late(strategy="loss"),
+    "late, scan alone": _late(strategy="scan"),
+    "late, pairs": _late(unit="pair"),
+    "late, filled": _late(sparse_update="filled"),
+    "late, pairs, filled": _late(sparse_update="filled", unit="pair"),
+    "late, carried": _carried(),
+    "late, carried, exact ties": _carried(tie_tolerance=0.0),
+    "late, carried, probability": _carried(strategy="probability"),
+    "late, carried, probability, filled": _default(),
+    "late, carried, probability, r=1": _carried(strategy="probability", sparse_update="off"),
+    "late, carried, probability, filled, r=1/2": _default(train_ratio=0.5),
+    "late, carried, probability, filled, r=1/8": _default(train_ratio=0.125),
+    "late, carried, probability, filled, distilled": _default(distill=0.5),
+    "late, carried, probability, filled, no domain text": replace(
+        _default(text=None, text_ratio=1.0),
+        longer=4.0,  # the demo world's recipe has three of text to one of questions
     ),
-    "late, carried, probability": Arm(
-        {"optimizer_state": "carried", "strategy": "probability"}, per_depth=True, late=LATE_SHARE
-    ),
-    "late, carried, probability, filled": Arm(
-        {"optimizer_state": "carried", "strategy": "probability", "sparse_update": "filled"},
-        per_depth=True,
-        late=LATE_SHARE,
-    ),
-    "late, carried, probability, r=1": Arm(
-        {"optimizer_state": "carried", "strategy": "probability", "sparse_update": "off"},
-        per_depth=True,
-        late=LATE_SHARE,
-    ),
-    "late, carried, ties by loss": Arm(
-        {"optimizer_state": "carried", "strategy": "scan+loss"}, per_depth=True, late=LATE_SHARE
-    ),
-    "late, carried, loss scan": Arm(
-        {"optimizer_state": "carried", "strategy": "loss"}, per_depth=True, late=LATE_SHARE
-    ),
-    "late, carried, twice as long": Arm({"optimizer_state": "carried"}, per_depth=True, late=LATE_SHARE, longer=2.0),
-    "late, carried, 200 calibration rows": Arm(
-        {"optimizer_state": "carried", "calibration_size": 200, "tie_tolerance": QUESTION / 2},
-        per_depth=True,
-        late=LATE_SHARE,
+    "late, carried, ties by loss": _carried(strategy="scan+loss"),
+    "late, carried, loss scan": _carried(strategy="loss"),
+    "late, carried, twice as long": replace(_carried(), longer=2.0),
+    "late, carried, 200 calibration rows": replace(
+        _carried(calibration_size=200, tie_tolerance=QUESTION / 2),
         longer=4 / 3,  # the demo world's training rows are then 300, not 400
         own_start=True,
     ),
-    "late, pairs, carried": Arm({"optimizer_state": "carried", "unit": "pair"}, per_depth=True, late=LATE_SHARE),
-    "late, carried, filled": Arm(
-        {"optimizer_state": "carried", "sparse_update": "filled"}, per_depth=True, late=LATE_SHARE
-    ),
-    "late, pairs, twice as long": Arm({"unit": "pair"}, per_depth=True, late=LATE_SHARE, longer=2.0),
+    "late, pairs, carried": _carried(unit="pair"),
+    "late, carried, filled": _carried(sparse_update="filled"),
+    "late, pairs, twice as long": replace(_late(unit="pair"), longer=2.0),
     "one-shot": _peer("scan+norm", sparse_update="static"),
     "one-shot, twice as long": replace(_peer("scan+norm", sparse_update="static"), longer=2.0),
     "one-shot, exact ties": _peer("scan+norm", sparse_update="static", tie_tolerance=0.0),
@@ -190,7 +190,7 @@ ARMS = {
         if method.module == "sajjad"
     },
     "full, as long": Arm({"strategy": "last", "one_shot": True}, per_depth=True, whole=True),
-    "distilled": Arm({"distill": 0.5}, per_depth=True, late=LATE_SHARE),
+    "distilled": _late(distill=0.5),
     "pairs": Arm({"unit": "pair"}),
     "r=1/8": Arm({"train_ratio": 0.125}),
     "r=1/2": Arm({"train_ratio": 0.5}),
@@ -202,7 +202,7 @@ ARMS = {
     "loss scan": Arm({"strategy": "loss"}),
     "progressive random": Arm({"strategy": "random"}),
     "50 calibration rows": Arm({"calibration_size": 50, "tie_tolerance": 2 * QUESTION}),
-    "late, no domain text": Arm({"text": None, "text_ratio": 1.0}, per_depth=True, late=LATE_SHARE, longer=4.0),
+    "late, no domain text": replace(_late(text=None, text_ratio=1.0), longer=4.0),
 }
 """The first is what the others change, one thing at a time."""
 
