@@ -52,7 +52,7 @@ STRATEGIES = (
 """What `--strategy` takes. With a plus the first score decides and the second breaks ties; scan+norm is the paper's.
 See `scores.SCORES`."""
 STRATEGY = "probability"
-"""The default: see docs/results.md, "Sure or right"."""
+"""The default: see docs/choices.md, "Sure or right"."""
 CONFIDENCE = 0.999
 """Confidence of a race: tried on recorded scans, see docs/lab.md."""
 RESOLUTION, TEXT_RATIO, TRAIN_RATIO = 0.5, 1.0, 0.25
