@@ -26,7 +26,7 @@ from transformers import (
 
 from trimllm import tasks
 from trimllm.blocks.layout import whole
-from trimllm.checkpoints.models import path_of
+from trimllm.checkpoints.loading import path_of
 from trimllm.config import TrainSettings
 from trimllm.training import sparse, train, training_rows
 from trimllm.training.packing import Example

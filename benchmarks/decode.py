@@ -20,14 +20,14 @@ from _sides import SHAPES, changed, cut_shape, finish, ratios, run
 
 from trimllm.bench import benching, tables
 from trimllm.blocks import decoder, surgery
-from trimllm.checkpoints import loading, models
+from trimllm.checkpoints import loading
 from trimllm.config import BenchConfig
 from trimllm.console import Console
 
 
 def half_of_demo(folder: Path) -> str:
     """The embedded model without every second block."""
-    model: Any = loading.load_model(models.DEMO)
+    model: Any = loading.load_model(loading.DEMO)
     surgery.drop_layers(model, range(1, decoder.depth(model), 2))
     model.save_pretrained(folder)
     return str(folder)

@@ -23,7 +23,7 @@ from typing import Any
 
 from _sides import run
 
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO
 from trimllm.console import table
 
 SETTINGS = (

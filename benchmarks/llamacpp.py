@@ -33,8 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import trimllm
 from trimllm import handover
-from trimllm.checkpoints.loading import quiet
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO, quiet
 from trimllm.config import ExportConfig
 from trimllm.console import table
 from trimllm.handover.gguf_families import FAMILIES

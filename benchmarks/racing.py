@@ -24,7 +24,7 @@ from _sides import changed, finish, run
 
 from trimllm import tasks
 from trimllm.checkpoints import loading
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import racing, scan

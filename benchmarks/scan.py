@@ -26,8 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import remove, units, whole
 from trimllm.blocks.trial import trial
-from trimllm.checkpoints.loading import load_tokenizer
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.evaluation import evaluate
 from trimllm.evaluation.batches import make_rows
 from trimllm.evaluation.evaluate import Scorer

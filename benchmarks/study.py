@@ -33,7 +33,7 @@ from _sides import machine, run
 
 from trimllm import config
 from trimllm.baselines import METHODS
-from trimllm.checkpoints import models
+from trimllm.checkpoints import loading
 from trimllm.config import TrimConfig, plain_settings, without_idle
 from trimllm.console import Console, table
 from trimllm.demo.demo import RECIPE
@@ -272,7 +272,7 @@ def depths(part: str, options: argparse.Namespace, given: Settings) -> dict[floa
     """Blocks at every share that is asked for."""
     from transformers import AutoConfig
 
-    whole = AutoConfig.from_pretrained(models.path_of(given["model"])).num_hidden_layers
+    whole = AutoConfig.from_pretrained(loading.path_of(given["model"])).num_hidden_layers
     asked = {keep: config.TrimConfig(**{**given, "output": "-", "keep": keep}) for keep in options.keep}
     found = {keep: wanted_depth(settings, whole) for keep, settings in asked.items()}
     return {1.0: whole} | {keep: depth for keep, depth in found.items() if depth is not None}

@@ -22,8 +22,7 @@ from trimllm import cli, compare
 from trimllm.baselines import cell
 from trimllm.bench import timing
 from trimllm.checkpoints import verification
-from trimllm.checkpoints.loading import load_tokenizer
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.console import Console
 from trimllm.evaluation import fluency
 from trimllm.run import progressive, recording, targets

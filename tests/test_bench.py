@@ -218,16 +218,19 @@ def test_ratios_are_round_by_round_and_the_ideal_is_that_of_the_bytes():
     known = [{"model": name, "layers": 2, "parameters": 10, "dtype": "float32", "device": "cpu"} for name in "mn"]
     known = [one | {"disk_bytes": None, "stored_bytes": 10**6} for one in known]
     fast = made_up([0.1, 0.1], weights=400)
-    fast["passes"][1] = replace(fast["passes"][1], steps=(0.1, 0.1))
+    fast["passes"][1] = replace(fast["passes"][1], steps=(0.1, 0.1), first=0.25)
     found = tables.record(command, known, {2: [made_up([0.2, 0.2]), fast]})
     first, other = found["rows"]
     assert first["ratio"] == {"median": 1, "min": 1, "max": 1, "ideal": 1}
+    assert first["prefill_ratio"] == {"median": 1, "min": 1, "max": 1}
+    assert other["prefill_ratio"] == {"median": pytest.approx(1.5), "min": pytest.approx(1), "max": pytest.approx(2)}
     assert other["ratio"] == {"median": pytest.approx(3), "min": pytest.approx(2), "max": pytest.approx(4), "ideal": 2}
     assert first["decode_tokens_per_second"] == pytest.approx((10 + 5) / 2)
     assert first["prefill_tokens_per_second"] == pytest.approx(2 * 10 / 0.5)
     assert first["token_ms"] == {"p50": pytest.approx(200), "p90": pytest.approx(400), "p99": pytest.approx(400)}
     assert other["read_bytes_per_second"] == pytest.approx(500 * 20 / 2), "a step reads for the whole batch"
     text = tables.report(found)
+    assert "1.50x (1.00-2.00)" in text
     assert "3.00x (2.00-4.00)  2.00x" in text
     assert "200 / 400 / 400" in text
 

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from trimllm import cli, compare, compare_report, memory
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job, plain
-from trimllm.checkpoints import folders, models, room
+from trimllm.checkpoints import arithmetic, folders, models, room
 from trimllm.config import CompareConfig, EvalConfig, TrimConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
@@ -43,7 +43,7 @@ DONE = {
     "depth": 4,
     "parameters": 10,
     "disk_bytes": 40,
-    "accuracy": {"t": {"metric": "acc", "value": 50.0, "stderr": 1.0, "n": 4}},
+    "accuracy": {"t": {"metric": "acc", "value": 50.0, "stderr": 1.0, "n": 4, "acc_norm": 51.0}},
     "speed": SPEED,
     "tokens": 0,
     "train_seconds": 0.0,
@@ -225,17 +225,61 @@ def test_table_shows_the_rows(whole: Any) -> None:
     assert 0 < speed["ratio"]["min"] <= speed["ratio"]["median"] <= speed["ratio"]["max"]
     assert speed["decode_tokens_per_second"] > 0
     assert (speed["sequence"], speed["new_tokens"]) == (16, 2)
+    assert (speed["dtype"], speed["slowdown"]) == ("float32", 1)
+    for phase, ratio in (("prefill", speed["prefill_ratio"]), ("decode", speed["ratio"])):  # of one round
+        beside = speed["base"][f"{phase}_tokens_per_second"]
+        assert ratio["median"] == pytest.approx(speed[f"{phase}_tokens_per_second"] / beside)
     assert rows["base"]["source"] == ""
     assert rows["trim"]["source"] == "https://arxiv.org/abs/2412.11242"
     assert (output / "compare.png").stat().st_size > 5000
 
 
+def test_speeds_that_a_cpu_emulates_are_said_and_taken_in_the_dtype_that_was_asked_for(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    product = job.Product(str(world[0]))
+    asked = settings(world, tmp_path / "out", dtype="bfloat16")
+    monkeypatch.setattr(arithmetic, "_measured", lambda dtype: 8.0)  # the models' processes measure for themselves
+    assert cell.speed(asked, product)["dtype"] == "bfloat16"
+    slow = {"speed": SPEED | {"dtype": "bfloat16", "slowdown": 8.0}, "title": "full", "above_full": {}, "keep": None}
+    rows = [DONE | slow | {"method": "full"}]
+    told = compare_report.report({"rows": rows, "settings": {"methods": ["full"], "keep": [0.5]}})
+    assert "\nspeeds are those of bfloat16, which this CPU emulates: prefill is faster with --dtype float32" in told
+
+
+def test_names_in_the_picture_do_not_cover_one_another(tmp_path: Path, monkeypatch: Any) -> None:
+    drawn, annotate = list[Any](), Axes.annotate
+
+    def drawing(self: Axes, *where: Any, **how: Any) -> Any:
+        drawn.append(annotate(self, *where, **how))
+        return drawn[-1]
+
+    monkeypatch.setattr(Axes, "annotate", drawing)
+    rows = []
+    for number, value in enumerate((79.0, 79.0, 78.5, 60.0, 79.2)):
+        own = {"t": DONE["accuracy"]["t"] | {"value": value}}
+        speed = SPEED | {"ratio": {"median": 1.8 + number / 50 - number % 2, "min": 1.7, "max": 2.0}}
+        rows.append(
+            DONE | {"method": "trim", "title": f"a method of some name {number}", "accuracy": own, "speed": speed}
+        )
+    compare_report.compare_plot({"rows": rows, "settings": {"model": "m", "task": "t"}}, tmp_path / "compare.png")
+    drawn[0].figure.set_dpi(130)  # as it was saved
+    boxes = [text.get_window_extent() for text in drawn]
+    assert len(boxes) == 5
+    assert not [(a, b) for n, a in enumerate(boxes) for b in boxes[:n] if a.overlaps(b)]
+
+
 def test_table_and_picture_name_the_metric(tmp_path: Path, monkeypatch: Any) -> None:
     labels: list[str] = []
-    accuracy = {"notes": DONE["accuracy"]["t"] | {"metric": "likelihood"}, "t": DONE["accuracy"]["t"]}
+    accuracy = {
+        "notes": DONE["accuracy"]["t"] | {"metric": "likelihood", "perplexity": 2117.4},
+        "t": DONE["accuracy"]["t"],
+    }
     row = DONE | {"method": "base", "keep": None, "title": "no training", "accuracy": accuracy, "above_full": {}}
     found = {"rows": [row], "settings": {"model": "m", "task": "notes", "methods": ["base", "full"], "keep": [0.5]}}
-    assert "\nnotes: likelihood, t: acc, in percent +- standard error" in compare_report.report(found)
+    told = compare_report.report(found)
+    assert "\nnotes: likelihood, t: acc, in percent +- standard error" in told
+    assert ("perplexity" in told, "acc_norm" in told, "  2117  " in told) == (True, False, True)
     monkeypatch.setattr(Axes, "set_ylabel", lambda _, text: labels.append(text))
     compare_report.compare_plot(found, tmp_path / "compare.png")
     assert labels == ["likelihood on the reported split (%)"]

@@ -24,8 +24,7 @@ from trimllm.blocks.layout import Block, whole
 from trimllm.blocks.surgery import apply_layout, drop_layers, layout_of
 from trimllm.checkpoints import models, verification
 from trimllm.checkpoints.export import save_trimmed
-from trimllm.checkpoints.loading import fingerprint, load_model, load_tokenizer
-from trimllm.checkpoints.models import path_of
+from trimllm.checkpoints.loading import fingerprint, load_model, load_tokenizer, path_of
 from trimllm.checkpoints.verification import verify
 from trimllm.config import EvalConfig
 from trimllm.errors import InputError, TrimError

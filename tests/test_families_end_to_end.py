@@ -7,8 +7,7 @@ from tiny import CONFIGS, randomize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trimllm.bench import timing
-from trimllm.checkpoints.loading import load_tokenizer
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("fast")
 

@@ -14,7 +14,7 @@ from helpers_run import DEPTH
 import trimllm
 from trimllm import cli, tasks
 from trimllm.blocks.layout import units, whole
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO
 from trimllm.commands.scan import scan_table
 from trimllm.errors import InputError
 from trimllm.evaluation import judging

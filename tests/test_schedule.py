@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from trimllm import files
 from trimllm.blocks import surgery
 from trimllm.blocks.layout import Unit, halves, load_layout, remove, remove_all, units, whole
-from trimllm.checkpoints.loading import load_tokenizer
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer

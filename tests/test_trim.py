@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2Fo
 from trimllm import cli
 from trimllm.blocks import decoder
 from trimllm.checkpoints import models
-from trimllm.checkpoints.loading import load_tokenizer
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.config import STRATEGIES, EvalConfig, TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError

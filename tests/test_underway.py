@@ -14,8 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trimllm import files
 from trimllm.baselines import METHODS, Cell, cell, plain
 from trimllm.baselines.job import Job
-from trimllm.checkpoints.loading import load_tokenizer
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.config import CompareConfig, TrainSettings
 from trimllm.console import Console
 from trimllm.errors import InputError

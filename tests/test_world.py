@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimllm.checkpoints.models import DEMO
+from trimllm.checkpoints.loading import DEMO
 from trimllm.config import DemoConfig
 from trimllm.demo import demo, pretrain
 from trimllm.demo.steps import lr_share, option

@@ -24,6 +24,7 @@ _PUBLIC = {
     "load_tokenizer": "checkpoints.loading",
     "scan_layers": "importance.ranking",
     "evaluate": "evaluation.evaluate",
+    "difference": "evaluation.paired",
     "load_task": "tasks",
     "load_text": "tasks",
     "InputError": "errors",

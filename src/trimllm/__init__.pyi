@@ -9,6 +9,7 @@ from trimllm.console import Console as Console
 from trimllm.errors import InputError as InputError
 from trimllm.errors import TrimError as TrimError
 from trimllm.evaluation.evaluate import evaluate as evaluate
+from trimllm.evaluation.paired import difference as difference
 from trimllm.handover.hub import push_to_hub as push_to_hub
 from trimllm.importance.ranking import scan_layers as scan_layers
 from trimllm.run.progressive import trim as trim

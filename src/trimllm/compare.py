@@ -94,7 +94,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
         if each.keep is not None:
             _ = job.Job(command, each, Path(command.output)).drops
     cell.lengths(command, encoding.context_length(config))
-    path = models.path_of(command.model)
+    path = loading.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
     found, notes = list[TaskData](), list[str]()
     digests = {"--model": mark} if (mark := weights_mark(path)) else {}
@@ -139,7 +139,7 @@ def check_model(command: CompareConfig) -> Any:
     from trimllm.blocks import decoder
     from trimllm.checkpoints import loading, models
 
-    path = models.path_of(command.model)
+    path = loading.path_of(command.model)
     config = models.checked_config(path, command)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"cannot use model {path!r}: it is an encoder-decoder, not a causal language model")

@@ -39,16 +39,24 @@ def report(found: dict[str, Any]) -> str:
     metrics = {task: found["metric"] for row in done for task, found in row["accuracy"].items()}
     own, *also = metrics or [""]
     above = any(row["above_full"] for row in done)
-    header = ["method", "layers", own, *(["above full"] if above else []), *also, "acc_norm", "M params", "disk MB"]
-    header += ["peak MB", "prefill/s", "decode/s", "of the base's", "M tokens", "train min", "compress min"]
+    second = "perplexity" if metrics.get(own) == "likelihood" else "acc_norm"
+    header = ["method", "layers", own, *(["above full"] if above else []), *also, second, "M params", "disk MB"]
+    header += ["peak MB", "prefill/s", "of the base's", "decode/s", "of the base's"]
+    header += ["M tokens", "train min", "compress min"]
     out = ""
     if done:
-        out = table(header, [_line(row, list(metrics), above=above) for row in done])
+        out = table(header, [_line(row, list(metrics), second, above=above) for row in done])
         out += (
             f"\n{', '.join(f'{task}: {metric}' for task, metric in metrics.items())}, in percent +- standard error on "
-            "the reported split; speed: tokens a second at batch 1, in turn with the base;\npeak: memory while "
-            "decoding; tokens and minutes: those of the method itself, without what it starts from"
+            "the reported split; speed: tokens a second at batch 1, each row in turn with the base and at another time "
+            "than the others,\nso compare rows by the columns *of the base's*; peak: memory while decoding; tokens and "
+            "minutes: those of the method itself, without what it starts from"
         )
+        if emulated := sorted({row["speed"]["dtype"] for row in done if row["speed"].get("slowdown", 1) > 1}):
+            out += (
+                f"\nspeeds are those of {' and '.join(emulated)}, which this CPU emulates: prefill is faster with "
+                "--dtype float32"
+            )
     if above:
         out += f"\nabove full: points of {own} above full fine-tuning, +- standard error over paired answers"
     for row in done:
@@ -64,7 +72,7 @@ def report(found: dict[str, Any]) -> str:
     return out
 
 
-def _line(row: dict[str, Any], tasks: list[str], *, above: bool) -> list[Any]:
+def _line(row: dict[str, Any], tasks: list[str], second: str, *, above: bool) -> list[Any]:
     speed, ratio = row["speed"], row["speed"]["ratio"]
     accuracies = [row["accuracy"].get(task) for task in tasks]
     first, *others = (f"{found['value']:.1f} +- {found['stderr']:.1f}" if found else "-" for found in accuracies)
@@ -76,11 +84,12 @@ def _line(row: dict[str, Any], tasks: list[str], *, above: bool) -> list[Any]:
         first,
         *([shown(apart) if apart else "-"] if above else []),
         *others,
-        f"{own['acc_norm']:.1f}" if "acc_norm" in own else "-",
+        f"{own['perplexity']:.4g}" if second == "perplexity" else f"{own['acc_norm']:.1f}",
         f"{row['parameters'] / 1e6:.2f}",
         f"{row['disk_bytes'] / 1e6:.1f}",
         "-" if speed["peak_bytes"] is None else f"{speed['peak_bytes'] / 1e6:.0f}",
         f"{speed['prefill_tokens_per_second']:.0f}",
+        f"{speed['prefill_ratio']['median']:.2f}x" if "prefill_ratio" in speed else "-",
         f"{speed['decode_tokens_per_second']:.1f}",
         f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})",
         f"{row['tokens'] / 1e6:.3g}",
@@ -95,20 +104,35 @@ def compare_plot(found: dict[str, Any], path: Path) -> None:
     if not done:
         return
     with picture(path, figsize=(9, 6)) as (_, axes):
-        for number, row in enumerate(done):
+        points = list[tuple[float, float, str, str]]()
+        for row in done:
             own, ratio = next(iter(row["accuracy"].values())), row["speed"]["ratio"]["median"]
             ours = row["method"].startswith("trim")
             colour = "#c44e52" if ours else "#8c8c8c" if row["method"] in ("base", "full", "full-long") else "#4878a8"
             axes.errorbar(ratio, own["value"], yerr=own["stderr"], fmt="o", color=colour, capsize=2, markersize=5)
-            axes.annotate(
-                row["title"],
-                (ratio, own["value"]),
-                xytext=(5, 4 if number % 2 else -9),
-                textcoords="offset points",
-                fontsize=7,
-                color=colour,
-            )
+            points.append((ratio, own["value"], row["title"], colour))
         settings = found["settings"]
         axes.set_xlabel("decode speed at batch 1, of the base's")
         axes.set_ylabel(f"{next(iter(done[0]['accuracy'].values()))['metric']} on the reported split (%)")
         axes.set_title(f"{settings['model']} on {settings['task']}", fontsize=10)
+        _label(axes, points)
+
+
+def _label(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
+    """Name the points (x, y, name, colour), each to the right of it, and above the names that it would cover."""
+    size, scale = 7, 72 / axes.figure.dpi
+    line, letter = 1.25 * size, 0.65 * size
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.3 * (right - left))  # room for the name of the fastest
+    axes.figure.draw_without_rendering()  # from here on points stay where they are
+    placed = list[tuple[float, float, float]]()
+    for x, y, name, colour in sorted(points, key=lambda point: point[1]):
+        left, middle = axes.transData.transform((x, y)) * scale
+        begin, end, bottom = left + 5, left + 5 + letter * len(name), middle - size / 2
+        for other_begin, other_end, other_bottom in sorted(placed, key=lambda box: box[2]):
+            if begin < other_end and other_begin < end and abs(bottom - other_bottom) < line:
+                bottom = other_bottom + line
+        placed.append((begin, end, bottom))
+        offset = (5, bottom - middle)
+        text = axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=size, color=colour)
+        text.set_in_layout(False)

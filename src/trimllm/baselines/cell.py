@@ -147,17 +147,18 @@ def conditions(command: CompareConfig) -> dict[str, Any]:
 
 
 def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
-    """Prefill, decode and peak memory at batch 1, in turn with the base."""
+    """Prefill, decode and peak memory at batch 1, in turn with the base, and its speeds in the same rounds."""
     from trimllm.bench import benching, tables
-    from trimllm.checkpoints import models
+    from trimllm.checkpoints import loading, models
     from trimllm.config import BenchConfig
     from trimllm.evaluation import encoding
 
-    base = models.path_of(command.model)
+    base = loading.path_of(command.model)
     context = encoding.context_length(models.config_of(base, trust_remote_code=command.trust_remote_code))
     sequence, new_tokens = lengths(command, context)
     settings = BenchConfig(
         models=(base, str(product.checkpoint)),
+        dtype=command.dtype,
         sequence=sequence,
         new_tokens=new_tokens,
         repeats=command.repeats,
@@ -167,9 +168,18 @@ def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
         trust_remote_code=command.trust_remote_code,
         allow_pickle=command.allow_pickle,
     )
-    row: dict[str, Any] = tables.record(settings, *benching.measure(settings))["rows"][1]
-    wanted = ("prefill_tokens_per_second", "decode_tokens_per_second", "ratio", "peak_bytes", "read_bytes_per_step")
-    return {"sequence": sequence, "new_tokens": new_tokens, **{name: row[name] for name in wanted}}
+    known, measured = benching.measure(settings)
+    of_base, row = tables.record(settings, known, measured)["rows"]
+    speeds = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    wanted = (*speeds, "prefill_ratio", "ratio", "peak_bytes", "read_bytes_per_step")
+    return {
+        "sequence": sequence,
+        "new_tokens": new_tokens,
+        "dtype": known[1]["dtype"],
+        "slowdown": max(model["slowdown"] for model in known),
+        "base": {name: of_base[name] for name in speeds},
+        **{name: row[name] for name in wanted},
+    }
 
 
 def lengths(command: CompareConfig, context: int) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def run(job: Job) -> Product:
         said = f"int4, a scale per {size} weights" + ("" if size == GROUPS[0] else f" ({GROUPS[0]} does not divide)")
         said += "; transformers unpacks them on first use: less on disk, not in memory, and no faster"
     count = sum(len(batch["input_ids"]) for batch in rows)
-    said += f"; calibrated on {count} rows of train and domain text"
+    said += f"; calibrated on {count} rows of train" + (" and domain text" if job.command.text else "")
     return Product(target, compress_seconds=seconds, note=said)
 
 

@@ -13,7 +13,7 @@ import torch
 from trimllm.baselines import METHODS, Cell
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
-from trimllm.checkpoints import export, mixed, models, room, verification
+from trimllm.checkpoints import export, loading, mixed, models, room, verification
 from trimllm.checkpoints.dtypes import DTYPES, name_of
 from trimllm.config import CompareConfig, DataSettings, ModelSettings, TrainSettings, TrimConfig, without_idle
 from trimllm.console import Console
@@ -83,7 +83,7 @@ class Job:
     def depth(self) -> int:
         """Blocks of the base, by its config."""
         command = self.command
-        config = models.config_of(models.path_of(command.model), trust_remote_code=command.trust_remote_code)
+        config = models.config_of(loading.path_of(command.model), trust_remote_code=command.trust_remote_code)
         return int(config.get_text_config(decoder=True).num_hidden_layers)
 
     @property
@@ -117,7 +117,7 @@ class Job:
         """
         settings = self.command if path is None else self.command.model_copy(update={"model": str(path)})
         if training:
-            weights = room.weights(models.path_of(settings.model), DTYPES.get(settings.dtype, torch.float32))
+            weights = room.weights(loading.path_of(settings.model), DTYPES.get(settings.dtype, torch.float32))
             if note := room.full_training_note(weights, self.accelerator.device, "a device with more memory"):
                 self.console.say(note)
         return models.load(settings, training=training, evaluating=evaluating)
@@ -209,7 +209,9 @@ class Job:
 
     def saved_dtype(self) -> torch.dtype:
         """The dtype that the base was saved in."""
-        found = models.saved_dtype(models.path_of(self.command.model), trust_remote_code=self.command.trust_remote_code)
+        found = models.saved_dtype(
+            loading.path_of(self.command.model), trust_remote_code=self.command.trust_remote_code
+        )
         return found or torch.float32
 
     def trim(self, start: str | Path, folder: Path | None = None, **changes: Any) -> Product:

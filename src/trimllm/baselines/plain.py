@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from trimllm.baselines.job import Job, Product
-from trimllm.checkpoints import export, models
+from trimllm.checkpoints import export, loading, models
 from trimllm.run import licences
 
 
@@ -13,7 +13,7 @@ def run(job: Job) -> Product:
     """`base` and `full` as named; `full-long` goes on from `full` for as many epochs as a trimmed model gets."""
     name = job.cell.method.name
     if name == "base":
-        return Product(models.path_of(job.command.model))
+        return Product(loading.path_of(job.command.model))
     if name == "full":
         loaded = job.load()
         report = job.tune(loaded, job.command.warmup_epochs, stage=0, underway=job.underway(loaded.model))

@@ -8,13 +8,13 @@ a progressive run trains.
 from __future__ import annotations
 
 from trimllm.baselines.job import Job, Product
-from trimllm.checkpoints import models
+from trimllm.checkpoints import loading
 
 
 def run(job: Job) -> Product:
     more = job.command.final_epochs + job.command.warmup_epochs
     return job.trim(
-        models.path_of(job.command.model),
+        loading.path_of(job.command.model),
         one_shot=True,
         warmup_epochs=0,
         final_epochs=more,

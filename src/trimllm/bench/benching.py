@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.quantizers import AutoHfQuantizer
 
 from trimllm import memory, startup
 from trimllm.bench import reads, shapes, timing
@@ -61,15 +62,15 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     if command.threads:
         torch.set_num_threads(command.threads)
     device, dtype = models.device_of(command.device), DTYPES.get(command.dtype)
-    _wake(device)
+    own_code = command.trust_remote_code
+    path = None if name.startswith(shapes.PREFIX) else loading.path_of(name)
+    _wake(device, models.config_of(path, trust_remote_code=own_code) if path else None)
     _forget_peak(device)
     _HERE["before"] = resident("VmRSS")
-    ways: dict[str, Any] = {"trust_remote_code": command.trust_remote_code, "attention": command.attention}
-    if name.startswith(shapes.PREFIX):
-        path = None
+    ways: dict[str, Any] = {"trust_remote_code": own_code, "attention": command.attention}
+    if path is None:
         model = shapes.random_model(name.removeprefix(shapes.PREFIX), dtype=dtype, device=device, **ways)
     else:
-        path = models.path_of(name)
         model = loading.load_model(path, dtype=dtype, device=device, allow_pickle=command.allow_pickle, **ways)
     backends.probe(model, command.attention)
     context = encoding.context_length(model.config)
@@ -80,7 +81,7 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     known = {
         "model": name,
         "layers": decoder.depth(model),
-        "parameters": parameters(model, trust_remote_code=command.trust_remote_code),
+        "parameters": parameters(model, trust_remote_code=own_code),
         "dtype": name_of(model.dtype),
     }
     plain = change is None and not getattr(model, "is_quantized", False)  # others have products of their own
@@ -133,12 +134,16 @@ def finish(batch: int, sequence: int) -> tuple[int | None, reads.Footprint]:
     return peak, reads.footprint(_HERE["model"], batch=batch, sequence=sequence)
 
 
-def _wake(device: torch.device) -> None:
-    """Bring in what any model needs (code, kernels, the device's context), which is no model's own memory."""
+def _wake(device: torch.device, config: Any) -> None:
+    """Bring in what any model needs (code, kernels, the device's context, the library of a quantized one), which is no
+    model's own memory."""
     shape = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1)
     model: Any = LlamaForCausalLM(shape)
     model.to(device)
     timing.decode_once(model, prompt=2, new=2)
+    if quantization := getattr(config, "quantization_config", None):
+        with contextlib.suppress(ImportError, ValueError, RuntimeError):  # loading the model says what is missing
+            AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment(device_map=None)
 
 
 def disk_bytes(path: str, allow_pickle: bool) -> int:
@@ -250,8 +255,8 @@ def _check(command: BenchConfig) -> None:
             file = name.removeprefix(shapes.PREFIX)
             total += room.weights_of_config(file, dtype, trust_remote_code=command.trust_remote_code) or 0
         else:
-            loading.check_path(models.path_of(name))
-            total += room.weights(models.path_of(name), dtype) or 0
+            loading.check_path(loading.path_of(name))
+            total += room.weights(loading.path_of(name), dtype) or 0
         before = command.models[: command.models.index(name)]
         what = f"{name} beside {', '.join(before)}" if before else name
         room.check(what, total, device, "measure fewer or smaller models, or give a narrower --dtype")

@@ -46,17 +46,19 @@ def record(
 
 def _rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     speeds = {str(i): [one.decode for one in row["passes"]] for i, row in enumerate(found)}
+    prompts = {str(i): [one.prefill for one in row["passes"]] for i, row in enumerate(found)}
     total = [row["reads"].weights + row["reads"].cache_read for row in found]
     rows = []
     for i, row in enumerate(found):
         passes, decode = row["passes"], statistics.median(speeds[str(i)])
-        middle, least, most = timing.ratio(speeds, str(i), "0")
+        ratio = _ratio(speeds, i) | {"ideal": total[0] / total[i]}
         rows.append(
             {
-                "prefill_tokens_per_second": statistics.median(one.prefill for one in passes),
+                "prefill_tokens_per_second": statistics.median(prompts[str(i)]),
+                "prefill_ratio": _ratio(prompts, i),
                 "decode_tokens_per_second": decode,
                 "decode_rounds": speeds[str(i)],
-                "ratio": {"median": middle, "min": least, "max": most, "ideal": total[0] / total[i]},
+                "ratio": ratio,
                 "token_ms": percentiles([step for one in passes for step in one.steps]),
                 "first_token_ms": percentiles([one.first for one in passes]),
                 "peak_bytes": row["peak_bytes"],
@@ -69,19 +71,25 @@ def _rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _ratio(speeds: dict[str, list[float]], row: int) -> dict[str, float]:
+    """Round by round to the first model."""
+    return dict(zip(("median", "min", "max"), timing.ratio(speeds, str(row), "0"), strict=True))
+
+
 def report(found: dict[str, Any]) -> str:
     """Two tables: speed, and bytes."""
     several = len({row["batch"] for row in found["rows"]}) > 1
     models = {model["model"]: model for model in found["models"]}
     speed, size = [], []
     for row in found["rows"]:
-        model, ratio = models[row["model"]], row["ratio"]
+        model, prefill, ratio = models[row["model"]], row["prefill_ratio"], row["ratio"]
         name = row["model"] + (f", batch {row['batch']}" if several else "")
         speed.append(
             [
                 name,
                 model["layers"],
                 f"{row['prefill_tokens_per_second']:.0f}",
+                f"{prefill['median']:.2f}x ({prefill['min']:.2f}-{prefill['max']:.2f})",
                 f"{row['decode_tokens_per_second']:.1f}",
                 f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})",
                 f"{ratio['ideal']:.2f}x",
@@ -112,6 +120,7 @@ def report(found: dict[str, Any]) -> str:
         "",
         "layers",
         "prefill tokens/s",
+        "of the first",
         "decode tokens/s",
         "of the first",
         "ideal",

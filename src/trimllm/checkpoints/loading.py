@@ -33,6 +33,15 @@ _NO_SAFETENSORS = ("no file named model.safetensors found in directory", "thus c
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
+DEMO = Path(__file__).parents[1] / "demo" / "base"
+"""The embedded model, which `--model demo` names."""
+
+
+def path_of(name: str | Path) -> str:
+    """Where the model is: `demo` is the embedded one, others a directory (`~` is the home) or a Hub id."""
+    return str(DEMO) if name == "demo" else os.path.expanduser(name)
+
+
 def load_model(
     path_or_id: str | Path,
     *,
@@ -46,7 +55,8 @@ def load_model(
     """Load a causal language model, in evaluation mode. An adapter of PEFT is loaded as its base, and merged.
 
     Args:
-        path_or_id: a folder with a checkpoint or an adapter, or a name on the Hugging Face hub.
+        path_or_id: a folder with a checkpoint or an adapter, a name on the Hugging Face hub, or "demo" (the embedded
+            model).
         dtype: of the weights; the checkpoint's own by default.
         device: where to put it, without a copy in main memory; CPU by default.
         trust_remote_code: run the model code that the checkpoint brings.
@@ -58,7 +68,7 @@ def load_model(
         InputError: if there is no such model, it is not a causal language model, weights are missing, or it cannot
             compute with this `attention`; also for an adapter that is to be quantized.
     """
-    name, place = os.path.expanduser(path_or_id), torch.device(device or "cpu")
+    name, place = path_of(path_or_id), torch.device(device or "cpu")
     backends.check(attention, place, dtype if isinstance(dtype, torch.dtype) else None)
     if (base := adapters.base_of(name)) is not None:
         if quantization is not None:
@@ -116,7 +126,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
     Raises:
         InputError: if there is none.
     """
-    name = os.path.expanduser(path_or_id)
+    name = path_of(path_or_id)
     if (base := adapters.base_of(name)) is not None and not adapters.has_file(name, "tokenizer_config.json"):
         name = base
     if base is None or name == base:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from trimllm.config import ModelSettings, TrainedModel
 from trimllm.errors import InputError
 from trimllm.offline import hub_or_cache
 
-DEMO = Path(__file__).parents[1] / "demo" / "base"
-"""The embedded model, which `--model demo` names."""
 TOO_LARGE = "free memory, or give a narrower --dtype (trimllm drop --streaming cuts a model without loading it)"
 
 PACKED = ("gptq", "awq", "bitsandbytes", "compressed-tensors")
@@ -44,21 +41,16 @@ class Loaded:
     def saved(self) -> torch.dtype:
         """The dtype it was saved in."""
         own_code = self.settings.trust_remote_code
-        return saved_dtype(path_of(self.settings.model), trust_remote_code=own_code) or self.model.dtype
+        return saved_dtype(loading.path_of(self.settings.model), trust_remote_code=own_code) or self.model.dtype
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of its weights; to be asked for before they are changed."""
-        path = path_of(self.settings.model)
+        path = loading.path_of(self.settings.model)
         if (base := adapters.base_of(path)) is not None:
             return loading.fingerprint_of_adapter(path, base, self.model)
         folder = loading.on_disk(path)
         return loading.fingerprint(folder if folder and loading.weight_files(folder) else self.model)
-
-
-def path_of(name: str) -> str:
-    """Where the model is: `demo` is the embedded one, others a directory (`~` is the home) or a Hub id."""
-    return str(DEMO) if name == "demo" else os.path.expanduser(name)
 
 
 def device_of(name: str) -> torch.device:
@@ -135,7 +127,7 @@ def load(
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    path = path_of(settings.model)
+    path = loading.path_of(settings.model)
     base = adapters.base_of(path)
     device = device or device_of(settings.device)
     dtype = DTYPES.get(settings.dtype) or (torch.float32 if training else None)
@@ -192,7 +184,7 @@ def quantization_of(path: str, settings: ModelSettings) -> str | None:
 
 def origin(name: str) -> str | dict[str, str]:
     """What plans and cards name as the base: the model as the user named it, or an adapter with its own base."""
-    base = adapters.base_of(path_of(name))
+    base = adapters.base_of(loading.path_of(name))
     return name if base is None else {"name": base, "adapter": name}
 
 

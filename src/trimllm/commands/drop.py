@@ -8,7 +8,7 @@ from pathlib import Path
 from trimllm import config
 from trimllm.blocks import decoder, surgery
 from trimllm.blocks.layout import positions, whole, without
-from trimllm.checkpoints import export, folders, models
+from trimllm.checkpoints import export, folders, loading, models
 from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.commands import shared
 from trimllm.console import Console
@@ -20,7 +20,7 @@ def run(command: config.DropConfig) -> None:
     """Surgery only: the model as saved, less some layers."""
     if not command.layers:
         raise InputError("--layers names no layer: give at least one, such as --layers 3,7")
-    folders.check_target(command.output, source=models.path_of(command.model))
+    folders.check_target(command.output, source=loading.path_of(command.model))
     if command.streaming:
         _drop_on_disk(command)
         return
@@ -48,7 +48,7 @@ def run(command: config.DropConfig) -> None:
 
 
 def _drop_on_disk(command: config.DropConfig) -> None:
-    source = models.path_of(command.model)
+    source = loading.path_of(command.model)
     if (Path(source) / "adapter_config.json").exists():
         raise InputError(
             f"--model {command.model} is an adapter, and --streaming only moves tensors: leave it out, or merge the "

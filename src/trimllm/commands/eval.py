@@ -69,7 +69,7 @@ def _asked(
 
 def _check_against(command: config.EvalConfig) -> None:
     """Refuse another model that is not there, or has no weights or tokenizer, before the first one is asked."""
-    path = models.path_of(str(command.against))
+    path = loading.path_of(str(command.against))
     with _of_against(command):
         models.checked_config(path, command)
         loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)

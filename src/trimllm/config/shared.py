@@ -43,7 +43,7 @@ Seed = Annotated[Number, Field(ge=-SEEDS, le=SEEDS)]
 Threads = Annotated[int, Field(gt=0, le=4096)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file or folder, or in some settings a name. A shell expands a tilde at the beginning of a word only, and nothing
-does in YAML. (Of models, `models.path_of` expands it: their names are stored as they were given.)"""
+does in YAML. (Of models, `loading.path_of` expands it: their names are stored as they were given.)"""
 
 STRATEGIES = (
     *("probability", "scan+norm", "scan+probability", "scan+loss", "scan", "norm", "bi", "angular", "loss"),

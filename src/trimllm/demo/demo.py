@@ -79,7 +79,7 @@ def _demo(command: config.DemoConfig, root: Path) -> list[Line]:
     console.say("\nFor comparison: as many blocks removed at once, with the same training")
     trim(one_shot(command, runs["one-shot"], tuned), console=console)
     found = {
-        "base": models.DEMO,
+        "base": loading.DEMO,
         FULL: tuned,
         "trimmed": runs["trimmed"] / "model",
         "one-shot": runs["one-shot"] / "model",
@@ -103,7 +103,7 @@ def one_shot(command: config.DemoConfig, output: Path, tuned: Path) -> config.Tr
 
 
 def _line(name: str, model: Any) -> Line:
-    tokenizer = loading.load_tokenizer(models.DEMO)
+    tokenizer = loading.load_tokenizer(loading.DEMO)
     accuracy = {}
     for domain in world.DOMAINS:
         items = load_task(f"demo_{domain}").test

@@ -40,7 +40,7 @@ def checkpoint(command: config.ExportConfig) -> Iterator[Path]:
             raise InputError(f"{run.root}: the run is not finished: name a depth it kept with --depth (kept: {kept})")
         yield run.model
     else:
-        folder = Path(models.path_of(command.source))
+        folder = Path(loading.path_of(command.source))
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             merge = f"save_trimmed(load_model('{folder}'), 'merged', tokenizer=load_tokenizer('{folder}'))"
             raise InputError(
@@ -111,7 +111,7 @@ def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:
     if name in DTYPES:
         return DTYPES[name]
     try:
-        return models.saved_dtype(models.path_of(stored.model), trust_remote_code=stored.trust_remote_code)
+        return models.saved_dtype(loading.path_of(stored.model), trust_remote_code=stored.trust_remote_code)
     except InputError:
         raise InputError(
             f"the dtype of {stored.model}, which the run did not note, cannot be read: put the model back there"

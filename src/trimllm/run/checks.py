@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trimllm.checkpoints import arithmetic, models, room, verification
+from trimllm.checkpoints import arithmetic, loading, room, verification
 from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
@@ -22,7 +22,7 @@ def memory(config: TrimConfig, device: torch.device) -> list[str]:
     Raises:
         InputError: if memory has no room for what `--distill` or `--target-speedup` needs.
     """
-    weights = room.weights(models.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
+    weights = room.weights(loading.path_of(config.model), DTYPES.get(config.dtype, torch.float32))
     if config.distill:
         what = f"--distill {config.distill:g} needs the model twice"
         room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, hf_hub_download
 from yaml import YAMLError
 
-from trimllm.checkpoints import belongings, models
+from trimllm.checkpoints import belongings, loading
 from trimllm.checkpoints.loading import quiet
 from trimllm.offline import hub_or_cache
 
@@ -76,7 +76,7 @@ def licence(base: Origin) -> Licence:
 def terms(base: Origin) -> list[Path]:
     """The licence and notice files of a base, as far as it has some and they can be had."""
     name = place(base)
-    folder = Path(models.path_of(name))
+    folder = Path(loading.path_of(name))
     if folder.is_dir():
         return belongings.found(folder, belongings.TERMS)
     return [path for file in (*LICENCE_FILES, "NOTICE") if (path := _file(name, file)) is not None]
@@ -110,7 +110,7 @@ def place(base: Origin) -> str:
 
 def _file(base: str, name: str) -> Path | None:
     """A file of the base: in its folder, in the cache of the Hub, or on the Hub if it can be reached."""
-    folder = Path(models.path_of(base))
+    folder = Path(loading.path_of(base))
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     try:

@@ -113,7 +113,7 @@ class Run:
     def go(self) -> tuple[Any, History]:
         if not self.share.first:
             return self._go()
-        folders.check_apart(self.dir.root, models.path_of(self.config.model))
+        folders.check_apart(self.dir.root, loading.path_of(self.config.model))
         with folders.held(self.dir.root):
             rundir.check(self.config)
             return self._go()
@@ -160,7 +160,7 @@ class Run:
             known = {"base": loaded.fingerprint, "data": data, "depth": self.ready.base_depth, "save_dtype": dtype}
             first = self.journal.add("start", **known, ties=self.ready.decider.tolerance)
         elif first["base"] != loaded.fingerprint and first["base"] not in loading.older_fingerprints(
-            models.path_of(config.model), loaded.model
+            loading.path_of(config.model), loaded.model
         ):
             raise InputError(
                 f"--model {config.model}: its weights are not those that the run in {config.output} began with "

@@ -136,7 +136,7 @@ class Recorder:
     def against_base(self, model: Any, name: str) -> dict[str, list[float]]:
         """Decode speeds of the base and of `model`, measured in turn; the base is loaded for it, in that dtype."""
         base = loading.load_model(
-            models.path_of(self.config.model),
+            loading.path_of(self.config.model),
             dtype=model.dtype,
             device=self.device,
             trust_remote_code=self.config.trust_remote_code,
