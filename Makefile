@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+# Processes of the tests: one per core, four at most.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 2); echo $$((n < 4 ? n : 4)))
 # Two threads that wait for each other on a busy machine are slower than one; passive waiting avoids the worst of it.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Tests start dozens of processes, which would each compile the package anew.
