@@ -217,10 +217,10 @@ def test_table_shows_the_rows(whole: Any) -> None:
     output, rows, printed = whole
     for row in rows.values():
         (found,) = row["accuracy"].values()
-        line = next(line for line in printed.splitlines() if line.startswith(row["title"] + "  "))
-        assert f" {row['depth']}  {found['value']:.1f} +- {found['stderr']:.1f} " in re.sub(r" {2,}", "  ", line)
-        assert f"{row['parameters'] / 1e6:.2f}" in line
-        assert f"{row['speed']['decode_tokens_per_second']:.1f}" in line
+        quality, size = (line for line in printed.splitlines() if line.startswith(row["title"] + "  "))
+        assert f" {row['depth']}  {found['value']:.1f} +- {found['stderr']:.1f} " in re.sub(r" {2,}", "  ", quality)
+        assert f"{row['parameters'] / 1e6:.2f}" in size
+        assert f"{row['speed']['decode_tokens_per_second']:.1f}" in size
     speed = rows["base"]["speed"]
     assert 0 < speed["ratio"]["min"] <= speed["ratio"]["median"] <= speed["ratio"]["max"]
     assert speed["decode_tokens_per_second"] > 0

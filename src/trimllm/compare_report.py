@@ -34,31 +34,37 @@ def record(command: CompareConfig, rows: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def report(found: dict[str, Any]) -> str:
-    """The table; rows that have no figures say why below it."""
+    """Two tables of the same rows: how good they are and what making them took, how large and fast they are. Rows that
+    have no figures say why below them."""
     done = [row for row in found["rows"] if row["status"] == "done"]
     metrics = {task: found["metric"] for row in done for task, found in row["accuracy"].items()}
     own, *also = metrics or [""]
     above = any(row["above_full"] for row in done)
     second = "perplexity" if metrics.get(own) == "likelihood" else "acc_norm"
-    header = ["method", "layers", own, *(["above full"] if above else []), *also, second, "M params", "disk MB"]
-    header += ["peak MB", "prefill/s", "of the base's", "decode/s", "of the base's"]
-    header += ["M tokens", "train min", "compress min"]
     out = ""
     if done:
-        out = table(header, [_line(row, list(metrics), second, above=above) for row in done])
+        header = ["method", "layers", own, *(["above full"] if above else []), *also, second]
+        header += ["M tokens", "train min", "compress min"]
+        out = table(header, [_quality(row, list(metrics), second, above=above) for row in done])
         out += (
             f"\n{', '.join(f'{task}: {metric}' for task, metric in metrics.items())}, in percent +- standard error on "
-            "the reported split; speed: tokens a second at batch 1, each row in turn with the base and at another time "
-            "than the others,\nso compare rows by the columns *of the base's*; peak: memory while decoding; tokens and "
-            "minutes: those of the method itself, without what it starts from"
+            "the reported split; tokens and minutes: those of the method itself, without what it starts from"
+        )
+    if above:
+        out += f"\nabove full: points of {own} above full fine-tuning, +- standard error over paired answers"
+    if done:
+        header = ["method", "layers", "M params", "disk MB", "peak MB"]
+        header += ["prefill/s", "of the base's", "decode/s", "of the base's"]
+        out += "\n\n" + table(header, [_size_and_speed(row) for row in done])
+        out += (
+            "\npeak: memory while decoding; speed: tokens a second at batch 1, each row in turn with the base and at "
+            "another time than\nthe others, so compare rows by the columns *of the base's*"
         )
         if emulated := sorted({row["speed"]["dtype"] for row in done if row["speed"].get("slowdown", 1) > 1}):
             out += (
                 f"\nspeeds are those of {' and '.join(emulated)}, which this CPU emulates: prefill is faster with "
                 "--dtype float32"
             )
-    if above:
-        out += f"\nabove full: points of {own} above full fine-tuning, +- standard error over paired answers"
     for row in done:
         if row["note"]:
             out += f"\n{row['title']}: {row['note']}"
@@ -72,8 +78,7 @@ def report(found: dict[str, Any]) -> str:
     return out
 
 
-def _line(row: dict[str, Any], tasks: list[str], second: str, *, above: bool) -> list[Any]:
-    speed, ratio = row["speed"], row["speed"]["ratio"]
+def _quality(row: dict[str, Any], tasks: list[str], second: str, *, above: bool) -> list[Any]:
     accuracies = [row["accuracy"].get(task) for task in tasks]
     first, *others = (f"{found['value']:.1f} +- {found['stderr']:.1f}" if found else "-" for found in accuracies)
     name, own = next(iter(row["accuracy"].items()))
@@ -85,6 +90,17 @@ def _line(row: dict[str, Any], tasks: list[str], second: str, *, above: bool) ->
         *([shown(apart) if apart else "-"] if above else []),
         *others,
         f"{own['perplexity']:.4g}" if second == "perplexity" else f"{own['acc_norm']:.1f}",
+        f"{row['tokens'] / 1e6:.3g}",
+        f"{row['train_seconds'] / 60:.1f}",
+        f"{row['compress_seconds'] / 60:.1f}",
+    ]
+
+
+def _size_and_speed(row: dict[str, Any]) -> list[Any]:
+    speed, ratio = row["speed"], row["speed"]["ratio"]
+    return [
+        row["title"],
+        row["depth"],
         f"{row['parameters'] / 1e6:.2f}",
         f"{row['disk_bytes'] / 1e6:.1f}",
         "-" if speed["peak_bytes"] is None else f"{speed['peak_bytes'] / 1e6:.0f}",
@@ -92,9 +108,6 @@ def _line(row: dict[str, Any], tasks: list[str], second: str, *, above: bool) ->
         f"{speed['prefill_ratio']['median']:.2f}x" if "prefill_ratio" in speed else "-",
         f"{speed['decode_tokens_per_second']:.1f}",
         f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})",
-        f"{row['tokens'] / 1e6:.3g}",
-        f"{row['train_seconds'] / 60:.1f}",
-        f"{row['compress_seconds'] / 60:.1f}",
     ]
 
 
