@@ -889,3 +889,18 @@ def test_a_floor_that_is_meant_as_a_share_is_refused_where_accuracy_is_asked(bas
     asked = {"min_accuracy": 0.001, "depth": h.DEPTH - 1, "epochs_per_drop": 0, "eval_batch_size": 512}
     (tmp_path / "text.txt").write_text("\n\n".join(f"{n} cats sat on {n * n} mats, and so on. " * 9 for n in range(40)))
     h.run(base, tmp_path / "text.txt", tmp_path / "other", **asked)
+
+
+@pytest.mark.parametrize(
+    ("units", "said"),
+    [
+        (["block 7"], "block 7"),
+        (["block 19", "block 2", "block 17", "block 18", "block 1", "block 3", "block 5"], "blocks 1-3, 5, 17-19"),
+        (["block 4", "block 3"], "blocks 3, 4"),
+        (["MLP 3 + attention 4", "block 7"], "MLP 3 + attention 4, block 7"),
+        (["blocks 1 2", "blocks 5 6"], "blocks 1 2, blocks 5 6"),
+        ([], ""),
+    ],
+)
+def test_blocks_that_go_together_stand_on_a_line_in_short(units, said):
+    assert account.in_short(units) == said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -57,11 +58,27 @@ def faster_line(speedup: dict[str, float]) -> str:
     return f"decodes {speedup['median']:.2f} times as fast as the base ({least:.2f} to {most:.2f}, measured in turn)"
 
 
+def in_short(units: Sequence[str]) -> str:
+    """Names of units on a line: `blocks 1-4, 7`, by depth; where some are no blocks, one by one."""
+    found = [re.fullmatch(r"block (\d+)", unit) for unit in units]
+    numbers = sorted(int(each[1]) for each in found if each)
+    if len(numbers) < max(2, len(units)):
+        return ", ".join(units)
+    runs = list[list[int]]()
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = (f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return f"blocks {', '.join(shown)}"
+
+
 def depth_table(history: list[dict[str, Any]]) -> str:
     """One line per depth: what went, accuracies, size, speed."""
     rows = []
     for row in history:
-        dropped = ", ".join(unit for drop in row.get("dropped", []) for unit in drop["units"])
+        dropped = in_short([unit for drop in row.get("dropped", []) for unit in drop["units"]])
         rows.append(
             [
                 row["depth"],
@@ -286,7 +303,7 @@ def tokens(history: list[dict[str, Any]]) -> dict[str, Any]:
 def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: list[Joint], strategy: str) -> str:
     """What goes and why, for the user; `tried` are the sets that were tried as a whole."""
     found = accepted(choices, tried)
-    names = ", ".join(describe(choice.unit, layout) for choice in choices)
+    names = in_short([describe(choice.unit, layout) for choice in choices])
     if found is not None:
         return (
             f"drop {names}: {len(choices)} at once (joint {found.value:.1f}, intact {result.intact.value:.1f}; loss "
@@ -312,7 +329,7 @@ def depth_row(
     event: str, size: Size, calibration: Evaluation, test: Evaluation | None, speed: float, more: dict[str, Any]
 ) -> str:
     """The line that a user sees for a depth."""
-    dropped = ", ".join(unit for drop in more.get("dropped", []) for unit in drop["units"])
+    dropped = in_short([unit for drop in more.get("dropped", []) for unit in drop["units"]])
     named = f"- {dropped}" if dropped else what({"event": event, **more})
     report = more.get("train") or {}
     trained = f"  loss {report['loss']:.3f} in {clock(report['seconds'])}" if report.get("loss") is not None else ""
