@@ -17,6 +17,7 @@ from tiny import build
 from transformers import AutoTokenizer
 
 from trimllm import cli
+from trimllm.bench import benching
 from trimllm.blocks import adapters, decoder
 from trimllm.blocks.layout import whole
 from trimllm.blocks.surgery import apply_layout, drop_layers
@@ -24,7 +25,7 @@ from trimllm.blocks.trial import trial
 from trimllm.checkpoints import loading, models
 from trimllm.checkpoints.export import save_trimmed
 from trimllm.checkpoints.loading import load_model, load_tokenizer
-from trimllm.config import DropConfig, EvalConfig
+from trimllm.config import BenchConfig, DropConfig, EvalConfig
 from trimllm.errors import InputError
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(3))
@@ -314,6 +315,13 @@ def test_trim_eval_and_resume_work_on_an_adapter(
     assert cli.main(["trim", "--output", str(out), "--resume"]) == 0, "the base counts as unchanged"
     assert cli.main(["eval", "--model", str(adapter), "--task", str(task)]) == 0
     assert "is an adapter: merged" in capsys.readouterr().err
+
+
+def test_an_adapter_is_timed_as_its_merged_model(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = BenchConfig(models=(str(adapter),), sequence=16, new_tokens=4, device="cpu")
+    benching._check(asked)
+    monkeypatch.setattr(benching, "_HERE", {})
+    assert benching.load(str(adapter), asked)["layers"] == 4
 
 
 def test_fingerprint_changes_with_adapter_and_base_and_not_with_the_merge(adapter: Path, tmp_path: Path) -> None:

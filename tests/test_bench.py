@@ -15,9 +15,12 @@ import pytest
 import torch
 from tiny import SHAPE, build
 from torch.testing._internal.two_tensor import TwoTensor
+from transformers import BitsAndBytesConfig
+from transformers.quantizers import quantizer_bnb_8bit
 
 from trimllm import cli, commands, config, plot
 from trimllm.bench import benching, reads, shapes, tables, timing
+from trimllm.checkpoints import models
 from trimllm.errors import InputError, TrimError
 from trimllm.startup import Terminated
 
@@ -323,6 +326,21 @@ def test_peak_is_that_of_decoding_with_the_weights_however_they_were_loaded(tmp_
     benching.run()
     peak, _ = benching.finish(1, 16)
     assert 0.9 * known["stored_bytes"] < peak < 1.2 * known["stored_bytes"]
+
+
+def test_memory_begins_with_the_library_of_a_quantized_model(tmp_path, monkeypatch):
+    """What reading its code takes is no model's own memory: it is there before the first is loaded."""
+    pytest.importorskip("bitsandbytes")
+    build("llama", depth=1).save_pretrained(tmp_path / "plain")
+    stored = tmp_path / "plain" / "config.json"
+    asked = BitsAndBytesConfig(load_in_8bit=True).to_dict()
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"quantization_config": asked}))
+    seen = []
+    monkeypatch.setattr(
+        quantizer_bnb_8bit.Bnb8BitHfQuantizer, "validate_environment", lambda self, **_: seen.append(self)
+    )
+    benching._wake(torch.device("cpu"), models.config_of(str(tmp_path / "plain")))
+    assert seen
 
 
 def test_an_adapter_takes_its_bases_place_on_the_disk_too(tmp_path):

@@ -21,10 +21,12 @@ from typing import Any
 import pytest
 from helpers_run import SPEED, Killed, in_process, save_base, save_task, with_own_code
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 from transformers import AutoTokenizer
 
 from trimllm import cli, compare, compare_report, memory
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job, plain
+from trimllm.bench import benching, tables
 from trimllm.checkpoints import arithmetic, folders, models, room
 from trimllm.config import CompareConfig, EvalConfig, TrimConfig, plain_settings
 from trimllm.console import Console
@@ -241,13 +243,30 @@ def test_speeds_that_a_cpu_emulates_are_said_and_taken_in_the_dtype_that_was_ask
     asked = settings(world, tmp_path / "out", dtype="bfloat16")
     monkeypatch.setattr(arithmetic, "_measured", lambda dtype: 8.0)  # the models' processes measure for themselves
     assert cell.speed(asked, product)["dtype"] == "bfloat16"
+    known = [
+        {"slowdown": 8.0, "dtype": "bfloat16"},
+        {"slowdown": 1.0, "dtype": "bfloat16"},
+    ]  # a quantized row's own is 1
+    speeds = dict.fromkeys(("prefill_ratio", "peak_bytes", "read_bytes_per_step", *SPEED), 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(benching, "measure", lambda _: (known, {}))
+        patch.setattr(tables, "record", lambda *_: {"rows": [speeds, speeds]})
+        assert cell.speed(asked, product)["slowdown"] == 8, "the base beside it was slow"
     slow = {"speed": SPEED | {"dtype": "bfloat16", "slowdown": 8.0}, "title": "full", "above_full": {}, "keep": None}
     rows = [DONE | slow | {"method": "full"}]
     told = compare_report.report({"rows": rows, "settings": {"methods": ["full"], "keep": [0.5]}})
-    assert "\nspeeds are those of bfloat16, which this CPU emulates: prefill is faster with --dtype float32" in told
+    assert "\nthis CPU emulates bfloat16: prefill is faster with --dtype float32" in told
+    assert "speeds are in" not in told
+    rows += [DONE | {"method": "llm-int8", "title": "LLM.int8()", "above_full": {}, "keep": None}]
+    rows += [rows[0] | {"title": "other", "above_full": {"t": {"difference": 0.0, "stderr": 0.0}}}]
+    told = compare_report.report({"rows": rows, "settings": {"methods": ["full"], "keep": [0.5]}})
+    assert "\nspeeds are in bfloat16, those of LLM.int8() in the dtype they are saved in" in told, (
+        "an earlier version's"
+    )
+    assert "  same answers  " in told
 
 
-def test_names_in_the_picture_do_not_cover_one_another(tmp_path: Path, monkeypatch: Any) -> None:
+def test_names_in_the_picture_are_all_there_and_do_not_cover_one_another(tmp_path: Path, monkeypatch: Any) -> None:
     drawn, annotate = list[Any](), Axes.annotate
 
     def drawing(self: Axes, *where: Any, **how: Any) -> Any:
@@ -256,17 +275,19 @@ def test_names_in_the_picture_do_not_cover_one_another(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Axes, "annotate", drawing)
     rows = []
-    for number, value in enumerate((79.0, 79.0, 78.5, 60.0, 79.2)):
-        own = {"t": DONE["accuracy"]["t"] | {"value": value}}
-        speed = SPEED | {"ratio": {"median": 1.8 + number / 50 - number % 2, "min": 1.7, "max": 2.0}}
-        rows.append(
-            DONE | {"method": "trim", "title": f"a method of some name {number}", "accuracy": own, "speed": speed}
-        )
+    for number, each in enumerate(cells((), (0.5, 0.25))):
+        own = {"t": DONE["accuracy"]["t"] | {"value": 40.0 if number == 7 else 97 + (number % 5) / 10}}
+        speed = SPEED | {"ratio": {"median": 1.0 + number % 3, "min": 1.0, "max": 3.0}}
+        rows.append(DONE | {"method": each.method.name, "title": each.title, "accuracy": own, "speed": speed})
     compare_report.compare_plot({"rows": rows, "settings": {"model": "m", "task": "t"}}, tmp_path / "compare.png")
-    drawn[0].figure.set_dpi(130)  # as it was saved
-    boxes = [text.get_window_extent() for text in drawn]
-    assert len(boxes) == 5
+    figure = drawn[0].figure
+    figure.set_dpi(130)  # as it was saved
+    boxes = [Text.get_window_extent(text) for text in drawn]  # without the line to the point
+    assert {text.get_text() for text in drawn} == {row["title"] for row in rows}
+    assert [text.xy[1] for text in drawn] == sorted(text.xy[1] for text in drawn)
+    assert [box.y0 for box in boxes] == sorted(box.y0 for box in boxes), "names stand in the order of the points"
     assert not [(a, b) for n, a in enumerate(boxes) for b in boxes[:n] if a.overlaps(b)]
+    assert all(box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
 
 
 def test_table_and_picture_name_the_metric(tmp_path: Path, monkeypatch: Any) -> None:

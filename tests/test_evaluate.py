@@ -20,7 +20,7 @@ from trimllm.evaluation.encoding import encode_pair
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.evaluation.generation import cut_note, generate
 from trimllm.evaluation.judging import Scores, judge
-from trimllm.evaluation.paired import difference, shown
+from trimllm.evaluation.paired import difference, shown, unanimous
 from trimllm.tasks.items import Item
 
 WIDE = {"sliding_window": 48}
@@ -419,8 +419,9 @@ def test_a_difference_is_as_certain_as_paired_answers_make_it():
     assert error == pytest.approx(np.std([value(rows[0], d) - value(rows[1], d) for d in draws]), rel=0.1)
     assert error < math.hypot(one.stderr, other.stderr) / 3
     assert difference(one.per_item, one.per_item) == (0.0, 0.0)
-    assert shown({"difference": 0.0, "stderr": 0.0}) == "0.0 (no answer differs)", "how sure that is, nobody knows"
     assert shown({"difference": -0.01, "stderr": 0.8}) == "+0.0 +- 0.8"
+    assert unanimous({"difference": 0.0, "stderr": 0.0})
+    assert not unanimous({"difference": 0.0, "stderr": 0.8}), "as many are better as are worse"
 
 
 def test_a_difference_counts_questions_of_one_group_as_one():

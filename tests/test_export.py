@@ -359,3 +359,12 @@ def test_a_base_of_which_a_part_was_downloaded_has_no_mark(tmp_path: Path) -> No
     assert compare.weights_mark(str(tmp_path)) == fingerprint(tmp_path)
     next(tmp_path.glob("*.safetensors")).unlink()
     assert compare.weights_mark(str(tmp_path)) == ""
+
+
+def test_demo_is_the_embedded_model_and_a_path_never_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cut = load_model("demo")
+    assert cut.config.num_hidden_layers == 16
+    drop_layers(cut, [3])
+    save_trimmed(cut, "demo", tokenizer=load_tokenizer("demo"))
+    assert [load_model(name).config.num_hidden_layers for name in ("demo", "./demo", Path("demo"))] == [16, 15, 15]

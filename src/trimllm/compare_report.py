@@ -9,8 +9,11 @@ from trimllm.baselines import METHODS, Cell, cells
 from trimllm.bench import tables
 from trimllm.config import CompareConfig
 from trimllm.console import clock, table
-from trimllm.evaluation.paired import shown
+from trimllm.evaluation.paired import shown, unanimous
 from trimllm.plot import picture
+
+LINE = 9.5
+"""Points from one name to the next in the picture."""
 
 
 def row_line(cell: Cell, row: dict[str, Any]) -> str:
@@ -60,11 +63,7 @@ def report(found: dict[str, Any]) -> str:
             "\npeak: memory while decoding; speed: tokens a second at batch 1, each row in turn with the base and at "
             "another time than\nthe others, so compare rows by the columns *of the base's*"
         )
-        if emulated := sorted({row["speed"]["dtype"] for row in done if row["speed"].get("slowdown", 1) > 1}):
-            out += (
-                f"\nspeeds are those of {' and '.join(emulated)}, which this CPU emulates: prefill is faster with "
-                "--dtype float32"
-            )
+        out += "".join(f"\n{line}" for line in _dtypes(done))
     for row in done:
         if row["note"]:
             out += f"\n{row['title']}: {row['note']}"
@@ -78,6 +77,21 @@ def report(found: dict[str, Any]) -> str:
     return out
 
 
+def _dtypes(done: list[dict[str, Any]]) -> list[str]:
+    """Lines on the dtypes of the speeds, where they differ (a quantized model keeps its own), or a CPU emulates one."""
+    titles: dict[str, list[str]] = {}
+    for row in done:
+        titles.setdefault(row["speed"].get("dtype", "the dtype they are saved in"), []).append(row["title"])
+    usual, *others = sorted(titles, key=lambda dtype: -len(titles[dtype]))
+    lines = []
+    if others:
+        apart = "; ".join(f"those of {', '.join(titles[dtype])} in {dtype}" for dtype in others)
+        lines.append(f"speeds are in {usual}, {apart}")
+    if emulated := sorted({row["speed"]["dtype"] for row in done if row["speed"].get("slowdown", 1) > 1}):
+        lines.append(f"this CPU emulates {' and '.join(emulated)}: prefill is faster with --dtype float32")
+    return lines
+
+
 def _quality(row: dict[str, Any], tasks: list[str], second: str, *, above: bool) -> list[Any]:
     accuracies = [row["accuracy"].get(task) for task in tasks]
     first, *others = (f"{found['value']:.1f} +- {found['stderr']:.1f}" if found else "-" for found in accuracies)
@@ -87,13 +101,19 @@ def _quality(row: dict[str, Any], tasks: list[str], second: str, *, above: bool)
         row["title"],
         row["depth"],
         first,
-        *([shown(apart) if apart else "-"] if above else []),
+        *([_apart(apart)] if above else []),
         *others,
         f"{own['perplexity']:.4g}" if second == "perplexity" else f"{own['acc_norm']:.1f}",
         f"{row['tokens'] / 1e6:.3g}",
         f"{row['train_seconds'] / 60:.1f}",
         f"{row['compress_seconds'] / 60:.1f}",
     ]
+
+
+def _apart(found: dict[str, float] | None) -> str:
+    if not found:
+        return "-"
+    return "same answers" if unanimous(found) else shown(found)
 
 
 def _size_and_speed(row: dict[str, Any]) -> list[Any]:
@@ -116,7 +136,8 @@ def compare_plot(found: dict[str, Any], path: Path) -> None:
     done = [row for row in found["rows"] if row["status"] == "done"]
     if not done:
         return
-    with picture(path, figsize=(9, 6)) as (_, axes):
+    height = max(6.0, LINE * len(done) / 72 / 0.8)  # inches; the axes take more than four fifths of it
+    with picture(path, figsize=(11, height)) as (_, axes):
         points = list[tuple[float, float, str, str]]()
         for row in done:
             own, ratio = next(iter(row["accuracy"].values())), row["speed"]["ratio"]["median"]
@@ -128,24 +149,32 @@ def compare_plot(found: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("decode speed at batch 1, of the base's")
         axes.set_ylabel(f"{next(iter(done[0]['accuracy'].values()))['metric']} on the reported split (%)")
         axes.set_title(f"{settings['model']} on {settings['task']}", fontsize=10)
-        _label(axes, points)
+        _label(axes, points, gap=LINE / 72 / 0.8 / height)
 
 
-def _label(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
-    """Name the points (x, y, name, colour), each to the right of it, and above the names that it would cover."""
-    size, scale = 7, 72 / axes.figure.dpi
-    line, letter = 1.25 * size, 0.65 * size
-    left, right = axes.get_xlim()
-    axes.set_xlim(left, right + 0.3 * (right - left))  # room for the name of the fastest
-    axes.figure.draw_without_rendering()  # from here on points stay where they are
-    placed = list[tuple[float, float, float]]()
-    for x, y, name, colour in sorted(points, key=lambda point: point[1]):
-        left, middle = axes.transData.transform((x, y)) * scale
-        begin, end, bottom = left + 5, left + 5 + letter * len(name), middle - size / 2
-        for other_begin, other_end, other_bottom in sorted(placed, key=lambda box: box[2]):
-            if begin < other_end and other_begin < end and abs(bottom - other_bottom) < line:
-                bottom = other_bottom + line
-        placed.append((begin, end, bottom))
-        offset = (5, bottom - middle)
-        text = axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=size, color=colour)
-        text.set_in_layout(False)
+def _label(axes: Any, points: list[tuple[float, float, str, str]], gap: float) -> None:
+    """Names of the points (x, y, name, colour) in a column beside the axes, in the order of y, a line to each."""
+    points = sorted(points, key=lambda point: (point[1], -point[0]))
+    low, high = axes.get_ylim()
+    heights = _spread([(y - low) / (high - low) for _, y, _, _ in points], gap)
+    for (x, y, name, colour), height in zip(points, heights, strict=True):
+        axes.annotate(
+            name,
+            (x, y),
+            (1.02, height),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            fontsize=7,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.6, "relpos": (0, 0.5)},
+        )
+
+
+def _spread(heights: list[float], gap: float) -> list[float]:
+    """Ascending heights, moved until they are `gap` apart: up, and down from 1 where that is too far."""
+    found = list[float]()
+    for height in heights:
+        found.append(max([height, *(below + gap for below in found[-1:])]))
+    for i in reversed(range(len(found))):
+        found[i] = min([found[i], 1.0 if i + 1 == len(found) else found[i + 1] - gap])
+    return found

@@ -255,7 +255,7 @@ def _check(command: BenchConfig) -> None:
             file = name.removeprefix(shapes.PREFIX)
             total += room.weights_of_config(file, dtype, trust_remote_code=command.trust_remote_code) or 0
         else:
-            loading.check_path(loading.path_of(name))
+            models.config_of(loading.path_of(name), trust_remote_code=command.trust_remote_code)
             total += room.weights(loading.path_of(name), dtype) or 0
         before = command.models[: command.models.index(name)]
         what = f"{name} beside {', '.join(before)}" if before else name

@@ -55,8 +55,8 @@ def load_model(
     """Load a causal language model, in evaluation mode. An adapter of PEFT is loaded as its base, and merged.
 
     Args:
-        path_or_id: a folder with a checkpoint or an adapter, a name on the Hugging Face hub, or "demo" (the embedded
-            model).
+        path_or_id: a folder with a checkpoint or an adapter, a name on the Hugging Face hub, or "demo": the embedded
+            model (a folder of that name is "./demo").
         dtype: of the weights; the checkpoint's own by default.
         device: where to put it, without a copy in main memory; CPU by default.
         trust_remote_code: run the model code that the checkpoint brings.
@@ -121,7 +121,7 @@ def load_model(
 
 
 def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer that belongs to a checkpoint.
+    """Load the tokenizer that belongs to a checkpoint; names are those of `load_model`.
 
     Raises:
         InputError: if there is none.

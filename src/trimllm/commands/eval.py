@@ -113,7 +113,8 @@ def _against(
     found = own.evaluate(loaded.model, data.metric)
     answers = [paired.answers(one.per_item, asked.test) for one, asked in ((evaluation, data), (found, theirs))]
     above = paired.apart(*answers)
-    told = f"against {command.against}: {evaluation_line(found)}\ndifference: {paired.shown(above)} points (paired)"
+    apart = "no answer differs" if paired.unanimous(above) else f"difference: {paired.shown(above)} points (paired)"
+    told = f"against {command.against}: {evaluation_line(found)}\n{apart}"
     return {"model": command.against, **found.summary(), "above": above}, told
 
 

@@ -23,10 +23,13 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 
 def shown(found: dict[str, float]) -> str:
-    """Such a difference as people read it: `-0.3 +- 0.8`. Where no answer differs, the error is unknown, not 0."""
-    if not found["difference"] and not found["stderr"]:
-        return "0.0 (no answer differs)"
+    """Such a difference as people read it: `-0.3 +- 0.8`."""
     return f"{round(found['difference'], 1) + 0.0:+.1f} +- {found['stderr']:.1f}"
+
+
+def unanimous(found: dict[str, float]) -> bool:
+    """Whether no answer differs at all: how sure a difference of 0 is, is then unknown; its error of 0 says nothing."""
+    return not found["difference"] and not found["stderr"]
 
 
 def difference(

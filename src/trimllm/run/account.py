@@ -14,7 +14,7 @@ from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluation import fluency
 from trimllm.evaluation.judging import Evaluation
-from trimllm.evaluation.paired import shown
+from trimllm.evaluation.paired import shown, unanimous
 from trimllm.importance.joint import Joint, accepted
 from trimllm.importance.scan import ScanResult
 from trimllm.importance.scores import parts
@@ -49,7 +49,10 @@ def percent(record: dict[str, Any] | None) -> str:
 
 def above_line(above: dict[str, float], depth: int) -> str:
     """`-0.3 +- 0.8 points ...`: the saved model against the one that the drops began with."""
-    return f"{shown(above)} points against all {depth} layers, as they were before the drops (paired answers)"
+    whole = f"all {depth} layers, as they were before the drops"
+    if unanimous(above):
+        return f"no answer differs from those of {whole}"
+    return f"{shown(above)} points against {whole} (paired answers)"
 
 
 def faster_line(speedup: dict[str, float]) -> str:
