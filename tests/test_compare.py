@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -288,6 +289,14 @@ def test_names_in_the_picture_are_all_there_and_do_not_cover_one_another(tmp_pat
     assert [box.y0 for box in boxes] == sorted(box.y0 for box in boxes), "names stand in the order of the points"
     assert not [(a, b) for n, a in enumerate(boxes) for b in boxes[:n] if a.overlaps(b)]
     assert all(box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+@pytest.mark.parametrize("heights", [[0.0, 0.01, 0.02], [0.98, 0.99, 1.0], [0.1, 0.5, 0.52, 0.9]])
+def test_names_beside_the_picture_stay_within_its_height(heights: list[float]) -> None:
+    found = compare_report._spread(heights, 0.1)
+    assert all(0 <= height <= 1 for height in found)
+    assert all(above - below >= 0.1 - 1e-9 for below, above in itertools.pairwise(found))
+    assert found[0] == heights[0] or heights[0] > 0.9
 
 
 def test_table_and_picture_name_the_metric(tmp_path: Path, monkeypatch: Any) -> None:
