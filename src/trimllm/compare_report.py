@@ -12,8 +12,8 @@ from trimllm.console import clock, table
 from trimllm.evaluation.paired import shown, unanimous
 from trimllm.plot import picture
 
-LINE = 9.5
-"""Points from one name to the next in the picture."""
+LINE = 0.165
+"""Inches of the picture's height for each name: a line of it, where the axes take four fifths of the height."""
 
 
 def row_line(cell: Cell, row: dict[str, Any]) -> str:
@@ -136,7 +136,7 @@ def compare_plot(found: dict[str, Any], path: Path) -> None:
     done = [row for row in found["rows"] if row["status"] == "done"]
     if not done:
         return
-    height = max(6.0, LINE * len(done) / 72 / 0.8)  # inches; the axes take more than four fifths of it
+    height = max(6.0, LINE * len(done))
     with picture(path, figsize=(11, height)) as (_, axes):
         points = list[tuple[float, float, str, str]]()
         for row in done:
@@ -149,7 +149,7 @@ def compare_plot(found: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("decode speed at batch 1, of the base's")
         axes.set_ylabel(f"{next(iter(done[0]['accuracy'].values()))['metric']} on the reported split (%)")
         axes.set_title(f"{settings['model']} on {settings['task']}", fontsize=10)
-        _label(axes, points, gap=LINE / 72 / 0.8 / height)
+        _label(axes, points, gap=LINE / height)
 
 
 def _label(axes: Any, points: list[tuple[float, float, str, str]], gap: float) -> None:
@@ -172,9 +172,11 @@ def _label(axes: Any, points: list[tuple[float, float, str, str]], gap: float) -
 
 def _spread(heights: list[float], gap: float) -> list[float]:
     """Ascending heights, moved until they are `gap` apart: up, and down from 1 where that is too far."""
-    found = list[float]()
+    found, least, most = list[float](), 0.0, 1.0
     for height in heights:
-        found.append(max([height, *(below + gap for below in found[-1:])]))
+        found.append(max(height, least))
+        least = found[-1] + gap
     for i in reversed(range(len(found))):
-        found[i] = min([found[i], 1.0 if i + 1 == len(found) else found[i + 1] - gap])
+        found[i] = min(found[i], most)
+        most = found[i] - gap
     return found

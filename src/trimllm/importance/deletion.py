@@ -58,12 +58,11 @@ class Part:
         trials = [pieces(each) for each in record["trials"]]
         return cls(record["rows"], pieces(record["base"]), trials, *counts, dict(record["sums"]))
 
-
-def covers(part: Part | None, rows: str, tried: Sequence[int], candidates: int) -> bool:
-    """Whether an earlier, interrupted scan tried these of so many candidates on these rows."""
-    if part is None or part.rows != rows or any(len(sums) != candidates for sums in part.sums.values()):
-        return False
-    return not tried or (len(part.trials) == candidates and all(part.trials[i] for i in tried))
+    def covers(self, rows: str, tried: Sequence[int], candidates: int) -> bool:
+        """Whether it is of these rows and so many candidates, and these were tried: what an interrupted scan left."""
+        if self.rows != rows or any(len(sums) != candidates for sums in self.sums.values()):
+            return False
+        return not tried or (len(self.trials) == candidates and all(self.trials[i] for i in tried))
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ def scan(
             """The parts of `batches`, numbered from `first` on, with trials of these candidates."""
             numbers = range(first, first + len(batches))
             rows = {number: batches.digest(number - first) for number in numbers}
-            todo = [n for n in numbers if not deletion.covers(parts.get(n), rows[n], tried, len(candidates))]
+            todo = [n for n in numbers if n not in parts or not parts[n].covers(rows[n], tried, len(candidates))]
             for begin in range(0, len(todo), share.world):
                 mine = todo[begin : begin + share.world][share.rank : share.rank + 1]
                 measured = partial(deletion.measure, model, candidates=candidates, tried=tried, run=run, resume=resume)
