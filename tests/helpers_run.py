@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
 from trimllm import cli, compare
-from trimllm.baselines import cell
+from trimllm.baselines import cell, elsewhere
 from trimllm.bench import timing
 from trimllm.checkpoints import verification
 from trimllm.checkpoints.loading import DEMO, load_tokenizer
@@ -139,6 +138,9 @@ def fast(monkeypatch: Any) -> None:
 
 SPEED = {
     "ratio": {"median": 1.0, "min": 0.9, "max": 1.1},
+    "prefill_ratio": {"median": 1.0, "min": 0.9, "max": 1.1},
+    "dtype": "float32",
+    "slowdown": 1.0,
     "prefill_tokens_per_second": 1.0,
     "decode_tokens_per_second": 1.0,
     "peak_bytes": None,
@@ -150,13 +152,11 @@ def in_process(monkeypatch: Any, picture: bool = False, apart: str = "") -> None
     """Rows of comparisons are made in this process: no child starts, nothing is timed, but for the row of the method
     `apart`."""
 
-    def child(command: list[str], **_: Any) -> Any:
+    def child(command: list[str], *_: Any) -> int:
         assert command[1:3] == ["-m", "trimllm.baselines.cell"]
-        if command[4] == apart:
-            return subprocess.run(command)
-        return SimpleNamespace(returncode=cell.main(command[3:]))
+        return subprocess.run(command).returncode if command[4] == apart else cell.main(command[3:])
 
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=child))
+    monkeypatch.setattr(elsewhere, "ended", child)
     monkeypatch.setattr(cell, "speed", lambda *_: SPEED)
     fast(monkeypatch)
     if not picture:

@@ -16,7 +16,6 @@ from dataclasses import replace
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +47,7 @@ DONE = {
     "disk_bytes": 40,
     "accuracy": {"t": {"metric": "acc", "value": 50.0, "stderr": 1.0, "n": 4, "acc_norm": 51.0}},
     "speed": SPEED,
+    "conditions": {"device": "cpu", "threads": 1},
     "tokens": 0,
     "train_seconds": 0.0,
     "compress_seconds": 0.0,
@@ -92,18 +92,18 @@ def made_up(monkeypatch: Any, **made: Any) -> list[list[str]]:
     """Children that write a finished row at once, or what `made` says for a method; the list of those that ran."""
     ran = []
 
-    def child(command: list[str], **_: Any) -> Any:
+    def child(command: list[str], *_: Any) -> int:
         root, name, *keep = command[3:]
         ran.append([name, *keep])
         row = made.get(name, DONE)
         if isinstance(row, int):
-            return SimpleNamespace(returncode=row)
+            return row
         each = Cell(METHODS[name], float(keep[0]) if keep else None)
         text = json.dumps({"method": name, "keep": each.keep, **row})
         (Path(root) / "cells" / each.name / "row.json").write_text(text)
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=child))
+    monkeypatch.setattr(elsewhere, "ended", child)
     monkeypatch.setattr(compare, "compare_plot", lambda *_: None)
     return ran
 
@@ -185,7 +185,7 @@ def test_rows_are_not_held_against_what_is_not_there(whole: Any, tmp_path: Path)
         return compare.against_full(compare.finished(output), output)
 
     assert [bool(row["above_full"]) for row in held()] == [True, False, True, True]
-    (output / "cells" / "trim-0.5" / "answers.json").unlink()  # as of an earlier version
+    (output / "cells" / "trim-0.5" / "answers.json").unlink()  # lost
     assert [bool(row["above_full"]) for row in held()] == [True, False, False, True]
     full.file(output).write_text(json.dumps(full.row(output) | {"status": "failed", "why": "w"}))
     rows = held()
@@ -248,22 +248,21 @@ def test_speeds_that_a_cpu_emulates_are_said_and_taken_in_the_dtype_that_was_ask
         {"slowdown": 8.0, "dtype": "bfloat16"},
         {"slowdown": 1.0, "dtype": "bfloat16"},
     ]  # a quantized row's own is 1
-    speeds = dict.fromkeys(("prefill_ratio", "peak_bytes", "read_bytes_per_step", *SPEED), 1.0)
+    speeds = dict.fromkeys(("read_bytes_per_step", *SPEED), 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(benching, "measure", lambda _: (known, {}))
         patch.setattr(tables, "record", lambda *_: {"rows": [speeds, speeds]})
         assert cell.speed(asked, product)["slowdown"] == 8, "the base beside it was slow"
-    slow = {"speed": SPEED | {"dtype": "bfloat16", "slowdown": 8.0}, "title": "full", "above_full": {}, "keep": None}
-    rows = [DONE | slow | {"method": "full"}]
+    slow = DONE | {"speed": SPEED | {"dtype": "bfloat16", "slowdown": 8.0}, "above_full": {}, "keep": None}
+    rows = [slow | {"method": "full", "title": "full"}]
     told = compare_report.report({"rows": rows, "settings": {"methods": ["full"], "keep": [0.5]}})
     assert "\nthis CPU emulates bfloat16: prefill is faster with --dtype float32" in told
     assert "speeds are in" not in told
-    rows += [DONE | {"method": "llm-int8", "title": "LLM.int8()", "above_full": {}, "keep": None}]
+    own = SPEED | {"dtype": "float16"}
+    rows += [slow | {"method": "llm-int8", "title": "LLM.int8()", "speed": own}]
     rows += [rows[0] | {"title": "other", "above_full": {"t": {"difference": 0.0, "stderr": 0.0}}}]
     told = compare_report.report({"rows": rows, "settings": {"methods": ["full"], "keep": [0.5]}})
-    assert "\nspeeds are in bfloat16, those of LLM.int8() in the dtype they are saved in" in told, (
-        "an earlier version's"
-    )
+    assert "\nspeeds are in bfloat16, those of LLM.int8() in float16" in told
     assert "  same answers  " in told
 
 
@@ -337,15 +336,9 @@ def test_modules_in_the_users_folder_are_not_those_of_python(
 
 
 def test_an_interrupted_row_says_nothing(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     compare.claim(settings(world, tmp_path), tmp_path, {})
-    monkeypatch.setattr(cell, "measure", stop)
-    try:
-        assert cell.main([str(tmp_path), "base"]) == 130
-    except KeyboardInterrupt:
-        pytest.fail("a traceback")
+    monkeypatch.setattr(cell, "measure", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert cell.main([str(tmp_path), "base"]) == 128 + signal.SIGTERM
     assert not Cell(METHODS["base"], None).file(tmp_path).exists()
 
 
@@ -443,11 +436,11 @@ def test_a_row_that_outlives_its_comparison_holds_the_folder(
     """A comparison that is killed leaves the child behind that makes a row: nobody may begin the same row meanwhile."""
     output, started = tmp_path / "out", list[subprocess.Popen[bytes]]()
 
-    def orphan(_: list[str], *, pass_fds: list[int], **__: Any) -> Any:
-        started.append(subprocess.Popen(["sleep", "60"], pass_fds=pass_fds))
+    def orphan(_: list[str], __: Any, lock: int) -> Any:
+        started.append(subprocess.Popen(["sleep", "60"], pass_fds=[lock]))
         raise Killed
 
-    monkeypatch.setattr(compare if python is None else elsewhere, "subprocess", SimpleNamespace(run=orphan))
+    monkeypatch.setattr(elsewhere, "ended", orphan)
     monkeypatch.setattr(cell, "missing", lambda _: "a library" if python else "")
     monkeypatch.setattr(elsewhere, "lacking", lambda *_: "")
     command = settings(world, output, methods=("base",), baselines_python=python and sys.executable)
@@ -509,20 +502,6 @@ def test_a_folder_remembers_the_methods_and_shares_of_all_calls(
     assert ran[2:] == [["top", "0.5"]]
     go(settings(world, tmp_path / "out", methods=(), keep=(HALF,), resume=True))
     assert cli.parse([*command]).methods == ()  # type: ignore[attr-defined]
-
-
-def test_comparison_begun_before_there_was_a_choice_goes_on_with_fresh_optimizers(
-    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
-) -> None:
-    made_up(monkeypatch)
-    go(settings(world, tmp_path / "out", methods=("base",), keep=(HALF,), optimizer_state="fresh"))
-    path = tmp_path / "out" / "config.yaml"
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if "optimizer_state" not in line))
-    stored = cli.parse(["compare", "--resume", "--output", str(tmp_path / "out")])
-    assert isinstance(stored, CompareConfig)
-    assert stored.optimizer_state == "fresh"
-    row = job.Job(stored, Cell(METHODS["trim"], HALF), tmp_path / "out")
-    assert row.trim_settings(keep=HALF).optimizer_state == "fresh"
 
 
 def test_a_device_is_left_to_what_is_measured_next(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
@@ -720,6 +699,35 @@ def test_another_python_runs_this_very_package(tmp_path: Path, monkeypatch: Any)
     assert not Path(path).parent.exists()  # the link is gone with its folder
     assert "gptq" in rest
     assert os.environ["PYTHONPATH"] == str(other.parent)
+
+
+def test_a_row_is_asked_to_end_and_waited_for_where_the_comparison_is_cut(tmp_path: Path) -> None:
+    def cut(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    saves = (
+        f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+    )
+    before = signal.signal(signal.SIGALRM, cut)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            elsewhere.ended(["sh", "-c", saves], os.environ, 2)
+        assert (tmp_path / "saved").exists()
+        signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+        with pytest.raises(KeyboardInterrupt):  # and killed where it is cut again
+            elsewhere.ended(["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"], os.environ, 2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_settings_without_effect_on_a_row_are_left_out_all_of_them(world: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without training text has no effect, and without text its ratio."""
+    asked = settings(world, tmp_path, text=str(world[1]), text_ratio=3.0, epochs_per_drop=0.0, optimizer_state="fresh")
+    row = job.Job(asked, Cell(METHODS["trim"], HALF), tmp_path)
+    made = row.trim_settings(keep=HALF, warmup_epochs=0.0)
+    assert (made.text, made.epochs_per_drop) == (None, 0)
 
 
 def test_rows_that_changed_are_refused(world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:

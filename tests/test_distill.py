@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from trimllm import cli
 from trimllm.blocks.layout import whole
 from trimllm.checkpoints import room
-from trimllm.config import TrainSettings, TrimConfig
-from trimllm.run import checks, progressive
+from trimllm.config import TrainSettings
+from trimllm.run import progressive
 from trimllm.training import distill, losses, packing, sparse, train
 from trimllm.training.distill import Teacher
 from trimllm.training.packing import ALONE, Example, find_way, pack
@@ -308,6 +308,4 @@ def test_a_model_that_fits_once_but_not_twice_is_refused_before_it_is_loaded(bas
     words = h.arguments(h.settings(base, task, tmp_path / "run", target_speedup=1.5))
     assert cli.main(["trim", *words]) == 2
     assert "--target-speedup 1.5 measures the base beside the model: the weights" in capsys.readouterr().err
-    resumed = TrimConfig(model=str(base), task=str(task), output="o", target_speedup=1.5, resume=True)
-    assert not [note for note in checks.memory(resumed, torch.device("cpu")) if "speedup" in note]
     assert not (tmp_path / "run").exists()

@@ -63,10 +63,6 @@ def test_only_a_change_since_the_base_is_warned_of(now, expected):
     assert found is None if expected is None else expected in found
 
 
-def test_an_older_run_without_the_measurement_is_not_warned_of():
-    assert fluency.warning(None, GOOD) is None
-
-
 def test_a_run_records_it_for_base_and_result_and_says_when_it_collapsed(tmp_path, monkeypatch, capsys):
     h.fast(monkeypatch)
     base, task = h.save_base(tmp_path / "base"), h.save_task(tmp_path / "task")

@@ -173,21 +173,6 @@ def test_settings_are_found_again_without_heavy_libraries(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-def test_a_setting_that_an_older_run_did_not_know_has_the_value_that_held_then(tmp_path):
-    rundir.claim(config(tmp_path, schedule="epoch"))
-    path = tmp_path / "run" / "config.yaml"
-    stored = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({name: stored[name] for name in stored if name not in ("schedule", "distill")}))
-    again = TrimConfig(**(placing.stored_settings(path.parent) | {"resume": True}))
-    assert again.schedule == "epoch"
-    rundir.check(again)
-    for other in ({"distill": 0.5}, {"schedule": "late"}):
-        with pytest.raises(InputError, match=f"--{next(iter(other))} .*give that or leave it out"):
-            rundir.check(again.model_copy(update=other))
-    with pytest.raises(InputError, match=r"^--no-train-embeddings: the run in .* has True: give that or leave it out"):
-        rundir.check(again.model_copy(update={"train_embeddings": False}))
-
-
 def test_only_folders_of_depths_are_depths(tmp_path):
     run = rundir.RunDir(tmp_path)
     for name in ("depth-4", "depth-12", "depth-10.bak", "depth-", "depth-x"):
@@ -233,6 +218,8 @@ def test_weights_that_stand_there_need_no_more_space(tmp_path, monkeypatch):
     monkeypatch.setattr(rundir.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "model.safetensors").write_bytes(b"x" * 900)
+    (tmp_path / "model-depth-3").mkdir()
+    (tmp_path / "model-depth-3" / "model.safetensors").write_bytes(b"x" * 2000)  # an export, which saves nothing
     rundir.check_space(tmp_path, 1000)
     with pytest.raises(InputError, match="MiB free"):
         rundir.check_space(tmp_path, 1001)

@@ -11,12 +11,13 @@ import torch
 
 from trimllm import cli, memory
 from trimllm.bench import benching
+from trimllm.blocks.layout import units, whole
 from trimllm.checkpoints.loading import load_model
 from trimllm.config import EvalConfig, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.evaluation.inputs import scorer as scorer_of
-from trimllm.importance import scan
+from trimllm.importance import scan, weights
 from trimllm.run import recording
 
 
@@ -116,6 +117,30 @@ def test_a_single_row_that_does_not_fit_is_one_line(tokenizer, questions):
         scorer.score(model)
 
 
+def test_gradients_of_a_batch_that_failed_midway_are_not_counted_twice(tokenizer, questions):
+    """The embeddings' gradient comes last in a backward pass: by then those of all blocks are added."""
+    model = tiny.build("llama", 3)
+    candidates = units("block", whole(3))
+    expected = weights.taylor(model, Scorer(model, tokenizer, questions), candidates)
+    forward, large, failed = model.forward, [False], []
+
+    def watched(*arguments, **named):
+        large[0] = len(named["input_ids"]) > 1
+        return forward(*arguments, **named)
+
+    def fail(gradient):
+        if large[0]:
+            failed.append(1)
+            raise CUDA
+        return gradient
+
+    model.forward = watched
+    model.get_input_embeddings().weight.register_hook(fail)
+    scorer = Scorer(model, tokenizer, questions)
+    assert weights.taylor(model, scorer, candidates) == pytest.approx(expected, rel=1e-4)
+    assert failed
+
+
 def test_other_errors_are_not_taken_for_the_end_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         memory.attempt(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
@@ -137,8 +162,8 @@ def test_commands_say_in_one_line_that_memory_ended(error, monkeypatch, capsys):
     monkeypatch.setattr(cli, "parse", lambda _: None)
     monkeypatch.setattr(cli, "run", raising(error))
     remedies = {
-        "trim": "a smaller --micro-batch-size or a smaller --eval-batch-size or --gradient-checkpointing or a narrower "
-        "--dtype; what is done is kept: go on with --resume",
+        "trim": "a smaller --micro-batch-size or a smaller --eval-batch-size or --gradient-checkpointing; what is done "
+        "is kept: go on with --resume",
         "drop": "--streaming or a narrower --dtype",
         "export": "use a device that has more",
     }

@@ -213,18 +213,20 @@ def test_licence_of_a_base_on_the_hub_is_read_there_if_it_can_be(
 
 
 def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
-    def stage(depth: int, unit: str) -> dict[str, Any]:
-        return {"depth": depth, "dropped": [{"units": [unit], "value": [50.0], "importance": [0.1], "why": "least"}]}
+    def stage(depth: int, unit: str, metric: str = "acc") -> dict[str, Any]:
+        drop = {"units": [unit], "metric": metric, "value": [50.0], "importance": [0.1], "why": ["least"]}
+        return {"depth": depth, "dropped": [drop]}
 
     rows = [stage(3, "block 1"), stage(2, "block 0"), {"depth": 3}]
     config = TrimConfig(model="m", task="t", output="o")
-    text = model_card._scores(config, rows, 3, "acc")
+    text = model_card._scores(config, rows, 3)
     assert "| block 1 | 50.0 | 0.1 | least |" in text
     assert "block 0" not in text
     decided = "; importance, the score that decided, is 100 less the mean probability of the right choice:"
     papers = config.model_copy(update={"strategy": "scan+norm"})
     asked = [(config, "acc"), (config, "likelihood"), (papers, "acc")]
-    assert [decided in model_card._scores(one, rows, 3, metric) for one, metric in asked] == [True, False, False]
+    told = [model_card._scores(one, [stage(3, "block 1", metric)], 3) for one, metric in asked]
+    assert [decided in text for text in told] == [True, False, False]
 
 
 def test_the_embedded_model_is_its_own_origin_without_a_licence_of_its_own() -> None:

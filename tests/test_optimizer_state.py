@@ -273,17 +273,6 @@ def test_space_is_asked_for_state_that_will_be_written(base, task, tmp_path, mon
     assert asked == [3 * weights + 2 * state * optimizer_state.most_bytes(settings, model)]
 
 
-def test_a_run_begun_before_there_was_a_choice_goes_on_with_fresh_optimizers(base, task, tmp_path):
-    fresh = CARRIED | {"optimizer_state": "fresh"}
-    h.run(base, task, tmp_path / "straight", **fresh)
-    output = tmp_path / "run"
-    h.killed_run((progressive.Run, "_drop", 3), base, task, output, **fresh)
-    path = RunDir(output).config
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if "optimizer_state" not in line))
-    progressive.trim(output=str(output), resume=True)
-    assert h.weights_hash(output / "model") == h.weights_hash(tmp_path / "straight" / "model")
-
-
 def test_state_that_is_gone_is_one_line(base, task, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         h.kill_at(patch, progressive.Run, "_drop", 3)

@@ -17,7 +17,10 @@ from trimllm import cli
 from trimllm.bench import benching
 from trimllm.checkpoints import room
 from trimllm.checkpoints.loading import load_model
-from trimllm.config import BenchConfig
+from trimllm.config import BenchConfig, TrimConfig
+from trimllm.console import Console
+from trimllm.errors import InputError
+from trimllm.run import checks, progressive
 
 CPU = torch.device("cpu")
 
@@ -165,6 +168,22 @@ def test_weights_larger_than_memory_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_speed_target_needs_room_for_two_models_when_a_run_begins(
+    base: Path, task: Path, tmp_path: Path, monkeypatch: Any, resume: bool
+) -> None:
+    """Also with --resume, as queues start a job for the first time."""
+    monkeypatch.setattr(room, "free_bytes", lambda _: int(1.5 * weights(base, torch.float32)))
+    asked = TrimConfig(**h.settings(base, task, tmp_path / "run", target_speedup=1.5, resume=resume))
+    with pytest.raises(InputError, match=r"^--target-speedup 1\.5 measures the base beside the model"):
+        progressive.trim(asked, console=Console(quiet=True))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "journal.jsonl").write_text('{"event": "base"}\n')
+    assert not [note for note in checks.memory(asked, torch.device("cpu")) if "speedup" in note], (
+        "it has fitted by then"
+    )
+
+
 @pytest.mark.parametrize(
     ("share", "changes", "noted"),
     [
@@ -178,10 +197,6 @@ def test_weights_larger_than_memory_are_refused(
 def test_a_run_whose_full_fine_tuning_cannot_fit_is_told_before_it_loads(
     share: float, changes: dict[str, Any], noted: bool, base: Path, task: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from trimllm.config import TrimConfig
-    from trimllm.console import Console
-    from trimllm.run import progressive
-
     needed = weights(base, torch.float32)
     monkeypatch.setattr(room, "free_bytes", lambda _: int(share * needed))
     said: list[str] = []

@@ -397,9 +397,35 @@ def test_out_of_memory_halves_the_micro_batches_and_the_step_stays_the_same(task
 def test_a_single_row_that_does_not_fit_ends_the_stage(task, settings, small_memory):
     small_memory.limit[0] = 0
     model = tiny.build("llama", 1)
-    with pytest.raises(torch.OutOfMemoryError, match=r"one row of .* tokens does not fit"):
+    line = (
+        r"out of memory: the training of one row of \d+ tokens does not fit the device: give --gradient-checkpointing"
+    )
+    with pytest.raises(TrimError, match=line):
         stage(model, list(model.parameters()), [task], settings)
     assert not model.training
+
+
+def test_a_stage_cut_between_a_step_and_the_look_after_it_is_not_saved_there(task, settings):
+    """What goes on from there would never take that look."""
+    ended = []
+    saves = SimpleNamespace(find=lambda *_: None, due=lambda: False, end=lambda *a: ended.append(a[-1].steps))
+
+    class Look:
+        cycle, losses = 2, ()
+
+        def __call__(self):
+            return False
+
+    for at in (1, 2, 3):
+        model = tiny.build("llama", 1)
+
+        def cut(number, *_, at=at):
+            if number == at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            stage(model, list(model.parameters()), [task] * 4, settings, watch=Look(), underway=saves, on_step=cut)
+    assert ended == [1, 3]
 
 
 def test_other_errors_of_the_backward_pass_are_not_taken_for_memory(task, settings, small_memory):

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2Fo
 
 from trimllm import cli
 from trimllm.blocks import decoder
-from trimllm.checkpoints import models
 from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.config import STRATEGIES, EvalConfig, TrimConfig
 from trimllm.console import Console
@@ -27,7 +26,7 @@ from trimllm.evaluation.evaluate import Scorer, evaluate
 from trimllm.evaluation.paired import difference
 from trimllm.importance import scan, scores, weights
 from trimllm.importance.rules import Rules
-from trimllm.run import account, deciding, preparing, progressive, rundir, targets
+from trimllm.run import account, deciding, progressive, rundir, targets
 from trimllm.tasks import Item
 from trimllm.training import losses, train
 
@@ -244,7 +243,7 @@ def test_a_target_that_is_not_met_and_a_depth_that_is_not_trained_are_said(base,
 def test_a_target_of_a_run_that_is_begun_is_not_judged_again(base, task, tmp_path, monkeypatch):
     asked = {"depth": 4, **NO_TRAINING}
     h.killed_run((progressive.Run, "_drop", 1), base, task, tmp_path / "run", **asked)
-    monkeypatch.setattr(targets, "check_possible", lambda *_: pytest.fail("an earlier version took it"))
+    monkeypatch.setattr(targets, "check_possible", lambda *_: pytest.fail("it was taken once"))
     h.run(base, task, tmp_path / "run", resume=True, **asked)
 
 
@@ -384,22 +383,6 @@ def test_what_a_set_of_drops_may_cost_is_a_question_or_the_ties_that_are_asked_f
     assert decider._harmless_points == pytest.approx(points)
 
 
-def test_a_run_of_a_version_with_wider_ties_goes_on_with_them(base, task, tmp_path):
-    output = tmp_path / "run"
-    h.killed_run((progressive.Run, "_drop", 1), base, task, output, depth=4, **PAPERS, **NO_TRAINING)
-    journal = output / "journal.jsonl"
-    events = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert events[0].pop("ties") == 0.0
-    for old, tolerance in ((False, 0.0), (True, 100 / 6)):
-        if old:
-            journal.write_text("".join(json.dumps(event) + "\n" for event in events))
-        run = progressive.Run(
-            TrimConfig(**h.settings(base, task, output, depth=4, resume=True, **PAPERS, **NO_TRAINING)), Console()
-        )
-        found = preparing.prepare(run.config, models.load(run.config, training=True), run.dir)
-        assert found.decider.tolerance == pytest.approx(tolerance)
-
-
 @pytest.mark.parametrize(
     ("strategy", "breaker", "sign"),
     [
@@ -477,36 +460,6 @@ def test_a_target_is_not_missed_by_a_depth_that_a_floor_took_back(base, task, tm
     assert result["depth"] == 4
     assert result["drops"][-1]["reached"] == "the minimum depth, 3"
     assert not any("not met" in line for line in result["warnings"])
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"optimizer_state": "fresh", "train_ratio": 0.5},
-        {"text": "demo_law", "warmup_epochs": 0},
-        {"one_shot": True, "optimizer_state": "fresh", "epochs_per_drop": 0.2},
-    ],
-    ids=str,
-)
-def test_a_run_that_an_earlier_version_began_with_settings_without_effect_goes_on(
-    base, task, tmp_path, monkeypatch, changes
-):
-    decide, scans = deciding.Decider.decide, []
-
-    def killed_in_the_last_scan(*arguments):
-        scans.append(1)
-        if len(scans) == (1 if changes.get("one_shot") else 2):
-            raise KeyboardInterrupt
-        return decide(*arguments)
-
-    asked = {"depth": 3, "warmup_epochs": 0.2, "epochs_per_drop": 0, **changes}
-    with monkeypatch.context() as patch:
-        patch.setattr(TrimConfig, "idle", lambda _: {})
-        patch.setattr(deciding.Decider, "decide", killed_in_the_last_scan)
-        with pytest.raises(KeyboardInterrupt):
-            h.run(base, task, tmp_path / "run", **asked)
-    assert cli.main(["trim", "--output", str(tmp_path / "run"), "--resume"]) == 0
-    assert h.result(tmp_path / "run")["depth"] == 3
 
 
 def test_the_card_says_of_every_unit_that_goes_at_once_why(base, task, tmp_path):

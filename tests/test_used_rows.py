@@ -156,13 +156,17 @@ def test_a_quantized_model_is_asked_what_its_run_did_not_train_on(made):
     (run / used_rows.FILE).rename(run / "away.json")
     try:
         assert quantized._evaluation(asked, run / "model").seed == SEED, "by its settings"
-        told = used_rows.warnings(run / "model", load_task(rows), 0)
-        assert told == [
-            f"which rows {run / 'model'} was trained on is not known: its run is of an earlier version (trim --resume "
-            "or compare --resume adds them to it)"
-        ]
     finally:
         (run / "away.json").rename(run / used_rows.FILE)
+
+
+def test_a_folder_called_demo_is_not_the_embedded_model(made, tmp_path, monkeypatch):
+    _, run = made
+    (tmp_path / "demo").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    assert used_rows.of("./demo").seed == SEED
+    assert used_rows.of("demo") == used_rows.Used()
+    assert placing.run_of("demo") == {}
 
 
 def test_links_into_a_run_and_out_of_one_are_followed(made, tmp_path):

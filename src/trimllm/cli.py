@@ -367,7 +367,8 @@ def _less_memory(name: str) -> str:
         "streaming": "--streaming",
         "dtype": "a narrower --dtype",
     }
-    there = [way for option, way in ways.items() if option in COMMANDS[name].model_fields]
+    kept = {"dtype"} if name in RESUMABLE else set()  # what began goes on in its own
+    there = [way for option, way in ways.items() if option in COMMANDS[name].model_fields.keys() - kept]
     goes_on = "; what is done is kept: go on with --resume" if name in RESUMABLE else ""
     return f"{' or '.join(there) or 'use a device that has more'}{goes_on}"
 

@@ -7,10 +7,7 @@ a row that says why.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -227,8 +224,7 @@ def joined(command: CompareConfig, earlier: CompareConfig) -> CompareConfig:
 def same_conditions(command: CompareConfig, root: Path) -> None:
     """Raises InputError if finished rows were computed elsewhere, or with other threads: one table, one machine."""
     now = cell.conditions(command)
-    for row in finished(root):
-        then = row.get("conditions", now)
+    for then in (row["conditions"] for row in finished(root) if row["status"] == "done"):
         if then["device"] != now["device"]:
             raise InputError(
                 f"--device {command.device} is {now['device']}, and finished rows in {root} were made on "
@@ -247,16 +243,12 @@ def make_row(command: CompareConfig, each: Cell, root: Path, lock: int) -> None:
     path = each.file(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    if command.baselines_python and cell.missing(each):
-        if lacks := elsewhere.lacking(command.baselines_python, each):
-            why = f"--baselines-python {command.baselines_python} {lacks}"
-            files.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "not run", "why": why})
-            return
-        code = elsewhere.run(command.baselines_python, arguments, lock)
-    else:
-        words = [sys.executable, "-m", "trimllm.baselines.cell", *arguments]
-        environment = os.environ | {"PYTHONSAFEPATH": "1"}  # no module in the user's folder stands before Python's
-        code = subprocess.run(words, env=environment, pass_fds=[lock]).returncode
+    python = command.baselines_python if cell.missing(each) else None
+    if python and (lacks := elsewhere.lacking(python, each)):
+        why = f"--baselines-python {python} {lacks}"
+        files.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "not run", "why": why})
+        return
+    code = elsewhere.run(python, arguments, lock)
     if code == 0 and path.exists():
         return
     why = f"its process ended with exit code {code}; what it printed says why"

@@ -81,13 +81,13 @@ def _dtypes(done: list[dict[str, Any]]) -> list[str]:
     """Lines on the dtypes of the speeds, where they differ (a quantized model keeps its own), or a CPU emulates one."""
     titles: dict[str, list[str]] = {}
     for row in done:
-        titles.setdefault(row["speed"].get("dtype", "the dtype they are saved in"), []).append(row["title"])
+        titles.setdefault(row["speed"]["dtype"], []).append(row["title"])
     usual, *others = sorted(titles, key=lambda dtype: -len(titles[dtype]))
     lines = []
     if others:
         apart = "; ".join(f"those of {', '.join(titles[dtype])} in {dtype}" for dtype in others)
         lines.append(f"speeds are in {usual}, {apart}")
-    if emulated := sorted({row["speed"]["dtype"] for row in done if row["speed"].get("slowdown", 1) > 1}):
+    if emulated := sorted({row["speed"]["dtype"] for row in done if row["speed"]["slowdown"] > 1}):
         lines.append(f"this CPU emulates {' and '.join(emulated)}: prefill is faster with --dtype float32")
     return lines
 
@@ -125,7 +125,7 @@ def _size_and_speed(row: dict[str, Any]) -> list[Any]:
         f"{row['disk_bytes'] / 1e6:.1f}",
         "-" if speed["peak_bytes"] is None else f"{speed['peak_bytes'] / 1e6:.0f}",
         f"{speed['prefill_tokens_per_second']:.0f}",
-        f"{speed['prefill_ratio']['median']:.2f}x" if "prefill_ratio" in speed else "-",
+        f"{speed['prefill_ratio']['median']:.2f}x",
         f"{speed['decode_tokens_per_second']:.1f}",
         f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})",
     ]

@@ -57,7 +57,9 @@ def uncollected() -> Iterator[None]:
 
 
 def child(module: str) -> None:
-    """Begin a process that runs functions of `module`. Ctrl-C, which it gets too, ends it without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Begin a process that runs functions of `module`. Ctrl-C, which it gets too, ends it without a traceback, if it
+    ends the process that begins it."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     with uncollected():
         import_module(module)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -33,7 +34,8 @@ def main(arguments: list[str]) -> int:
     cell = Cell(METHODS[name], float(keep[0]) if keep else None)
     try:
         check_libraries(cell)
-        row = measure(command, cell, Path(root))
+        with startup.termination_raises():
+            row = measure(command, cell, Path(root))
     except TrimError as error:
         row = {"status": "not run", "why": one_line(error)}
     except RuntimeError as error:
@@ -42,8 +44,8 @@ def main(arguments: list[str]) -> int:
         if not memory.is_out_of_memory(error):
             raise
         row = {"status": "not run", "why": "out of memory on the device: a smaller --micro-batch-size may help"}
-    except KeyboardInterrupt:  # the comparison, which got it too, says so
-        return 130
+    except startup.Terminated:  # the comparison, which sends it, says so
+        return 128 + signal.SIGTERM
     from trimllm import files
 
     files.write_json(cell.file(Path(root)), {"method": name, "keep": cell.keep, **row})
@@ -199,4 +201,5 @@ def lengths(command: CompareConfig, context: int) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison gets Ctrl-C, too, and asks this process to end
     sys.exit(main(sys.argv[1:]))

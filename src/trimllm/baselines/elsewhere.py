@@ -1,4 +1,4 @@
-"""Rows whose libraries want other versions than this environment's: made by the Python of another one, by this package.
+"""The process of a row: of this Python, or of another environment's where a library wants other versions than ours.
 
 llm-compressor, for one, takes transformers up to a release only. Where the other environment has a trimllm of its own,
 this one wins there, so that all rows are measured by the same code.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import trimllm
@@ -38,12 +39,30 @@ def lacking(python: str, cell: Cell) -> str:
     return ""
 
 
-def run(python: str, arguments: Sequence[str], lock: int) -> int:
-    """Run the row's process there, which inherits the file descriptor `lock`; its exit code."""
+def run(python: str | None, arguments: Sequence[str], lock: int) -> int:
+    """Make a row by this Python, or another one, in a process that inherits the file descriptor `lock`; its exit
+    code."""
+    words = [python or sys.executable, "-m", "trimllm.baselines.cell", *arguments]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}  # no module in the user's folder stands before Python's
+    if python is None:
+        return ended(words, environment, lock)
     with tempfile.TemporaryDirectory(prefix="trimllm-") as folder:
         # Alone in a folder: the packages that are installed beside this one are for this Python.
         (Path(folder) / "trimllm").symlink_to(Path(trimllm.__file__).parent, target_is_directory=True)
         path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-        words = [python, "-m", "trimllm.baselines.cell", *arguments]
-        return subprocess.run(words, env=environment, pass_fds=[lock]).returncode
+        return ended(words, environment | {"PYTHONPATH": path}, lock)
+
+
+def ended(words: Sequence[str], environment: Mapping[str, str], lock: int) -> int:
+    """The exit code of a process. Where this one is to end meanwhile, that one is asked to end (a row saves its stage
+    then), and waited for; where this one is to end once more, it is killed."""
+    process = subprocess.Popen(words, env=environment, pass_fds=[lock])
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait()
+        except BaseException:
+            process.kill()
+        raise

@@ -15,7 +15,7 @@ from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
 from trimllm.checkpoints import export, loading, mixed, models, room, verification
 from trimllm.checkpoints.dtypes import DTYPES, name_of
-from trimllm.config import CompareConfig, DataSettings, ModelSettings, TrainSettings, TrimConfig, without_idle
+from trimllm.config import CompareConfig, TrimConfig, plain_settings, without_idle
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
@@ -27,9 +27,8 @@ from trimllm.training import sparse, train, training_rows, underway
 from trimllm.training.packing import Example
 from trimllm.training.underway import Underway
 
-SHARED = {*TrainSettings.model_fields, *DataSettings.model_fields, *ModelSettings.model_fields}
-SHARED |= {"eval_batch_size", "warmup_epochs", "schedule", "epochs_per_drop", "final_epochs", "optimizer_state"}
-"""Settings that the comparison and a run of `trimllm trim` have in common."""
+SHARED = (CompareConfig.model_fields.keys() & TrimConfig.model_fields.keys()) - {"output", "resume", "keep", "strategy"}
+"""Settings that the comparison and its runs of `trimllm trim` have in common."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Job:
         """A run of `trimllm trim` with the comparison's settings and `changes`, less those that mean nothing to it."""
         shared = {name: getattr(self.command, name) for name in sorted(SHARED)}
         fixed = {"output": str(self.folder / "run"), "resume": True, "report_depths": False}
-        return TrimConfig(**without_idle(TrimConfig, {**shared, **fixed, **changes}))
+        return plain_settings.make(TrimConfig, without_idle(TrimConfig, {**shared, **fixed, **changes}))
 
     @cached_property
     def depth(self) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -226,32 +226,13 @@ def fingerprint(source: nn.Module | str | Path) -> str:
     read = weight_files(Path(source))
     if not read:
         raise InputError(f"cannot take the fingerprint of {str(source)!r}: it has no safetensors files")
-    return _fingerprint_of_files(read)
-
-
-def _fingerprint_of_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in paths:
+    for path in read:
         digest.update(path.name.encode())
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def older_fingerprints(name: str, model: nn.Module) -> set[str]:
-    """What runs of earlier versions noted of a model that was not changed since: of one on the Hub, and of an adapter
-    whose base is, its weights as they are in memory; of folders all their safetensors files."""
-
-    def whole(folder: str) -> str:
-        return _fingerprint_of_files(sorted(Path(folder).glob("*.safetensors")))
-
-    if not Path(name).is_dir():
-        return {fingerprint(model)}
-    base = adapters.base_of(name)
-    if base is None:
-        return {whole(name)}
-    return {fingerprint(model), hashlib.sha256(f"{whole(base)} {whole(name)}".encode()).hexdigest()}
 
 
 def fingerprint_of_adapter(name: str, base: str, merged: nn.Module) -> str:

@@ -32,7 +32,7 @@ def _default_target(command: config.ExportConfig) -> Path:
     """Beside what is handed over, named by what it becomes."""
     given = Path(command.source)
     given = given if given.name not in ("", "..") else given.resolve()
-    is_run = placing.held(given) == "run"
+    is_run = placing.kind_of(given) == "run"
     stem = "model" if is_run else given.resolve().name
     stem += f"-depth-{command.depth}" if command.depth else ""
     what = {"checkpoint": "", "gguf": f"-{command.quant or 'f16'}.gguf"}.get(command.to, f"-{command.to}")

@@ -36,13 +36,8 @@ from trimllm.config.shared import (
 )
 from trimllm.config.trim import TrimConfig
 
-FORMER = {"schedule": "epoch", "optimizer_state": "fresh"}
-"""Settings that came later, with what earlier versions did in their place: it holds for a config.yaml that lacks them,
-and is not the default of today."""
-
 __all__ = [
     "COARSEST",
-    "FORMER",
     "RESOLUTION",
     "STRATEGIES",
     "BenchConfig",

@@ -24,6 +24,7 @@ from trimllm.config.shared import (
     StrategySettings,
     Threads,
     TrainedModel,
+    option,
 )
 
 NEW_TOKENS = 128
@@ -100,8 +101,9 @@ class DropConfig(ModelSettings):
         others = ("dtype", "device", "attention", "threads", "allow_pickle")
         unused = [name for name in others if getattr(self, name) not in ("auto", None, False)]
         if self.streaming and unused:
-            option = "--" + unused[0].replace("_", "-")
-            raise ValueError(f"{option} is not for --streaming, which never loads the model: leave one of them out")
+            raise ValueError(
+                f"{option(unused[0])} is not for --streaming, which never loads the model: leave one of them out"
+            )
         return self
 
 

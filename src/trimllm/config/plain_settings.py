@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trimllm import files
-from trimllm.config import FORMER, Settings, without_idle
+from trimllm.config import Settings
+from trimllm.config.shared import option
 from trimllm.errors import InputError, did_you_mean
 
 S = TypeVar("S", bound=Settings)
@@ -43,13 +44,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return named
 
 
-def stored(path: str | Path, kind: type[Settings]) -> dict[str, Any]:
-    """The settings that a run or a comparison wrote to `path`, as they are to be read today; empty if there are none.
+def stored(path: str | Path) -> dict[str, Any]:
+    """The settings that a run or a comparison wrote to `path`; empty if there are none.
 
     Raises:
         InputError: see `read_yaml`.
     """
-    return without_idle(kind, FORMER | read_yaml(path)) if files.there(path) else {}
+    return read_yaml(path) if files.there(path) else {}
 
 
 def begun(path: str | Path) -> str | None:
@@ -81,21 +82,21 @@ def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
     first = error.errors()[0]
     names = [str(part) for part in first["loc"] if not str(part).startswith(("function", "constrained"))]
     names = names[1:] if kind is None else names
-    option = "--" + names[0].replace("_", "-") if names else ""
+    given_as = option(names[0]) if names else ""
     if first["type"] == "extra_forbidden" and kind is not None:
         return f"unknown setting {names[0]!r}{did_you_mean(names[0], kind.model_fields)}"
     if first["type"] == "missing":
-        return f"{option} is required"
+        return f"{given_as} is required"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if first["type"] == "literal_error":
         message += did_you_mean(str(first["input"]), re.findall("'(.+?)'", first["ctx"]["expected"]))
     if first["type"] == "less_than" and names[:1] == ["keep"] and 1 < (share := float(first["input"])) < 100:
         message += f" (a share: {share / 100:g} for {share:g} %)"
     if first["type"] == "sequence_str" or (first["type"] == "is_instance_of" and "Sequence" in message):
-        message = "write a list, as [0, -1]"
+        message = f"write a list, as [{first['input']}]"
     given = str(first["input"])  # from Python it may be a model or a task
     given = given if len(given) <= LONGEST else f"{given[:LONGEST]}..."
-    return f"{option} {given}".rstrip() + f": {message}" if option else message
+    return f"{given_as} {given}".rstrip() + f": {message}" if given_as else message
 
 
 def to_yaml(settings: Settings, folder: str | None = None) -> str:

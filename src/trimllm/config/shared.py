@@ -110,19 +110,25 @@ def _not_blank(value: str) -> str:
     return value
 
 
+def option(name: str) -> str:
+    """The option of a setting: `--train-ratio`."""
+    return "--" + name.replace("_", "-")
+
+
 def option_of(name: str, value: Any) -> str:
     """A setting as the command line has it: `--train-ratio 0.5`, `--no-train-embeddings`."""
-    option = name.replace("_", "-")
+    if value is None:
+        return f"no {option(name)}"
     if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {value}"
+        return option(name if value else f"no_{name}")
+    return f"{option(name)} {value}"
 
 
 def without_idle(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
-    """The values less those that have no effect: of a run that was begun when these were taken without a word, or of
-    settings that several methods share."""
-    idle = kind.model_construct(**values).idle()
-    return {name: value for name, value in values.items() if name not in idle}
+    """The values less those that have no effect, of settings that several methods share."""
+    while idle := kind.model_construct(**values).idle().keys() & values.keys():  # without one, others may be, too
+        values = {name: value for name, value in values.items() if name not in idle}
+    return values
 
 
 class ModelName(Settings):
@@ -259,7 +265,7 @@ class ScoreSettings(StrategySettings):
                 f"--scan racing compares accuracies, and norms where they tie, --strategy {self.strategy} something "
                 "else: add --strategy scan+norm, or leave --scan racing out"
             )
-        if self.scan == "exact" and "confidence" in self.model_fields_set and self.confidence != CONFIDENCE:
+        if self.scan == "exact" and self.confidence != CONFIDENCE:
             raise ValueError("--confidence is for --scan racing: leave it out, or add --scan racing")
         return self
 

@@ -13,6 +13,7 @@ from trimllm.config.shared import (
     Positive,
     ScoreSettings,
     TrainedModel,
+    option,
     option_of,
 )
 
@@ -134,7 +135,7 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
         for name in MEASURED:
             if depth and (value := getattr(self, name)) is not None:
                 found[name] = (
-                    f"--{name.replace('_', '-')} {value} cannot end --one-shot, which drops everything at once, to "
+                    f"{option_of(name, value)} cannot end --one-shot, which drops everything at once, to "
                     f"{depth}: leave it out"
                 )
         return found
@@ -179,20 +180,19 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
     def _every_schedule_has_its_options(self) -> TrimConfig:
         if self.schedule == "recover":
             if self.one_shot or self.drops_per_stage != 1:
-                option = "--one-shot" if self.one_shot else f"--drops-per-stage {self.drops_per_stage}"
-                raise ValueError(f"{option} is not for --schedule recover, which finds out how many go at once")
+                given = "--one-shot" if self.one_shot else f"--drops-per-stage {self.drops_per_stage}"
+                raise ValueError(f"{given} is not for --schedule recover, which finds out how many go at once")
             if self.scan == "racing":
                 raise ValueError("--schedule recover ranks all candidates, --scan racing finds one: leave one out")
             return self
         for name in ("recover_tolerance", "joint_tolerance", "max_joint"):
             if getattr(self, name) != type(self).model_fields[name].default:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{option} is for --schedule recover: leave it out, or add --schedule recover")
+                raise ValueError(f"{option(name)} is for --schedule recover: leave it out, or add --schedule recover")
         return self
 
     @model_validator(mode="after")
     def _what_comes_last_has_an_end(self) -> TrimConfig:
-        floor = next((f"--{name.replace('_', '-')}" for name in FLOORS if getattr(self, name) is not None), None)
+        floor = next((option(name) for name in FLOORS if getattr(self, name) is not None), None)
         sizes = [getattr(self, name) for name in SIZES]
         if floor and self.schedule == "late":
             raise ValueError(
@@ -207,7 +207,7 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
 
     @model_validator(mode="after")
     def _one_shot_knows_how_many(self) -> TrimConfig:
-        others = (self.max_params, self.max_memory, self.target_speedup, self.min_accuracy, self.max_drop)
+        others = [getattr(self, name) for name in (*MEASURED, *FLOORS)]
         if self.one_shot and self.unit != "block":
             raise ValueError("--one-shot drops blocks only: leave out --unit pair")
         if self.one_shot and self.scan == "racing":

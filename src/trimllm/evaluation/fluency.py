@@ -34,10 +34,8 @@ def measure(model: Any, tokenizer: Any, items: Sequence[Item]) -> Fluency:
     }
 
 
-def warning(base: Fluency | None, now: Fluency | None) -> str | None:
+def warning(base: Fluency, now: Fluency) -> str | None:
     """One line if the model collapsed since the base, else None."""
-    if base is None or now is None:
-        return None
     worse = [name for name, limit in WORSE.items() if now[name] - base[name] > limit]
     if not worse:
         return None

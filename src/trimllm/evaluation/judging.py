@@ -16,6 +16,7 @@ import numpy as np
 from trimllm.errors import InputError
 from trimllm.evaluation.paired import standard_error
 from trimllm.tasks.items import Item
+from trimllm.tasks.spec import METRICS
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
         per_item = value * (1 + n * moved)
         error = standard_error(per_item, [item.group for item in items])
         return Evaluation(metric, value, error, n, loss, greedy=exact, per_item=tuple(per_item.tolist()))
-    if metric not in ("acc", "acc_norm"):
+    if metric not in METRICS["choice"]:
         raise InputError(f"unknown metric {metric!r}: use acc, acc_norm or likelihood")
     if any(len(item.continuations) < 2 for item in items):
         raise InputError(f"metric {metric} needs choices, and this task has none: use likelihood")
-    hits = {name: outcomes(items, scores, name)[0] for name in ("acc", "acc_norm")}
+    hits = {name: outcomes(items, scores, name)[0] for name in METRICS["choice"]}
     error = 100 * standard_error(hits[metric], [item.group for item in items])
     percent = {name: 100 * float(hit.mean()) for name, hit in hits.items()}
     correct, per_item = tuple(map(bool, hits[metric])), tuple((100.0 * hits[metric]).tolist())

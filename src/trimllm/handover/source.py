@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimllm import config
 from trimllm.blocks.layout import load_layout
 from trimllm.checkpoints import export, loading, models
-from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.checkpoints.verification import Report
 from trimllm.config import plain_settings
 from trimllm.errors import InputError
@@ -75,13 +76,14 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
             f"{command.source} --resume"
         )
     stored = plain_settings.make(config.TrimConfig, placing.stored_settings(command.source))
-    named = plain_settings.make(config.TrimConfig, plain_settings.stored(run.config, config.TrimConfig))
-    dtype = saved_dtype(run, stored)
+    named = plain_settings.make(config.TrimConfig, plain_settings.stored(run.config))
+    begun = rundir.happened(run, "start")
+    assert begun is not None, "a stage is journaled"
     own_code = stored.trust_remote_code or command.trust_remote_code
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
     plan = json.loads(plan_file.read_text(encoding="utf-8"))
     model: Any = loading.load_model(folder, trust_remote_code=own_code)
-    models.cast(model, dtype or model.dtype)
+    models.cast(model, getattr(torch, begun["save_dtype"]))
     layout = load_layout(plan["blocks"])
     origin = {"name": plan["base"]} if isinstance(plan["base"], str) else plan["base"]
     origin = origin | {"place": placing.place(origin["name"], command.source)}
@@ -100,19 +102,3 @@ def _stages(run: RunDir, depth: int) -> list[dict[str, Any]]:
     """The journaled stages of training down to `depth`. The journal is only read: the run may still be going on."""
     events = read_lines(run.journal, mend=False)
     return [event for event in events if event["event"] == "stage" and event["depth"] >= depth]
-
-
-def saved_dtype(run: RunDir, stored: config.TrimConfig) -> Any:
-    """The dtype of the run's result: as its journal says, else as settings and the config of the base say.
-
-    The journal is only read: the run may still be going on.
-    """
-    name = (rundir.happened(run, "start") or {}).get("save_dtype", stored.save_dtype)
-    if name in DTYPES:
-        return DTYPES[name]
-    try:
-        return models.saved_dtype(loading.path_of(stored.model), trust_remote_code=stored.trust_remote_code)
-    except InputError:
-        raise InputError(
-            f"the dtype of {stored.model}, which the run did not note, cannot be read: put the model back there"
-        ) from None

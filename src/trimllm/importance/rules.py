@@ -15,9 +15,6 @@ from trimllm.importance.scan import Race, ScanResult
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import Choice
 
-OF_WEIGHTS = {"taylor", "magnitude"}
-"""What is known of a layer by its weights and their gradients."""
-
 
 class Rules:
     """The rules of some settings, for a base. `layout` is always that of the present model: its original halves."""
@@ -29,7 +26,7 @@ class Rules:
             InputError: if a protected layer does not exist, layers cannot go in the runs that are asked for, or the
                 strategy goes by weights that are packed.
         """
-        if OF_WEIGHTS & set(scores.needs(settings.strategy)) and getattr(model, "is_quantized", False):
+        if scores.OF_WEIGHTS & scores.needs(settings.strategy) and getattr(model, "is_quantized", False):
             raise InputError(
                 f"--strategy {settings.strategy}: the weights of a quantized model are codes, with no size and no "
                 "gradient: choose another one, or score the model as it was before"

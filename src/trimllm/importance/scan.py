@@ -28,6 +28,7 @@ from trimllm.importance.deletion import Part
 from trimllm.importance.scores import Array, Evidence, importance, needs, s_norm
 from trimllm.importance.scores import parts as parts_of
 from trimllm.parallel import ALONE, Share
+from trimllm.tasks.spec import METRICS
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def scan(
     )
     parts: dict[int, Part] = dict(finished or {})
     notes += [scorer.note] if scorer.note else []
-    if race is not None and (metric not in ("acc", "acc_norm") or len(scorer.items) < 2 * racing.SMALLEST):
+    if race is not None and (metric not in METRICS["choice"] or len(scorer.items) < 2 * racing.SMALLEST):
         notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
         race = None
     with forward.evaluating(model):  # whether it may be resumed shows in the weights' own dtype

@@ -49,6 +49,12 @@ class Evidence:
     seed: int = 0
 
 
+OF_TRIALS = {"accuracy", "probability", "loss"}
+"""Fields of the evidence that a scan has from trial deletions: without need of them it measures activations alone."""
+OF_WEIGHTS = {"taylor", "magnitude"}
+"""Those that come from a layer's weights and their gradients."""
+
+
 def s_scan(accuracy: Array, delta: float = DELTA) -> Array:
     """Sensitivity: (100 - a) / ((1 + d^2) + (1 + d) a), for the accuracy a (percent) after deleting the unit.
 

@@ -12,6 +12,7 @@ import torch
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Unit
 from trimllm.evaluation import forward
+from trimllm.evaluation.batches import Batch, Batches
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scores
 from trimllm.importance.scores import Array
@@ -55,6 +56,30 @@ def first_order(parameter: torch.nn.Parameter) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs()
 
 
+def _add_up(model: Any, batches: Batches) -> int:
+    """Add up the gradients of all batches, and return of how many tokens. Where memory runs out, a part of a batch may
+    be in them, so that all begins again, in batches of the size that fits.
+
+    Raises:
+        NoRoomError: if not even one row fits.
+    """
+    begun, counts = 0, list[int]()
+
+    def backward(batch: Batch) -> int:
+        nonlocal begun
+        begun += 1
+        logprobs, _ = forward.target_logprobs(model, batch)
+        (-logprobs.sum()).backward()
+        return logprobs.numel()
+
+    while begun == 0 or begun > len(counts):
+        model.zero_grad(set_to_none=True)
+        begun, counts = 0, []
+        for number in range(len(batches)):
+            counts += batches.compute(number, backward)
+    return sum(counts)
+
+
 @contextmanager
 def gradients(model: Any, scorer: Scorer) -> Iterator[None]:
     """Within, the gradients of L: the mean loss per token of the right continuations of all the scorer's items.
@@ -66,11 +91,7 @@ def gradients(model: Any, scorer: Scorer) -> Iterator[None]:
     model.eval().requires_grad_(True)
     model.zero_grad(set_to_none=True)
     try:
-        count = 0
-        for batch in scorer.right_only(model).batches:
-            logprobs, _ = forward.target_logprobs(model, batch)
-            (-logprobs.sum()).backward()
-            count += logprobs.numel()
+        count = _add_up(model, scorer.right_only(model).batches)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad /= count

@@ -22,6 +22,7 @@ from trimllm.importance.select import Choice
 from trimllm.run import targets
 from trimllm.run.targets import End, Size
 from trimllm.tasks import Item, TaskData
+from trimllm.tasks.spec import METRICS
 from trimllm.tasks.splits import majority
 from trimllm.training.packing import Example
 
@@ -213,7 +214,7 @@ def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:
     """
     now, drops = stage["calibration"], stage["dropped"]
     alone = len(drops) == 1 and len(drops[0]["units"]) == 1
-    if drops and not (alone and drops[0].get("metric") == now["metric"]):
+    if drops and not (alone and drops[0]["metric"] == now["metric"]):
         return None
     before = drops[0]["value"][0] if drops else base["calibration"]["value"]
     if not stage["train"]["steps"] or before is None or now["value"] >= before - now["stderr"]:
@@ -238,7 +239,7 @@ def guessing(row: dict[str, Any], items: Sequence[Item]) -> str | None:
     """One line if a journaled model is no better on the calibration set than who does not read the questions, within
     its standard error."""
     now = row["calibration"]
-    if now["metric"] not in ("acc", "acc_norm"):
+    if now["metric"] not in METRICS["choice"]:
         return None
     most = majority(items)
     chance = most[1] if most else statistics.fmean(1 / len(item.continuations) for item in items)
@@ -253,7 +254,7 @@ def guessing(row: dict[str, Any], items: Sequence[Item]) -> str | None:
 
 def other_rates(stages: Sequence[dict[str, Any]]) -> str | None:
     """One line if a run went on with another learning rate, which the settings do not show."""
-    rates = dict.fromkeys(row["train"]["lr"] for row in stages if row["train"]["steps"] and "lr" in row["train"])
+    rates = dict.fromkeys(row["train"]["lr"] for row in stages if row["train"]["steps"])
     if len(rates) < 2:
         return None
     told = ", then ".join(f"{rate:g}" for rate in rates)
@@ -268,7 +269,7 @@ def at_the_end(
     base, saved = history[0], history[-1]
     none = "nothing was dropped: the first drop fell below the accuracy floor"
     found = [none] if saved["depth"] == base["depth"] else []
-    collapsed = fluency.warning(base.get("fluency"), saved.get("fluency"))
+    collapsed = fluency.warning(base["fluency"], saved["fluency"])
     slower = targets.slower(config, _ended(history, drops), speedup)
     rates = other_rates([row for row in history if row["event"] == "stage"])
     return [*found, *filter(None, [collapsed, slower, rates])]

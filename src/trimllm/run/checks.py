@@ -11,7 +11,7 @@ from trimllm.checkpoints import arithmetic, loading, room, verification
 from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
-from trimllm.run import placing, rundir, targets
+from trimllm.run import rundir, targets
 from trimllm.run.deciding import Decider
 from trimllm.training import optimizer_state, train
 
@@ -26,7 +26,7 @@ def memory(config: TrimConfig, device: torch.device) -> list[str]:
     if config.distill:
         what = f"--distill {config.distill:g} needs the model twice"
         room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
-    if config.target_speedup and not config.resume:  # it fitted, or is smaller by now
+    if config.target_speedup and rundir.happened(rundir.RunDir(config.output), "base") is None:  # later it has fitted
         what = f"--target-speedup {config.target_speedup:g} measures the base beside the model"
         room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or --keep in its place")
     stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
@@ -38,11 +38,9 @@ def memory(config: TrimConfig, device: torch.device) -> list[str]:
 
 
 def floor(config: TrimConfig, metric: str) -> None:
-    """Raises InputError for a floor that was meant as a share and not in percent (a likelihood may be so low), but for
-    one that a run of an earlier version has."""
+    """Raises InputError for a floor that was meant as a share and not in percent (a likelihood may be so low)."""
     asked = config.min_accuracy or 0.0
-    known = placing.stored_settings(config.output) if config.resume else {}
-    if 0 < asked <= 1 and metric != "likelihood" and asked != known.get("min_accuracy"):
+    if 0 < asked <= 1 and metric != "likelihood":
         raise InputError(
             f"--min-accuracy {asked:g} is in percent, so hardly a floor: for a share of {asked:g} give {100 * asked:g}"
         )

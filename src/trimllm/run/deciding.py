@@ -117,13 +117,12 @@ class Decider:
 
     def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
         depth, (scorer, metric) = decoder.depth(model), self.asked
-        same = [one for one in self._kept(parts, share) if "right" in one and one["metric"] == metric]
+        same = [one for one in self._kept(parts, share) if "batch" in one and one["metric"] == metric]
         finished = {record["batch"]: Part.load(record) for record in same}
 
         def keep(batch: int, part: Part) -> None:
             self._keep(parts, share, {"batch": batch, "metric": metric, **part.dump()})
 
-        needed = scores.needs(self.config.strategy)
         with console.progress(f"scan of {depth} layers") as show:
             return scan.scan(
                 model,
@@ -131,7 +130,7 @@ class Decider:
                 metric,
                 self.config.unit,
                 length=self.length,
-                trials=bool(needed & {"accuracy", "probability", "loss"}),
+                trials=bool(scores.needs(self.config.strategy) & scores.OF_TRIALS),
                 run=self._run(depth),
                 race=self.rules.race(model, layout),
                 finished=finished,
@@ -143,7 +142,7 @@ class Decider:
     def _kept(self, parts: Path, share: Share) -> list[dict[str, Any]]:
         """What the file holds of this decision, measured in the same precision: a run may go on on another device."""
         records = share.from_first(lambda: files.read_lines(parts))
-        return [record for record in records if record.get("mixed", False) == self._mixed]
+        return [record for record in records if record["mixed"] == self._mixed]
 
     def _keep(self, parts: Path, share: Share, record: dict[str, Any]) -> None:
         if share.first:

@@ -56,7 +56,7 @@ A stock {data.name} specialist, {tests}: {_made(config, data, history, len(layou
 
 It has {_kept(layout)}.
 
-{_scores(config, history, len(layout), data.metric)}
+{_scores(config, history, len(layout))}
 
 ## Accuracy on the way
 
@@ -127,7 +127,7 @@ One of the depths that a run (TrimLLM, arXiv 2412.11242) passed.{at} (measured i
 
 It has {_kept(layout)}.
 
-{_scores(config, history, len(layout), row["calibration"]["metric"])}
+{_scores(config, history, len(layout))}
 
 {_how_to_load()}"""
 
@@ -234,12 +234,12 @@ def _kept(layout: Layout) -> str:
     return (f"layers {kept}" if kept else "re-packed pairs, listed in plan.json,") + " of the base, counted from 0"
 
 
-def _scores(config: TrimConfig, history: list[dict[str, Any]], depth: int, metric: str) -> str:
+def _scores(config: TrimConfig, history: list[dict[str, Any]], depth: int) -> str:
     """What went down to `depth`, in order, with the score it went by; drops that a floor took back lie deeper."""
     drops = [drop for row in history if row["depth"] >= depth for drop in row.get("dropped", [])]
     if not drops:
         return "Nothing was dropped on the way there."
-    asked = drops[0].get("metric", metric)
+    asked = drops[0]["metric"]
     by = "importance, the score that decided, is 100 less the mean probability of the right choice"
     by = f"; {by}" if parts(config.strategy)[0] == "probability" and asked != "likelihood" else ""
     lines = [
@@ -250,23 +250,11 @@ def _scores(config: TrimConfig, history: list[dict[str, Any]], depth: int, metri
     ]
     for drop in drops:
         for unit, value, score, why in zip(
-            drop["units"], _values(drop), drop["importance"], _reasons(drop), strict=True
+            *(drop[name] for name in ("units", "value", "importance", "why")), strict=True
         ):
             shown = "not tried" if value is None else f"{value:.1f}"
             lines.append(f"| {unit} | {shown} | {'-' if score is None else f'{score:.4g}'} | {why} |")
     return "\n".join(lines)
-
-
-def _values(drop: dict[str, Any]) -> list[float | None]:
-    """The metric without each unit that was dropped; earlier versions called it accuracy."""
-    values: list[float | None] = drop["value"] if "value" in drop else drop["accuracy"]
-    return values
-
-
-def _reasons(drop: dict[str, Any]) -> list[str]:
-    """Why each unit was dropped; earlier versions kept the first unit's reason only."""
-    why = drop["why"]
-    return why if isinstance(why, list) else [why] + ["dropped with it"] * (len(drop["units"]) - 1)
 
 
 def _how_to_load() -> str:

@@ -20,11 +20,13 @@ CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
 STAGE = "stage.pt"
 """A stage of training that is under way."""
+EMBEDDED = "demo"
+"""The model that comes with us; a folder of that name is `./demo`."""
 PATHS = ("model", "task", "text", "task_files", "also", "baselines_python")
 """Settings that may name files and folders."""
 
 
-def held(output: str | Path) -> str | None:
+def kind_of(output: str | Path) -> str | None:
     """What began in a folder: `run`, `comparison`, or neither. (In a checkpoint `config.yaml` may be anybody's.)"""
     folder = Path(output).expanduser()
     path = folder / CONFIG
@@ -36,13 +38,13 @@ def held(output: str | Path) -> str | None:
 def check_held(output: str | Path, kind: type[Settings]) -> None:
     """Raise InputError where settings of a run are asked for and the folder holds a comparison, or the reverse."""
     wanted = "comparison" if "methods" in kind.model_fields else "run"
-    if (found := held(output)) not in (None, wanted):
+    if (found := kind_of(output)) not in (None, wanted):
         raise InputError(f"--output {output}: the directory holds a {found}, not a {wanted}: choose another one")
 
 
 def holds_run(folder: str | Path) -> bool:
     """Whether `folder` holds a run. Raises InputError where it holds a comparison, and names a checkpoint in it."""
-    found = held(folder)
+    found = kind_of(folder)
     if found == "comparison":
         made = sorted(Path(folder).glob("cells/*/model"))
         example = f", such as {made[0]}" if made else ""
@@ -56,7 +58,7 @@ def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> di
     output = os.path.expanduser(output)
     path = Path(output) / CONFIG
     check_held(output, kind)
-    values, folder = stored(path, kind), begun(path)
+    values, folder = stored(path), begun(path)
     if folder is None or folder == os.getcwd():
         return values
     placed = dict(values)
@@ -70,7 +72,7 @@ def run_of(model: str | Path) -> dict[str, Any]:
     """The settings of the run that made a checkpoint, by where it lies: `model` is the run's folder, its result or a
     depth that it kept. Empty where that is no run, or one that cannot be read."""
     path = Path(model).expanduser()
-    for folder in (path, path.parent, path.parent.parent):
+    for folder in (path, path.parent, path.parent.parent) if str(model) != EMBEDDED else ():
         if path.is_dir() and (folder / JOURNAL).exists():
             with suppress(InputError):
                 return stored_settings(folder)
@@ -96,7 +98,7 @@ def to_store(config: Settings, output: str | Path) -> str:
     folder = begun(path)
     if folder is None:
         return to_yaml(config, os.getcwd())
-    before, here, kept = stored(path, type(config)), stored_settings(output, type(config)), dict[str, Any]()
+    before, here, kept = stored(path), stored_settings(output, type(config)), dict[str, Any]()
     for name in PATHS:
         if name in before:
             now = config.model_dump(mode="json")[name]
@@ -112,5 +114,5 @@ def _real(name: str) -> str:
 def _whole(name: str, output: str | Path, folder: str) -> str:
     """The path from the root to what `name` is in `folder`, or the name where nothing of the user's is there."""
     there = os.path.join(folder, name)
-    ours = name == "demo" or find_builtin(name) is not None or os.path.realpath(there) == os.path.realpath(output)
+    ours = name == EMBEDDED or find_builtin(name) is not None or os.path.realpath(there) == os.path.realpath(output)
     return there if os.path.exists(there) and not ours else name

@@ -16,7 +16,6 @@ from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.importance import select
 from trimllm.run import checks, recording, rundir, targets, used_rows
 from trimllm.run.deciding import Decider
 from trimllm.run.rundir import RunDir
@@ -86,9 +85,6 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir, autocast: Aut
     test = inputs.scorer(config, model, tokenizer, data.test, autocast)
     task_rows, text_rows = training_rows.examples(config, tokenizer, model.config, data.train, config.batch_size)
     cut = encoding.row_notes(training=task_rows, calibration=calibration.encoded, reported=test.encoded)
-    if begun and "ties" not in begun and config.tie_tolerance is None:  # of a version whose default that was
-        question = select.one_question(data.metric, len(calibration.items))
-        config = config.model_copy(update={"tie_tolerance": question})
     decider = Decider(config, model, calibration, data.metric, save_dtype)
     decider.check(model)
     train.check(model, config)

@@ -158,15 +158,12 @@ class Run:
         if first is None:
             dtype = name_of(self.ready.save_dtype)
             known = {"base": loaded.fingerprint, "data": data, "depth": self.ready.base_depth, "save_dtype": dtype}
-            first = self.journal.add("start", **known, ties=self.ready.decider.tolerance)
-        elif first["base"] != loaded.fingerprint and first["base"] not in loading.older_fingerprints(
-            loading.path_of(config.model), loaded.model
-        ):
+            first = self.journal.add("start", **known)
+        elif first["base"] != loaded.fingerprint:
             raise InputError(
                 f"--model {config.model}: its weights are not those that the run in {config.output} began with "
                 f"(SHA-256 {first['base']}): give that model, or start another run"
             )
-
         if self.share.first:
             used_rows.keep(self.dir.root, self.ready.data, config.model, config.seed, trains=config.trains)
 

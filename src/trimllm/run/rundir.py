@@ -157,9 +157,9 @@ def happened(run: RunDir, event: str) -> dict[str, Any] | None:
 
 
 def data_of(run: RunDir) -> dict[str, str]:
-    """SHA-256 of what the run began with, by option; empty where it has not begun or is of an earlier version."""
-    found: dict[str, str] = (happened(run, "start") or {}).get("data", {})
-    return found
+    """SHA-256 of what the run began with, by option; empty where it has not begun."""
+    start = happened(run, "start")
+    return {} if start is None else start["data"]
 
 
 def same_data(before: dict[str, str], now: dict[str, str], config: TrimConfig | CompareConfig, whose: str) -> None:
@@ -179,12 +179,8 @@ def same_data(before: dict[str, str], now: dict[str, str], config: TrimConfig | 
 
 
 def same_settings(config: Settings, output: str | Path, free: Collection[str]) -> None:
-    """Raises InputError if a setting that is not `free` differs from what `output` was begun with.
-
-    A setting that did not exist then has its default.
-    """
-    needed = {name: getattr(config, name) for name, field in type(config).model_fields.items() if field.is_required()}
-    before = make(type(config), needed | placing.stored_settings(output, type(config))).model_dump(mode="json")
+    """Raises InputError if a setting that is not `free` differs from what `output` was begun with."""
+    before = make(type(config), placing.stored_settings(output, type(config))).model_dump(mode="json")
     kind = "comparison" if isinstance(config, CompareConfig) else "run"
     for name, value in config.model_dump(mode="json").items():
         if name not in free and not placing.same(name, before[name], value):
@@ -214,8 +210,9 @@ def space_note(output: str | Path, most: int) -> str | None:
 def _space(output: str | Path, needed: int) -> tuple[int, int]:
     """Bytes that are free, with those of a stage under way, which go; and how many of those needed are not there
     yet."""
-    there = sum(file.stat().st_size for file in Path(output).rglob("*.safetensors"))
-    stage = RunDir(output).underway
+    run = RunDir(output)
+    there = sum(file.stat().st_size for kept in (run.checkpoints, run.model) for file in kept.rglob("*.safetensors"))
+    stage = run.underway
     going = sum(file.stat().st_size for file in (stage, *underway.partial(stage)) if file.exists())
     parent = Path(output).absolute()
     while not parent.exists():

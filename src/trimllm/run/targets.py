@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimllm.config import TrimConfig
+from trimllm.config.shared import option_of
 from trimllm.config.trim import FLOORS, MEASURED, SIZES
 from trimllm.errors import InputError
 
@@ -30,7 +31,7 @@ class End:
     def of(cls, drop: dict[str, Any]) -> End | None:
         """What a journaled drop says."""
         words = drop["reached"]
-        return cls(drop.get("ended_by", "depth"), words, drop.get("speedup")) if words else None
+        return cls(drop["ended_by"], words, drop["speedup"]) if words else None
 
     @classmethod
     def least(cls, config: TrimConfig) -> End:
@@ -113,7 +114,7 @@ def check_possible(config: TrimConfig, base_depth: int, least: Size) -> None:
 
 def missed(config: TrimConfig, end: End) -> str | None:
     """One line where what ended the drops is none of the sizes that were asked for."""
-    asked = [f"--{name.replace('_', '-')} {value}" for name in SIZES if (value := getattr(config, name)) is not None]
+    asked = [option_of(name, value) for name in SIZES if (value := getattr(config, name)) is not None]
     if not asked or end.by not in ("min_depth", "stuck"):
         return None
     return f"{' and '.join(asked)}: not met, since the drops ended before: {end.words}"

@@ -47,7 +47,7 @@ def keep(folder: Path, data: TaskData, base: str, seed: int, *, trains: bool = T
 def of(model: str | Path) -> Used:
     """What a checkpoint was made with, by where it lies: in the folder of a run or comparison, or below."""
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() and str(model) != placing.EMBEDDED:
         for start in (path.absolute(), path.resolve()):  # a link leads to a run, or out of one
             for folder in [start, *start.parents][:FOLDERS]:
                 if (folder / FILE).exists():
@@ -64,11 +64,6 @@ def warnings(model: str | Path, data: TaskData, seed: int, *, at: Path | None = 
     """Lines on reported rows that the model was made with, and on calibration rows that it was trained on. `at`: where
     it lies, if it is called otherwise."""
     used, found = of(at or model), list[str]()
-    if used == Used() and placing.run_of(at or model):
-        return [
-            f"which rows {model} was trained on is not known: its run is of an earlier version (trim --resume "
-            "or compare --resume adds them to it)"
-        ]
     remedy = f": give --seed {used.seed}, as there" if used.seed not in (None, seed) else ""
     if count := _among(data.test, used.trained | used.decided):
         rows = f"{count:,} of {len(data.test):,} reported rows"

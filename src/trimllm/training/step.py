@@ -13,6 +13,7 @@ import torch
 from trimllm import memory
 from trimllm.checkpoints import backends
 from trimllm.config import TrainSettings
+from trimllm.errors import TrimError
 from trimllm.training import losses, packing, prefix
 from trimllm.training.distill import Teacher
 from trimllm.training.packing import Example, Way
@@ -201,11 +202,15 @@ def _half(shares: Sequence[Sequence[Sequence[Example]]], size: int) -> int:
     """A size that cuts the largest micro-batch of all processes in two.
 
     Raises:
-        torch.OutOfMemoryError: if they are single rows already.
+        TrimError: if they are single rows already.
     """
     largest = max((part for parts in shares for part in parts), key=lambda part: len(part) * _longest(part))
     if all(len(part) == 1 for parts in shares for part in parts):
-        raise torch.OutOfMemoryError(f"one row of {_longest(largest)} tokens does not fit")
+        raise TrimError(
+            f"out of memory: the training of one row of {_longest(largest)} tokens does not fit the device: give "
+            "--gradient-checkpointing, cut rows with --max-length and --truncate (of domain text: a smaller "
+            "--batch-size), or use a device with more memory"
+        )
     return min(size, len(largest) * _longest(largest)) // 2
 
 

@@ -121,10 +121,9 @@ def train_stage(
         underway: where the stage is saved on the way, and gone on with.
 
     Raises:
-        TrimError: if the loss or a gradient is not a finite number; names the step. Weights saved before the stage are
-            still good.
+        TrimError: if the loss or a gradient is not a finite number, or not even one row fits into memory; names the
+            step or the row. Weights saved before the stage are still good.
         InputError: if the processes share the weights between them (FSDP, DeepSpeed); see also `check`.
-        torch.OutOfMemoryError: if not even one row fits.
     """
     started = time.perf_counter()
     if not plan or not parameters:
@@ -190,12 +189,12 @@ def train_stage(
             progress.losses.append(loss)
             progress.tokens += sum(len(row.ids) for row in rows)
             progress.steps += 1
-            between = True
+            looks = watch is not None and place + 1 == length
+            between = not looks
             if on_step:
                 speed = (progress.tokens - before.tokens) / (time.perf_counter() - started)
                 on_step(number + 1, len(plan), loss, speed)
-            if watch and place + 1 == length:
-                between = False
+            if watch and looks:
                 ended = watch()
                 between = True
                 if ended:
@@ -243,8 +242,8 @@ def adamw(
 
 def _diverged(what: str, number: int, steps: int) -> TrimError:
     return TrimError(
-        f"{what} at step {number + 1} of {steps}: lower --lr and start again with --resume; the weights from before "
-        "this stage are kept"
+        f"{what} at step {number + 1} of {steps}: lower --lr; a run goes on from before this stage with --resume, a "
+        "comparison wants another --output"
     )
 
 

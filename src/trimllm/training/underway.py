@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from trimllm import files
+from trimllm.config.shared import option
 from trimllm.errors import TrimError, one_line
 from trimllm.training import optimizer_state
 
@@ -142,7 +143,7 @@ class Underway:
             return saved
         others = [name for name in stage if name != "stage" and stage[name] != self.stage.get(name)]
         if others and stage.get("stage") == self.stage.get("stage"):
-            options = ", ".join("--" + name.replace("_", "-") for name in others)
+            options = ", ".join(map(option, others))
             self.say(f"  with another {options} the stage begins anew ({saved.progress.steps} of {of} steps were done)")
         return None
 
