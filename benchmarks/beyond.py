@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _sides import machine, run
-from study import ARMS, PARTS, Settings, folder
+from study import ARMS, PARTS, START, Settings, folder
 
 from trimllm import commands, config
 from trimllm.console import table
@@ -50,7 +50,7 @@ def trained(root: Path) -> Iterator[Trained]:
         if part not in PARTS or not number.isdigit():
             continue
         seed = int(number)
-        reference = RunDir(folder(root, part, seed, next(iter(ARMS))))
+        reference = RunDir(folder(root, part, seed, START))
         if not reference.result.exists():
             continue
         full = next(row for row in history(reference) if row["event"] == "stage")

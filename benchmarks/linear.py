@@ -3,7 +3,8 @@
     python benchmarks/linear.py benchmarks/base/lab --task DATA/legal/cuad_clause_type
     python benchmarks/linear.py benchmarks/base/lab --task DATA/legal/cuad_clause_type --runs CHECKPOINT CHECKPOINT ...
 
-Logistic regression on TF-IDF of the words, on TF-IDF of the base's own tokens, and on the mean and maximum of its
+Logistic regression on TF-IDF of the words (lower case without signs, as usual; and as they stand), on TF-IDF of the
+base's own tokens, and on the mean and maximum of its
 residual stream before every fourth block: what the tokenizer costs, and what pre-training has given. With `--runs`,
 fine-tuned checkpoints of one shape: the accuracy of each, of their averaged log-probabilities and of their averaged
 weights, and on how many questions they agree. All train on the training rows and are asked the reported ones. The last
@@ -41,6 +42,7 @@ def bags(train: Sequence[Item], test: Sequence[Item], ids: dict[str, list[int]])
     """Accuracy of TF-IDF (sublinear) and logistic regression."""
     ways = {
         "words": TfidfVectorizer(sublinear_tf=True),
+        "words, case and signs kept": TfidfVectorizer(sublinear_tf=True, lowercase=False, token_pattern=r"\w+|[^\w\s]"),
         "the base's tokens": TfidfVectorizer(analyzer=lambda text: list(map(str, ids[text])), sublinear_tf=True),
     }
     found = {}

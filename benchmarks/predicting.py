@@ -1,6 +1,6 @@
 """Which score of a scan tells best what a block is worth: on calibration rows, against accuracy on the reported ones.
 
-    python benchmarks/predicting.py runs/study trimllm/checkpoints/depth-16      # the study's fully fine-tuned models
+    python benchmarks/predicting.py runs/study full/checkpoints/depth-16         # the study's fully fine-tuned models
     python benchmarks/predicting.py runs/study late-carried-exact-ties/8/model   # its models of half the depth
 
 Of each model that `benchmarks/study.py` left in the demo world's parts, every block is deleted on trial, and both sets

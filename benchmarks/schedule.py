@@ -27,7 +27,13 @@ from trimllm.console import table
 from trimllm.demo.demo import settings
 from trimllm.tasks.world import DOMAINS
 
-BOTH = {"epochs_per_drop": 1.0, "optimizer_state": "fresh", "strategy": "scan+norm", "tie_tolerance": 1.0}
+BOTH = {
+    "epochs_per_drop": 1.0,
+    "optimizer_state": "fresh",
+    "strategy": "scan+norm",
+    "tie_tolerance": 1.0,
+    "sparse_update": "static",
+}
 SIDES: dict[str, dict[str, Any]] = {
     "published": {**BOTH, "schedule": "epoch", "final_epochs": 4.0},
     "recover": {**BOTH, "schedule": "recover", "final_epochs": 3.5},

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from trimllm import commands
 from trimllm.config import DemoConfig, EvalConfig, TrimConfig
-from trimllm.demo.steps import option
+from trimllm.config.shared import option_of
 from trimllm.errors import InputError, TrimError
 from trimllm.run import rundir, targets
 
@@ -76,10 +76,15 @@ def module(*parts: str) -> Any:
         return importlib.import_module(parts[-1])
 
 
+def words_of(data: Path, output: Path, **changes: Any) -> list[str]:
+    """Arguments of a pre-training of a few steps."""
+    quick = {"blocks": 1, "hidden": 128, "batch": 2, "rows": 1, "device": "cpu", "data": data, "output": output}
+    return [word for name, value in (quick | changes).items() for word in option_of(name, value).split()]
+
+
 def pretrain(data: Path, output: Path, **changes: Any) -> Any:
     """The state after a pre-training of a few steps."""
-    quick = {"blocks": 1, "hidden": 128, "batch": 2, "rows": 1, "device": "cpu", "data": data, "output": output}
-    words = [word for name, value in (quick | changes).items() for word in option(name, value).split()]
+    words = words_of(data, output, **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain.py", *words])
         module("base", "pretrain").main()
@@ -94,18 +99,58 @@ def test_pre_training_goes_on_as_if_it_had_not_ended_and_only_with_its_own_setti
     other["bf16"] = not half["settings"]["bf16"]
     before = (tmp_path / "half" / "state.pt").read_bytes()
     for name, value in other.items():
-        given, was = (option(name, one) for one in (value, half["settings"][name]))
+        given, was = (option_of(name, one) for one in (value, half["settings"][name]))
         line = f"{given}: .*half/state.pt was trained with {was}: give that, or another --output"
         with pytest.raises(InputError, match=f"^{line}$"):
             pretrain(data, tmp_path / "half", **{"steps": 3, name: value})
     with pytest.raises(InputError, match=r"--steps 2: the base in .*half has 2 already"):
         pretrain(data, tmp_path / "half", steps=2)
     assert (tmp_path / "half" / "state.pt").read_bytes() == before
-    torch.save({name: value for name, value in half.items() if name != "settings"}, tmp_path / "half" / "state.pt")
-    resumed = pretrain(data, tmp_path / "half", steps=3)  # a state of an earlier version, which kept no settings
+    resumed = pretrain(data, tmp_path / "half", steps=3)
     assert resumed["settings"] == whole["settings"]
     assert all(torch.equal(tensor, resumed["model"][name]) for name, tensor in whole["model"].items())
     assert not any(torch.equal(tensor, half["model"][name]) for name, tensor in whole["model"].items())
+
+
+def test_two_processes_pre_train_as_one(data: Path, tmp_path: Path) -> None:
+    alone = pretrain(data, tmp_path / "alone", steps=2, bf16=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [str(FOLDER / "base" / "pretrain.py")]
+    words = words_of(data, tmp_path / "two", steps=2, bf16=False)
+    done = h.command(*words, launcher=launcher, program=program)
+    assert done.stdout.count("step 2 loss ") == 1, done.stderr
+    both = torch.load(tmp_path / "two" / "state.pt", weights_only=True)
+    assert both["log"][-1]["loss"] == pytest.approx(alone["log"][-1]["loss"], abs=1e-5)
+    for name, tensor in alone["model"].items():
+        assert torch.allclose(tensor, both["model"][name], atol=1e-5), name
+    assert "2 CPU core(s) in float32" in (tmp_path / "two" / "README.md").read_text()
+    odd = h.command(*words_of(data, tmp_path / "odd", steps=1, batch=3), launcher=launcher, program=program)
+    assert "--batch 3: 2 processes cannot take as many rows each" in odd.stderr
+    assert not (tmp_path / "odd").exists()
+
+
+def test_a_finished_base_is_trained_on_with_rows_that_it_has_not_seen(data: Path, tmp_path: Path) -> None:
+    before = pretrain(data, tmp_path / "base", steps=2, seed=1)
+    on = pretrain(data, tmp_path / "on", steps=1, seed=1, weights=tmp_path / "base", lr=0.0, muon_lr=0.0)
+    rounded = {name: tensor.bfloat16().float() for name, tensor in before["model"].items()}
+    assert all(torch.equal(tensor, on["model"][name]) for name, tensor in rounded.items()), "as it was saved"
+    script = module("base", "pretrain")
+    tokenizer = script.PreTrainedTokenizerFast.from_pretrained(tmp_path / "on")
+    rows = script.source_rows(tokenizer, Namespace(output=tmp_path / "on"))
+    plan = script.order([len(each) for each in rows], 6, 1)
+    model = script.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    seen = [script.mean_loss(model, rows[source][row][None]) for source, row in plan]
+    assert on["log"][-1]["loss"] == pytest.approx(sum(seen[4:]) / 2, abs=1e-3), "the third step's rows"
+    card = (tmp_path / "on" / "README.md").read_text()
+    assert "- Training: 0.0 M tokens until a learning rate of 0, then, with fresh optimizers,\n  seed 1, 1 step" in card
+    assert pretrain(data, tmp_path / "further", steps=1, seed=1, weights=tmp_path / "on")["settings"]["weights"]
+    assert json.loads((tmp_path / "further" / "pretraining.json").read_text())["seen"] == 6
+    for weights, line in (
+        (tmp_path, "there is no .*: name the --output of a finished pre-training"),
+        (tmp_path / "base", r"has 1 blocks of hidden size 128: give --blocks 1 --hidden 128"),
+    ):
+        with pytest.raises(InputError, match=f"^--weights {weights}: {line}"):
+            pretrain(data, tmp_path / "other", steps=1, blocks=2, weights=weights)
 
 
 def test_pre_training_goes_on_at_the_learning_rate_where_it_was(data: Path, tmp_path: Path) -> None:
@@ -142,8 +187,6 @@ def test_rows_of_a_killed_start_are_made_again_and_only_those_of_the_same_files_
     for number in range(len(script.SOURCES)):
         made, again = ((tmp_path / name / f"rows-{number}.npy").read_bytes() for name in ("whole", "base"))
         assert made == again
-    (tmp_path / "base" / "rows.json").unlink()  # an earlier version
-    assert pretrain(other, tmp_path / "base", steps=2)["step"] == 2
 
 
 def test_a_card_of_what_is_no_finished_base_is_refused_and_nothing_made(data: Path, tmp_path: Path) -> None:
@@ -261,21 +304,23 @@ def test_a_study_takes_its_depths_from_runs_that_went_further(tmp_path: Path, mo
     monkeypatch.setattr(study, "trim", trim)
 
     def tests(arm: str, keep: float) -> dict[float, dict[str, Any]]:
-        return study.accuracies("law", 0, arm, Namespace(keep=[keep], output=tmp_path, threads=None))
+        return study.accuracies(
+            "law", 0, arm, Namespace(keep=[keep], output=tmp_path, threads=None, mixed_precision="auto")
+        )
 
     def accuracies(arm: str, keep: float) -> dict[float, int]:
         return {share: test["value"] for share, test in tests(arm, keep).items()}
 
     assert accuracies("one-shot", 0.25) == {1: 16, 0.25: 4}
     assert accuracies("pairs", 0.25) == {1: 16, 0.25: 4}
-    before = [("law-0/trimllm", 4), ("law-0/one-shot/4", 4), ("law-0/pairs", 4)]
+    before = [("law-0/full", 15), ("law-0/one-shot/4", 4), ("law-0/pairs", 4)]
     assert made == before
-    assert accuracies("trimllm", 0.5) == accuracies("pairs", 0.5) == {1: 16, 0.5: 8}
-    assert made == before, "both have been at half the depth on their way"
+    assert accuracies("pairs", 0.5) == {1: 16, 0.5: 8}
+    assert made == before, "it has been at half the depth on its way"
     assert accuracies("one-shot", 0.5) == {1: 16, 0.5: 8}
     assert made == [*before, ("law-0/one-shot/8", 8)], "a cut at once is a run of its own"
     assert accuracies("one-shot", 0.1) == {1: 16, 0.1: 2}
-    assert made[-1] == ("law-0/one-shot/2", 2), "full fine-tuning is in a reference that ended above, too"
+    assert made[-1] == ("law-0/one-shot/2", 2)
     test = tests("one-shot", 0.25)[0.25]
     costs = [test.pop(name) for name in ("blocks", "tokens", "train_seconds", "scan_seconds")]
     assert costs == [[0, 1, 2, 3], 1400, 28.0, 6.0], "of full fine-tuning and all thirteen stages, twelve after a drop"

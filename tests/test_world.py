@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimllm.checkpoints.loading import DEMO
 from trimllm.config import DemoConfig
+from trimllm.config.shared import option_of
 from trimllm.demo import demo, pretrain
-from trimllm.demo.steps import lr_share, option
+from trimllm.demo.steps import lr_share
 from trimllm.errors import InputError
 from trimllm.evaluation.judging import Evaluation
 from trimllm.tasks import world
@@ -172,7 +173,7 @@ def test_without_warm_up_the_learning_rate_begins_at_its_peak():
 def test_pre_training_goes_on_with_its_own_settings_and_keeps_what_was_checked(tmp_path, monkeypatch):
     def train(**changes):
         given = {"output": tmp_path, "steps": 2, "batch": 1, "log_every": 1, **changes}
-        pretrain.main([word for name, value in given.items() for word in option(name, value).split()])
+        pretrain.main([word for name, value in given.items() for word in option_of(name, value).split()])
         return json.loads((tmp_path / pretrain.FIGURES).read_text())
 
     monkeypatch.setattr(pretrain, "value_loss", lambda *_: 0.0)
@@ -181,7 +182,9 @@ def test_pre_training_goes_on_with_its_own_settings_and_keeps_what_was_checked(t
     state = (tmp_path / pretrain.STATE).read_bytes()
     bf16 = torch.load(tmp_path / pretrain.STATE, weights_only=True)["settings"]["bf16"]
     for name, value in {"batch": 2, "lr": 1e-3, "muon_lr": 0.0, "seed": 1, "bf16": not bf16}.items():
-        with pytest.raises(InputError, match=f"^{option(name, value)}: .* was trained with --.*or another --output$"):
+        with pytest.raises(
+            InputError, match=f"^{option_of(name, value)}: .* was trained with --.*or another --output$"
+        ):
             train(steps=3, **{name: value})
     with pytest.raises(InputError, match=r"^--steps 3 --warmup 1 --decay 0\.28: the last step of .* was at 4\.0% of "):
         train(steps=3, warmup=1)

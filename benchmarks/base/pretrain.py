@@ -5,6 +5,8 @@ One that was made so is in benchmarks/base/lab.
     python benchmarks/base/pretrain.py --output base --data DATA            # hours on a CPU, minutes on a GPU
     python benchmarks/base/pretrain.py --output base --data DATA            # the same after a kill: goes on
     python benchmarks/base/pretrain.py --output base --data DATA --card     # perplexities and the model card only
+    torchrun --nproc-per-node 2 benchmarks/base/pretrain.py ...             # on two cores, each with half of the rows
+    python benchmarks/base/pretrain.py --output longer --weights base --data DATA           # on from a finished base
 
 `DATA` holds the files of `SOURCES` below (JSONL with a column `text`, also .xz). Every source is cut to rows of 256
 tokens of whole documents one after the other; which source the next row comes from follows the shares, so that a
@@ -21,15 +23,18 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import distributed
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -78,9 +83,9 @@ use outside such comparisons.
   (US government works) {fed:.0%}, country profiles (CC0) {factbook:.0%}, and the training splits, without labels, of
   MedQuAD {medquad:.0%}, CUAD {cuad:.0%} and BANKING77 {banking:.0%} (all CC BY 4.0).
 - Tokenizer: byte-level BPE of its own, 4,096 pieces; EOS and padding are `<|endoftext|>`; no BOS.
-- Training: seed {seed}, {steps:,} steps of {batch} rows of 256 tokens, {tokens:.1f} M tokens, {hours:.1f} hours on
-  {device}{dtype}; Muon (matrices of the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g}); final loss
-  {loss:.3f} nats a token.
+- Training: {begun}seed {seed}, {steps:,} steps of {batch} rows of 256 tokens, {tokens:.1f} M tokens,
+  {hours:.1f} hours on {device}{dtype}; Muon (matrices of the blocks, lr {muon_lr:g}) and AdamW (the rest, lr {lr:g});
+  final loss {loss:.3f} nats a token.
 
 | text | nats a token | perplexity a token | bits a character | perplexity a word |
 |---|---|---|---|---|
@@ -89,6 +94,17 @@ use outside such comparisons.
 Rows of 256 tokens. WikiText-2 is the raw test set; its words are those of the set's own
 count (245,569), so that the last column can be held against published figures.
 """
+
+
+def place() -> tuple[int, int]:
+    """Number of this process, and how many train together (torchrun)."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def say(line: str) -> None:
+    """A line of the first process."""
+    if place()[0] == 0:
+        print(line, flush=True)
 
 
 def build_tokenizer(data: Path) -> PreTrainedTokenizerFast:
@@ -159,7 +175,7 @@ def source_rows(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
                 np.save(stream, token_rows(tokenizer, pieces))
             temporary.replace(path)
         found.append(np.load(path))
-        print(f"{name}: {found[-1].size / 1e6:.2f} M tokens", flush=True)
+        say(f"{name}: {found[-1].size / 1e6:.2f} M tokens")
     return found
 
 
@@ -179,23 +195,20 @@ def order(sizes: list[int], rows: int, seed: int) -> list[tuple[int, int]]:
     return out
 
 
-FIXED = ("blocks", "hidden", "batch", "lr", "muon_lr", "seed", "bf16")
+FIXED = ("blocks", "hidden", "batch", "lr", "muon_lr", "seed", "bf16", "weights")
 """Options that stay what they were when the training goes on."""
 
 
 def check_data(args: argparse.Namespace) -> None:
     """Whether rows and tokenizer in --output are of these files and this seed; noted there before they are made.
 
-    Those of earlier versions, which note nothing, are taken as they are.
-
     Raises:
         InputError: if they are of others, or a file is not there.
     """
     path = args.output / MADE_OF
-    if not path.exists() and (args.output / "tokenizer.json").exists():
-        return
     if missing := next((name for name in SOURCES if not (args.data / name).is_file()), None):
         raise InputError(f"--data {args.data}: there is no {missing}: name the folder with the files of SOURCES")
+    args.output.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {"seed": args.seed}
     made |= {name: hashlib.sha256((args.data / name).read_bytes()).hexdigest() for name in SOURCES}
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else made
@@ -207,9 +220,55 @@ def check_data(args: argparse.Namespace) -> None:
     write_json(path, made)
 
 
+def prepare(args: argparse.Namespace) -> None:
+    """Settle what the training goes on from; put tokenizer and rows into --output where they are not there yet."""
+    settle(args.output / STATE, args, FIXED, args.device)
+    check_data(args)
+    if not (args.output / "tokenizer.json").exists():
+        made = PreTrainedTokenizerFast.from_pretrained(args.weights) if args.weights else build_tokenizer(args.data)
+        made.save_pretrained(args.output)
+    source_rows(PreTrainedTokenizerFast.from_pretrained(args.output), args)
+
+
+def in_turn(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Do `work` in the first process; what it settled in `args` holds for all."""
+    rank, world = place()
+    if rank == 0:
+        work(args)
+    if world > 1:
+        box = [vars(args)]
+        distributed.broadcast_object_list(box)
+        vars(args).update(box[0])
+
+
+def seen_rows(weights: str | None) -> int:
+    """Rows that the base in `weights` has been trained on.
+
+    Raises:
+        InputError: if it is not known.
+    """
+    if weights is None:
+        return 0
+    path = Path(weights) / FIGURES
+    if not path.exists():
+        raise InputError(f"--weights {weights}: there is no {path}: name the --output of a finished pre-training")
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    return int(figures["steps"] * figures["batch"] + figures.get("seen", 0))
+
+
 def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict[str, Any]:
     """Train (or go on training) and return what the card says of it."""
-    model = build_model(tokenizer, args).to(args.device)
+    model = build_model(tokenizer, args)
+    if args.weights is not None:
+        before = LlamaForCausalLM.from_pretrained(args.weights, dtype=torch.float32)
+        blocks, hidden = before.config.num_hidden_layers, before.config.hidden_size
+        if (blocks, hidden) != (args.blocks, args.hidden):
+            raise InputError(
+                f"--weights {args.weights}: has {blocks} blocks of hidden size {hidden}: give --blocks {blocks} "
+                f"--hidden {hidden}"
+            )
+        model.load_state_dict(before.state_dict())
+    model.to(args.device)
     if args.device == "cpu":
         model.set_attn_implementation("eager")  # of few rows of 256 tokens 1 to 1.2x as fast as SDPA, in bf16 1.3x
     trained = optimizers(model, args.lr, args.muon_lr, bf16=args.bf16)
@@ -218,16 +277,19 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
     if path.exists():
         state = read_state(path, model, trained)
         done, seconds, log = state["step"], state["seconds"], state["log"]
-        print(f"going on from step {done}", flush=True)
+        say(f"going on from step {done}")
     if done >= args.steps:
         raise InputError(
             f"--steps {args.steps}: the base in {args.output} has {done} already: give --card, or another --output"
         )
     sources = source_rows(tokenizer, args)
-    plan = order([len(rows) for rows in sources], args.steps * args.batch, args.seed)
+    plan = order([len(rows) for rows in sources], args.seen + args.steps * args.batch, args.seed)[args.seen :]
+    rank, world = place()
     forward = torch.compile(model, dynamic=False) if args.compile else model
 
     def checkpoint() -> None:
+        if rank:
+            return
         write_state(path, model, trained, step=done, seconds=seconds, log=log, settings=fixed(args, FIXED))
         save(model.to("cpu"), tokenizer, args.output)
         model.to(args.device)
@@ -237,7 +299,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
     began = time.time()
     while done < args.steps:
         start = time.time()
-        chosen = plan[done * args.batch : (done + 1) * args.batch]
+        chosen = plan[done * args.batch : (done + 1) * args.batch][rank::world]
         batch = torch.tensor(np.stack([sources[s][r] for s, r in chosen]).astype(np.int64), device=args.device)
         share = lr_share(done, args.steps, args.warmup, args.decay)
         losses.append(train_step(forward, trained, batch, share, bf16=args.bf16, micro_batch=args.micro_batch))
@@ -246,10 +308,9 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
         if done % args.log_every == 0 or done == args.steps:
             log.append({"step": done, "loss": torch.stack(losses).mean().item()})
             pace = (time.time() - began) / (done - first)
-            print(
+            say(
                 f"step {done} loss {log[-1]['loss']:.4f}, {args.batch * ROW / pace:.0f} tokens/s, "
-                f"{seconds / 60:.1f} min, {(args.steps - done) * pace / 60:.1f} min left",
-                flush=True,
+                f"{seconds / 60:.1f} min, {(args.steps - done) * pace / 60:.1f} min left"
             )
             losses = []
         if time.time() - last_saved > args.save_minutes * 60 or done == args.steps:
@@ -261,7 +322,8 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
         "batch": args.batch,
         "tokens": done * args.batch * ROW / 1e6,
         "hours": seconds / 3600,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU core(s)",
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{world * args.threads} CPU core(s)",
+        "seen": args.seen,
         "bf16": args.bf16,
         "lr": args.lr,
         "muon_lr": args.muon_lr,
@@ -306,14 +368,18 @@ def write_card(figures: dict[str, Any], output: Path) -> None:
     names = ("books", "fed", "factbook", "medquad", "cuad", "banking")
     shares = dict(zip(names, SOURCES.values(), strict=True))
     rows = "\n".join("| " + " | ".join(row) + " |" for row in figures["perplexity"])
-    dtype = {True: " in bfloat16", False: " in float32"}.get(figures.get("bf16"), "")  # earlier versions do not say
-    (output / "README.md").write_text(CARD.format(**figures, **shares, dtype=dtype, rows=rows), encoding="utf-8")
+    dtype = " in bfloat16" if figures["bf16"] else " in float32"
+    seen = figures.get("seen", 0) * ROW / 1e6
+    begun = f"{seen:.1f} M tokens until a learning rate of 0, then, with fresh optimizers,\n  " if seen else ""
+    card = CARD.format(**figures, **shares, dtype=dtype, rows=rows, begun=begun)
+    (output / "README.md").write_text(card, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="model directory; also holds state.pt")
     parser.add_argument("--data", type=Path, required=True, help="folder with the files of SOURCES")
+    parser.add_argument("--weights", help="a finished base to train on, from its weights and with its tokenizer")
     parser.add_argument("--blocks", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
     parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
@@ -338,21 +404,23 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="only measure perplexities and write the card")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed.init_process_group("gloo")
+    rank, world = place()
+    if args.batch % world:
+        raise InputError(f"--batch {args.batch}: {world} processes cannot take as many rows each")
+    args.seen = seen_rows(args.weights)
     if args.micro_batch is None:
         args.micro_batch = 4 if args.device == "cpu" else args.batch
     path = args.output / FIGURES
-    if not args.card:
-        settle(args.output / STATE, args, FIXED, args.device)
-        check_data(args)
-    elif not path.exists():
+    if args.card and not path.exists():
         raise InputError(f"--card: there is no {path}: name the --output of a finished pre-training")
-    args.output.mkdir(parents=True, exist_ok=True)
-    if (args.output / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output)
-    else:
-        tokenizer = build_tokenizer(args.data)
-        tokenizer.save_pretrained(args.output)
+    if not args.card:
+        in_turn(prepare, args)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output)
     figures = json.loads(path.read_text()) if args.card else pretrain(tokenizer, args)
+    if rank:
+        return
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     figures["perplexity"] = perplexities(tokenizer, args)
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

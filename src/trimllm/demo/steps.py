@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimllm import files
 from trimllm.checkpoints import arithmetic
+from trimllm.config.shared import option_of
 from trimllm.demo.muon import Muon
 from trimllm.errors import InputError
 
@@ -55,7 +57,8 @@ def train_step(
 ) -> torch.Tensor:
     """One step on token ids `(rows, seq)` at this share of the peak learning rates; the mean loss, in nats a token.
 
-    Of the rows, `micro_batch` at a time go through the model (0: all), which changes the gradient by rounding only.
+    Of the rows, `micro_batch` at a time go through the model (0: all), which changes the gradient by rounding only. In
+    a process group every process takes the step that all their rows give, of which each has as many.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -68,11 +71,22 @@ def train_step(
         loss = loss * (len(rows) / len(batch))
         loss.backward()
         mean += loss.detach()
+    average([mean, *(parameter.grad for parameter in forward.parameters())])
     torch.nn.utils.clip_grad_norm_(forward.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
     return mean
+
+
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Put the mean over all processes of the group, if there is one, in place of each tensor."""
+    if distributed.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(flat)
+        flat /= distributed.get_world_size()
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
 
 def write_state(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], **more: Any) -> None:
@@ -99,37 +113,31 @@ def fixed(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 def settle(path: Path, args: argparse.Namespace, names: Sequence[str], device: str = "cpu") -> None:
     """Check that the training whose state is `path` can go on with `args`, of which `names` stay what they were.
 
-    States of earlier versions, which do not keep them, are taken as they are. `args.bf16`, if it was not given, becomes
-    the state's, or whether the device has bfloat16.
+    `args.bf16`, if it was not given, becomes the state's, or whether the device has bfloat16.
 
     Raises:
         InputError: if the state is of a training with other settings, or was at another learning rate than `args` say.
     """
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True) if path.exists() else {}
-    stored = state.get("settings", {})
+    if not path.exists():
+        if args.bf16 is None:
+            args.bf16 = arithmetic.slowdown(torch.bfloat16, torch.device(device)) == 1
+        return
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    stored = state["settings"]
     if args.bf16 is None:
-        args.bf16 = stored.get("bf16", arithmetic.slowdown(torch.bfloat16, torch.device(device)) == 1)
+        args.bf16 = stored["bf16"]
     for name, value in fixed(args, names).items():
-        if stored.get(name, value) != value:
-            given, was = (option(name, one) for one in (value, stored[name]))
+        if stored[name] != value:
+            given, was = (option_of(name, one) for one in (value, stored[name]))
             raise InputError(f"{given}: {path} was trained with {was}: give that, or another --output")
-    if state:
-        group, last = state["optimizers"][0]["param_groups"][0], state["step"] - 1
-        was, now = group["lr"] / group["peak_lr"], max(0.0, lr_share(last, args.steps, args.warmup, args.decay))
-        if not math.isclose(was, now):
-            schedule = " ".join(option(name, getattr(args, name)) for name in ("steps", "warmup", "decay"))
-            raise InputError(
-                f"{schedule}: the last step of {path} was at {was:.1%} of the peak learning rate, by these it is at "
-                f"{now:.1%}: give those that it was begun with, or another --output"
-            )
-
-
-def option(name: str, value: object) -> str:
-    """A setting as the user gives it."""
-    words = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{words}" if value else f"--no-{words}"
-    return f"--{words} {value}"
+    group, last = state["optimizers"][0]["param_groups"][0], state["step"] - 1
+    was, now = group["lr"] / group["peak_lr"], max(0.0, lr_share(last, args.steps, args.warmup, args.decay))
+    if not math.isclose(was, now):
+        schedule = " ".join(option_of(name, getattr(args, name)) for name in ("steps", "warmup", "decay"))
+        raise InputError(
+            f"{schedule}: the last step of {path} was at {was:.1%} of the peak learning rate, by these it is at "
+            f"{now:.1%}: give those that it was begun with, or another --output"
+        )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
