@@ -76,8 +76,8 @@ MADE_OF = "rows.json"
 CARD = """# Lab base of the trimllm benchmarks
 
 A Llama of {blocks} blocks (hidden size {hidden}, {parameters:.1f} M parameters, bfloat16, context 512) to be trimmed in
-`benchmarks/`: large enough that fine-tuning beats linear classifiers on real text, small enough for a CPU. It is no
-use outside such comparisons.
+`benchmarks/`: fine-tuned, it comes to about what linear classifiers do on real text, and a CPU can train it. It is no use
+outside such comparisons.
 
 - Data, by share of the tokens seen: public-domain books 1870-1928 {books:.0%}, Federal Reserve speeches and minutes
   (US government works) {fed:.0%}, country profiles (CC0) {factbook:.0%}, and the training splits, without labels, of
