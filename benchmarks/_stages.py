@@ -141,7 +141,8 @@ def padded(rows: Sequence[Example], length: int) -> dict[str, torch.Tensor]:
 
 
 def recipe(net: Any, parameters: Sequence[Any], rows: Sequence[Example], longest: int, batch: int) -> None:
-    """The authors' recipe: `batch` rows a step, each padded to the longest row of the data, all logits, AdamW."""
+    """Full fine-tuning as the authors' scripts do it: `batch` rows a step, each padded to the longest row of the data,
+    all logits, AdamW."""
     optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
     net.train()
     for begin in range(0, len(rows), batch):

@@ -68,7 +68,7 @@ LAB = SPREAD | {
     "max_test": 1000,
     "truncate": True,
 }
-"""Found on training rows of BANKING77 (docs/results.md)."""
+"""Found on training rows of BANKING77 (docs/real-text.md)."""
 WRITTEN = {"max_train": 2000, "max_test": 300, "tie_tolerance": None, "epochs_per_drop": 1.0}
 
 
@@ -321,9 +321,11 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
     """Reported accuracy by share of the blocks, for one arm."""
     given, arm = settings(part, seed, options), ARMS[name]
     wanted, place = depths(part, options, given), folder(options.output, part, seed, name)
-    tuned, first = fully_fine_tuned(part, seed, options, given)
-    apart = arm.from_base or arm.own_start
-    common, before = (given, None) if apart else ({**given, "model": str(tuned)}, first)
+    common, before, first = given, None, None
+    if not arm.own_start:
+        tuned, first = fully_fine_tuned(part, seed, options, given)
+        if not arm.from_base:
+            common, before = {**given, "model": str(tuned)}, first
 
     def made(output: Path, depth: int) -> list[Settings]:
         changed = arm.settings(common, wanted[1.0] - depth)
@@ -335,7 +337,7 @@ def accuracies(part: str, seed: int, name: str, options: argparse.Namespace) -> 
     if arm.per_depth:
         shares = sorted({depth for keep, depth in wanted.items() if keep < 1})
         runs = [made(place / f"{depth}", depth) for depth in shares]
-        first = runs[0][0] if arm.own_start else first
+        first = first or runs[0][0]
         stages = [run[-1] for run in runs]
     else:
         stages = made(place, min([*wanted.values(), *finished_depths(place)]))[1:]

@@ -145,12 +145,13 @@ def test_a_finished_base_is_trained_on_with_rows_that_it_has_not_seen(data: Path
     assert "- Training: 0.0 M tokens until a learning rate of 0, then, with fresh optimizers,\n  seed 1, 1 step" in card
     assert pretrain(data, tmp_path / "further", steps=1, seed=1, weights=tmp_path / "on")["settings"]["weights"]
     assert json.loads((tmp_path / "further" / "pretraining.json").read_text())["seen"] == 6
-    for weights, line in (
-        (tmp_path, "there is no .*: name the --output of a finished pre-training"),
-        (tmp_path / "base", r"has 1 blocks of hidden size 128: give --blocks 1 --hidden 128"),
+    for weights, seed, line in (
+        (tmp_path, 1, "^--weights .*: there is no .*: name the --output of a finished pre-training"),
+        (tmp_path / "base", 1, r"^--weights .*: has 1 blocks of hidden size 128: give --blocks 1 --hidden 128"),
+        (tmp_path / "base", 0, r"^--seed 0: .*base has seen its rows in the order of --seed 1: give that"),
     ):
-        with pytest.raises(InputError, match=f"^--weights {weights}: {line}"):
-            pretrain(data, tmp_path / "other", steps=1, blocks=2, weights=weights)
+        with pytest.raises(InputError, match=line):
+            pretrain(data, tmp_path / "other", steps=1, blocks=2, weights=weights, seed=seed)
 
 
 def test_pre_training_goes_on_at_the_learning_rate_where_it_was(data: Path, tmp_path: Path) -> None:

@@ -397,9 +397,7 @@ def test_out_of_memory_halves_the_micro_batches_and_the_step_stays_the_same(task
 def test_a_single_row_that_does_not_fit_ends_the_stage(task, settings, small_memory):
     small_memory.limit[0] = 0
     model = tiny.build("llama", 1)
-    line = (
-        r"out of memory: the training of one row of \d+ tokens does not fit the device: give --gradient-checkpointing"
-    )
+    line = r"out of memory: the training of one row of \d+ tokens does not fit the device: go on with --resume --grad"
     with pytest.raises(TrimError, match=line):
         stage(model, list(model.parameters()), [task], settings)
     assert not model.training

@@ -76,8 +76,8 @@ MADE_OF = "rows.json"
 CARD = """# Lab base of the trimllm benchmarks
 
 A Llama of {blocks} blocks (hidden size {hidden}, {parameters:.1f} M parameters, bfloat16, context 512) to be trimmed in
-`benchmarks/`: fine-tuned, it comes to about what linear classifiers do on real text, and a CPU can train it. It is no use
-outside such comparisons.
+`benchmarks/`: fine-tuned, it comes to about what linear classifiers do on real text, and a CPU can train it. It is no
+use outside such comparisons.
 
 - Data, by share of the tokens seen: public-domain books 1870-1928 {books:.0%}, Federal Reserve speeches and minutes
   (US government works) {fed:.0%}, country profiles (CC0) {factbook:.0%}, and the training splits, without labels, of
@@ -241,11 +241,11 @@ def in_turn(work: Callable[[argparse.Namespace], None], args: argparse.Namespace
         vars(args).update(box[0])
 
 
-def seen_rows(weights: str | None) -> int:
-    """Rows that the base in `weights` has been trained on.
+def seen_rows(weights: str | None, seed: int) -> int:
+    """Rows that the base in `weights` has been trained on, the first in the order of `seed`.
 
     Raises:
-        InputError: if it is not known.
+        InputError: if it is not known, or the base had another seed.
     """
     if weights is None:
         return 0
@@ -253,6 +253,10 @@ def seen_rows(weights: str | None) -> int:
     if not path.exists():
         raise InputError(f"--weights {weights}: there is no {path}: name the --output of a finished pre-training")
     figures = json.loads(path.read_text(encoding="utf-8"))
+    if figures["seed"] != seed:
+        raise InputError(
+            f"--seed {seed}: {weights} has seen its rows in the order of --seed {figures['seed']}: give that"
+        )
     return int(figures["steps"] * figures["batch"] + figures.get("seen", 0))
 
 
@@ -409,7 +413,7 @@ def main() -> None:
     rank, world = place()
     if args.batch % world:
         raise InputError(f"--batch {args.batch}: {world} processes cannot take as many rows each")
-    args.seen = seen_rows(args.weights)
+    args.seen = seen_rows(args.weights, args.seed)
     if args.micro_batch is None:
         args.micro_batch = 4 if args.device == "cpu" else args.batch
     path = args.output / FIGURES

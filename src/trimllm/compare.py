@@ -171,7 +171,7 @@ def finished(root: Path) -> list[dict[str, Any]]:
 
 def against_full(rows: list[dict[str, Any]], root: Path) -> list[dict[str, Any]]:
     """The rows with `above_full`: by task, how far each is above full fine-tuning, with the paired standard error;
-    empty where one of the two is not done, or kept no answers."""
+    empty where one of the two is not done."""
 
     def answers(row: dict[str, Any]) -> dict[str, Any]:
         each = Cell(METHODS[row["method"]], row["keep"])

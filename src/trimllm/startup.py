@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 
 class Terminated(BaseException):
@@ -21,17 +22,17 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def termination_raises() -> Iterator[None]:
+def termination_raises(again: Any = signal.SIG_DFL) -> Iterator[None]:
     """Within, SIGTERM, by which schedulers end a job, raises `Terminated`: what is half done is undone, and processes
-    that were started end, too. A second one ends this process as ever. Signals belong to the main thread: elsewhere
-    nothing changes.
+    that were started end, too. A second one ends this process as ever, or does what `again` says. Signals belong to the
+    main thread: elsewhere nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, again)
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)

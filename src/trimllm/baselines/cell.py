@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     cell = Cell(METHODS[name], float(keep[0]) if keep else None)
     try:
         check_libraries(cell)
-        with startup.termination_raises():
+        with startup.termination_raises(again=signal.SIG_IGN):  # it may have come to both, and comes once more
             row = measure(command, cell, Path(root))
     except TrimError as error:
         row = {"status": "not run", "why": one_line(error)}

@@ -55,7 +55,7 @@ def run(python: str | None, arguments: Sequence[str], lock: int) -> int:
 
 def ended(words: Sequence[str], environment: Mapping[str, str], lock: int) -> int:
     """The exit code of a process. Where this one is to end meanwhile, that one is asked to end (a row saves its stage
-    then), and waited for; where this one is to end once more, it is killed."""
+    then), and waited for; a second Ctrl-C kills it."""
     process = subprocess.Popen(words, env=environment, pass_fds=[lock])
     try:
         return process.wait()

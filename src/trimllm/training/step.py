@@ -207,9 +207,9 @@ def _half(shares: Sequence[Sequence[Sequence[Example]]], size: int) -> int:
     largest = max((part for parts in shares for part in parts), key=lambda part: len(part) * _longest(part))
     if all(len(part) == 1 for parts in shares for part in parts):
         raise TrimError(
-            f"out of memory: the training of one row of {_longest(largest)} tokens does not fit the device: give "
-            "--gradient-checkpointing, cut rows with --max-length and --truncate (of domain text: a smaller "
-            "--batch-size), or use a device with more memory"
+            f"out of memory: the training of one row of {_longest(largest)} tokens does not fit the device: go on with "
+            "--resume --gradient-checkpointing or on a device with more memory, or begin anew with shorter rows "
+            "(--max-length, --truncate; of domain text --batch-size)"
         )
     return min(size, len(largest) * _longest(largest)) // 2
 
