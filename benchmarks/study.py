@@ -37,6 +37,7 @@ from trimllm.checkpoints import loading
 from trimllm.config import TrimConfig, plain_settings, without_idle
 from trimllm.console import Console, table
 from trimllm.demo.demo import RECIPE
+from trimllm.errors import InputError
 from trimllm.files import write_json
 from trimllm.run import rundir
 from trimllm.run.progressive import trim
@@ -232,7 +233,7 @@ def settings(part: str, seed: int, options: argparse.Namespace) -> Settings:
     given["mixed_precision"] = options.mixed_precision
     if found.files is not None:
         if options.base is None or options.data is None:
-            raise SystemExit(f"--parts {part} needs --base and --data: see benchmarks/base/pretrain.py")
+            raise InputError(f"--parts {part} needs --base and --data: see benchmarks/base/pretrain.py")
         given |= {"model": str(options.base), "task": str(options.data / found.files)}
         if found.as_text:
             given |= {"text": str(options.data / found.files / "train.jsonl"), "text_ratio": 0.5}

@@ -147,11 +147,12 @@ def test_a_finished_base_is_trained_on_with_rows_that_it_has_not_seen(data: Path
     assert json.loads((tmp_path / "further" / "pretraining.json").read_text())["seen"] == 6
     for weights, seed, line in (
         (tmp_path, 1, "^--weights .*: there is no .*: name the --output of a finished pre-training"),
-        (tmp_path / "base", 1, r"^--weights .*: has 1 blocks of hidden size 128: give --blocks 1 --hidden 128"),
-        (tmp_path / "base", 0, r"^--seed 0: .*base has seen its rows in the order of --seed 1: give that"),
+        (tmp_path / "base", 1, r"^--blocks 2: the base in .*base has --blocks 1: give that$"),
+        (tmp_path / "base", 0, r"^--seed 0: the base in .*base has --seed 1: give that$"),
     ):
         with pytest.raises(InputError, match=line):
             pretrain(data, tmp_path / "other", steps=1, blocks=2, weights=weights, seed=seed)
+        assert not (tmp_path / "other").exists(), "before rows are made"
 
 
 def test_pre_training_goes_on_at_the_learning_rate_where_it_was(data: Path, tmp_path: Path) -> None:

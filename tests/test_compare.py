@@ -712,11 +712,9 @@ def test_a_row_is_asked_to_end_and_waited_for_where_the_comparison_is_cut(tmp_pa
     def cut(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    saves = (
-        f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
-    )
+    saves = f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 143' TERM; while :; do sleep 0.05; done"
     before = signal.signal(signal.SIGALRM, cut)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 5.0)
     try:
         with pytest.raises(KeyboardInterrupt):
             elsewhere.ended(["sh", "-c", saves], os.environ, 2)

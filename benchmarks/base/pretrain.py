@@ -38,6 +38,7 @@ from torch import distributed
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trimllm.config.shared import option_of
 from trimllm.demo.steps import (
     fixed,
     lr_share,
@@ -241,22 +242,22 @@ def in_turn(work: Callable[[argparse.Namespace], None], args: argparse.Namespace
         vars(args).update(box[0])
 
 
-def seen_rows(weights: str | None, seed: int) -> int:
-    """Rows that the base in `weights` has been trained on, the first in the order of `seed`.
+def seen_rows(args: argparse.Namespace) -> int:
+    """Rows that the base in --weights has been trained on, the first in the order of the seed.
 
     Raises:
-        InputError: if it is not known, or the base had another seed.
+        InputError: if it is not known, or the base has another seed, which orders rows, or other sizes.
     """
-    if weights is None:
+    if args.weights is None:
         return 0
-    path = Path(weights) / FIGURES
+    path = Path(args.weights) / FIGURES
     if not path.exists():
-        raise InputError(f"--weights {weights}: there is no {path}: name the --output of a finished pre-training")
+        raise InputError(f"--weights {args.weights}: there is no {path}: name the --output of a finished pre-training")
     figures = json.loads(path.read_text(encoding="utf-8"))
-    if figures["seed"] != seed:
-        raise InputError(
-            f"--seed {seed}: {weights} has seen its rows in the order of --seed {figures['seed']}: give that"
-        )
+    for name in ("seed", "blocks", "hidden"):
+        if (value := getattr(args, name)) != figures[name]:
+            given, was = (option_of(name, one) for one in (value, figures[name]))
+            raise InputError(f"{given}: the base in {args.weights} has {was}: give that")
     return int(figures["steps"] * figures["batch"] + figures.get("seen", 0))
 
 
@@ -264,14 +265,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
     """Train (or go on training) and return what the card says of it."""
     model = build_model(tokenizer, args)
     if args.weights is not None:
-        before = LlamaForCausalLM.from_pretrained(args.weights, dtype=torch.float32)
-        blocks, hidden = before.config.num_hidden_layers, before.config.hidden_size
-        if (blocks, hidden) != (args.blocks, args.hidden):
-            raise InputError(
-                f"--weights {args.weights}: has {blocks} blocks of hidden size {hidden}: give --blocks {blocks} "
-                f"--hidden {hidden}"
-            )
-        model.load_state_dict(before.state_dict())
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.weights, dtype=torch.float32).state_dict())
     model.to(args.device)
     if args.device == "cpu":
         model.set_attn_implementation("eager")  # of few rows of 256 tokens 1 to 1.2x as fast as SDPA, in bf16 1.3x
@@ -413,7 +407,7 @@ def main() -> None:
     rank, world = place()
     if args.batch % world:
         raise InputError(f"--batch {args.batch}: {world} processes cannot take as many rows each")
-    args.seen = seen_rows(args.weights, args.seed)
+    args.seen = seen_rows(args)
     if args.micro_batch is None:
         args.micro_batch = 4 if args.device == "cpu" else args.batch
     path = args.output / FIGURES
