@@ -138,13 +138,11 @@ def failure(way: str, shape: Path, command: dict[str, Any], folder: Path) -> str
     device = torch.device(command["device"])
     if line := WAYS[way].missing(device):
         return line
-    config = BenchConfig(
-        models=(f"config:{cut_shape(shape, 1, folder / 'one.json')}",), **command | {"sequence": 8, "new_tokens": 2}
-    )
+    config = BenchConfig(models=(f"config:{cut_shape(shape, 1, folder / 'one.json')}",), **command)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             pool.submit(benching.load, config.models[0], config, WAYS[way].change).result()
-            pool.submit(benching.prepare, config, 1).result()
+            pool.submit(benching.prepare, config, benching.Row(8, 2), 1).result()
             pool.submit(benching.run).result()
         except Exception as error:
             return f"fails here: {one_line(error)[:160]}"

@@ -222,7 +222,7 @@ def test_ratios_are_round_by_round_and_the_ideal_is_that_of_the_bytes():
     known = [one | {"disk_bytes": None, "stored_bytes": 10**6} for one in known]
     fast = made_up([0.1, 0.1], weights=400)
     fast["passes"][1] = replace(fast["passes"][1], steps=(0.1, 0.1), first=0.25)
-    found = tables.record(command, known, {2: [made_up([0.2, 0.2]), fast]})
+    found = tables.record(command, benching.Row(512, 64), known, {2: [made_up([0.2, 0.2]), fast]})
     first, other = found["rows"]
     assert first["ratio"] == {"median": 1, "min": 1, "max": 1, "ideal": 1}
     assert first["prefill_ratio"] == {"median": 1, "min": 1, "max": 1}
@@ -318,13 +318,12 @@ def test_peak_is_that_of_decoding_with_the_weights_however_they_were_loaded(tmp_
     file = shape(tmp_path, **large).removeprefix(shapes.PREFIX)
     shapes.random_model(file, dtype=None, device=torch.device("cpu")).save_pretrained(tmp_path / "large")
     monkeypatch.setattr(benching, "_HERE", {})
-    sizes = {"sequence": 16, "new_tokens": 4, "device": "cpu", "dtype": dtype}
-    command = config.BenchConfig(models=(str(tmp_path / "large"),), **sizes)
+    command = config.BenchConfig(models=(str(tmp_path / "large"),), device="cpu", dtype=dtype)
     known = benching.load(str(tmp_path / "large"), command)
     assert known["stored_bytes"] == (2 if dtype == "auto" else 4) * known["parameters"] > 5 * 10**7
-    benching.prepare(command, 1)
+    benching.prepare(command, row := benching.Row(16, 4), 1)
     benching.run()
-    peak, _ = benching.finish(1, 16)
+    peak, _ = benching.finish(row, 1)
     assert 0.9 * known["stored_bytes"] < peak < 1.2 * known["stored_bytes"]
 
 
@@ -358,7 +357,7 @@ def test_an_adapter_takes_its_bases_place_on_the_disk_too(tmp_path):
     ("words", "message"),
     [
         (["demo", "--compile"], "--compile needs --cache static"),
-        (["demo", "--sequence", "64"], "--new-tokens 64 leave no prompt in --sequence 64"),
+        (["demo", "--sequence", "64", "--new-tokens", "64"], "--new-tokens 64 leave no prompt in --sequence 64"),
         (["demo", "--batch-size", "1,0"], "--batch-size 0: must be greater than 0"),
         (["demo", "--cache", "statik"], "(did you mean 'static'?)"),
         ([], "required"),
@@ -373,12 +372,35 @@ def test_bench_refuses_before_it_starts_a_process(tmp_path, monkeypatch, capsys,
     assert message in capsys.readouterr().err
 
 
-def test_a_row_longer_than_the_context_is_refused(tmp_path):
-    name = shape(tmp_path)
-    with pytest.raises(
-        InputError, match=r"^--sequence 65: config:.* takes at most 64 tokens: give --sequence 64 --new-tokens 32$"
-    ):
-        benching.load(name, config.BenchConfig(models=(name,), sequence=65, device="cpu"))
+@pytest.mark.parametrize(
+    ("asked", "context", "expected"),
+    [
+        ({}, 4096, (512, 64)),
+        ({}, 96, (96, 48)),
+        ({"sequence": 32}, 96, (32, 16)),
+        ({"new_tokens": 80}, 96, (96, 80)),
+    ],
+)
+def test_a_row_fits_the_context_and_keeps_a_prompt(asked, context, expected):
+    assert benching.Row.of(config.SpeedSettings(**asked), context, "m") == benching.Row(*expected)
+
+
+def test_all_models_of_a_bench_have_the_row_that_the_one_with_the_shortest_context_takes(tmp_path):
+    names = shape(tmp_path, max_position_embeddings=96), shape(tmp_path)
+    command = config.BenchConfig(models=names, device="cpu", repeats=1, threads=1)
+    length, known, measured = benching.measure(command)
+    assert length == benching.Row(64, 32)
+    assert all(len(one["passes"][0].steps) == 32 for one in measured[1])
+    assert "32 tokens decoded at the end of rows of 64" in tables.report(
+        tables.record(command, length, known, measured)
+    )
+
+
+def test_a_row_longer_than_a_context_is_refused_before_a_process_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(benching, "_pool", lambda: pytest.fail("started"))
+    names = shape(tmp_path, max_position_embeddings=96), shape(tmp_path)
+    with pytest.raises(InputError, match=r"^--sequence 65: config:.*shape-1.* takes at most 64 tokens: ask for less$"):
+        benching.measure(config.BenchConfig(models=names, sequence=65, device="cpu"))
 
 
 def test_a_process_that_ends_is_a_line_with_the_model():

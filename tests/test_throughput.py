@@ -266,14 +266,14 @@ def to_one_block(model):
 def test_a_change_is_measured_and_the_limit_kept(shape, monkeypatch):
     monkeypatch.setattr(benching, "_HERE", {})
     name = f"config:{shape}"
-    command = BenchConfig(models=(name,), sequence=20, new_tokens=10, device="cpu")
+    command, row = BenchConfig(models=(name,), device="cpu"), benching.Row(20, 10)
     plain = benching.load(name, command)
     changed = benching.load(name, command, to_one_block)
     assert changed["stored_bytes"] < plain["stored_bytes"] == 2 * plain["parameters"]
-    benching.prepare(command, 1, once=True)
+    benching.prepare(command, row, 1, once=True)
     assert len(benching.run().steps) == 10
     assert len(benching.run(limit=0.0).steps) == 1
-    _, seen = benching.finish(1, 20)
+    _, seen = benching.finish(row, 1)
     per_block = 2 * 2 * 32 * 2  # keys and values of two heads of 32, two bytes each
     assert seen.growth == per_block
     assert seen.cache == 11 * per_block, "the first token after the prompt"

@@ -78,6 +78,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
         InputError: for the first of these that cannot be used.
     """
     from trimllm.baselines import job
+    from trimllm.bench.benching import Row
     from trimllm.checkpoints import arithmetic, backends, loading, models
     from trimllm.checkpoints.dtypes import DTYPES
     from trimllm.evaluation import encoding, inputs
@@ -90,7 +91,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     for each in wanted:
         if each.keep is not None:
             _ = job.Job(command, each, Path(command.output)).drops
-    cell.lengths(command, encoding.context_length(config))
+    Row.of(command, encoding.context_length(config), command.model)
     path = loading.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
     found, notes = list[TaskData](), list[str]()

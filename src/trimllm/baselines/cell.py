@@ -151,18 +151,15 @@ def conditions(command: CompareConfig) -> dict[str, Any]:
 def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
     """Prefill, decode and peak memory at batch 1, in turn with the base, and its speeds in the same rounds."""
     from trimllm.bench import benching, tables
-    from trimllm.checkpoints import loading, models
+    from trimllm.checkpoints import loading
     from trimllm.config import BenchConfig
-    from trimllm.evaluation import encoding
 
     base = loading.path_of(command.model)
-    context = encoding.context_length(models.config_of(base, trust_remote_code=command.trust_remote_code))
-    sequence, new_tokens = lengths(command, context)
     settings = BenchConfig(
         models=(base, str(product.checkpoint)),
         dtype=command.dtype,
-        sequence=sequence,
-        new_tokens=new_tokens,
+        sequence=command.sequence,
+        new_tokens=command.new_tokens,
         repeats=command.repeats,
         attention=command.attention,
         device=command.device,
@@ -170,34 +167,18 @@ def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
         trust_remote_code=command.trust_remote_code,
         allow_pickle=command.allow_pickle,
     )
-    known, measured = benching.measure(settings)
-    of_base, row = tables.record(settings, known, measured)["rows"]
+    length, known, measured = benching.measure(settings)
+    of_base, row = tables.record(settings, length, known, measured)["rows"]
     speeds = ("prefill_tokens_per_second", "decode_tokens_per_second")
     wanted = (*speeds, "prefill_ratio", "ratio", "peak_bytes", "read_bytes_per_step")
     return {
-        "sequence": sequence,
-        "new_tokens": new_tokens,
+        "sequence": length.sequence,
+        "new_tokens": length.new_tokens,
         "dtype": known[1]["dtype"],
         "slowdown": max(model["slowdown"] for model in known),
         "base": {name: of_base[name] for name in speeds},
         **{name: row[name] for name in wanted},
     }
-
-
-def lengths(command: CompareConfig, context: int) -> tuple[int, int]:
-    """Tokens of a row that the speed is measured on, and how many of them are decoded one by one.
-
-    Raises:
-        InputError: if the row exceeds the context, or nothing is left of it for a prompt.
-    """
-    sequence = command.sequence or min(512, context)
-    if sequence > context:
-        raise InputError(f"--sequence {sequence}: the model takes at most {context} tokens: ask for less")
-    new_tokens = command.new_tokens or min(64, sequence // 2)
-    if new_tokens >= sequence:
-        where = " in a new --output" if command.resume else ""  # what was begun keeps its number
-        raise InputError(f"--new-tokens {new_tokens} leave no prompt in --sequence {sequence}: ask for less{where}")
-    return sequence, new_tokens
 
 
 if __name__ == "__main__":

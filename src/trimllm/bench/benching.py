@@ -29,9 +29,12 @@ from trimllm.bench import reads, shapes, timing
 from trimllm.blocks import adapters, decoder
 from trimllm.checkpoints import arithmetic, backends, loading, models, room
 from trimllm.checkpoints.dtypes import DTYPES, name_of
-from trimllm.config import BenchConfig
+from trimllm.config import BenchConfig, SpeedSettings
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation import encoding
+
+SEQUENCE, NEW_TOKENS = 512, 64
+"""Tokens of a row where nobody asked for others, and those of them that are decoded; 512 is the paper's row."""
 
 Change = Callable[[Any], None]
 """Something done to a loaded model, in place, in its process: a function of a module, for it travels there by name."""
@@ -49,6 +52,30 @@ class Manner:
     """seconds after which a model decodes no further token in a round"""
 
 
+@dataclass(frozen=True)
+class Row:
+    """What is computed of every model: a prompt, and tokens after it, one by one."""
+
+    sequence: int
+    """tokens of both"""
+    new_tokens: int
+
+    @classmethod
+    def of(cls, asked: SpeedSettings, context: int, name: str) -> Row:
+        """The row that was asked for, else one as long as the context of the model `name` lets it be.
+
+        Raises:
+            InputError: if it exceeds the context, or nothing is left of it for a prompt.
+        """
+        sequence = asked.sequence or min(SEQUENCE, context)
+        new_tokens = asked.new_tokens or min(NEW_TOKENS, sequence // 2)
+        if sequence > context:
+            raise InputError(f"--sequence {sequence}: {name} takes at most {context} tokens: ask for less")
+        if new_tokens >= sequence:
+            raise InputError(f"--new-tokens {new_tokens} leave no prompt in rows of {sequence} tokens: ask for less")
+        return cls(sequence, new_tokens)
+
+
 _HERE: dict[str, Any] = {}
 """The model of this process, its runner, and its memory before it was loaded."""
 
@@ -57,7 +84,7 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     """Load the model, and change it; what is known of it without running it: layers, parameters, bytes.
 
     Raises:
-        InputError: if it cannot be used, or its context is too short.
+        InputError: if it cannot be used.
     """
     if command.threads:
         torch.set_num_threads(command.threads)
@@ -73,10 +100,6 @@ def load(name: str, command: BenchConfig, change: Change | None = None) -> dict[
     else:
         model = loading.load_model(path, dtype=dtype, device=device, allow_pickle=command.allow_pickle, **ways)
     backends.probe(model, command.attention)
-    context = encoding.context_length(model.config)
-    if context < command.sequence:
-        less = f"--sequence {context} --new-tokens {min(command.new_tokens, context // 2)}"
-        raise InputError(f"--sequence {command.sequence}: {name} takes at most {context} tokens: give {less}")
     _HERE["model"] = model
     known = {
         "model": name,
@@ -104,7 +127,7 @@ def parameters(model: Any, *, trust_remote_code: bool = False) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def prepare(command: BenchConfig, batch: int, once: bool = False) -> None:
+def prepare(command: BenchConfig, row: Row, batch: int, once: bool = False) -> None:
     """Make the runner for a batch size; runners for others go, with their caches.
 
     What loading, a change of the model or another batch size needed does not count as memory while decoding.
@@ -114,7 +137,7 @@ def prepare(command: BenchConfig, batch: int, once: bool = False) -> None:
     """
     _HERE.pop("runner", None)
     _forget_peak(_HERE["model"].device)
-    sizes = {"batch": batch, "prompt": command.sequence - command.new_tokens, "new": command.new_tokens, "once": once}
+    sizes = {"batch": batch, "prompt": row.sequence - row.new_tokens, "new": row.new_tokens, "once": once}
     _HERE["runner"] = timing.runner(_HERE["model"], cache=command.cache, compiled=command.compile, **sizes)
 
 
@@ -124,14 +147,14 @@ def run(limit: float = math.inf) -> timing.Pass:
     return done
 
 
-def finish(batch: int, sequence: int) -> tuple[int | None, reads.Footprint]:
+def finish(row: Row, batch: int) -> tuple[int | None, reads.Footprint]:
     """Peak memory in bytes while decoding (the weights included), and what a decode step reads: the row's last, or the
     first after a prompt that is read once."""
     peak, runner = _peak(), _HERE["runner"]
     if runner.once:
         cache = runner.prompt_cache()
         return peak, reads.footprint(_HERE["model"], batch=batch, sequence=runner.prompt + 1, cache=cache)
-    return peak, reads.footprint(_HERE["model"], batch=batch, sequence=sequence)
+    return peak, reads.footprint(_HERE["model"], batch=batch, sequence=row.sequence)
 
 
 def _wake(device: torch.device, config: Any) -> None:
@@ -191,8 +214,9 @@ def resident(field: str) -> int | None:
 
 def measure(
     command: BenchConfig, progress: Callable[..., None] = lambda *_: None, manner: Manner = Manner()
-) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
-    """All models at all batch sizes: what they are, and per batch size one measurement per model.
+) -> tuple[Row, list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
+    """All models at all batch sizes: the row they were measured on, what they are, and per batch size one measurement
+    per model.
 
     Raises:
         InputError: if a model cannot be used or cannot decode as asked; the line names it.
@@ -200,7 +224,7 @@ def measure(
     """
     batches, count = sorted(set(command.batch_size)), len(command.models)  # a larger batch has the higher peak
     total, done = count * (1 + len(batches) * (command.repeats + 3)), 0
-    _check(command)  # before any process starts, which takes seconds
+    row = _check(command)  # before any process starts, which takes seconds
     with ExitStack() as stack:
         pools = [stack.enter_context(_pool()) for _ in command.models]
         for pool in pools:
@@ -223,14 +247,14 @@ def measure(
         done += count
         measured = {}
         for batch in batches:
-            each(prepare, command, batch, manner.once)
+            each(prepare, command, row, batch, manner.once)
             rounds = [each(run, manner.limit) for _ in range(command.repeats + 1)][1:]
-            ends = each(finish, batch, command.sequence)
+            ends = each(finish, row, batch)
             measured[batch] = [
-                {"passes": [row[i] for row in rounds], "peak_bytes": ends[i][0], "reads": ends[i][1]}
+                {"passes": [one[i] for one in rounds], "peak_bytes": ends[i][0], "reads": ends[i][1]}
                 for i in range(count)
             ]
-    return known, measured
+    return row, known, measured
 
 
 @contextlib.contextmanager
@@ -245,21 +269,26 @@ def _pool() -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def _check(command: BenchConfig) -> None:
-    """Refuse an attention backend that no model can take, models that are not there, and models that do not fit into
-    memory together, before any is loaded."""
+def _check(command: BenchConfig) -> Row:
+    """The row that all models take; refused are an attention backend that no model can take, models that are not there,
+    that take no such row, or that do not fit into memory together, before any is loaded."""
     device, dtype, total = models.device_of(command.device), DTYPES.get(command.dtype), 0
+    own_code, contexts = command.trust_remote_code, dict[str, int]()
     backends.check(command.attention, device, dtype)
     for name in command.models:
         if name.startswith(shapes.PREFIX):
             file = name.removeprefix(shapes.PREFIX)
-            total += room.weights_of_config(file, dtype, trust_remote_code=command.trust_remote_code) or 0
+            config = shapes.config_of(file, trust_remote_code=own_code)
+            total += room.weights_of_config(file, dtype, trust_remote_code=own_code) or 0
         else:
-            models.config_of(loading.path_of(name), trust_remote_code=command.trust_remote_code)
+            config = models.config_of(loading.path_of(name), trust_remote_code=own_code)
             total += room.weights(loading.path_of(name), dtype) or 0
+        contexts[name] = encoding.context_length(config)
         before = command.models[: command.models.index(name)]
         what = f"{name} beside {', '.join(before)}" if before else name
         room.check(what, total, device, "measure fewer or smaller models, or give a narrower --dtype")
+    shortest = min(contexts, key=lambda name: contexts[name])
+    return Row.of(command, contexts[shortest], shortest)
 
 
 def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -> Any:

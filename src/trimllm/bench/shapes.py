@@ -19,6 +19,24 @@ PREFIX = "config:"
 """What a model is named by that only has a config: `config:FILE.json`."""
 
 
+def config_of(file: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The config that the file holds.
+
+    Raises:
+        InputError: if it is not the config of a model.
+    """
+    path = Path(file).expanduser()
+    try:
+        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise InputError(f"{PREFIX}{file}: not a model's config.json")
+        with quiet():
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise InputError(f"{PREFIX}{file}: {error.strerror or one_line(error)}: check the path") from None
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(f"{PREFIX}{file}: no model can be built from it: {one_line(error)}") from error
+
+
 def random_model(
     file: str | Path,
     *,
@@ -41,12 +59,9 @@ def random_model(
             `attention`.
     """
     backends.check(attention, device, dtype)
-    path = Path(file).expanduser()
+    config = config_of(file, trust_remote_code=trust_remote_code)
     try:
-        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            raise InputError(f"{PREFIX}{file}: not a model's config.json")
         with quiet():
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             torch.manual_seed(0)
             # torch's layers draw weights of their own first: half of the time, for nothing. Transformers' models
             # draw all of theirs afterwards; of code from elsewhere that is not known.
@@ -60,8 +75,6 @@ def random_model(
                 )
             if not trust_remote_code:
                 model.init_weights()
-    except OSError as error:
-        raise InputError(f"{PREFIX}{file}: {error.strerror or one_line(error)}: check the path") from None
     except (ValueError, KeyError, TypeError, ImportError) as error:
         if refused := backends.refusal(attention, f"{PREFIX}{file}", error):
             raise InputError(refused) from error

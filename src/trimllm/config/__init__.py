@@ -16,6 +16,7 @@ from trimllm.config.commands import (
     PushConfig,
     ScanConfig,
     ScanSettings,
+    SpeedSettings,
     TasksConfig,
 )
 from trimllm.config.shared import (
@@ -54,6 +55,7 @@ __all__ = [
     "ScoreSettings",
     "Settings",
     "Several",
+    "SpeedSettings",
     "TaskSettings",
     "TasksConfig",
     "TrainSettings",

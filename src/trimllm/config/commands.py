@@ -136,7 +136,27 @@ class EvalConfig(ReportSettings):
         return found
 
 
-class BenchConfig(LoadSettings):
+class SpeedSettings(Settings):
+    """On what rows speed is measured, and how often."""
+
+    sequence: Annotated[int, Field(gt=1)] | None = None
+    """Length of a row in tokens when its last token is decoded; the prompt is what --new-tokens leave of it (default:
+    512, or the shortest context)."""
+    new_tokens: Positive | None = None
+    """Tokens decoded one by one at the end of the row (default: 64, at most half of it)."""
+    repeats: Positive = 5
+    """Rounds; in each, every model has its turn. One more before them warms up."""
+
+    @model_validator(mode="after")
+    def _room_for_a_prompt(self) -> SpeedSettings:
+        if self.sequence and self.new_tokens and self.new_tokens >= self.sequence:
+            raise ValueError(
+                f"--new-tokens {self.new_tokens} leave no prompt in --sequence {self.sequence}: ask for less"
+            )
+        return self
+
+
+class BenchConfig(SpeedSettings, LoadSettings):
     """Measure models in turn: prefill and decode speed, latency, memory, cache, size, and what the bytes allow at best.
 
     Example:
@@ -149,12 +169,6 @@ class BenchConfig(LoadSettings):
     first."""
     batch_size: Several[Positive] = (1,)
     """Sequences at a time: 1,8 measures both."""
-    sequence: Annotated[int, Field(gt=1)] = 512
-    """Length of a row in tokens when its last token is decoded; the prompt is what --new-tokens leave of it."""
-    new_tokens: Positive = 64
-    """Tokens decoded one by one at the end of the row."""
-    repeats: Positive = 5
-    """Rounds; in each, every model has its turn. One more before them warms up."""
     cache: Literal["dynamic", "static"] = "dynamic"
     """Key-value cache: growing with every token, or allocated for the whole row."""
     compile: bool = False
@@ -163,19 +177,15 @@ class BenchConfig(LoadSettings):
     """Directory for bench.json and bench.png."""
 
     @model_validator(mode="after")
-    def _room_for_a_prompt(self) -> BenchConfig:
+    def _names_a_model_that_can_be_compiled(self) -> BenchConfig:
         if not self.models:
             raise ValueError("name at least one model: trimllm bench demo")
-        if self.new_tokens >= self.sequence:
-            raise ValueError(
-                f"--new-tokens {self.new_tokens} leave no prompt in --sequence {self.sequence}: ask for less"
-            )
         if self.compile and self.cache != "static":
             raise ValueError("--compile needs --cache static: a growing cache has other shapes at every token")
         return self
 
 
-class CompareConfig(TrainedModel, StrategySettings, DataSettings):
+class CompareConfig(SpeedSettings, TrainedModel, StrategySettings, DataSettings):
     """Compare ways to make a model smaller or faster, on your model and data: one table, compare.json, compare.png.
 
     Example:
@@ -208,12 +218,6 @@ class CompareConfig(TrainedModel, StrategySettings, DataSettings):
     """What AdamW begins a stage of TrimLLM after a later drop with, as in `trimllm trim`."""
     eval_batch_size: Positive | None = None
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory runs out)."""
-    sequence: Annotated[int, Field(gt=1)] | None = None
-    """Length of a row in tokens when its last token is decoded (default: 512, or the model's context)."""
-    new_tokens: Positive | None = None
-    """Tokens decoded one by one at the end of the row, for the speed (default: 64, at most half of the row)."""
-    repeats: Positive = 5
-    """Rounds of the speed; in each, the base and the method's model have their turn."""
     baselines_python: Location | None = None
     """Python of another environment, with trimllm[baselines] in it, for methods whose libraries are missing here."""
 
