@@ -819,7 +819,7 @@ def wrong(world: tuple[Path, Path], folder: Path) -> dict[str, tuple[dict[str, A
         "nothing to drop": ({"keep": (HALF, 0.95)}, "--keep 0.95: the model has only 4 layers"),
         "no such device": ({"device": "cuda:99"}, "--device cuda:99: there is no such device here"),
         "unknown attention": ({"attention": "flashy"}, "--attention flashy: "),
-        "long rows for the speed": ({"sequence": 100_000}, "--sequence 100000: .* takes at most 128 tokens: ask for less$"),
+        "long rows for the speed": ({"sequence": 100_000}, "--sequence 100000: .* takes at most 128 tokens"),
         "no room for a prompt": (
             {"sequence": None, "new_tokens": 128},
             "--new-tokens 128 leave no prompt in rows of 128 tokens: ask for less$",

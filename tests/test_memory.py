@@ -190,7 +190,7 @@ def test_a_model_that_does_not_fit_when_it_is_loaded_is_out_of_memory_too(base, 
     said = []
     config = TrimConfig(model=str(base), task="t", output=str(tmp_path))
     console = SimpleNamespace(say=said.append)
-    recorder = recording.Recorder(config, console, None, None, torch.device("cpu"), *[None] * 5)
+    recorder = recording.Recorder(config, None, console, None, None, torch.device("cpu"))
     assert recorder.final_speedup(tiny.build("llama", 2)) is None
     assert said[0].startswith("the decode speed was not compared")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import helpers_run as h
@@ -13,10 +12,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 from trimllm import cli
-from trimllm.blocks.layout import whole
+from trimllm.blocks.layout import dump_layout, whole
 from trimllm.checkpoints import models
 from trimllm.config import TrimConfig
 from trimllm.run import licences, model_card
+from trimllm.run.outcome import Outcome
 from trimllm.tasks import TaskData
 
 SUMMARY = {"value": 81.25, "stderr": 1.5, "n": 500, "metric": "acc"}
@@ -67,6 +67,17 @@ def test_card_of_a_run_names_base_licence_layers_scores_and_accuracy(run: Path) 
         assert f"| {drop['units'][0]} | {drop['value'][0]:.1f} | {drop['importance'][0]:.4g} |" in card.text
 
 
+def outcome(config: TrimConfig, task: str, *, kept: int, **rows: Any) -> Outcome:
+    """A run that ended with so many layers of an adapter's base."""
+    return Outcome(
+        config=config,
+        data=TaskData(task, "choice", "acc", (), (), ()),
+        origin={"name": "org/base-7B", "adapter": "org/lora", "sha256": "abc"},
+        good={"layout": dump_layout(whole(kept))},
+        **{"saved": {}, "drops": [], "above": None, "speedup": None, "verified": None, **rows},
+    )
+
+
 @pytest.mark.parametrize(
     ("warm", "after", "changes", "made"),
     [
@@ -80,14 +91,12 @@ def test_card_of_a_run_names_base_licence_layers_scores_and_accuracy(run: Path) 
 def test_card_says_what_was_trained_and_when(
     warm: int, after: int, changes: dict[str, bool], made: str, tmp_path: Path
 ) -> None:
-    data: Any = SimpleNamespace(name="task")
-    rows = [
-        {"event": "base", "depth": 4},
-        {"event": "stage", "depth": 4, "dropped": [], "train": {"steps": warm}},
-        {"event": "stage", "depth": 2, "dropped": [{"units": ["block 1", "block 2"]}], "train": {"steps": after}},
+    stages = [
+        {"depth": 4, "dropped": [], "train": {"steps": warm}},
+        {"depth": 2, "dropped": [{"units": ["block 1", "block 2"]}], "train": {"steps": after}},
     ]
     config = TrimConfig(model="m", task="t", output=str(tmp_path), keep=0.5, **changes)
-    told = model_card._made(config, data, rows, 2)
+    told = model_card._made(outcome(config, "task", base={"depth": 4}, stages=stages, kept=2))
     assert told.startswith(made)
     assert ("sparse update" in told) == (after > 0)
 
@@ -141,11 +150,10 @@ def test_card_of_a_bare_cut_says_that_nothing_was_trained(run: Path, tmp_path: P
 def test_names_on_the_hub_of_base_and_data_become_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(licences, "_file", lambda base, name: None)
     config = TrimConfig(model="org/base-7B", task="pubmedqa", output="o")
-    data = TaskData("pubmedqa", "choice", "acc", (), (), ())
     row: dict[str, Any] = {"depth": 3, "event": "saved", "calibration": SUMMARY, "test": SUMMARY}
     row |= {"parameters": 1, "bytes": 1, "tokens_per_second": 1.0}
-    base = {"name": "org/base-7B", "adapter": "org/lora", "sha256": "abc"}
-    card = loaded(model_card.trimmed(config, data, whole(3), [row | {"event": "base"}, row], base, None, None))
+    made = outcome(config, "pubmedqa", base=row | {"event": "base"}, stages=[], kept=3, saved=row)
+    card = loaded(model_card.trimmed(made))
     assert card.data.base_model == "org/base-7B"
     assert card.data.datasets == ["qiaojin/PubMedQA"]
     assert card.data.eval_results[0].dataset_type == "qiaojin/PubMedQA"
@@ -217,7 +225,7 @@ def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
         drop = {"units": [unit], "metric": metric, "value": [50.0], "importance": [0.1], "why": ["least"]}
         return {"depth": depth, "dropped": [drop]}
 
-    rows = [stage(3, "block 1"), stage(2, "block 0"), {"depth": 3}]
+    rows = [stage(3, "block 1"), stage(2, "block 0")]
     config = TrimConfig(model="m", task="t", output="o")
     text = model_card._scores(config, rows, 3)
     assert "| block 1 | 50.0 | 0.1 | least |" in text

@@ -325,7 +325,7 @@ def test_tokens_are_counted_against_one_full_fine_tune(straight):
     stages = [stage["train"]["tokens"] for stage in h.journal(straight, "stage")]
     found = h.result(straight)["tokens"]
     assert found == {"stages": stages, "total": sum(stages), "full_fine_tunes": sum(stages) / stages[0]}
-    rows = [{"event": "base"}, {"event": "stage", "train": {"tokens": 0}}, {"event": "stage", "train": {"tokens": 7}}]
+    rows = [{"train": {"tokens": 0}}, {"train": {"tokens": 7}}]
     assert account.tokens(rows) == {"stages": [0, 7], "total": 7, "full_fine_tunes": None}
 
 

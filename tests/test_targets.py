@@ -8,7 +8,7 @@ from trimllm.blocks import decoder, legality, surgery
 from trimllm.blocks.layout import Block
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
-from trimllm.run import recording
+from trimllm.run.sizes import least_size
 from trimllm.run.targets import STUCK, End, Size, floor, missed, reached, slower, wanted_depth
 
 
@@ -110,7 +110,7 @@ def test_the_least_size_is_that_of_no_larger_a_model_than_one_layer_leaves(famil
     """Also where tables outside the blocks have a part for each of them (Gemma 3n and 4)."""
     model = tiny.build(family)
     depth = decoder.depth(model)
-    least = recording.least_size(model, torch.float32)
+    least = least_size(model, torch.float32)
     sizes = []
     for layer in range(depth):
         if legality.refusal(model, (Block(layer, layer),)) is None:

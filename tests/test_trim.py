@@ -161,7 +161,7 @@ def test_a_result_is_not_held_against_what_was_not_asked(base, task, tmp_path):
 
 def test_answers_that_a_killed_run_left_of_another_model_are_not_used(base, task, tmp_path):
     output, settings = tmp_path / "run", {"depth": 4, "report_depths": True}
-    h.killed_run((progressive.Recorder, "write_result", 1), base, task, output, **settings)
+    h.killed_run((progressive.account, "result", 1), base, task, output, **settings)
     path = output / "answers" / "saved.json"
     kept = json.loads(path.read_text())
     path.write_text(json.dumps(kept | {"values": [12.34] * 8}))
@@ -730,7 +730,7 @@ def test_console_says_every_depth_once(base, task, tmp_path, capsys):
 
 def test_the_speed_at_the_end_is_the_results_over_the_bases(base, tmp_path):
     config = TrimConfig(model=str(base), task="t", output=str(tmp_path))
-    recorder = progressive.Recorder(config, Console(quiet=True), None, None, torch.device("cpu"), *[None] * 5)
+    recorder = progressive.Recorder(config, None, Console(quiet=True), None, None, torch.device("cpu"))
     found = FINAL_SPEEDUP(recorder, tiny.build("llama", depth=4))
     assert found == {"median": 1.25, "min": 1.25, "max": 1.25}
 

@@ -21,7 +21,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.files import read_lines
-from trimllm.run import licences, placing, progressive, rundir
+from trimllm.run import journal, licences, placing, progressive, rundir
 from trimllm.run.targets import wanted_depth
 from trimllm.training import sparse, train, training_rows, underway
 from trimllm.training.packing import Example
@@ -226,9 +226,9 @@ class Job:
 def cost(checkpoint: Path, run: rundir.RunDir, depth: int = 0) -> Product:
     """A checkpoint of a run as a product: what its stages and scans took, down to `depth`."""
     lines = read_lines(run.journal, mend=False)
-    stages = [line for line in lines if line["event"] == "stage" and line["depth"] >= depth]
+    stages = [stage for stage in journal.of(lines, "stage") if stage["depth"] >= depth]
     last = max((stage["stage"] for stage in stages), default=-1)
-    drops = [line for line in lines if line["event"] == "drop" and line["stage"] <= last]
+    drops = [drop for drop in journal.of(lines, "drop") if drop["stage"] <= last]
     return Product(
         checkpoint,
         train_seconds=sum(stage["train"]["seconds"] for stage in stages),

@@ -18,7 +18,7 @@ from trimllm.checkpoints.verification import Report
 from trimllm.config import plain_settings
 from trimllm.errors import InputError
 from trimllm.files import read_lines
-from trimllm.run import licences, model_card, placing, rundir
+from trimllm.run import journal, licences, model_card, placing, rundir
 from trimllm.run.rundir import RunDir
 
 
@@ -101,4 +101,4 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
 def _stages(run: RunDir, depth: int) -> list[dict[str, Any]]:
     """The journaled stages of training down to `depth`. The journal is only read: the run may still be going on."""
     events = read_lines(run.journal, mend=False)
-    return [event for event in events if event["event"] == "stage" and event["depth"] >= depth]
+    return [stage for stage in journal.of(events, "stage") if stage["depth"] >= depth]

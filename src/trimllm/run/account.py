@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from trimllm.blocks.layout import Layout, describe, load_layout, whole_layers
+from trimllm.blocks.layout import Layout, describe, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluation import fluency
@@ -20,8 +20,9 @@ from trimllm.importance.scan import ScanResult
 from trimllm.importance.scores import parts
 from trimllm.importance.select import Choice
 from trimllm.run import targets
-from trimllm.run.targets import End, Size
-from trimllm.tasks import Item, TaskData
+from trimllm.run.outcome import Outcome
+from trimllm.run.targets import Size
+from trimllm.tasks import Item
 from trimllm.tasks.spec import METRICS
 from trimllm.tasks.splits import majority
 from trimllm.training.packing import Example
@@ -97,34 +98,24 @@ def depth_table(history: list[dict[str, Any]]) -> str:
     return table(["depth", "dropped", "calibration", "test", "M params", "MB", "tokens/s"], rows)
 
 
-def result(
-    config: TrimConfig,
-    data: TaskData,
-    stage: dict[str, Any],
-    history: list[dict[str, Any]],
-    drops: list[dict[str, Any]],
-    base: dict[str, str],
-    above: dict[str, float] | None,
-    verified: Any,
-    speedup: dict[str, float] | None,
-) -> dict[str, Any]:
+def result(run: Outcome) -> dict[str, Any]:
     """The contents of result.json."""
-    saved = history[-1]
+    data = run.data
     return {
-        "base": base,
+        "base": run.origin,
         "task": data.name,
         "metric": data.metric,
-        "test": saved["test"],
-        "above_full": above,
-        "calibration": saved["calibration"],
-        "depth": stage["depth"],
-        "base_depth": history[0]["depth"],
-        "blocks": stage["layout"],
-        "layers": whole_layers(load_layout(stage["layout"])),
-        "parameters": stage["parameters"],
-        "bytes": stage["bytes"],
-        "decode_speedup": speedup,
-        "verified": vars(verified),
+        "test": run.saved["test"],
+        "above_full": run.above,
+        "calibration": run.saved["calibration"],
+        "depth": run.good["depth"],
+        "base_depth": run.base_depth,
+        "blocks": run.good["layout"],
+        "layers": whole_layers(run.layout),
+        "parameters": run.good["parameters"],
+        "bytes": run.good["bytes"],
+        "decode_speedup": run.speedup,
+        "verified": vars(run.verified),
         "rows": {
             "train": len(data.train),
             "calibration": len(data.calibration),
@@ -132,14 +123,14 @@ def result(
             "left_out": list(data.left_out),
         },
         "notes": list(data.notes),
-        "warnings": warnings(config, data, history, drops, speedup),
-        "history": history,
-        "drops": drops,
-        "tokens": tokens(history),
-        "settings": config.model_copy(update={"resume": False}).model_dump(mode="json"),
+        "warnings": warnings(run),
+        "history": run.history,
+        "drops": run.drops,
+        "tokens": tokens(run.stages),
+        "settings": run.config.model_copy(update={"resume": False}).model_dump(mode="json"),
         "seconds": {
-            "training": sum(row["train"]["seconds"] for row in history if "train" in row),
-            "scans": sum(drop["seconds"] for drop in drops),
+            "training": sum(row["train"]["seconds"] for row in run.stages),
+            "scans": sum(drop["seconds"] for drop in run.drops),
         },
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "libraries": {name: version(name) for name in LIBRARIES},
@@ -261,47 +252,27 @@ def other_rates(stages: Sequence[dict[str, Any]]) -> str | None:
     return f"stages were trained at --lr {told}: the settings hold the last one"
 
 
-def at_the_end(
-    config: TrimConfig, history: list[dict[str, Any]], drops: list[dict[str, Any]], speedup: dict[str, float] | None
-) -> list[str]:
-    """Warnings about the result as a whole, by the rows of all depths, the base first and the saved model last;
-    `speedup` is the saved model's, where it was measured."""
-    base, saved = history[0], history[-1]
+def at_the_end(run: Outcome) -> list[str]:
+    """Warnings about the result as a whole."""
     none = "nothing was dropped: the first drop fell below the accuracy floor"
-    found = [none] if saved["depth"] == base["depth"] else []
-    collapsed = fluency.warning(base["fluency"], saved["fluency"])
-    slower = targets.slower(config, _ended(history, drops), speedup)
-    rates = other_rates([row for row in history if row["event"] == "stage"])
-    return [*found, *filter(None, [collapsed, slower, rates])]
+    found = [none] if run.saved["depth"] == run.base_depth else []
+    collapsed = fluency.warning(run.base["fluency"], run.saved["fluency"])
+    slower = targets.slower(run.config, run.ended, run.speedup)
+    return [*found, *filter(None, [collapsed, slower, other_rates(run.stages)])]
 
 
-def warnings(
-    config: TrimConfig,
-    data: TaskData,
-    history: list[dict[str, Any]],
-    drops: list[dict[str, Any]],
-    speedup: dict[str, float] | None,
-) -> list[str]:
-    """Everything that the user was warned of on the way, in that order; the other arguments are those of
-    `at_the_end`."""
-    stages = [row for row in history if row["event"] == "stage"]
-    worse = [few_rows(data.calibration), guessing(stages[0], data.calibration)]
-    worse += [worsened(row, history[0]) for row in stages]
-    ended = _ended(history, drops)
-    missed = targets.missed(config, ended) if ended else None
-    return [line for line in (*worse, missed) if line] + at_the_end(config, history, drops, speedup)
+def warnings(run: Outcome) -> list[str]:
+    """Everything that the user was warned of on the way, in that order."""
+    worse = [few_rows(run.data.calibration), guessing(run.stages[0], run.data.calibration)]
+    worse += [worsened(row, run.base) for row in run.stages]
+    missed = targets.missed(run.config, run.ended) if run.ended else None
+    return [line for line in (*worse, missed) if line] + at_the_end(run)
 
 
-def _ended(history: list[dict[str, Any]], drops: list[dict[str, Any]]) -> End | None:
-    """What ended the drops; None where a floor did, or nothing was dropped."""
-    stages = [row for row in history if row["event"] == "stage"]
-    return End.of(drops[-1]) if drops and stages[-1]["depth"] == history[-1]["depth"] else None
-
-
-def tokens(history: list[dict[str, Any]]) -> dict[str, Any]:
+def tokens(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Training tokens per stage, in total, and in units of the first stage, which is one full fine-tune."""
-    stages = [row["train"]["tokens"] for row in history if row["event"] == "stage"]
-    return {"stages": stages, "total": sum(stages), "full_fine_tunes": sum(stages) / stages[0] if stages[0] else None}
+    each = [row["train"]["tokens"] for row in stages]
+    return {"stages": each, "total": sum(each), "full_fine_tunes": sum(each) / each[0] if each[0] else None}
 
 
 def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: list[Joint], strategy: str) -> str:

@@ -25,7 +25,7 @@ from trimllm.importance.scan import ScanResult
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import Choice
 from trimllm.parallel import Share
-from trimllm.run import recording, targets
+from trimllm.run import sizes, targets
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Decider:
 
         def following(chosen: tuple[int, ...], refused: frozenset[int]) -> int | None:
             with trial(model, without(chosen)):
-                if targets.reached(config, self.base_depth, recording.size(model, self.save_dtype)):
+                if targets.reached(config, self.base_depth, sizes.size(model, self.save_dtype)):
                     return None
             gone = set().union(*(halves(candidates[i]) for i in chosen))
             free = {i for i in alone - refused if gone.isdisjoint(halves(candidates[i]))}

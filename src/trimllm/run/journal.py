@@ -8,6 +8,11 @@ from typing import Any
 from trimllm.files import append_line
 
 
+def of(events: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+    """All events of that name, in order."""
+    return [record for record in events if record["event"] == event]
+
+
 class Journal:
     """Events of a run, in order. `writes=False` (processes other than the first) only remembers."""
 
@@ -26,7 +31,7 @@ class Journal:
 
     def of(self, event: str) -> list[dict[str, Any]]:
         """All events of that name."""
-        return [record for record in self.events if record["event"] == event]
+        return of(self.events, event)
 
     def last(self, event: str) -> dict[str, Any] | None:
         """The newest event of that name."""

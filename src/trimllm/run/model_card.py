@@ -16,39 +16,30 @@ from trimllm.config import TrimConfig
 from trimllm.importance.scores import parts
 from trimllm.offline import is_path
 from trimllm.run import licences
-from trimllm.run.account import above_line, depth_table, faster_line
+from trimllm.run.account import above_line, depth_table, faster_line, percent
 from trimllm.run.licences import Origin
+from trimllm.run.outcome import Outcome
 from trimllm.run.targets import LATE_SHARE
-from trimllm.tasks import TaskData
 from trimllm.tasks.catalog import find_builtin
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "likelihood": "likelihood"}
 """The Hub's names of our metrics."""
 
 
-def trimmed(
-    config: TrimConfig,
-    data: TaskData,
-    layout: Layout,
-    history: list[dict[str, Any]],
-    base: dict[str, str],
-    above: dict[str, float] | None,
-    speedup: dict[str, float] | None,
-) -> str:
-    """The card of a run's result. `history` has a row per depth, the base first and the saved model last; `above` is
-    how far the latter is above all layers (see `Recorder.above_full`), `speedup` how much faster than the base."""
-    last = history[-1]
-    results = [evaluation(data.name, data.metric, last["test"], config.task)]
-    tests = f"{data.metric} {last['test']['value']:.1f} +- {last['test']['stderr']:.1f} (n={last['test']['n']})"
-    depth = history[0]["depth"]
+def trimmed(run: Outcome) -> str:
+    """The card of a run's result."""
+    config, data, base, layout = run.config, run.data, run.origin, run.layout
+    depth, test = run.base_depth, run.saved["test"]
+    results = [evaluation(data.name, data.metric, test, config.task)]
+    tests = f"{data.metric} {percent(test)} (n={test['n']})"
     cut = f"trimmed to {len(layout)} of {depth} layers" if len(layout) < depth else f"with all of its {depth} layers"
-    more = [above_line(above, depth)] if above else []
-    more += [faster_line(speedup)] if speedup and len(layout) < depth else []
+    more = [above_line(run.above, depth)] if run.above else []
+    more += [faster_line(run.speedup)] if run.speedup and len(layout) < depth else []
     further = f"\nThis checkpoint: {'; '.join(more)}.\n" if more else ""
     return f"""{_front(base, results, name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
 # {_short(base)}, {cut}
 
-A stock {data.name} specialist, {tests}: {_made(config, data, history, len(layout))}
+A stock {data.name} specialist, {tests}: {_made(run)}
 
 {_origin(base)}
 
@@ -56,12 +47,12 @@ A stock {data.name} specialist, {tests}: {_made(config, data, history, len(layou
 
 It has {_kept(layout)}.
 
-{_scores(config, history, len(layout))}
+{_scores(config, run.stages, len(layout))}
 
 ## Accuracy on the way
 
 ```
-{depth_table(history)}
+{depth_table(run.history)}
 ```
 
 The last row is this checkpoint, loaded again after it was saved; the others were measured on the way, in
@@ -71,12 +62,13 @@ on; `calibration` ({len(data.calibration)} rows held out of train) decided what 
 {_how_to_load()}"""
 
 
-def _made(config: TrimConfig, data: TaskData, history: list[dict[str, Any]], depth: int) -> str:
+def _made(run: Outcome) -> str:
     """How it was made, in sentences."""
-    stages = [row for row in history if "train" in row and row["depth"] >= depth]
+    config, data, depth = run.config, run.data, len(run.layout)
+    stages = [row for row in run.stages if row["depth"] >= depth]
     before = any(row["train"]["steps"] for row in stages if not row["dropped"])
     after = any(row["train"]["steps"] for row in stages if row["dropped"])
-    if depth == history[0]["depth"]:
+    if depth == run.base_depth:
         return f"{f'fine-tuned on `{data.name}`' if before else 'not trained'}, and no layer was dropped."
     how = f"TrimLLM, arXiv 2412.11242; strategy {config.strategy}, unit {config.unit}"
     dropped = f"layers were dropped{' at once' if config.one_shot else ''}"
@@ -111,9 +103,9 @@ It has {_kept(layout)}.
 {_how_to_load()}"""
 
 
-def depth_of_run(config: TrimConfig, base: Origin, layout: Layout, history: list[dict[str, Any]]) -> str:
-    """The card of a depth that a run kept; `history` are the journaled stages, down to that depth."""
-    row = history[-1]
+def depth_of_run(config: TrimConfig, base: Origin, layout: Layout, stages: list[dict[str, Any]]) -> str:
+    """The card of a depth that a run kept; `stages` are those journaled, down to that depth."""
+    row = stages[-1]
     at = f" `{config.task}`: {row['calibration']['metric']} {row['calibration']['value']:.1f} +- "
     at += f"{row['calibration']['stderr']:.1f} on the {row['calibration']['n']} rows that decisions were taken on"
     if row["test"]:
@@ -127,7 +119,7 @@ One of the depths that a run (TrimLLM, arXiv 2412.11242) passed.{at} (measured i
 
 It has {_kept(layout)}.
 
-{_scores(config, history, len(layout))}
+{_scores(config, stages, len(layout))}
 
 {_how_to_load()}"""
 
@@ -234,9 +226,9 @@ def _kept(layout: Layout) -> str:
     return (f"layers {kept}" if kept else "re-packed pairs, listed in plan.json,") + " of the base, counted from 0"
 
 
-def _scores(config: TrimConfig, history: list[dict[str, Any]], depth: int) -> str:
+def _scores(config: TrimConfig, stages: list[dict[str, Any]], depth: int) -> str:
     """What went down to `depth`, in order, with the score it went by; drops that a floor took back lie deeper."""
-    drops = [drop for row in history if row["depth"] >= depth for drop in row.get("dropped", [])]
+    drops = [drop for row in stages if row["depth"] >= depth for drop in row["dropped"]]
     if not drops:
         return "Nothing was dropped on the way there."
     asked = drops[0]["metric"]

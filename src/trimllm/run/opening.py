@@ -8,7 +8,7 @@ from trimllm.checkpoints.models import Loaded
 from trimllm.config import TrimConfig
 from trimllm.importance import scan, scores
 from trimllm.importance.select import BREAKS_TIES
-from trimllm.run import account, recording, targets
+from trimllm.run import account, sizes, targets
 from trimllm.run.preparing import Prepared
 
 
@@ -16,7 +16,7 @@ def lines(config: TrimConfig, loaded: Loaded, ready: Prepared, accelerator: Any,
     """Model, data, device, training, and how drops are decided. What could be asked for otherwise is only said before
     a run has `begun`."""
     data, decider = ready.data, ready.decider
-    parameters = recording.size(loaded.model, ready.save_dtype).parameters
+    parameters = sizes.size(loaded.model, ready.save_dtype).parameters
     least = "at least " if targets.drops_end_sooner(config) else ""
     end = "" if decider.wanted is None else f"; {least}{decider.wanted} layers are to stay"
     said = [f"{config.model}: {ready.base_depth} layers, {parameters:,} parameters{end}"]

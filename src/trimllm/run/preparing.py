@@ -16,7 +16,7 @@ from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.run import checks, recording, rundir, targets, used_rows
+from trimllm.run import checks, rundir, sizes, targets, used_rows
 from trimllm.run.deciding import Decider
 from trimllm.run.rundir import RunDir
 from trimllm.tasks import TaskData
@@ -75,10 +75,10 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir, autocast: Aut
     save_dtype = DTYPES.get(begun.get("save_dtype", config.save_dtype), loaded.saved)
     depth = decoder.depth(model)
     targets.wanted_depth(config, depth)
-    if (already := targets.reached(config, depth, recording.size(model, save_dtype))) is not None:
+    if (already := targets.reached(config, depth, sizes.size(model, save_dtype))) is not None:
         raise InputError(f"nothing to drop: the model already meets the target, {already.words}")
     if not begun:
-        targets.check_possible(config, depth, recording.least_size(model, save_dtype))
+        targets.check_possible(config, depth, sizes.least_size(model, save_dtype))
     data = inputs.task_data(config, tokenizer)
     checks.floor(config, data.metric)
     calibration = inputs.scorer(config, model, tokenizer, data.calibration, autocast)

@@ -28,8 +28,20 @@ from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
 from trimllm.parallel import Share
-from trimllm.run import account, checks, licences, opening, placing, recovery, rundir, targets, used_rows
+from trimllm.run import (
+    account,
+    checks,
+    licences,
+    model_card,
+    opening,
+    placing,
+    recovery,
+    rundir,
+    targets,
+    used_rows,
+)
 from trimllm.run.journal import Journal
+from trimllm.run.outcome import Outcome
 from trimllm.run.preparing import Prepared, prepare
 from trimllm.run.recording import Recorder
 from trimllm.run.rundir import RunDir
@@ -138,7 +150,9 @@ class Run:
             if self.share.first:
                 self.dir.forget(self._measured())
             return self._load(self.dir.model), self.history()
-        self.recorder = self._recorder()
+        self.recorder = Recorder(
+            self.config, self.ready, self.console, self.share, self.journal, self.accelerator.device
+        )
         self._start(loaded)
         base = loaded.fingerprint
         state = self._restore(loaded)
@@ -217,12 +231,6 @@ class Run:
             attention=self.config.attention,
         )
 
-    def _recorder(self) -> Recorder:
-        device = self.accelerator.device
-        ready = self.ready
-        asked = (ready.tokenizer, ready.calibration, ready.test, ready.metric)
-        return Recorder(self.config, self.console, self.share, self.journal, device, ready.save_dtype, *asked)
-
     def _loop(self, state: State) -> None:
         config = self.config
         if not state.stages:
@@ -263,15 +271,14 @@ class Run:
         if state.trained is None:
             state.trained = self._train(state, epochs, name)
         known = {"stage": state.stages, "train": state.trained, "dropped": state.pending}
-        self.recorder.record("stage", state.model, state.layout, **known)
-        row, base = self.journal.events[-1], self.journal.of("base")[0]
+        row, base = self.recorder.record("stage", state.model, state.layout, **known), self.journal.of("base")[0]
         chance = account.guessing(row, self.ready.data.calibration) if warm else None
         for warning in filter(None, [chance, account.worsened(row, base)]):
             self.console.say(f"warning: {warning}")
         if (
             warm
             and not config.distill
-            and (time := account.time_ahead(self.ready.ahead, self.ready.tokens_per_epoch, self.journal.events[-1]))
+            and (time := account.time_ahead(self.ready.ahead, self.ready.tokens_per_epoch, row))
         ):
             self.console.say(time)
         state.stages += 1
@@ -412,44 +419,62 @@ class Run:
     def _finish(self, state: State, fingerprint: str) -> tuple[Any, History]:
         stages = self.journal.of("stage")
         good = targets.last_good(self.config, stages, self.dir.kept_depths())
-        depth, layout = len(good["layout"]), load_layout(good["layout"])
-        model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(depth))
+        layout = load_layout(good["layout"])
+        model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(len(layout)))
         models.cast(model, self.ready.save_dtype)
-        report: Any = None
-        named = {"name": self.ready.origin} if isinstance(self.ready.origin, str) else self.ready.origin
-        base = named | {"sha256": fingerprint}
-        if self.share.first:
-            report = export.save_trimmed(
-                model,
-                self.dir.model,
-                tokenizer=self.ready.tokenizer,
-                layout=layout,
-                base=self.ready.origin,
-                companions=licences.terms(self.ready.origin),
-                overwrite=True,
-            )
-            files.write_json(self.dir.plan, plan_record(layout, self.ready.origin) | {"sha256": fingerprint})
+        verified = self._save(model, layout, fingerprint) if self.share.first else None
         self.accelerator.wait_for_everyone()
-        saved = self._load(self.dir.model)
-        last = self.journal.events[-1]  # may be of the depth that was good before a floor was lowered
-        if (last["event"], last.get("layout")) != ("saved", good["layout"]):
-            self.recorder.record("saved", saved, layout)
-        row = self.journal.events[-1]
-        above = speedup = None
-        if self.share.first:
-            above = self.recorder.above_full(self.history())
-            speedup = self.recorder.write_result(self.ready.data, good, self.history(), base, above, report, saved)
-        for line in account.at_the_end(self.config, self.history(), self.journal.of("drop"), speedup):
-            self.console.say(f"warning: {line}")
+        saved, row = self._load(self.dir.model), self.journal.events[-1]
+        if (row["event"], row.get("layout")) != ("saved", good["layout"]):  # or of another depth: floors may be lowered
+            row = self.recorder.record("saved", saved, layout)
+        if verified is not None:
+            self._conclude(
+                Outcome(
+                    config=self.config,
+                    data=self.ready.data,
+                    origin=licences.as_record(self.ready.origin) | {"sha256": fingerprint},
+                    base=self.journal.of("base")[0],
+                    stages=stages,
+                    drops=self.journal.of("drop"),
+                    good=good,
+                    saved=row,
+                    above=self.recorder.above_full(),
+                    speedup=self.recorder.final_speedup(saved),
+                    verified=verified,
+                )
+            )
         reached = f"{self.ready.metric} {account.percent(row['test'])}"
-        self.console.say(
-            f"saved {self.dir.model}: {depth} of {self.ready.base_depth} layers, {reached}, reloaded and compared"
-        )
-        if above:
-            self.console.say(f"  {account.above_line(above, self.ready.base_depth)}")
-        if speedup and depth < self.ready.base_depth:
-            self.console.say(f"  {account.faster_line(speedup)}")
-        self.journal.add("done", table=f"{depth} layers, {reached}")
+        self.journal.add("done", table=f"{len(layout)} layers, {reached}")
         if self.share.first:
             self.dir.forget(self._measured())
         return saved, self.history()
+
+    def _save(self, model: Any, layout: Layout, fingerprint: str) -> verification.Report | None:
+        """Save the result, verified, and its plan."""
+        origin = self.ready.origin
+        report = export.save_trimmed(
+            model,
+            self.dir.model,
+            tokenizer=self.ready.tokenizer,
+            layout=layout,
+            base=origin,
+            companions=licences.terms(origin),
+            overwrite=True,
+        )
+        files.write_json(self.dir.plan, plan_record(layout, origin) | {"sha256": fingerprint})
+        return report
+
+    def _conclude(self, run: Outcome) -> None:
+        """Write the model card and result.json, and tell the user how it ended."""
+        files.write_atomic(self.dir.model / "README.md", model_card.trimmed(run))
+        files.write_json(self.dir.result, account.result(run))
+        for line in account.at_the_end(run):
+            self.console.say(f"warning: {line}")
+        depth, reached = len(run.layout), f"{run.data.metric} {account.percent(run.saved['test'])}"
+        self.console.say(
+            f"saved {self.dir.model}: {depth} of {run.base_depth} layers, {reached}, reloaded and compared"
+        )
+        if run.above:
+            self.console.say(f"  {account.above_line(run.above, run.base_depth)}")
+        if run.speedup and depth < run.base_depth:
+            self.console.say(f"  {account.faster_line(run.speedup)}")

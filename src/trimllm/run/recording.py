@@ -13,19 +13,18 @@ import torch
 
 from trimllm import files, memory
 from trimllm.bench import timing
-from trimllm.blocks import decoder, families
-from trimllm.blocks.layout import Layout, dump_layout, load_layout, plan_record
+from trimllm.blocks.layout import Layout, dump_layout, plan_record
 from trimllm.checkpoints import arithmetic, loading, models
 from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.evaluation import fluency, paired
-from trimllm.evaluation.evaluate import Scorer
 from trimllm.parallel import Share
-from trimllm.run import account, model_card
+from trimllm.run import account
 from trimllm.run.journal import Journal
+from trimllm.run.preparing import Prepared
 from trimllm.run.rundir import RunDir
+from trimllm.run.sizes import size
 from trimllm.run.targets import Size
-from trimllm.tasks import TaskData
 
 
 @dataclass
@@ -34,37 +33,33 @@ class Recorder:
     other methods are for the first process alone."""
 
     config: TrimConfig
+    ready: Prepared
     console: Console
     share: Share
     journal: Journal
     device: torch.device
-    save_dtype: torch.dtype
-    tokenizer: Any
-    calibration: Scorer
-    test: Scorer
-    metric: str
 
-    def record(self, event: str, model: Any, layout: Layout, **more: Any) -> None:
-        """Evaluate a depth and journal it, with a row for the user; of base and result also how fluently they write.
-        The saved model computes in the dtype that it was saved in, others as in training."""
-        folder = RunDir(self.config.output)
+    def record(self, event: str, model: Any, layout: Layout, **more: Any) -> dict[str, Any]:
+        """Evaluate a depth and journal it, with a line for the user; of base and result also how fluently they write.
+        The saved model computes in the dtype that it was saved in, others as in training. Returns what is journaled."""
+        folder, ready = RunDir(self.config.output), self.ready
         first_or_last, as_it_stands = event != "stage", event == "saved"
-        sets = [one.plain() if as_it_stands else one for one in (self.calibration, self.test)]
+        sets = [one.plain() if as_it_stands else one for one in (ready.calibration, ready.test)]
         with self._fast(model):
             if first_or_last:
-                more["fluency"] = fluency.measure(model, self.tokenizer, self.calibration.items)
-            calibration = sets[0].evaluate(model, self.metric, self.share)
+                more["fluency"] = fluency.measure(model, ready.tokenizer, ready.calibration.items)
+            calibration = sets[0].evaluate(model, ready.metric, self.share)
             report = self.config.report_depths or first_or_last
-            test = sets[1].evaluate(model, self.metric, self.share) if report else None
-        now = size(model, self.save_dtype)
+            test = sets[1].evaluate(model, ready.metric, self.share) if report else None
+        now = size(model, ready.save_dtype)
         speed = timing.decode_speed({"now": model}, repeats=3)["now"] if self.share.first else [0.0]
         if self.share.first and event != "saved":  # before the journal's line: what that says is done is not redone
-            plan = plan_record(layout, models.origin(self.config.model))
+            plan = plan_record(layout, ready.origin)
             files.write_json(folder.plans / f"depth-{now.depth}.json", plan)
         if self.share.first and test:
-            kept = paired.answers(test.per_item, self.test.items)
+            kept = paired.answers(test.per_item, ready.test.items)
             files.write_json(folder.answers_of(event, now.depth), kept)
-        self.journal.add(
+        row = self.journal.add(
             event,
             depth=now.depth,
             layout=dump_layout(layout),
@@ -76,6 +71,7 @@ class Recorder:
             **more,
         )
         self.console.say(account.depth_row(event, now, calibration, test, float(np.median(speed)), more))
+        return row
 
     @contextmanager
     def _fast(self, model: Any) -> Iterator[None]:
@@ -90,31 +86,10 @@ class Recorder:
         with models.widened(model):
             yield
 
-    def write_result(
-        self,
-        data: TaskData,
-        stage: dict[str, Any],
-        history: list[dict[str, Any]],
-        base: dict[str, str],
-        above: dict[str, float] | None,
-        verified: Any,
-        saved: Any,
-    ) -> dict[str, float] | None:
-        """The model card of the depth that `stage` ended with, and result.json. `history` ends with the row of the
-        saved model, and `above` is what `above_full` says of it; `base` names the base. Returns how many times the
-        base's speed decoding has, where that could be measured."""
-        folder, drops = RunDir(self.config.output), self.journal.of("drop")
-        speedup = self.final_speedup(saved)
-        text = model_card.trimmed(self.config, data, load_layout(stage["layout"]), history, base, above, speedup)
-        files.write_atomic(folder.model / "README.md", text)
-        result = account.result(self.config, data, stage, history, drops, base, above, verified, speedup)
-        files.write_json(folder.result, result)
-        return speedup
-
-    def above_full(self, history: list[dict[str, Any]]) -> dict[str, float] | None:
+    def above_full(self) -> dict[str, float] | None:
         """By how many points the saved model is above the one with all layers from which the drops began, question by
-        question. None if nothing was dropped, or one of the two was not asked; `history` is as in `write_result`."""
-        base, stage, *_, saved = history
+        question. None if nothing was dropped, or one of the two was not asked."""
+        base, stage, saved = self.journal.of("base")[0], self.journal.of("stage")[0], self.journal.of("saved")[-1]
         full = stage if stage["train"]["steps"] else base
         one, other = self._answers(saved), self._answers(full)
         return paired.apart(one, other) if one and other and saved["depth"] < full["depth"] else None
@@ -131,7 +106,7 @@ class Recorder:
         speedup = None
         if self.config.target_speedup is not None:
             speedup = self.share.from_first(lambda: timing.ratio(self.against_base(model, "now"), "now", "base")[0])
-        return size(model, self.save_dtype, speedup)
+        return size(model, self.ready.save_dtype, speedup)
 
     def against_base(self, model: Any, name: str) -> dict[str, list[float]]:
         """Decode speeds of the base and of `model`, measured in turn; the base is loaded for it, in that dtype."""
@@ -157,25 +132,3 @@ class Recorder:
                 raise
             self.console.say("the decode speed was not compared: base and result together exceed the device's memory")
             return None
-
-
-def least_size(model: Any, dtype: torch.dtype) -> Size:
-    """The size with the smallest block alone, at the least: blocks may share parameters, and of tables that have a part
-    for each of them one part stays."""
-
-    def parameters(module: torch.nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    counts = [parameters(block) for block in decoder.blocks(model)]
-    tables = decoder.text_decoder(model)._modules
-    names = families.family(decoder.text_config(model)).per_layer_weights
-    by_layer = sum(parameters(table) for name in names if (table := tables.get(name)) is not None)
-    shrinks = by_layer - by_layer // len(counts)
-    count = size(model, dtype).parameters - sum(counts) + min(counts) - shrinks
-    return Size(1, count, count * dtype.itemsize)
-
-
-def size(model: Any, dtype: torch.dtype, speedup: float | None = None) -> Size:
-    """Depth, parameters, and bytes as they will be saved in `dtype`."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return Size(decoder.depth(model), count, count * dtype.itemsize, speedup)
