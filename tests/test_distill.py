@@ -243,6 +243,7 @@ def test_what_one_of_the_two_cannot_do_is_done_for_neither(monkeypatch):
     monkeypatch.setattr(Teacher, "lesson", lambda *a: used.append((a[1], a[2])) or lesson(*a))
     stage(model, teacher, say=said.append)
     assert said == ["  rows are batched by length, not packed: the teacher mixes rows"]
+    assert used
     for packed, limit in used:
         assert len(packed.inputs["input_ids"]) == len(packed.spans)
         assert limit == 10**9

@@ -226,6 +226,35 @@ def test_break_each_part_of_a_checkpoint_and_verification_fails(tmp_path: Path) 
     verify(out, model)
 
 
+@pytest.mark.parametrize(("kind", "named"), [("plain", "plain"), ("cached", "cached"), ("static", "static-cache")])
+@pytest.mark.parametrize("differs", ["a little", "not supported"])
+def test_each_way_of_decoding_is_compared(
+    kind: str, named: str, differs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, logits = trimmed("gemma2"), verification._logits
+    save_trimmed(model, tmp_path / "out")
+
+    def other(one: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        found = logits(one, tokens)
+        if one is not model:
+            found[kind] = None if differs == "not supported" else found[kind] + 1e-3
+        return found
+
+    monkeypatch.setattr(verification, "_logits", other)
+    by = "nan" if differs == "not supported" else "0.00"
+    with pytest.raises(TrimError, match=rf": {named} logits differ by {by}"):
+        verify(tmp_path / "out", model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wrong_weight_of_half_precision_is_found(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, out = trimmed("gemma2").to(dtype), tmp_path / "out"
+    save_trimmed(model, out)
+    edit_weights(out, lambda tensors: {k: v + 0.1 if "layers.2.mlp.up" in k else v for k, v in tensors.items()})
+    with pytest.raises(TrimError, match="logits differ"):
+        verify(out, model)
+
+
 def test_wrong_surgery_never_reaches_the_disk(tmp_path: Path) -> None:
     """Cut as naive code does it: the list of layers, or the count, or neither index nor config."""
     only_list = build("llama")

@@ -112,6 +112,23 @@ def test_what_cannot_be_cached_is_said_and_trained_all_the_same(family, chosen, 
     assert (report.cached, report.loss > 0) == (0.0, True)
 
 
+@pytest.mark.parametrize("noise", ["attention_dropout", "layerdrop", "router_jitter_noise"])
+def test_a_block_that_computes_something_else_every_time_is_not_cached(noise):
+    model = tiny.build("llama", 4)
+    sparse.freeze(model, whole(4), [3], embeddings=False)
+    assert prefix.refusal(model) is None
+    setattr(decoder.blocks(model)[0].mlp, noise, 0.1)
+    assert prefix.refusal(model) == "the model trains with dropout or noise"
+
+
+def test_every_process_of_a_machine_keeps_rows(monkeypatch):
+    model, row = tiny.build("llama", 2), Example((5, 6, 7, 8), 1)
+    once = row.inputs * model.config.hidden_size * 4
+    monkeypatch.setattr(prefix.room, "free_bytes", lambda device, swap: round(1.5 * once))
+    assert prefix.no_room(model, [row, row], None, copies=1) is None
+    assert "GiB needed" in str(prefix.no_room(model, [row, row], None, copies=2))
+
+
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(prefix.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     _, said, _ = stage(tiny.build("llama", 4), [3], tmp_path, cache_frozen_prefix="disk")

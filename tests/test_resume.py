@@ -220,12 +220,16 @@ def test_race_that_another_kind_of_device_began_is_not_continued(base, tmp_path,
         assert tables[0]["units"] == tables[1]["units"]
 
 
-def test_scan_that_asked_all_choices_is_not_continued_with_right_ones_alone(base, task, tmp_path, monkeypatch):
+@pytest.mark.parametrize("other", [{"metric": "acc"}, {"mixed": True}], ids=["all choices", "mixed precision"])
+def test_scan_that_was_begun_in_another_way_is_not_continued(base, task, tmp_path, monkeypatch, other):
+    """With right choices alone where all were asked, or in another precision, as on another device."""
     output = tmp_path / "run"
     h.killed_run((deletion, "measure", 2), base, task, output, depth=4, strategy="loss")
     path = output / "scans" / "scan-000.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**line, "metric": "acc"}) + "\n" for line in lines))
+    assert lines
+    assert all(line[name] != value for line in lines for name, value in other.items())
+    path.write_text("".join(json.dumps(line | other) + "\n" for line in lines))
     measured = count_parts(monkeypatch)
     scanned(base, task, output, depth=4, strategy="loss", resume=True)
     resumed = len(measured)

@@ -173,14 +173,16 @@ def test_two_units_that_are_harmless_alone_and_harmful_together_do_not_go_togeth
     ("value", "loss", "passes"),
     [(80, 0.6, True), (80, 0.61, False), (77, 0.5, True), (76.9, 0.5, False), (99, 0.0, True)],
 )
-def test_harmless_is_loss_and_accuracy(value, loss, passes):
-    intact = Evaluation("acc", 80.0, 3.0, 6, 0.5, correct=(True,))
-    assert joint.harmless(Joint((1, 2), value, loss), intact, 0.1, 1.0) is passes
+@pytest.mark.parametrize(("stderr", "points"), [(3.0, 1.0), (1.0, 3.0)])
+def test_harmless_is_loss_and_accuracy(value, loss, passes, stderr, points):
+    intact = Evaluation("acc", 80.0, stderr, 6, 0.5, correct=(True,))
+    assert joint.harmless(Joint((1, 2), value, loss), intact, 0.1, points) is passes
     text = Evaluation("likelihood", 60.0, 1.0, 6, 0.5)
     assert joint.harmless(Joint((1, 2), 0.0, 0.6), text, 0.1, 0.0), "without choices the loss decides"
 
 
-def test_blocks_that_only_harm_together_go_one_by_one(base, task, tmp_path, monkeypatch):
+@pytest.mark.parametrize("most", [2, 4])
+def test_blocks_that_only_harm_together_go_one_by_one_and_few_sets_are_tried(base, task, tmp_path, monkeypatch, most):
     together, measure, inside = deciding.Decider._together, Scorer.evaluate, []
 
     def evaluate(self, model, *arguments, **more):
@@ -197,11 +199,11 @@ def test_blocks_that_only_harm_together_go_one_by_one(base, task, tmp_path, monk
 
     monkeypatch.setattr(Scorer, "evaluate", evaluate)
     monkeypatch.setattr(deciding.Decider, "_together", watched)
-    h.run(base, task, tmp_path / "run", **EASY, depth=3)
+    h.run(base, task, tmp_path / "run", **EASY, depth=3, max_joint=most)
     drops = h.journal(tmp_path / "run", "drop")
     assert [len(drop["units"]) for drop in drops] == [1, 1]
     scan = json.loads((tmp_path / "run" / "scans" / "scan-000.json").read_text())
-    assert [found["loss"] for found in scan["joint"]] == [1e4] * 4
+    assert [found["loss"] for found in scan["joint"]] == [1e4] * most, "of four other blocks"
 
 
 @pytest.mark.parametrize("unit", ["block", "pair"])
@@ -241,9 +243,10 @@ def test_what_is_harmful_alone_is_not_tried_with_others(base, task, tmp_path, mo
     monkeypatch.setattr(joint, "harmless", lambda found, *_: found.units == (0,))
     h.run(base, task, tmp_path / "run", **EASY, depth=3, warmup_epochs=0, epochs_per_drop=0)
     assert all(drop["joint"] is None for drop in h.journal(tmp_path / "run", "drop"))
-    for number in (0, 1):
-        tried = json.loads((tmp_path / "run" / "scans" / f"scan-00{number}.json").read_text())["joint"]
-        assert all(found["units"][-1] == 0 for found in tried)
+    scans = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "scans").glob("*.json"))]
+    tried = [found["units"] for scan in scans for found in scan["joint"]]
+    assert tried
+    assert all(units[-1] == 0 for units in tried)
 
 
 @pytest.mark.parametrize("kind", ["block", "pair"])
