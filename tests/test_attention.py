@@ -24,7 +24,7 @@ from trimllm.checkpoints.loading import load_model
 from trimllm.config import BenchConfig, EvalConfig, TrainSettings
 from trimllm.errors import InputError
 from trimllm.training import losses as losses_of
-from trimllm.training import packing, train, training_rows
+from trimllm.training import packing, step, train, training_rows
 from trimllm.training.packing import Example
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -315,6 +315,40 @@ def test_auto_trains_short_rows_with_eager_on_a_cpu_in_bf16_only(mixed: Any, mon
         mixed.mixed_precision, mixed.device = "bf16", CPU
     for family in ("mpt", "gpt_oss", "gemma3"):
         assert backends.eager_length(tiny.build(family), "auto", mixed) == 0
+
+
+def test_short_rows_keep_their_backend_where_another_one_would_pack_them_otherwise(
+    mixed: Any, monkeypatch: Any
+) -> None:
+    model, plan, length = tiny.build("llama", 2), [rows()], backends.EAGER_LENGTH
+    ways = {"sdpa": packing.Way(64), "eager": packing.Way(64)}
+    monkeypatch.setattr(packing, "find_way", lambda one, *_: (ways[one.config._attn_implementation], None))
+
+    def eager() -> int:
+        return step.stepper(
+            model,
+            plan,
+            TrainSettings(),
+            mixed,
+            teacher=None,
+            attention="auto",
+            fitted=None,
+            pad_id=0,
+            folder=None,
+            say=print,
+        ).eager
+
+    assert eager() == length > 0
+    ways["eager"] = packing.ALONE
+    assert eager() == 0
+
+
+def test_logits_are_tried_on_a_row_of_few_targets_but_more_than_one(mixed: Any, monkeypatch: Any) -> None:
+    tried = []
+    monkeypatch.setattr(losses_of, "places_at_once", lambda model, packed: tried.append(len(packed.targets)) or 1)
+    ids = tuple(range(3, 13))
+    step._places([tiny.build("llama", 1)], [[Example(ids, start) for start in (1, 9, 8, 5)]], mixed, 0)
+    assert tried == [2]
 
 
 def test_where_memory_ends_rows_go_back_to_sdpa_before_micro_batches_are_halved(mixed: Any, monkeypatch: Any) -> None:

@@ -177,6 +177,9 @@ def test_weights_beyond_float16_are_refused(checkpoints: Any, tmp_path: Path) ->
     folder = gguf_cases.save(model, tmp_path / "model", gguf_cases.tokenizer_of("gpt-2"))
     assert "model.layers.1.mlp.up_proj.weight" in refusal(folder, tmp_path / "model.gguf", "q8_0")
     export(folder, tmp_path / "model.gguf", "bf16")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    folder = gguf_cases.save(model, tmp_path / "nan", gguf_cases.tokenizer_of("gpt-2"))
+    assert "holds nan" in refusal(folder, folder / "model.gguf", "q8_0")
 
 
 def test_llama3_frequencies_are_the_published_formula(checkpoints: Any, tmp_path: Path) -> None:
@@ -267,6 +270,14 @@ def test_context_ends_at_windows_that_llamacpp_has_not(checkpoints: Any, tmp_pat
     for name, arch in (("mistral", "llama"), ("qwen2-sliding", "qwen2")):
         assert "context 64" in export(checkpoints(name), tmp_path / f"{name}.gguf")
         assert keys(tmp_path / f"{name}.gguf")[f"{arch}.context_length"] == 64
+
+
+@pytest.mark.parametrize(("window", "context"), [(64, 64), (256, None), (300, None)])
+def test_windows_as_long_as_the_context_are_none(window: int, context: int | None) -> None:
+    config = AutoConfig.for_model("mistral", **gguf_cases.SHAPE, sliding_window=window)
+    described = gguf_families.describe(config)
+    assert (described.notes == []) is (context is None)
+    assert described.metadata["context_length"] == (context or 256)
 
 
 @pytest.mark.parametrize(
@@ -475,6 +486,17 @@ def test_file_appears_whole_or_not_at_all(
         export(checkpoints("llama"), tmp_path / "model.gguf", "q8_0")
     assert (tmp_path / "model.gguf").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_file_that_does_not_hold_what_was_planned_is_not_kept(
+    checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(checkpoints("llama"), tmp_path / "other.gguf", "q8_0")
+    found = gguf.GGUFReader(tmp_path / "other.gguf")
+    monkeypatch.setattr(gguf, "GGUFReader", lambda _: found)
+    with pytest.raises(TrimError, match="was not written as planned"):
+        export(checkpoints("llama"), tmp_path / "model.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.gguf"]
 
 
 def test_missing_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

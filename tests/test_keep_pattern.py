@@ -190,6 +190,16 @@ def test_runs_that_go_at_once_do_not_overlap(task, tmp_path, monkeypatch, change
     assert len(set(gone)) == 4
 
 
+def test_no_run_goes_at_once_with_another_below_the_least_depth(tmp_path_factory, task, tmp_path, monkeypatch):
+    """Of six layers a run of two leaves four; another one would leave two."""
+    h.fast(monkeypatch)
+    twos = save_gemma(tmp_path_factory, ALTERNATE)
+    quick = {"keep_pattern": True, "warmup_epochs": 0, "epochs_per_drop": 0, **TOGETHER}
+    h.run(twos, task, tmp_path / "run", max_params=58_000, min_depth=3, **quick)
+    (drop,) = h.journal(tmp_path / "run", "drop")
+    assert (len(drop["units"]), h.result(tmp_path / "run")["depth"]) == (1, 4)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_run_is_taken_at_once_that_leaves_no_room_for_the_others(threes, task, tmp_path, seed, monkeypatch):
     h.fast(monkeypatch)

@@ -152,6 +152,30 @@ def test_rows_too_long_for_two_in_the_context_stay_alone():
     assert "context of 64 tokens" in reason
 
 
+def test_rows_too_long_for_three_in_the_context_stay_alone():
+    rows = [Example(tuple(range(3, 3 + length)), 1) for length in (25, 26, 27)]
+    assert find_way(tiny.build("llama", 1), rows, 0)[0] == ALONE
+
+
+def row(length):
+    return Example(tuple(range(length + 1)), 1)
+
+
+def test_packed_rows_are_those_that_cost_least_by_hand(monkeypatch):
+    """Two rows: alone 2 * 1000 positions of a plain causal mask, together 1200 under a block-diagonal one."""
+    one, other = row(1000), row(200)
+    for width_cost, together in ((1400, True), (1000, True), (600, True), (500, False), (200, False)):
+        monkeypatch.setattr(packing, "WIDTH_COST", width_cost)
+        alone, packed = 2000 * (1 + 500 / width_cost), 1200 * (1 + 1200 / width_cost)
+        assert (packed < alone) is together
+        assert (len(arrange([one, other], 8192)) == 1) is together
+
+
+def test_at_most_eight_rows_share_a_packed_one():
+    assert packing.MOST_PER_PACKED_ROW == 8
+    assert len(arrange([row(100), *[row(1)] * 79], 8192)) == 10
+
+
 def test_every_row_is_dealt_once_and_loads_are_even():
     rng = random.Random(1)
     rows = [Example(tuple(range(rng.randrange(2, 60))), 1) for _ in range(100)]

@@ -14,7 +14,8 @@ ATTENTION = ("input_layernorm", "self_attn")
 
 
 @pytest.mark.parametrize(
-    ("ratio", "depth", "expected"), [(0.25, 32, 8), (0.25, 16, 4), (0.25, 6, 2), (0.1, 4, 1), (1.0, 7, 7), (0.3, 10, 3)]
+    ("ratio", "depth", "expected"),
+    [(0.25, 32, 8), (0.25, 16, 4), (0.25, 6, 2), (0.1, 4, 1), (1.0, 7, 7), (0.3, 10, 3), (0.07, 100, 7)],
 )
 def test_r_times_n_blocks_train_and_at_least_one(ratio, depth, expected):
     assert count(ratio, depth) == expected

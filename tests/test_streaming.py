@@ -20,7 +20,7 @@ from trimllm.blocks.layout import whole, without
 from trimllm.blocks.surgery import drop_layers
 from trimllm.checkpoints import shards, streaming
 from trimllm.checkpoints.export import save_trimmed
-from trimllm.checkpoints.renumbering import Numbering
+from trimllm.checkpoints.renumbering import Numbering, list_paths
 from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.errors import InputError, TrimError
 
@@ -159,6 +159,7 @@ def test_names_without_the_base_models_prefix_stay_without(name: str, tmp_path: 
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
     expected = drop_layers(build(name, depth=DEPTH), [1])
     assert equal(fresh.state_dict(), expected.state_dict())
+    assert AutoConfig.from_pretrained(tmp_path / "disk").architectures == [type(expected).__name__]
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
@@ -181,6 +182,15 @@ def test_heads_for_further_tokens_go_with_their_count(tmp_path: Path) -> None:
     assert set(result.unused) == {*extra, "model.layers.4.eh_proj.weight", "mtp.norm.weight"}
     assert set(weights(tmp_path / "disk")) == {name for name in tensors if not name.startswith("model.layers.3.")}
     assert json.loads((tmp_path / "disk" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_frequencies_that_old_files_hold_are_left_out(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(DEPTH)}
+    restore(source, weights(source) | old)
+    result = drop_on_disk(source, [1], tmp_path / "disk")
+    assert set(result.unused) == set(old)
+    assert not [name for name in weights(tmp_path / "disk") if "inv_freq" in name]
 
 
 def test_a_tensor_that_the_model_does_not_know_is_kept(tmp_path: Path) -> None:
@@ -268,6 +278,22 @@ def test_names_of_layers_in_the_quantization_config_are_renumbered(tmp_path: Pat
     assert (new["version"], new["config_groups"]["group_0"]["format"]) == ("0.10.2", "nvfp4-pack")
     old_file = json.loads((tmp_path / "disk" / "quantize_config.json").read_text())
     assert old_file == {"modules_to_not_convert": ["model.layers.2", None]}
+
+
+def test_entries_of_a_quantization_config_without_a_name_stay() -> None:
+    numbering = Numbering(("model.layers",), (0, 2), frozenset({"model.layers.2.mlp"}))
+    assert numbering.renumber({"bits": None, "model.layers.1.mlp": None, "model.layers.2.mlp": {"bits": 8}}) == {
+        "bits": None,
+        "model.layers.1.mlp": {"bits": 8},
+    }
+
+
+def test_experts_within_layers_are_no_list_of_layers_however_many_they_are() -> None:
+    names = [f"model.layers.{i}.mlp.experts.{j}.up.weight" for i in range(3) for j in range(3)]
+    assert list_paths([*names, "visual.blocks.0.w", "visual.blocks.1.w", "visual.blocks.2.w"], 3) == [
+        "model.layers",
+        "visual.blocks",
+    ]
 
 
 def test_a_pattern_that_would_select_other_layers_is_refused() -> None:
@@ -413,6 +439,19 @@ def test_files_that_changed_while_they_were_written_are_not_kept(
 
     monkeypatch.setattr(streaming.shards, "write", lossy)
     with pytest.raises(TrimError, match="do not hold what was written"):
+        drop_on_disk(source, [0], tmp_path / "disk")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_config_that_was_written_wrong_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, copied = save_tiny(tmp_path / "source"), streaming._copy_files
+
+    def wrong(source: Path, folder: Path, *rest: Any) -> None:
+        copied(source, folder, *rest)
+        edit(folder / "config.json", num_hidden_layers=DEPTH)
+
+    monkeypatch.setattr(streaming, "_copy_files", wrong)
+    with pytest.raises(TrimError, match=r"the new checkpoint is wrong: it .*model\.layers\.3\."):
         drop_on_disk(source, [0], tmp_path / "disk")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 

@@ -53,6 +53,11 @@ def test_missing_test_set_is_held_out_and_noted():
     assert not places(done.test) & (places(done.train) | places(done.calibration))
 
 
+def test_a_test_set_that_is_held_out_is_a_fifth_and_a_thousand_rows_at_most():
+    done = split([choice(number) for number in range(6000)], [])
+    assert (len(done.train) + len(done.calibration), len(done.test)) == (5000, 1000)
+
+
 def test_groups_stay_on_one_side():
     items = [choice(number, group=f"entity {number // 7}") for number in range(700)]
     done = split(items, [])
@@ -103,6 +108,7 @@ def test_limits_are_seeded_subsamples_and_noted():
     assert (len(done.train), len(done.calibration), len(done.test)) == (50, 200, 20)
     assert done == split(ITEMS, TEST, max_train=50, max_test=20)
     assert done.notes[1:] == ("50 of 800 training rows used (seed 0)", "20 of 300 reported rows used (seed 0)")
+    assert split(ITEMS, TEST, max_train=800, max_test=300) == split(ITEMS, TEST), "a limit that leaves all of them"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trimllm.blocks import decoder, families
+from trimllm.blocks import decoder
 from trimllm.blocks.layout import HALVES, Layout
 
 
@@ -56,9 +56,8 @@ def freeze(
     for parameter in model.parameters():
         parameter.requires_grad_(embeddings)
         parameter.grad = None
-    whole = families.whole_only(decoder.text_config(model)) is not None
     for place, (block, source) in enumerate(zip(decoder.blocks(model), layout, strict=True)):
-        if whole or source.attention == source.mlp:
+        if source.attention == source.mlp:
             block.requires_grad_(chosen is None or source.attention in chosen)
             continue
         for half in HALVES:
