@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from types import SimpleNamespace
 
 import helpers_run as h
@@ -27,12 +26,6 @@ pytestmark = pytest.mark.usefixtures("fast")
 
 ROWS = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + 2 * (n % 5))), 1 + n % 2) for n in range(8)]
 SETTINGS = TrainSettings(lr=1e-2, batch_size=40)
-
-
-@pytest.fixture
-def steady(monkeypatch):
-    """AdamW divides by the gradient's size: where that is rounding noise, so is the step, unless eps is large."""
-    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=0.1))
 
 
 def student_and_teacher(family="llama"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -41,12 +40,6 @@ def task(tokenizer, questions):
 @pytest.fixture
 def text(tokenizer):
     return text_examples(tokenizer, TEXTS, 12)
-
-
-@pytest.fixture
-def steady(monkeypatch):
-    """AdamW divides by the gradient's size: where that is rounding noise, so is the step, unless eps is large."""
-    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=0.1))
 
 
 def stage(model, parameters, plan, settings, seed=0, **more):

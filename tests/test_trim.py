@@ -633,7 +633,7 @@ def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path,
 
     def slow(*arguments):
         started = time.perf_counter()
-        time.sleep(0.5)
+        time.sleep(0.05)
         found = taylor(*arguments)
         spent.append(time.perf_counter() - started)
         return found
@@ -641,7 +641,7 @@ def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path,
     monkeypatch.setattr(weights, "taylor", slow)
     h.run(base, task, tmp_path / "run", depth=4, strategy="taylor", **NO_TRAINING)
     (drop,) = h.journal(tmp_path / "run", "drop")
-    assert drop["seconds"] >= spent[0] >= 0.5
+    assert drop["seconds"] >= spent[0] >= 0.05
     assert h.result(tmp_path / "run")["seconds"]["scans"] == drop["seconds"]
 
 
