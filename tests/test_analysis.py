@@ -477,7 +477,7 @@ REFUSALS = [
         "--analysis compares all candidates, and --scan racing finds one",
     ),
     (["--analysis", "--keep-pattern"], "--analysis is of single layers: leave out --keep-pattern"),
-    (["--analysis-items", "5"], "--analysis-items is for --analysis: leave it out, or add --analysis"),
+    (["--analysis-items", "5"], "--analysis-items 5 is for --analysis: leave it out, or add --analysis"),
     (["--analysis", "--analysis-items", "0"], "--analysis-items"),
     (["--analysis"], "--analysis is of prompts and their answers, and the task's rows are plain text: leave it out"),
 ]

@@ -301,12 +301,12 @@ EVAL, SCAN, COMPARE = (["eval", *TRIM[1:]], ["scan", *TRIM[1:]], ["compare", *TR
         ([*TRIM, "--strategy", "scan+nrom"], "unknown strategy 'scan+nrom' (did you mean 'scan+norm'?)"),
         (["trim", "--output", "no/such/run", "--resume"], "there is no run in no/such/run"),
         (["drop", "--model", "demo", "--output", "o", "--layers"], "--layers: expected one argument"),
-        ([*DROP, "--max-shard-size", "1GB"], "--max-shard-size is for --streaming"),
-        ([*DROP, "--streaming", "--dtype", "float16"], "--dtype is not for --streaming"),
-        ([*DROP, "--streaming", "--device", "cpu"], "--device is not for --streaming"),
-        ([*DROP, "--streaming", "--threads", "2"], "--threads is not for --streaming"),
+        ([*DROP, "--max-shard-size", "1GB"], "--max-shard-size 1GB is for --streaming"),
+        ([*DROP, "--streaming", "--dtype", "float16"], "--dtype float16 is not for --streaming"),
+        ([*DROP, "--streaming", "--device", "cpu"], "--device cpu is not for --streaming"),
+        ([*DROP, "--streaming", "--threads", "2"], "--threads 2 is not for --streaming"),
         ([*DROP, "--streaming", "--allow-pickle"], "--allow-pickle is not for --streaming"),
-        (["scan", *TRIM[1:], "--run", "2"], "--run is for --strategy angular"),
+        (["scan", *TRIM[1:], "--run", "2"], "--run 2 is for --strategy angular"),
         (["eval", "--model", "", "--task", "t"], "--model: empty: give a value, or leave it out"),
         (["eval", "--model", " ", "--task", "t"], "--model: empty"),
         (["eval", "--model", "demo", "--task="], "--task: empty"),
@@ -357,7 +357,14 @@ IDLE = [
         )
         for command in (TRIM, COMPARE, SCAN)
     ),
-    ([*TRIM, "--text", "demo_law", "--text-ratio", "0"], "--text demo_law is not trained on with --text-ratio 0"),
+    *(
+        ([*command, "--text", "demo_law", "--text-ratio", "0"], "--text demo_law is not trained on with --text-ratio 0")
+        for command in (TRIM, COMPARE)
+    ),
+    (
+        [*TRIM, "--optimizer-state", "fresh", "--epochs-per-drop", "0", "--final-epochs", "1"],
+        "--optimizer-state fresh is for several stages after drops, and with --epochs-per-drop 0 there is one",
+    ),
     *(
         (
             [*command, "--strategy", "scan", "--scan", "racing", "--tie-tolerance", "2"],
@@ -414,7 +421,6 @@ def test_options_without_effect_are_refused(capsys, words, message):
         [*TRIM, "--strategy", "scan+norm", "--tie-tolerance", "2"],
         [*TRIM, "--schedule", "recover", "--tie-tolerance", "2"],
         [*TRIM, "--strategy", "loss", "--schedule", "recover", "--tie-tolerance", "2"],
-        [*COMPARE, "--text", "demo_law", "--text-ratio", "0"],
         [*EVAL, "--generate", "--max-new-tokens", "9"],
         [*EVAL, "--max-test", "50"],
     ],

@@ -33,7 +33,10 @@ SETTINGS = TrainSettings(lr=1e-2, batch_size=200, weight_decay=0.01)
 
 def stage(model, plan, moments, parameters=None):
     parameters = parameters or sparse.freeze(model, whole(model.config.num_hidden_layers), None)
-    train.train_stage(model, parameters, plan, SETTINGS, Accelerator(cpu=True), moments=moments)
+    carried = None if moments is None else {}
+    train.train_stage(model, parameters, plan, SETTINGS, Accelerator(cpu=True), moments=moments, carried=carried)
+    if moments is not None:
+        moments.update(carried)
 
 
 def apart(one, other):

@@ -233,7 +233,7 @@ PAPERS = ("--strategy", "scan+norm")
     [
         (["--scan", "racing", "--confidence", "1"], "--confidence 1: must be less than 1"),
         (["--scan", "racing", "--confidence", "0"], "--confidence 0: must be greater than 0"),
-        (["--confidence", "0.9"], "--confidence is for --scan racing"),
+        (["--confidence", "0.9"], "--confidence 0.9 is for --scan racing"),
         (["--scan", "racing", "--strategy", "norm"], "--scan racing compares accuracies"),
         (["--scan", "racing", "--strategy", "scan+loss"], "--strategy scan+loss something else: add --strat"),
         (

@@ -269,9 +269,9 @@ def test_units_that_go_at_once_leave_what_they_leave_one_by_one(kind):
     [
         ({"schedule": "recover", "one_shot": True}, "--one-shot is not for --schedule recover"),
         ({"schedule": "recover", "drops_per_stage": 2}, "--drops-per-stage 2 is not for --schedule recover"),
-        ({"max_joint": 2}, "--max-joint is for --schedule recover"),
-        ({"joint_tolerance": 0.1}, "--joint-tolerance is for --schedule recover"),
-        ({"recover_tolerance": 0.1}, "--recover-tolerance is for --schedule recover"),
+        ({"max_joint": 2}, "--max-joint 2 is for --schedule recover"),
+        ({"joint_tolerance": 0.1}, "--joint-tolerance 0.1 is for --schedule recover"),
+        ({"recover_tolerance": 0.1}, "--recover-tolerance 0.1 is for --schedule recover"),
         ({"schedule": "late", "max_drop": 2.0}, "--max-drop judges depths when they are trained"),
         ({"distill": 0.5, "epochs_per_drop": 0}, "--distill 0.5 is about the training after drops"),
     ],

@@ -24,7 +24,6 @@ from trimllm.config.shared import (
     StrategySettings,
     Threads,
     TrainedModel,
-    option,
 )
 
 NEW_TOKENS = 128
@@ -39,11 +38,11 @@ class ScanSettings(ScoreSettings):
     run: Positive | None = None
     """Blocks in the contiguous runs that --strategy angular compares (default: half of the depth)."""
 
-    @model_validator(mode="after")
-    def _runs_are_for_angular(self) -> ScanSettings:
-        if self.run is not None and "angular" not in self.strategy:
-            raise ValueError("--run is for --strategy angular: leave it out")
-        return self
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if "angular" not in self.strategy:
+            found |= self._given(("run",), "is for --strategy angular: leave it out")
+        return found
 
 
 class ScanConfig(ScanSettings, CalibrationSettings):
@@ -62,11 +61,15 @@ class ScanConfig(ScanSettings, CalibrationSettings):
     output: Location
     """Directory for scan.json and scan.png."""
 
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if not self.analysis:
+            found |= self._given(("analysis_items",), "is for --analysis: leave it out, or add --analysis")
+        return found
+
     @model_validator(mode="after")
     def _an_analysis_compares_all_layers(self) -> ScanConfig:
         if not self.analysis:
-            if self.analysis_items != ANALYSIS_ITEMS:
-                raise ValueError("--analysis-items is for --analysis: leave it out, or add --analysis")
             return self
         if self.unit == "pair":
             raise ValueError("--analysis is of blocks or sublayers: leave out --unit pair")
@@ -94,17 +97,11 @@ class DropConfig(ModelSettings):
     max_shard_size: str | None = None
     """With --streaming: largest weight file (default: 5GB)."""
 
-    @model_validator(mode="after")
-    def _every_option_is_used(self) -> DropConfig:
-        if not self.streaming and self.max_shard_size is not None:
-            raise ValueError("--max-shard-size is for --streaming: leave it out, or add --streaming")
-        others = ("dtype", "device", "attention", "threads", "allow_pickle")
-        unused = [name for name in others if getattr(self, name) not in ("auto", None, False)]
-        if self.streaming and unused:
-            raise ValueError(
-                f"{option(unused[0])} is not for --streaming, which never loads the model: leave one of them out"
-            )
-        return self
+    def idle(self) -> dict[str, str]:
+        if not self.streaming:
+            return self._given(("max_shard_size",), "is for --streaming: leave it out, or add --streaming")
+        loading = ("dtype", "device", "attention", "threads", "allow_pickle")
+        return self._given(loading, "is not for --streaming, which never loads the model: leave one of them out")
 
 
 class EvalConfig(ReportSettings):
@@ -129,10 +126,8 @@ class EvalConfig(ReportSettings):
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
-        if not self.generate and self.max_new_tokens != NEW_TOKENS:
-            found["max_new_tokens"] = (
-                f"--max-new-tokens {self.max_new_tokens} is for --generate: leave it out, or add --generate"
-            )
+        if not self.generate:
+            found |= self._given(("max_new_tokens",), "is for --generate: leave it out, or add --generate")
         return found
 
 
@@ -273,16 +268,20 @@ class ExportConfig(Settings):
     output: Location | None = None
     """What to write (default: beside the source, named by depth and format)."""
 
+    def idle(self) -> dict[str, str]:
+        found = dict[str, str]()
+        if self.to != "gguf":
+            found |= self._given(("quant",), "is for --to gguf: leave it out")
+        if self.to not in ("int8", "int4"):
+            found |= self._given(("task",), "is for --to int8 and int4: leave it out")
+        if self.task is None:
+            found |= self._given(("truncate",), "is for the rows of --task: leave it out, or add --task")
+        return found
+
     @model_validator(mode="after")
-    def _every_option_is_used(self) -> ExportConfig:
+    def _names_something(self) -> ExportConfig:
         if self.to == "checkpoint" and self.depth is None:
             raise ValueError("name what the run kept with --depth N, or another format with --to")
-        if self.quant is not None and self.to != "gguf":
-            raise ValueError("--quant is for --to gguf: leave it out")
-        if self.task is not None and self.to not in ("int8", "int4"):
-            raise ValueError("--task is for --to int8 and int4: leave it out")
-        if self.truncate and self.task is None:
-            raise ValueError("--truncate is for the rows of --task: leave it out, or add --task")
         return self
 
 

@@ -71,6 +71,15 @@ class Settings(BaseModel):
         """Settings that were given and would have no effect beside the others: by name, why, with the remedy."""
         return {}
 
+    def _given(self, names: Sequence[str], why: str) -> dict[str, str]:
+        """Those of the settings that are not at their defaults, each with its option and `why`, as `idle` has them."""
+        values = {name: getattr(self, name) for name in names}
+        return {
+            name: f"{option_of(name, value)} {why}"
+            for name, value in values.items()
+            if value != type(self).model_fields[name].default
+        }
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_setting_is_blank(cls, value: Any) -> Any:
@@ -193,11 +202,9 @@ class CalibrationSettings(TaskSettings):
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
-        if self.calibration_size is not None and self.resolution != RESOLUTION:
-            found["resolution"] = (
-                f"--resolution {self.resolution} finds out how many calibration rows are held out, and "
-                f"--calibration-size {self.calibration_size} says it: leave one of them out"
-            )
+        if self.calibration_size is not None:
+            says = f"--calibration-size {self.calibration_size} says it: leave one of them out"
+            found |= self._given(("resolution",), f"finds out how many calibration rows are held out, and {says}")
         return found
 
 
@@ -249,13 +256,20 @@ class ScoreSettings(StrategySettings):
     eval_batch_size: Positive | None = None
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory runs out)."""
 
+    @property
+    def has_ties(self) -> bool:
+        """Whether anything is tied: a second score decides then."""
+        return "+" in self.strategy
+
     def idle(self) -> dict[str, str]:
         found = super().idle()
-        if self.tie_tolerance is not None and "+" not in self.strategy:
-            found["tie_tolerance"] = (
-                f"--tie-tolerance {self.tie_tolerance} is for two scores, and --strategy {self.strategy} has nothing "
-                "that breaks ties: add --strategy scan+norm, or leave it out"
+        if not self.has_ties:
+            nothing = (
+                f"--strategy {self.strategy} has nothing that breaks ties: add --strategy scan+norm, or leave it out"
             )
+            found |= self._given(("tie_tolerance",), f"is for two scores, and {nothing}")
+        if self.scan == "exact":
+            found |= self._given(("confidence",), "is for --scan racing: leave it out, or add --scan racing")
         return found
 
     @model_validator(mode="after")
@@ -265,8 +279,6 @@ class ScoreSettings(StrategySettings):
                 f"--scan racing compares accuracies, and norms where they tie, --strategy {self.strategy} something "
                 "else: add --strategy scan+norm, or leave --scan racing out"
             )
-        if self.scan == "exact" and self.confidence != CONFIDENCE:
-            raise ValueError("--confidence is for --scan racing: leave it out, or add --scan racing")
         return self
 
 
@@ -308,13 +320,13 @@ class TrainSettings(Settings):
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
-        if self.text is None and self.text_ratio not in (0.0, TEXT_RATIO):
-            found["text_ratio"] = f"--text-ratio {self.text_ratio} is for --text: leave it out, or add --text"
-        if self.sparse_update == "off" and self.train_ratio != TRAIN_RATIO:
-            found["train_ratio"] = (
-                f"--train-ratio {self.train_ratio} is for some of the blocks, and with --sparse-update off all of them "
-                "train: leave one of them out"
-            )
+        if not self.text_ratio:
+            found |= self._given(("text",), "is not trained on with --text-ratio 0: leave one of them out")
+        elif self.text is None:
+            found |= self._given(("text_ratio",), "is for --text: leave it out, or add --text")
+        if self.sparse_update == "off":
+            every = "with --sparse-update off all of them train: leave one of them out"
+            found |= self._given(("train_ratio",), f"is for some of the blocks, and {every}")
         return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,7 +13,6 @@ from trimllm.config.shared import (
     ScoreSettings,
     TrainedModel,
     option,
-    option_of,
 )
 
 DEPTHS = ("keep", "depth")
@@ -24,6 +22,8 @@ SIZES = (*DEPTHS, *MEASURED)
 FLOORS = ("min_accuracy", "max_drop")
 AFTER_DROPS = ("train_ratio", "sparse_update", "train_embeddings", "cache_frozen_prefix", "optimizer_state", "distill")
 """Settings of the training after drops."""
+RECOVERING = ("recover_tolerance", "joint_tolerance", "max_joint")
+"""Settings of --schedule recover."""
 
 
 class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
@@ -108,46 +108,34 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
         """Whether AdamW's state goes from one stage after drops to the next, if there are several."""
         return self.optimizer_state == "carried" and self.epochs_per_drop > 0 and not self.one_shot
 
+    @property
+    def has_ties(self) -> bool:
+        return super().has_ties or self.schedule == "recover"  # sets of drops are judged within the tolerance
+
     def idle(self) -> dict[str, str]:
         found = super().idle()
-        if self.schedule == "recover":  # sets of drops are judged within it
-            found.pop("tie_tolerance", None)
-        if self.text is not None and not self.text_ratio:
-            found["text"] = f"--text {self.text} is not trained on with --text-ratio 0: leave one of them out"
+        if self.schedule != "recover":
+            found |= self._given(RECOVERING, "is for --schedule recover: leave it out, or add --schedule recover")
+        if not self.trains:
+            found |= self._given(("text",), "is not trained on, since nothing is: leave it out, or train")
         if not self.trains_after_drops:
-            if self.text is not None and not self.warmup_epochs:
-                found["text"] = f"--text {self.text} is not trained on, since nothing is: leave it out, or train"
-            found |= self._changed(AFTER_DROPS, "is about the training after drops, and there is none: leave it out")
+            found |= self._given(AFTER_DROPS, "is about the training after drops, and there is none: leave it out")
+        elif not self.epochs_per_drop:
+            one = "with --epochs-per-drop 0 there is one: leave it out"
+            found |= self._given(("optimizer_state",), f"is for several stages after drops, and {one}")
         if not self.one_shot:
             return found
-        if self.drops_per_stage != 1:
-            found["drops_per_stage"] = (
-                f"--drops-per-stage {self.drops_per_stage} is for several stages, and --one-shot drops everything at "
-                "once: leave one of them out"
-            )
+        once = "--one-shot drops everything at once: leave one of them out"
+        found |= self._given(("drops_per_stage",), f"is for several stages, and {once}")
         if self.sparse_update == "dynamic":
-            found["sparse_update"] = (
-                f"--sparse-update {self.sparse_update} is for several scans, and --one-shot makes one: leave one of "
-                "them out"
+            found |= self._given(
+                ("sparse_update",), "is for several scans, and --one-shot makes one: leave one of them out"
             )
-        found |= self._changed(("optimizer_state",), "is for several stages, and --one-shot has one: leave it out")
-        depth = next((f"--{name} {value}" for name in DEPTHS if (value := getattr(self, name)) is not None), None)
-        for name in MEASURED:
-            if depth and (value := getattr(self, name)) is not None:
-                found[name] = (
-                    f"{option_of(name, value)} cannot end --one-shot, which drops everything at once, to "
-                    f"{depth}: leave it out"
-                )
+        found |= self._given(("optimizer_state",), "is for several stages, and --one-shot has one: leave it out")
+        if depth := next((f"--{name} {value}" for name in DEPTHS if (value := getattr(self, name)) is not None), None):
+            why = f"cannot end --one-shot, which drops everything at once, to {depth}: leave it out"
+            found |= self._given(MEASURED, why)
         return found
-
-    def _changed(self, names: Sequence[str], why: str) -> dict[str, str]:
-        """Those of the settings that are not at their defaults, each with its option and `why`."""
-        given = {name: getattr(self, name) for name in names}
-        return {
-            name: f"{option_of(name, value)} {why}"
-            for name, value in given.items()
-            if value != type(self).model_fields[name].default
-        }
 
     @model_validator(mode="before")
     @classmethod
@@ -177,17 +165,13 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
         return self
 
     @model_validator(mode="after")
-    def _every_schedule_has_its_options(self) -> TrimConfig:
+    def _recovering_finds_out_what_goes_together(self) -> TrimConfig:
         if self.schedule == "recover":
             if self.one_shot or self.drops_per_stage != 1:
                 given = "--one-shot" if self.one_shot else f"--drops-per-stage {self.drops_per_stage}"
                 raise ValueError(f"{given} is not for --schedule recover, which finds out how many go at once")
             if self.scan == "racing":
                 raise ValueError("--schedule recover ranks all candidates, --scan racing finds one: leave one out")
-            return self
-        for name in ("recover_tolerance", "joint_tolerance", "max_joint"):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{option(name)} is for --schedule recover: leave it out, or add --schedule recover")
         return self
 
     @model_validator(mode="after")

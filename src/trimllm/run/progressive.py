@@ -297,7 +297,7 @@ class Run:
             limit = recovery.limit(self.journal.of("stage"), config.recover_tolerance)
             watch = recovery.follow(state.model, self.ready.calibration, self.share, plan, epochs, limit)
         remedies = {"lr": config.lr, "max_grad_norm": config.max_grad_norm}  # a run may go on with others
-        saved = self._underway(state, remedies)
+        saved, carried = self._underway(state, remedies), Moments() if self._carries(state.pending) else None
         with self.console.progress(name) as show:
             report = train.train_stage(
                 state.model,
@@ -314,11 +314,11 @@ class Run:
                 fitted=self.fitted,
                 attention=config.attention,
                 teacher=self._teacher() if config.distill and plan and not warm else None,
-                moments=state.moments if config.optimizer_state == "carried" and not warm else None,
+                moments=state.moments,
+                carried=carried,
                 underway=saved,
             )
-        if not self._carries(state.pending):
-            state.moments.clear()
+        state.moments = carried or {}
         if chosen is not None or config.sparse_update == "off":  # more may fit where less trains
             self.fitted = report.micro_batch_size or self.fitted
         self._checkpoint(state)

@@ -101,6 +101,7 @@ def train_stage(
     attention: str = backends.AUTO,
     teacher: Teacher | None = None,
     moments: Moments | None = None,
+    carried: Moments | None = None,
     underway: Underway | None = None,
 ) -> StageReport:
     """Train `parameters` of the model in place over the steps of `plan`; nothing else of it changes.
@@ -117,7 +118,8 @@ def train_stage(
         attention: with auto, short rows may be computed by another backend than the model's (see
             `backends.EAGER_LENGTH`).
         teacher: a model of the same family and vocabulary, to learn from beside the targets.
-        moments: what AdamW goes on from; afterwards, what it knows of the parameters that trained, in main memory.
+        moments: what AdamW goes on from; empty afterwards.
+        carried: filled with what AdamW knows at the end of the parameters that trained, in main memory.
         underway: where the stage is saved on the way, and gone on with.
 
     Raises:
@@ -127,6 +129,8 @@ def train_stage(
     """
     started = time.perf_counter()
     if not plan or not parameters:
+        if carried is not None:
+            carried.update(moments or {})
         return StageReport(0, 0, None, 0.0)
     check(model, settings)
     kind = accelerator.distributed_type.value
@@ -150,13 +154,11 @@ def train_stage(
     optimizer = adamw(parameters, settings, accelerator.device)
     found = underway.find(model, parameters, len(plan), accelerator) if underway else None
     if found is not None:
-        if moments is not None:
-            moments.clear()  # what it knew at the beginning
         found.restore(model, parameters, optimizer)
         steps.progress = found.progress
         if watch:
             watch.losses[:] = found.progress.watched
-    elif moments is not None:
+    elif moments:
         optimizer_state.restore(optimizer, moments)
     progress = steps.progress
     before = replace(progress)
@@ -211,9 +213,9 @@ def train_stage(
         for parameter in parameters:
             parameter.grad = None
         model.eval()
-    if moments is not None:
+    if carried is not None:
         known = optimizer.state.items()
-        moments.update({one: {name: value.cpu() for name, value in state.items()} for one, state in known})
+        carried.update({one: {name: value.cpu() for name, value in state.items()} for one, state in known})
     tail = progress.losses[-max(1, progress.steps // 10) :]
     return StageReport(
         steps=progress.steps,
