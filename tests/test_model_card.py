@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from trimllm import cli
 from trimllm.blocks.layout import dump_layout, whole
-from trimllm.checkpoints import models
+from trimllm.checkpoints.origin import Origin
 from trimllm.config import TrimConfig
 from trimllm.run import licences, model_card
 from trimllm.run.outcome import Outcome
@@ -72,7 +72,7 @@ def outcome(config: TrimConfig, task: str, *, kept: int, **rows: Any) -> Outcome
     return Outcome(
         config=config,
         data=TaskData(task, "choice", "acc", (), (), ()),
-        origin={"name": "org/base-7B", "adapter": "org/lora", "sha256": "abc"},
+        origin=Origin("org/base-7B", adapter="org/lora", sha256="abc"),
         good={"layout": dump_layout(whole(kept))},
         **{"saved": {}, "drops": [], "above": None, "speedup": None, "verified": None, **rows},
     )
@@ -197,7 +197,7 @@ def test_licence_is_that_of_the_base_or_said_to_be_unknown(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
-    card = loaded(model_card.cut(str(tmp_path), whole(2), 3))
+    card = loaded(model_card.cut(Origin(str(tmp_path)), whole(2), 3))
     assert {name: card.data.get(name) for name in expected} == expected
     assert says in card.text
 
@@ -215,9 +215,9 @@ def test_licence_of_a_base_on_the_hub_is_read_there_if_it_can_be(
         return str(tmp_path / name)
 
     monkeypatch.setattr(licences, "hf_hub_download", download)
-    assert licences.licence("org/base").id == "llama3"
+    assert licences.licence(Origin("org/base")).id == "llama3"
     assert asked == [("org/base", "README.md")]
-    assert licences.licence("org/other").more == {"license_name": "unknown"}
+    assert licences.licence(Origin("org/other")).more == {"license_name": "unknown"}
 
 
 def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
@@ -238,8 +238,15 @@ def test_a_drop_that_a_floor_took_back_is_not_in_the_card() -> None:
 
 
 def test_the_embedded_model_is_its_own_origin_without_a_licence_of_its_own() -> None:
-    assert licences.licence("demo").id == "other"
-    assert models.origin("demo") == "demo"
+    assert licences.licence(Origin("demo")).id == "other"
+    assert Origin.of("demo").record() == "demo"
+
+
+@pytest.mark.parametrize(
+    "record", ["org/base", {"name": "org/base", "adapter": "a"}, {"name": "b", "adapter": "a", "sha256": "c"}]
+)
+def test_an_origin_is_what_its_record_says(record: Any) -> None:
+    assert Origin.load(record).record() == record
 
 
 def test_a_base_is_on_the_hub_if_its_name_can_only_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from trimllm import offline
 from trimllm.checkpoints import loading
+from trimllm.checkpoints.origin import Origin
 from trimllm.errors import InputError
 from trimllm.run import licences
 from trimllm.tasks.hub import read_hub
@@ -56,7 +57,7 @@ def test_a_data_set_and_what_a_card_wants_are_not_waited_for(network: Network, m
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for another try"))
     with pytest.raises(InputError, match="cannot load split 'train' of nobody/nothing from the Hub"):
         read_hub(Source(hub="nobody/nothing"), "train", "mine")
-    assert licences.card_of("modls/llama") is None
+    assert licences.card_of(Origin("modls/llama")) is None
     assert len(network.asked) == 1
 
 

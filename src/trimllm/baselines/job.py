@@ -15,6 +15,7 @@ from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
 from trimllm.checkpoints import export, loading, mixed, models, room, verification
 from trimllm.checkpoints.dtypes import DTYPES, name_of
+from trimllm.checkpoints.origin import Origin
 from trimllm.config import CompareConfig, TrimConfig, plain_settings, without_idle
 from trimllm.console import Console
 from trimllm.errors import InputError
@@ -194,14 +195,14 @@ class Job:
     def save(self, loaded: models.Loaded, layout: Layout | None = None) -> Path:
         """Write the model as a verified checkpoint in the dtype that the base was saved in."""
         models.cast(loaded.model, self.saved_dtype())
-        target = self.folder / "model"
+        target, origin = self.folder / "model", Origin.of(self.command.model)
         export.save_trimmed(
             loaded.model,
             target,
             tokenizer=loaded.tokenizer,
             layout=layout or whole(decoder.depth(loaded.model)),
-            base=models.origin(self.command.model),
-            companions=licences.terms(models.origin(self.command.model)),
+            base=origin.record(),
+            companions=licences.terms(origin),
             overwrite=True,
         )
         return target

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 
 from trimllm.baselines.job import Job, Product
-from trimllm.checkpoints import export, loading, models
+from trimllm.checkpoints import export, loading
+from trimllm.checkpoints.origin import Origin
 from trimllm.run import licences
 
 
@@ -19,7 +20,7 @@ def run(job: Job) -> Product:
         report = job.tune(loaded, job.command.warmup_epochs, stage=0, underway=job.underway(loaded.model))
         export.save_model(loaded.model, job.folder / "trained")
         loaded.tokenizer.save_pretrained(job.folder / "trained")
-        base = models.origin(job.command.model)
+        base = Origin.of(job.command.model)
         for file in filter(None, (*licences.terms(base), licences.card_of(base))):  # whose licence cuts of it name
             shutil.copyfile(file, job.folder / "trained" / file.name)
     else:

@@ -182,12 +182,6 @@ def quantization_of(path: str, settings: ModelSettings) -> str | None:
     return (found if isinstance(found, dict) else vars(found)).get("quant_method")
 
 
-def origin(name: str) -> str | dict[str, str]:
-    """What plans and cards name as the base: the model as the user named it, or an adapter with its own base."""
-    base = adapters.base_of(loading.path_of(name))
-    return name if base is None else {"name": base, "adapter": name}
-
-
 @torch.no_grad()
 def _check_causal(model: Any, name: str) -> None:
     """Refuse an encoder with a language-model head: transformers loads BERT and its like as causal models, too."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from trimllm import config
 from trimllm.blocks import decoder, surgery
 from trimllm.blocks.layout import positions, whole, without
-from trimllm.checkpoints import export, folders, loading, models
+from trimllm.checkpoints import export, folders, loading
+from trimllm.checkpoints.origin import Origin
 from trimllm.checkpoints.streaming import drop_on_disk
 from trimllm.commands import shared
 from trimllm.console import Console
@@ -33,13 +34,13 @@ def run(command: config.DropConfig) -> None:
     depth = decoder.depth(loaded.model)
     dropped = positions(command.layers, depth)
     surgery.drop_layers(loaded.model, dropped)
-    layout, base = without(whole(depth), dropped), models.origin(command.model)
+    layout, base = without(whole(depth), dropped), Origin.of(command.model)
     report = export.save_trimmed(
         loaded.model,
         command.output,
         tokenizer=loaded.tokenizer,
         layout=layout,
-        base=base,
+        base=base.record(),
         card=model_card.cut(base, layout, depth),
         companions=licences.terms(base),
     )
@@ -66,7 +67,7 @@ def _drop_on_disk(command: config.DropConfig) -> None:
             max_shard_size=command.max_shard_size or "5GB",
             trust_remote_code=command.trust_remote_code,
             base=command.model,
-            card=partial(model_card.cut, command.model),
+            card=partial(model_card.cut, Origin(command.model)),
             progress=show,
         )
     print(

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from trimllm import config
 from trimllm.blocks.layout import load_layout
 from trimllm.checkpoints import export, loading, models
+from trimllm.checkpoints.origin import Origin
 from trimllm.checkpoints.verification import Report
 from trimllm.config import plain_settings
 from trimllm.errors import InputError
@@ -85,8 +87,8 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
     model: Any = loading.load_model(folder, trust_remote_code=own_code)
     models.cast(model, getattr(torch, begun["save_dtype"]))
     layout = load_layout(plan["blocks"])
-    origin = {"name": plan["base"]} if isinstance(plan["base"], str) else plan["base"]
-    origin = origin | {"place": placing.place(origin["name"], command.source)}
+    origin = Origin.load(plan["base"])
+    origin = replace(origin, place=placing.place(origin.name, command.source))
     return export.save_trimmed(
         model,
         target,

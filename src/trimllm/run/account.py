@@ -102,7 +102,7 @@ def result(run: Outcome) -> dict[str, Any]:
     """The contents of result.json."""
     data = run.data
     return {
-        "base": run.origin,
+        "base": run.origin.record(),
         "task": data.name,
         "metric": data.metric,
         "test": run.saved["test"],

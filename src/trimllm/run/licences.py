@@ -13,11 +13,8 @@ from yaml import YAMLError
 
 from trimllm.checkpoints import belongings, loading
 from trimllm.checkpoints.loading import quiet
+from trimllm.checkpoints.origin import Origin
 from trimllm.offline import hub_or_cache
-
-Origin = str | dict[str, str]
-"""A base by the name the user gave, or with keys `name` and, where one was merged, `adapter`; `place` is where the base
-lies, if the name does not lead there from here."""
 
 LICENCE_FILES = tuple(f"{name}{end}" for name in ("LICENSE", "LICENCE") for end in ("", ".txt", ".md"))
 """Names under which a base may have its licence."""
@@ -44,7 +41,7 @@ class Licence:
 
 def licence(base: Origin) -> Licence:
     """The licence of a base, from its card, its config or its licence file; `other` where none of them says it."""
-    name = place(base)
+    name = base.found_at
     if (path := card_of(base)) is not None:
         data = read_card(path).data
         if isinstance(data.license, list):
@@ -75,7 +72,7 @@ def licence(base: Origin) -> Licence:
 
 def terms(base: Origin) -> list[Path]:
     """The licence and notice files of a base, as far as it has some and they can be had."""
-    name = place(base)
+    name = base.found_at
     folder = Path(loading.path_of(name))
     if folder.is_dir():
         return belongings.found(folder, belongings.TERMS)
@@ -84,7 +81,7 @@ def terms(base: Origin) -> list[Path]:
 
 def card_of(base: Origin) -> Path | None:
     """The card of a base, if it has one that can be had."""
-    return _file(place(base), "README.md")
+    return _file(base.found_at, "README.md")
 
 
 def read_card(path: Path) -> Any:
@@ -95,17 +92,6 @@ def read_card(path: Path) -> Any:
             return ModelCard(text, ignore_metadata_errors=True)
         except (ValueError, TypeError, YAMLError):
             return ModelCard(f"<!-- -->\n{text}", ignore_metadata_errors=True)
-
-
-def as_record(base: Origin) -> dict[str, str]:
-    """A base with its keys."""
-    return {"name": base} if isinstance(base, str) else base
-
-
-def place(base: Origin) -> str:
-    """The name by which a base is found from here."""
-    known = as_record(base)
-    return known.get("place", known["name"])
 
 
 def _file(base: str, name: str) -> Path | None:

@@ -12,12 +12,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from trimllm.blocks.layout import Layout, whole_layers
 from trimllm.checkpoints import loading
+from trimllm.checkpoints.origin import Origin
 from trimllm.config import TrimConfig
 from trimllm.importance.scores import parts
 from trimllm.offline import is_path
 from trimllm.run import licences
 from trimllm.run.account import above_line, depth_table, faster_line, percent
-from trimllm.run.licences import Origin
+from trimllm.run.licences import Licence
 from trimllm.run.outcome import Outcome
 from trimllm.run.targets import LATE_SHARE
 from trimllm.tasks.catalog import find_builtin
@@ -33,15 +34,16 @@ def trimmed(run: Outcome) -> str:
     results = [evaluation(data.name, data.metric, test, config.task)]
     tests = f"{data.metric} {percent(test)} (n={test['n']})"
     cut = f"trimmed to {len(layout)} of {depth} layers" if len(layout) < depth else f"with all of its {depth} layers"
+    terms = licences.licence(base)
     more = [above_line(run.above, depth)] if run.above else []
     more += [faster_line(run.speedup)] if run.speedup and len(layout) < depth else []
     further = f"\nThis checkpoint: {'; '.join(more)}.\n" if more else ""
-    return f"""{_front(base, results, name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
+    return f"""{_front(base, terms, results, name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
 # {_short(base)}, {cut}
 
 A stock {data.name} specialist, {tests}: {_made(run)}
 
-{_origin(base)}
+{_origin(base, terms)}
 
 ## What was kept
 
@@ -91,12 +93,13 @@ def _made(run: Outcome) -> str:
 
 def cut(base: Origin, layout: Layout, depth: int) -> str:
     """The card of a checkpoint that lost layers of `depth`, and nothing else."""
-    return f"""{_front(base, [], name=f"{_short(base)}-{len(layout)}-layers")}
+    terms = licences.licence(base)
+    return f"""{_front(base, terms, [], name=f"{_short(base)}-{len(layout)}-layers")}
 # {_short(base)}, cut to {len(layout)} of {depth} layers
 
 Layers were removed and nothing was trained since: expect worse answers than the base's until it is fine-tuned.
 
-{_origin(base)}
+{_origin(base, terms)}
 
 It has {_kept(layout)}.
 
@@ -110,12 +113,13 @@ def depth_of_run(config: TrimConfig, base: Origin, layout: Layout, stages: list[
     at += f"{row['calibration']['stderr']:.1f} on the {row['calibration']['n']} rows that decisions were taken on"
     if row["test"]:
         at += f", {row['test']['value']:.1f} +- {row['test']['stderr']:.1f} on the {row['test']['n']} reported ones"
-    return f"""{_front(base, [], name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
+    terms = licences.licence(base)
+    return f"""{_front(base, terms, [], name=f"{_short(base)}-{len(layout)}-layers", task=config.task)}
 # {_short(base)}, trimmed to {len(layout)} layers
 
 One of the depths that a run (TrimLLM, arXiv 2412.11242) passed.{at} (measured in training precision).{_late(config)}
 
-{_origin(base)}
+{_origin(base, terms)}
 
 It has {_kept(layout)}.
 
@@ -155,7 +159,8 @@ What is said above was measured before.
         card = licences.read_card(path)
         data, text = card.data, card.text
     else:
-        data, text = _data(base, None, []), f"# {Path(base).name}\n\n{_how_to_load()}"
+        origin = Origin(base)
+        data, text = _data(origin, licences.licence(origin), []), f"# {_short(origin)}\n\n{_how_to_load()}"
     data.eval_results = results or None
     if results:
         data.model_name = data.model_name or Path(base).name
@@ -181,21 +186,21 @@ def evaluation(task: str, metric: str, summary: dict[str, Any], source: str) -> 
 
 
 def _short(base: Origin) -> str:
-    return Path(base if isinstance(base, str) else base["name"]).name
+    return Path(base.name).name
 
 
 def _on_hub(name: str) -> bool:
     return not is_path(name) and (name.count("/") == 1 or (name != "demo" and loading.on_disk(name) is not None))
 
 
-def _data(base: Origin, task: str | None, results: list[EvalResult], name: str | None = None) -> ModelCardData:
-    named = licences.as_record(base)
-    terms = licences.licence(base)
+def _data(
+    base: Origin, terms: Licence, results: list[EvalResult], name: str | None = None, task: str | None = None
+) -> ModelCardData:
     spec = find_builtin(task) if task else None
     hub = spec.source.hub if spec is not None and spec.source is not None else None
     more: dict[str, Any] = dict(terms.more)
     return ModelCardData(
-        base_model=named["name"] if _on_hub(licences.place(base)) else None,
+        base_model=base.name if _on_hub(base.found_at) else None,
         license=terms.id,
         **more,
         library_name="transformers",
@@ -208,17 +213,14 @@ def _data(base: Origin, task: str | None, results: list[EvalResult], name: str |
     )
 
 
-def _front(base: Origin, results: list[EvalResult], *, name: str, task: str | None = None) -> str:
-    return f"---\n{_data(base, task, results, name).to_yaml()}\n---"
+def _front(base: Origin, terms: Licence, results: list[EvalResult], *, name: str, task: str | None = None) -> str:
+    return f"---\n{_data(base, terms, results, name, task).to_yaml()}\n---"
 
 
-def _origin(base: Origin) -> str:
-    named = licences.as_record(base)
-    adapter = f", with the adapter `{named['adapter']}` merged" if "adapter" in named else ""
-    lines = [f"Base: `{named['name']}`{adapter}"]
-    if "sha256" in named:
-        lines.append(f"Base weights: SHA-256 {named['sha256']}")
-    return "  \n".join([*lines, licences.licence(base).sentence])
+def _origin(base: Origin, terms: Licence) -> str:
+    adapter = f", with the adapter `{base.adapter}` merged" if base.adapter else ""
+    weights = [f"Base weights: SHA-256 {base.sha256}"] if base.sha256 else []
+    return "  \n".join([f"Base: `{base.name}`{adapter}", *weights, terms.sentence])
 
 
 def _kept(layout: Layout) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimllm.blocks.layout import Layout, load_layout
+from trimllm.checkpoints.origin import Origin
 from trimllm.checkpoints.verification import Report
 from trimllm.config import TrimConfig
 from trimllm.run.targets import End
@@ -21,7 +22,7 @@ class Outcome:
 
     config: TrimConfig
     data: TaskData
-    origin: dict[str, str]
+    origin: Origin
     """The base, with its SHA-256."""
     base: Row
     stages: list[Row]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from trimllm.blocks import decoder
-from trimllm.checkpoints import models
 from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.checkpoints.mixed import Autocast
 from trimllm.checkpoints.models import Loaded
+from trimllm.checkpoints.origin import Origin
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
@@ -33,8 +33,8 @@ class Prepared:
     save_dtype: torch.dtype
     """That of the result."""
     base_depth: int
-    origin: str | dict[str, str]
-    """What plans and cards name as the base (see `models.origin`)."""
+    origin: Origin
+    """What plans and cards name as the base."""
     calibration: Scorer
     test: Scorer
     """The reported split."""
@@ -93,7 +93,7 @@ def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir, autocast: Aut
         tokenizer=tokenizer,
         save_dtype=save_dtype,
         base_depth=depth,
-        origin=models.origin(config.model),
+        origin=Origin.of(config.model),
         calibration=calibration,
         test=test,
         task_rows=task_rows,

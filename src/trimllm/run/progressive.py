@@ -11,7 +11,7 @@ way saved since; the order of training rows comes from the seed and the stage's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trimllm.blocks.layout import Layout, compose, dump_layout, load_layout, pla
 from trimllm.checkpoints import export, folders, loading, mixed, models, verification
 from trimllm.checkpoints.dtypes import name_of
 from trimllm.checkpoints.models import Loaded, load
+from trimllm.checkpoints.origin import Origin
 from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
@@ -422,7 +423,8 @@ class Run:
         layout = load_layout(good["layout"])
         model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(len(layout)))
         models.cast(model, self.ready.save_dtype)
-        verified = self._save(model, layout, fingerprint) if self.share.first else None
+        origin = replace(self.ready.origin, sha256=fingerprint)
+        verified = self._save(model, layout, origin) if self.share.first else None
         self.accelerator.wait_for_everyone()
         saved, row = self._load(self.dir.model), self.journal.events[-1]
         if (row["event"], row.get("layout")) != ("saved", good["layout"]):  # or of another depth: floors may be lowered
@@ -432,7 +434,7 @@ class Run:
                 Outcome(
                     config=self.config,
                     data=self.ready.data,
-                    origin=licences.as_record(self.ready.origin) | {"sha256": fingerprint},
+                    origin=origin,
                     base=self.journal.of("base")[0],
                     stages=stages,
                     drops=self.journal.of("drop"),
@@ -449,19 +451,19 @@ class Run:
             self.dir.forget(self._measured())
         return saved, self.history()
 
-    def _save(self, model: Any, layout: Layout, fingerprint: str) -> verification.Report | None:
+    def _save(self, model: Any, layout: Layout, origin: Origin) -> verification.Report | None:
         """Save the result, verified, and its plan."""
-        origin = self.ready.origin
+        named = self.ready.origin.record()
         report = export.save_trimmed(
             model,
             self.dir.model,
             tokenizer=self.ready.tokenizer,
             layout=layout,
-            base=origin,
+            base=named,
             companions=licences.terms(origin),
             overwrite=True,
         )
-        files.write_json(self.dir.plan, plan_record(layout, origin) | {"sha256": fingerprint})
+        files.write_json(self.dir.plan, plan_record(layout, named) | {"sha256": origin.sha256})
         return report
 
     def _conclude(self, run: Outcome) -> None:

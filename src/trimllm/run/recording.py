@@ -54,7 +54,7 @@ class Recorder:
         now = size(model, ready.save_dtype)
         speed = timing.decode_speed({"now": model}, repeats=3)["now"] if self.share.first else [0.0]
         if self.share.first and event != "saved":  # before the journal's line: what that says is done is not redone
-            plan = plan_record(layout, ready.origin)
+            plan = plan_record(layout, ready.origin.record())
             files.write_json(folder.plans / f"depth-{now.depth}.json", plan)
         if self.share.first and test:
             kept = paired.answers(test.per_item, ready.test.items)
