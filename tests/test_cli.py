@@ -207,8 +207,9 @@ def test_a_run_goes_on_with_its_settings_wherever_its_output_is_named(tmp_path, 
     wanted, output, path = begun(name), str(tmp_path / "run"), tmp_path / "c.yaml"
     path.write_text(f"output: {output}\n")
     assert cli.parse([name, "--config", str(path), "--resume"]) == wanted
-    path.write_text(f"output: {output}\nresume: true\n")
-    assert cli.parse([name, "--config", str(path)]) == wanted
+    for yes in ("true", "yes", "y", "1"):
+        path.write_text(f"output: {output}\nresume: {yes}\n")
+        assert cli.parse([name, "--config", str(path)]) == wanted
     for words in (["--config", str(path), "--no-resume"], ["--output", output]):
         with pytest.raises(InputError, match=f"--model is required: to go on with the run in {output}, add --resume"):
             cli.parse([name, *words])

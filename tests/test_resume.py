@@ -338,8 +338,14 @@ def test_changed_rows_are_refused(base, tmp_path):
             f"{option}: its rows are not those that the run in {output} began with: give those, or another --output"
         )
         changed.write_text(was)
-    for other in ({"task": "demo_law", "text": str(text)}, {"task": str(rows), "text": "demo_law"}):
-        with pytest.raises(InputError, match="its rows are not those"):
+    others = {
+        "--task demo_law": {"task": "demo_law"},
+        "--text demo_law": {"text": "demo_law"},
+        "no --text": {"text": None},
+    }
+    for named, changes in others.items():
+        other = {"task": str(rows), "text": str(text), **changes}
+        with pytest.raises(InputError, match=f"^{named}: its rows are not those"):
             trim(console=Console(quiet=True), **h.settings(base, rows, output, resume=True) | other)
     assert h.journal(output) == journaled
     assert (output / "config.yaml").read_bytes() == settings

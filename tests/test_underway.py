@@ -229,7 +229,7 @@ def test_where_the_disk_fills_later_what_was_saved_stays_and_room_is_used_again(
     monkeypatch.setattr(torch, "save", lambda *_: None)
     model = tiny.build("llama")
     parameters, optimizer = list(model.parameters()), torch.optim.AdamW(model.parameters())
-    saved = Underway(tmp_path / "stage.pt", 1.0, {}, say=said.append, reserve=10**8)
+    saved = Underway(tmp_path / "stage.pt", 1.0, say=said.append, reserve=10**8)
     for step, room in ((3, 10**9), (5, 10**7), (7, 10**7), (9, 10**9)):
         free[0] = room
         saved.write(model, parameters, optimizer, 20, Progress(steps=step))
@@ -332,7 +332,7 @@ def rows(count, length=20):
 
 def trained(plan, file, watch=None, **more):
     model = tiny.build("llama")
-    saved = Underway(file, 1.0, {"stage": 1}, **more)
+    saved = Underway(file, 1.0, number=1, **more)
     parameters, settings = list(model.parameters()), TrainSettings(lr=1e-3)
     return train.train_stage(model, parameters, plan, settings, Accelerator(cpu=True), watch=watch, underway=saved)
 
@@ -357,7 +357,7 @@ def test_time_between_saves(monkeypatch, tmp_path):
     monkeypatch.undo()
     now = [0.0]
     monkeypatch.setattr(underway.time, "monotonic", lambda: now[0])
-    saved = Underway(tmp_path / "stage.pt", 2.0, {})
+    saved = Underway(tmp_path / "stage.pt", 2.0)
     now[0] = 119.0
     assert not saved.due()
     now[0] = 121.0
@@ -383,7 +383,7 @@ def test_weights_that_share_their_storage_with_others_are_saved_alone(tmp_path):
     large = torch.zeros(1_000_000)
     large[: parameters[0].numel()] = parameters[0].data
     parameters[0].data = large[: parameters[0].numel()]
-    saved = Underway(tmp_path / "stage.pt", 1.0, {})
+    saved = Underway(tmp_path / "stage.pt", 1.0)
     saved.write(model, parameters, torch.optim.AdamW(parameters), 9, Progress(steps=1))
     assert saved.path.stat().st_size < 10_000
 

@@ -17,7 +17,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_model
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -246,7 +246,15 @@ def _output(arguments: list[str], given: dict[str, Any]) -> str | None:
 def _resumes(name: str, arguments: list[str], given: dict[str, Any]) -> bool:
     """Whether a run goes on, by the command line or the YAML file."""
     said = [argument == "--resume" for argument in arguments if argument in ("--resume", "--no-resume")]
-    return name in RESUMABLE and (said[-1] if said else str(given.get("resume")).lower() in ("true", "yes", "on", "1"))
+    return name in RESUMABLE and (said[-1] if said else _is_true(given.get("resume")))
+
+
+def _is_true(value: Any) -> bool:
+    """As the settings read it; what is neither true nor false is refused there."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
 
 
 def _value(arguments: list[str], option: str) -> str | None:
@@ -265,7 +273,7 @@ def _no_run(output: str | None) -> str:
 
 
 def _of_others(name: str, field: str) -> str:
-    """Whose a setting is that the command has not, nor one of nearly that name; nothing if it is nobody's."""
+    """Which other commands have a setting that this one has not, not even by nearly that name; nothing if none has."""
     others = [other for other, kind in COMMANDS.items() if field in kind.model_fields]
     near = {field, f"{field}s", field.removesuffix("s")} & COMMANDS[name].model_fields.keys()
     return f" (of {', '.join(others)}, and not of {name})" if others and not near else ""

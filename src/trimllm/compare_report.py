@@ -11,6 +11,7 @@ from trimllm.config import CompareConfig
 from trimllm.console import clock, table
 from trimllm.evaluation.paired import shown, unanimous
 from trimllm.plot import picture
+from trimllm.tasks.spec import is_accuracy
 
 LINE = 0.165
 """Inches of the picture's height for each name: a line of it, where the axes take four fifths of the height."""
@@ -43,7 +44,7 @@ def report(found: dict[str, Any]) -> str:
     metrics = {task: found["metric"] for row in done for task, found in row["accuracy"].items()}
     own, *also = metrics or [""]
     above = any(row["above_full"] for row in done)
-    second = "perplexity" if metrics.get(own) == "likelihood" else "acc_norm"
+    second = "acc_norm" if is_accuracy(metrics.get(own, "acc")) else "perplexity"
     out = ""
     if done:
         header = ["method", "layers", own, *(["above full"] if above else []), *also, second]

@@ -190,7 +190,7 @@ class Job:
         is saved."""
         path, minutes = self.folder / placing.STAGE, self.command.checkpoint_minutes
         underway.remove_partial(path)
-        return Underway(path, minutes, {}, reserve=2 * verification.weight_bytes(model), say=self.console.say)
+        return Underway(path, minutes, reserve=2 * verification.weight_bytes(model), say=self.console.say)
 
     def save(self, loaded: models.Loaded, layout: Layout | None = None) -> Path:
         """Write the model as a verified checkpoint in the dtype that the base was saved in."""

@@ -19,6 +19,7 @@ from trimllm.evaluation.generation import cut_note, generate
 from trimllm.evaluation.judging import Evaluation
 from trimllm.run import used_rows
 from trimllm.tasks import metrics
+from trimllm.tasks.spec import is_accuracy
 
 
 def run(command: config.EvalConfig) -> None:
@@ -101,7 +102,7 @@ def _against(
                 "its chat template makes other rows alike, so that others are drawn for the reported split: give the "
                 "task a test file of its own, or leave --against out"
             )
-        if data.metric == "likelihood" and _targets(own) != _targets(scorer):
+        if not is_accuracy(data.metric) and _targets(own) != _targets(scorer):
             raise InputError(
                 "its tokenizer, chat template or context makes other tokens of the rows, whose likelihoods cannot be "
                 "compared: give both the same --max-length, or leave --against out"

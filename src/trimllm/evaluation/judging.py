@@ -16,7 +16,7 @@ import numpy as np
 from trimllm.errors import InputError
 from trimllm.evaluation.paired import standard_error
 from trimllm.tasks.items import Item
-from trimllm.tasks.spec import METRICS
+from trimllm.tasks.spec import METRICS, is_accuracy
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def judge(items: Sequence[Item], scores: Scores, metric: str) -> Evaluation:
         per_item = value * (1 + n * moved)
         error = standard_error(per_item, [item.group for item in items])
         return Evaluation(metric, value, error, n, loss, greedy=exact, per_item=tuple(per_item.tolist()))
-    if metric not in METRICS["choice"]:
+    if not is_accuracy(metric):
         raise InputError(f"unknown metric {metric!r}: use acc, acc_norm or likelihood")
     if any(len(item.continuations) < 2 for item in items):
         raise InputError(f"metric {metric} needs choices, and this task has none: use likelihood")

@@ -2,7 +2,7 @@
 
 A candidate changes nothing below the block it begins in. So each batch goes once through the whole model, the residual
 stream before every block is kept, and every candidate computes only what comes after it. The choices of a
-question share its prompt (see `encoding`). Source of the method: TrimLLM (arXiv 2412.11242), calibration scanning.
+question share its prompt (see `batches`). Source of the method: TrimLLM (arXiv 2412.11242), calibration scanning.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trimllm.importance.deletion import Part
 from trimllm.importance.scores import Array, Evidence, importance, needs, s_norm
 from trimllm.importance.scores import parts as parts_of
 from trimllm.parallel import ALONE, Share
-from trimllm.tasks.spec import METRICS
+from trimllm.tasks.spec import is_accuracy
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def asked(model: Any, scorer: Scorer, metric: str, strategy: str) -> tuple[Score
     A loss is of right answers: a strategy that goes by it and not by accuracy leaves out the wrong ones, and the metric
     is then their likelihood. With dozens of choices a question that is most of the work.
     """
-    if metric != "likelihood" and needs(strategy) == {"loss"}:
+    if is_accuracy(metric) and needs(strategy) == {"loss"}:
         return scorer.right_only(model), "likelihood"
     return scorer, metric
 
@@ -148,7 +148,7 @@ def scan(
     )
     parts: dict[int, Part] = dict(finished or {})
     notes += [scorer.note] if scorer.note else []
-    if race is not None and (metric not in METRICS["choice"] or len(scorer.items) < 2 * racing.SMALLEST):
+    if race is not None and (not is_accuracy(metric) or len(scorer.items) < 2 * racing.SMALLEST):
         notes.append("no race: it needs choices, and items enough to tell candidates apart; every candidate saw all")
         race = None
     with forward.evaluating(model):  # whether it may be resumed shows in the weights' own dtype

@@ -154,25 +154,31 @@ class Score:
     compute: Callable[[Evidence], Array]
 
 
-def _of(field: str, function: Callable[[Array], Array]) -> Callable[[Evidence], Array]:
-    return lambda evidence: function(getattr(evidence, field))
+def _of(field: str, function: Callable[[Array], Array]) -> Score:
+    """The score that is a function of one field of the evidence."""
+    return Score((field,), lambda evidence: function(getattr(evidence, field)))
+
+
+def _without_evidence(function: Callable[[Evidence], Array]) -> Score:
+    """A score of positions alone, or of nothing."""
+    return Score((), function)
 
 
 SCORES: dict[str, Score] = {
-    "scan": Score(("accuracy",), _of("accuracy", s_scan)),
-    "probability": Score(("probability",), _of("probability", uncertainty)),
-    "norm": Score(("norm",), _of("norm", s_norm)),
-    "bi": Score(("cosine",), _of("cosine", block_influence)),
-    "angular": Score(("run_angle",), _of("run_angle", angular)),
-    "loss": Score(("loss",), _of("loss", loss_ablation)),
-    "perplexity": Score(("loss",), _of("loss", perplexity_ablation)),
-    "taylor": Score(("taylor",), _of("taylor", taylor)),
-    "magnitude": Score(("magnitude",), _of("magnitude", magnitude)),
-    "random": Score((), lambda e: random(len(e.position), e.seed)),
-    "first": Score((), lambda e: first(e.position)),
-    "last": Score((), lambda e: last(e.position)),
-    "alternate": Score((), lambda e: alternate(e.position, e.depth)),
-    "symmetric": Score((), lambda e: symmetric(e.position, e.depth)),
+    "scan": _of("accuracy", s_scan),
+    "probability": _of("probability", uncertainty),
+    "norm": _of("norm", s_norm),
+    "bi": _of("cosine", block_influence),
+    "angular": _of("run_angle", angular),
+    "loss": _of("loss", loss_ablation),
+    "perplexity": _of("loss", perplexity_ablation),
+    "taylor": _of("taylor", taylor),
+    "magnitude": _of("magnitude", magnitude),
+    "random": _without_evidence(lambda e: random(len(e.position), e.seed)),
+    "first": _without_evidence(lambda e: first(e.position)),
+    "last": _without_evidence(lambda e: last(e.position)),
+    "alternate": _without_evidence(lambda e: alternate(e.position, e.depth)),
+    "symmetric": _without_evidence(lambda e: symmetric(e.position, e.depth)),
 }
 
 

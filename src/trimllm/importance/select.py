@@ -11,7 +11,7 @@ from trimllm.blocks.layout import Layout, Unit, halves
 from trimllm.errors import InputError
 from trimllm.importance import scores
 from trimllm.importance.scores import Array, Evidence
-from trimllm.tasks.spec import METRICS
+from trimllm.tasks.spec import is_accuracy
 
 BREAKS_TIES = {"norm": "largest norm", "loss": "least loss", "probability": "surest"}
 """What goes of tied candidates, by the score that breaks ties."""
@@ -31,7 +31,7 @@ class Choice:
 
 def one_question(metric: str, n: int) -> float:
     """Accuracy points that one question of `n` is worth; nothing for likelihoods."""
-    return 100.0 / n if metric in METRICS["choice"] else 0.0
+    return 100.0 / n if is_accuracy(metric) else 0.0
 
 
 def choose(

@@ -23,7 +23,7 @@ from trimllm.run import targets
 from trimllm.run.outcome import Outcome
 from trimllm.run.targets import Size
 from trimllm.tasks import Item
-from trimllm.tasks.spec import METRICS
+from trimllm.tasks.spec import is_accuracy
 from trimllm.tasks.splits import majority
 from trimllm.training.packing import Example
 
@@ -227,10 +227,10 @@ def few_rows(items: Sequence[Item]) -> str | None:
 
 
 def guessing(row: dict[str, Any], items: Sequence[Item]) -> str | None:
-    """One line if a journaled model is no better on the calibration set than who does not read the questions, within
-    its standard error."""
+    """One line if a journaled model is no better on the calibration set than answers without reading, within its
+    standard error."""
     now = row["calibration"]
-    if now["metric"] not in METRICS["choice"]:
+    if not is_accuracy(now["metric"]):
         return None
     most = majority(items)
     chance = most[1] if most else statistics.fmean(1 / len(item.continuations) for item in items)
@@ -294,7 +294,7 @@ def drop_line(choices: list[Choice], layout: Layout, result: ScanResult, tried: 
 
 def _asked(found: Evaluation, strategy: str) -> str:
     """What a trial deletion was asked, the score that decides first."""
-    if found.metric == "likelihood":
+    if not is_accuracy(found.metric):
         return f"likelihood {found.value:.1f}"
     sure = found.probability is not None and parts(strategy)[0] == "probability"
     return f"probability {found.probability:.1f} and {found.metric} {found.value:.1f}" if sure else f"{found.value:.1f}"

@@ -13,6 +13,7 @@ from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.run import rundir, targets
 from trimllm.run.deciding import Decider
+from trimllm.tasks.spec import is_accuracy
 from trimllm.training import optimizer_state, train
 
 
@@ -40,7 +41,7 @@ def memory(config: TrimConfig, device: torch.device) -> list[str]:
 def floor(config: TrimConfig, metric: str) -> None:
     """Raises InputError for a floor that was meant as a share and not in percent (a likelihood may be so low)."""
     asked = config.min_accuracy or 0.0
-    if 0 < asked <= 1 and metric != "likelihood":
+    if 0 < asked <= 1 and is_accuracy(metric):
         raise InputError(
             f"--min-accuracy {asked:g} is in percent, so hardly a floor: for a share of {asked:g} give {100 * asked:g}"
         )

@@ -22,6 +22,7 @@ from trimllm.run.licences import Licence
 from trimllm.run.outcome import Outcome
 from trimllm.run.targets import LATE_SHARE
 from trimllm.tasks.catalog import find_builtin
+from trimllm.tasks.spec import is_accuracy
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "likelihood": "likelihood"}
 """The Hub's names of our metrics."""
@@ -235,7 +236,7 @@ def _scores(config: TrimConfig, stages: list[dict[str, Any]], depth: int) -> str
         return "Nothing was dropped on the way there."
     asked = drops[0]["metric"]
     by = "importance, the score that decided, is 100 less the mean probability of the right choice"
-    by = f"; {by}" if parts(config.strategy)[0] == "probability" and asked != "likelihood" else ""
+    by = f"; {by}" if parts(config.strategy)[0] == "probability" and is_accuracy(asked) else ""
     lines = [
         f"What went, in this order; `{asked} without it` is that of the trial deletion, on the calibration rows{by}:",
         "",

@@ -333,11 +333,11 @@ class Run:
         begins anew."""
         config, model = self.config, state.model
         reserve = verification.weight_bytes(model) + config.carries_state * optimizer_state.most_bytes(config, model)
-        shared = {"stage": state.stages, **remedies}
         return Underway(
             self.dir.underway,
             config.checkpoint_minutes,
-            shared,
+            number=state.stages,
+            remedies=remedies,
             reserve=reserve,
             say=self.console.say,
             writes=self.share.first,
@@ -362,10 +362,11 @@ class Run:
         if self.share.first:
             for number in range(len(self.journal.of("drop"))):
                 self.dir.batches_of_scan(number).unlink(missing_ok=True)
-            stages = [len(stage["layout"]) for stage in self.journal.of("stage")]
-            trained = [] if state.trained is None else [len(state.layout)]
+            stages = [stage["depth"] for stage in self.journal.of("stage")]
+            ready = [*stages, *([] if state.trained is None else [len(state.layout)])]
             teacher = [self.ready.base_depth] if self.config.distill else []
-            self.dir.clean(stages, trained, teacher, every=self.config.keep_checkpoints)
+            weights = self.dir.kept_depths() if self.config.keep_checkpoints else [*stages[-2:], *ready[-1:], *teacher]
+            self.dir.clean(weights, state=ready[-1:])
 
     def _drop(self, state: State) -> None:
         """Scan, choose, cut. The scan's finished batches survive a kill."""

@@ -1,4 +1,4 @@
-"""The directory of a run: what lies where, who may write there, and how a run is found again.
+"""The directory of a run: what lies where, whose it is, and how a run is found again.
 
 config.yaml      the resolved settings            plan.json, plans/     which original layers each depth holds
 journal.jsonl    what happened, in order          scans/                one table per scan
@@ -14,14 +14,14 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trimllm.config import CompareConfig, Settings, TrimConfig
 from trimllm.config.plain_settings import make
-from trimllm.config.shared import option_of
+from trimllm.config.shared import option, option_of
 from trimllm.errors import InputError, TrimError
 from trimllm.files import read_lines, size, write_atomic
 from trimllm.run import placing
@@ -77,25 +77,20 @@ class RunDir:
         names = (re.fullmatch(r"depth-(\d+)", path.name) for path in self.checkpoints.glob("depth-*"))
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
-    def clean(
-        self, stages: Sequence[int], trained: Sequence[int] = (), more: Collection[int] = (), *, every: bool = False
-    ) -> None:
-        """Delete the weights of all depths but those of the last two `stages`, of one that is `trained` since, and of
-        `more`, unless `every` one is kept; and what the optimizer knew at all but the last."""
+    def clean(self, weights: Collection[int], *, state: Collection[int] = ()) -> None:
+        """Delete the checkpoints of all depths but these, and what the optimizer knew at all depths but those of
+        `state`."""
         for depth in self.kept_depths():
-            if not every and depth not in (*stages[-2:], *trained, *more):
+            if depth not in weights:
                 shutil.rmtree(self.checkpoint(depth))
-            elif depth not in [*stages, *trained][-1:]:
+            elif depth not in state:
                 optimizer_state.delete(self.checkpoint(depth))
 
     def forget(self, measured: Collection[int]) -> None:
-        """Of a finished run, delete what AdamW knew where a floor ended it, a depth that was trained and not
-        `measured`, since a floor was raised then, and what a kill left of the last stage on its way."""
+        """After a finished run: delete what the optimizer knew, depths that were trained and never `measured` (a floor
+        was raised then), and what a kill left of the last stage."""
         self.underway.unlink(missing_ok=True)
-        for depth in self.kept_depths():
-            optimizer_state.delete(self.checkpoint(depth))
-            if depth not in measured:
-                shutil.rmtree(self.checkpoint(depth))
+        self.clean(measured)
 
 
 def check(config: TrimConfig) -> None:
@@ -168,11 +163,11 @@ def same_data(before: dict[str, str], now: dict[str, str], config: TrimConfig | 
 
     `before` and `now` are SHA-256 by option (`--task`, `--also NAME`); what one of them lacks is not compared.
     """
-    values = {"--model": config.model, "--task": config.task, "--text": config.text}
-    for option in sorted(before.keys() & now.keys()):
-        if before[option] != now[option]:
-            named = f"{option} {values[option]}" if option in values else option
-            what = "weights" if option == "--model" else "rows"
+    named_by = {option(name): option_of(name, getattr(config, name)) for name in ("model", "task", "text")}
+    for data in sorted(before.keys() & now.keys()):
+        if before[data] != now[data]:
+            named = named_by.get(data, data)
+            what = "weights" if data == "--model" else "rows"
             raise InputError(
                 f"{named}: its {what} are not those that {whose} began with: give those, or another --output"
             )

@@ -24,6 +24,11 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 
 
+def is_accuracy(metric: str) -> bool:
+    """Whether a metric counts the questions whose right choice wins, and is no likelihood."""
+    return metric in METRICS["choice"]
+
+
 class Source(BaseModel):
     """Where rows come from: exactly one of `hub`, `files`, `world`."""
 

@@ -86,7 +86,7 @@ class Prefix:
         self._since = (self.read, [])
 
     def take_back(self) -> None:
-        """As if the step had not begun, but that what it kept stays."""
+        """Undo the counts of the step; rows that it stored stay."""
         self.read, rows = self._since
         self.left.update(rows)
         self.begin()

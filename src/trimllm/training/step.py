@@ -118,8 +118,8 @@ def stepper(
     folder: str | Path | None,
     say: Callable[[str], None],
 ) -> Stepper:
-    """How this model computes the steps of `plan`; what its teacher, if it has one, cannot do is done for neither. The
-    arguments are those of `train.train_stage`."""
+    """How this model computes the steps of `plan`; what a teacher cannot do is done for neither. The arguments are
+    those of `train.train_stage`."""
     models = [model, teacher.model] if teacher else [model]
     way, reason = _packing(models, plan, pad_id)
     if reason:

@@ -1,6 +1,6 @@
 """A stage that is under way, on disk from time to time, so that a run that ends within it does not train it anew.
 
-    underway = Underway(run / "stage.pt", minutes=15, stage={"stage": 3, "lr": 2e-5})
+    underway = Underway(run / "stage.pt", minutes=15, number=3, remedies={"lr": 2e-5})
     train_stage(..., underway=underway)
     underway.delete()
 
@@ -90,7 +90,8 @@ class Underway:
     Args:
         path: of the file.
         minutes: how often it is written; 0: never.
-        stage: what a stage that goes on must have in common with the one that was saved: plain values.
+        number: of the stage, which one that goes on must have in common with the one that was saved.
+        remedies: settings by name that it must have in common, too; a run may go on with others.
         reserve: bytes that are to stay free on the disk for what is saved at the end.
         say: called with a line that the user should see.
         writes: false in processes other than the first.
@@ -100,13 +101,15 @@ class Underway:
         self,
         path: Path,
         minutes: float,
-        stage: dict[str, Any],
         *,
+        number: int = 0,
+        remedies: dict[str, float] | None = None,
         reserve: int = 0,
         say: Callable[[str], None] = lambda line: None,
         writes: bool = True,
     ) -> None:
-        self.path, self.minutes, self.stage, self.reserve = path, minutes, stage, reserve
+        self.path, self.minutes, self.reserve = path, minutes, reserve
+        self.number, self.remedies = number, remedies or {}
         self.say, self.writes = say, writes
         self.saved, self.took = time.monotonic(), 0.0
         self.step = 0
@@ -131,7 +134,7 @@ class Underway:
             if self.writes:  # one process reads all of it
                 _check(self.path)
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-            stage, of = dict(found["stage"]), found["of"]
+            number, remedies, of = found["number"], dict(found["remedies"]), found["of"]
             saved = Saved(Progress(**found["progress"]), found["weights"], found["moments"])
             shapes = {name: (value.shape, value.dtype) for name, value in saved.weights.items()}
         except UNREADABLE as error:
@@ -139,10 +142,10 @@ class Underway:
             self.say(f"  {self.path} cannot be read ({why}): the stage begins anew")
             return None
         now = {name: (one.shape, one.dtype) for name, one in _named(model, parameters).items()}
-        if (stage, of, shapes) == (self.stage, steps, now):
+        if (number, remedies, of, shapes) == (self.number, self.remedies, steps, now):
             return saved
-        others = [name for name in stage if name != "stage" and stage[name] != self.stage.get(name)]
-        if others and stage.get("stage") == self.stage.get("stage"):
+        others = [name for name, value in remedies.items() if value != self.remedies.get(name)]
+        if others and number == self.number:
             options = ", ".join(map(option, others))
             self.say(f"  with another {options} the stage begins anew ({saved.progress.steps} of {of} steps were done)")
         return None
@@ -165,7 +168,8 @@ class Underway:
             self._warn(f"{files.size(needed + self.reserve)} needed, {files.size(free)} free")
             return
         record = {
-            "stage": self.stage,
+            "number": self.number,
+            "remedies": self.remedies,
             "of": steps,
             "progress": asdict(progress),
             "weights": {name: _alone(one.detach()) for name, one in named.items()},
