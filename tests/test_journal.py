@@ -191,9 +191,11 @@ def test_run_that_died_before_its_first_event_can_be_resumed(tmp_path):
     mine = config(tmp_path)
     rundir.claim(mine)
     rundir.RunDir(mine.output).config.with_name(".config.yaml.tmp").write_text("mod")
-    assert rundir.claim(mine.model_copy(update={"resume": True})) == []
+    again = mine.model_copy(update={"resume": True})
+    rundir.check(again)
+    assert rundir.claim(again) == []
     rundir.RunDir(mine.output).config.unlink()
-    assert rundir.claim(mine) == []
+    rundir.check(mine)
 
 
 def test_half_written_leftovers_of_a_kill_are_removed(tmp_path):

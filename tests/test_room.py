@@ -20,7 +20,7 @@ from trimllm.checkpoints.loading import load_model
 from trimllm.config import BenchConfig, TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError
-from trimllm.run import checks, progressive
+from trimllm.run import checks, progressive, recording
 
 CPU = torch.device("cpu")
 
@@ -177,11 +177,19 @@ def test_a_speed_target_needs_room_for_two_models_when_a_run_begins(
     asked = TrimConfig(**h.settings(base, task, tmp_path / "run", target_speedup=1.5, resume=resume))
     with pytest.raises(InputError, match=r"^--target-speedup 1\.5 measures the base beside the model"):
         progressive.trim(asked, console=Console(quiet=True))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "journal.jsonl").write_text('{"event": "base"}\n')
-    assert not [note for note in checks.memory(asked, torch.device("cpu")) if "speedup" in note], (
+    assert not [note for note in checks.memory(asked, torch.device("cpu"), measured=True) if "speedup" in note], (
         "it has fitted by then"
     )
+
+
+def test_a_run_with_a_speed_target_that_goes_on_has_fitted(
+    base: Path, task: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    h.fast(monkeypatch)
+    h.killed_run((recording.Recorder, "record", 2), base, task, tmp_path / "run", target_speedup=1.2)
+    monkeypatch.setattr(room, "free_bytes", lambda *_, **__: int(1.5 * weights(base, torch.float32)))
+    h.run(base, task, tmp_path / "run", target_speedup=1.2, resume=True)
+    assert h.result(tmp_path / "run")["drops"][-1]["ended_by"] == "target_speedup"
 
 
 @pytest.mark.parametrize(

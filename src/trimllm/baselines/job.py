@@ -21,8 +21,8 @@ from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.files import read_lines
-from trimllm.run import journal, licences, placing, progressive, rundir
+from trimllm.run import licences, placing, progressive, rundir
+from trimllm.run.journal import Journal
 from trimllm.run.targets import wanted_depth
 from trimllm.training import sparse, train, training_rows, underway
 from trimllm.training.packing import Example
@@ -226,10 +226,10 @@ class Job:
 
 def cost(checkpoint: Path, run: rundir.RunDir, depth: int = 0) -> Product:
     """A checkpoint of a run as a product: what its stages and scans took, down to `depth`."""
-    lines = read_lines(run.journal, mend=False)
-    stages = [stage for stage in journal.of(lines, "stage") if stage["depth"] >= depth]
+    journal = Journal.read(run.journal)
+    stages = [stage for stage in journal.of("stage") if stage["depth"] >= depth]
     last = max((stage["stage"] for stage in stages), default=-1)
-    drops = [drop for drop in journal.of(lines, "drop") if drop["stage"] <= last]
+    drops = [drop for drop in journal.of("drop") if drop["stage"] <= last]
     return Product(
         checkpoint,
         train_seconds=sum(stage["train"]["seconds"] for stage in stages),

@@ -19,8 +19,8 @@ from trimllm.checkpoints.origin import Origin
 from trimllm.checkpoints.verification import Report
 from trimllm.config import plain_settings
 from trimllm.errors import InputError
-from trimllm.files import read_lines
-from trimllm.run import journal, licences, model_card, placing, rundir
+from trimllm.run import licences, model_card, placing
+from trimllm.run.journal import Journal
 from trimllm.run.rundir import RunDir
 
 
@@ -71,7 +71,9 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         raise InputError(
             f"--depth {command.depth}: its weights were not kept (kept: {kept}): --keep-checkpoints keeps those of all"
         )
-    plan_file, stages = run.plans / f"depth-{command.depth}.json", _stages(run, command.depth)
+    journal = Journal.read(run.journal)  # only read: the run may still be going on
+    plan_file = run.plans / f"depth-{command.depth}.json"
+    stages = [stage for stage in journal.of("stage") if stage["depth"] >= command.depth]
     if not plan_file.exists() or command.depth not in [stage["depth"] for stage in stages]:
         raise InputError(
             f"--depth {command.depth}: it is trained, and not measured yet: go on with trimllm trim --output "
@@ -79,7 +81,7 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         )
     stored = plain_settings.make(config.TrimConfig, placing.stored_settings(command.source))
     named = plain_settings.make(config.TrimConfig, plain_settings.stored(run.config))
-    begun = rundir.happened(run, "start")
+    begun = journal.last("start")
     assert begun is not None, "a stage is journaled"
     own_code = stored.trust_remote_code or command.trust_remote_code
     tokenizer = loading.load_tokenizer(folder, trust_remote_code=own_code)
@@ -98,9 +100,3 @@ def save_depth(command: config.ExportConfig, target: Path) -> Report | None:
         card=model_card.depth_of_run(named, origin, layout, stages),
         companions=licences.terms(origin),
     )
-
-
-def _stages(run: RunDir, depth: int) -> list[dict[str, Any]]:
-    """The journaled stages of training down to `depth`. The journal is only read: the run may still be going on."""
-    events = read_lines(run.journal, mend=False)
-    return [stage for stage in journal.of(events, "stage") if stage["depth"] >= depth]

@@ -17,8 +17,9 @@ from trimllm.tasks.spec import is_accuracy
 from trimllm.training import optimizer_state, train
 
 
-def memory(config: TrimConfig, device: torch.device) -> list[str]:
-    """Notes on memory and arithmetic, before the model is loaded.
+def memory(config: TrimConfig, device: torch.device, *, measured: bool = False) -> list[str]:
+    """Notes on memory and arithmetic, before the model is loaded; `measured`: the base was there beside another model
+    before, in a run that goes on.
 
     Raises:
         InputError: if memory has no room for what `--distill` or `--target-speedup` needs.
@@ -27,7 +28,7 @@ def memory(config: TrimConfig, device: torch.device) -> list[str]:
     if config.distill:
         what = f"--distill {config.distill:g} needs the model twice"
         room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or leave it out")
-    if config.target_speedup and rundir.happened(rundir.RunDir(config.output), "base") is None:  # later it has fitted
+    if config.target_speedup and not measured:
         what = f"--target-speedup {config.target_speedup:g} measures the base beside the model"
         room.check(what, weights and 2 * weights, device, "give a narrower --dtype, or --keep in its place")
     stages = "--warmup-epochs 0, --no-train-embeddings and a small --train-ratio, without --sparse-update off"
@@ -53,8 +54,6 @@ def disk(config: TrimConfig, model: Any, decider: Decider, ahead: Sequence[tuple
     Raises:
         InputError: if the disk cannot hold what the run will write.
     """
-    if rundir.happened(rundir.RunDir(config.output), "done") is not None:
-        return None
     depth, weights = decider.base_depth, verification.weight_bytes(model)
     copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
     if config.keep_checkpoints:  # of every depth; embeddings, which are never cut, make them larger than that

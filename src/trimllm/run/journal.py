@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trimllm.files import append_line
-
-
-def of(events: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
-    """All events of that name, in order."""
-    return [record for record in events if record["event"] == event]
+from trimllm.files import append_line, read_lines
 
 
 class Journal:
     """Events of a run, in order. `writes=False` (processes other than the first) only remembers."""
+
+    @classmethod
+    def read(cls, path: Path) -> Journal:
+        """What the file holds by now; nothing is written."""
+        return cls(path, read_lines(path, mend=False), writes=False)
 
     def __init__(self, path: Path, events: list[dict[str, Any]], *, writes: bool = True) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class Journal:
 
     def of(self, event: str) -> list[dict[str, Any]]:
         """All events of that name."""
-        return of(self.events, event)
+        return [record for record in self.events if record["event"] == event]
 
     def last(self, event: str) -> dict[str, Any] | None:
         """The newest event of that name."""

@@ -16,9 +16,9 @@ from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.run import checks, rundir, sizes, targets, used_rows
+from trimllm.run import checks, sizes, targets, used_rows
 from trimllm.run.deciding import Decider
-from trimllm.run.rundir import RunDir
+from trimllm.run.journal import Journal
 from trimllm.tasks import TaskData
 from trimllm.training import train, training_rows
 from trimllm.training.packing import Example
@@ -62,16 +62,16 @@ class Prepared:
         return found
 
 
-def prepare(config: TrimConfig, loaded: Loaded, directory: RunDir, autocast: Autocast | None = None) -> Prepared:
+def prepare(config: TrimConfig, loaded: Loaded, earlier: Journal, autocast: Autocast | None = None) -> Prepared:
     """Read the data, and find everything that can be wrong with it and the model before anything is computed.
 
-    With `autocast` accuracies are measured in mixed precision.
+    `earlier` is what the run journaled before. With `autocast` accuracies are measured in mixed precision.
 
     Raises:
         InputError: in that case.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    begun = rundir.happened(directory, "start") or {}
+    begun = earlier.last("start") or {}
     save_dtype = DTYPES.get(begun.get("save_dtype", config.save_dtype), loaded.saved)
     depth = decoder.depth(model)
     targets.wanted_depth(config, depth)

@@ -132,15 +132,18 @@ class Run:
             return self._go()
 
     def _go(self) -> tuple[Any, History]:
-        for note in checks.memory(self.config, self.accelerator.device):
+        earlier = Journal.read(self.dir.journal)
+        for note in checks.memory(self.config, self.accelerator.device, measured=bool(earlier.of("base"))):
             self.console.say(note)
         loaded = load(self.config, training=True, device=self.accelerator.device)
         autocast = mixed.measuring(self.accelerator) if self.config.trains else None
-        self.ready = prepare(self.config, loaded, self.dir, autocast)
-        if tight := checks.disk(self.config, loaded.model, self.ready.decider, self.ready.ahead):
+        self.ready = prepare(self.config, loaded, earlier, autocast)
+        if not earlier.of("done") and (
+            tight := checks.disk(self.config, loaded.model, self.ready.decider, self.ready.ahead)
+        ):
             self.console.say(tight)
         asked = self.ready.digests()
-        rundir.same_data(rundir.data_of(self.dir), asked, self.config, f"the run in {self.config.output}")
+        rundir.same_data(rundir.data_of(earlier), asked, self.config, f"the run in {self.config.output}")
         self.journal = Journal(
             self.dir.journal, self.share.from_first(lambda: rundir.claim(self.config)), writes=self.share.first
         )

@@ -25,6 +25,7 @@ from trimllm.config.shared import option, option_of
 from trimllm.errors import InputError, TrimError
 from trimllm.files import read_lines, size, write_atomic
 from trimllm.run import placing
+from trimllm.run.journal import Journal
 from trimllm.training import optimizer_state, underway
 
 COMPUTING = (
@@ -111,15 +112,15 @@ def check(config: TrimConfig) -> None:
             "or choose another one"
         )
     else:
-        free = [*WHERE, *(() if happened(run, "done") else REMEDIES), *(DATA if data_of(run) else ())]
+        earlier = Journal.read(run.journal)
+        free = [*WHERE, *(() if earlier.last("done") else REMEDIES), *(DATA if data_of(earlier) else ())]
         same_settings(config, config.output, free)
 
 
 def claim(config: TrimConfig) -> list[dict[str, Any]]:
-    """Make the directory this run's own, and return the events of its journal so far. Raises as `check` does."""
-    check(config)
+    """Make the directory, which `check` let through, this run's own, and return the events of its journal so far."""
     run = RunDir(config.output)
-    if not happened(run, "done"):
+    if Journal.read(run.journal).last("done") is None:
         write_atomic(run.config, placing.to_store(config.model_copy(update={"resume": False}), run.root))
     for left_by_a_kill in (*run.root.glob(".model.*"), *run.checkpoints.glob(".depth-*")):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
@@ -146,14 +147,9 @@ def wait_until_seen(run: RunDir, rank: int) -> None:
         time.sleep(0.1)
 
 
-def happened(run: RunDir, event: str) -> dict[str, Any] | None:
-    """The first event of that name in the journal as it stands."""
-    return next((one for one in read_lines(run.journal, mend=False) if one["event"] == event), None)
-
-
-def data_of(run: RunDir) -> dict[str, str]:
+def data_of(journal: Journal) -> dict[str, str]:
     """SHA-256 of what the run began with, by option; empty where it has not begun."""
-    start = happened(run, "start")
+    start = journal.last("start")
     return {} if start is None else start["data"]
 
 
