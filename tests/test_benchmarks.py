@@ -57,8 +57,8 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: Any, capsys: Any) ->
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: Any) -> Path:
     """Files such as the pre-training takes, of a few hundred words."""
-    script, folder, rng = module("base", "pretrain"), tmp_path_factory.mktemp("data"), random.Random(0)
-    for name in (*script.SOURCES, *script.HELD_OUT.values(), script.WIKITEXT):
+    card, folder, rng = module("base", "_card"), tmp_path_factory.mktemp("data"), random.Random(0)
+    for name in (*module("base", "_rows").SOURCES, *card.HELD_OUT.values(), card.WIKITEXT):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         texts = [" ".join(rng.choices(["law", "and", "order", "of", "the", "sea"], k=400)) for _ in range(4)]
@@ -134,15 +134,17 @@ def test_a_finished_base_is_trained_on_with_rows_that_it_has_not_seen(data: Path
     on = pretrain(data, tmp_path / "on", steps=1, seed=1, weights=tmp_path / "base", lr=0.0, muon_lr=0.0)
     rounded = {name: tensor.bfloat16().float() for name, tensor in before["model"].items()}
     assert all(torch.equal(tensor, on["model"][name]) for name, tensor in rounded.items()), "as it was saved"
-    script = module("base", "pretrain")
-    tokenizer = script.PreTrainedTokenizerFast.from_pretrained(tmp_path / "on")
-    rows = script.source_rows(tokenizer, Namespace(output=tmp_path / "on"))
-    plan = script.order([len(each) for each in rows], 6, 1)
-    model = script.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    seen = [script.mean_loss(model, rows[source][row][None]) for source, row in plan]
+    reads, card = module("base", "_rows"), module("base", "_card")
+    tokenizer = reads.PreTrainedTokenizerFast.from_pretrained(tmp_path / "on")
+    rows = reads.source_rows(tokenizer, Namespace(output=tmp_path / "on"))
+    plan = reads.order([len(each) for each in rows], 6, 1)
+    model = card.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    seen = [card.mean_loss(model, rows[source][row][None]) for source, row in plan]
     assert on["log"][-1]["loss"] == pytest.approx(sum(seen[4:]) / 2, abs=1e-3), "the third step's rows"
-    card = (tmp_path / "on" / "README.md").read_text()
-    assert "- Training: 0.0 M tokens until a learning rate of 0, then, with fresh optimizers,\n  seed 1, 1 step" in card
+    written = (tmp_path / "on" / "README.md").read_text()
+    assert (
+        "Training: 0.0 M tokens until a learning rate of 0, then, with fresh optimizers,\n  seed 1, 1 step" in written
+    )
     assert pretrain(data, tmp_path / "further", steps=1, seed=1, weights=tmp_path / "on")["settings"]["weights"]
     assert json.loads((tmp_path / "further" / "pretraining.json").read_text())["seen"] == 6
     for weights, seed, line in (
@@ -168,7 +170,7 @@ def test_pre_training_goes_on_at_the_learning_rate_where_it_was(data: Path, tmp_
 def test_rows_of_a_killed_start_are_made_again_and_only_those_of_the_same_files_and_seed_used(
     data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    script, save = module("base", "pretrain"), np.save
+    save = np.save
 
     def torn(file: Any, rows: Any) -> None:
         save(file, rows[:1])
@@ -186,7 +188,7 @@ def test_rows_of_a_killed_start_are_made_again_and_only_those_of_the_same_files_
             pretrain(folder, tmp_path / "base", steps=1, seed=seed)
     pretrain(data, tmp_path / "base", steps=1)
     pretrain(data, tmp_path / "whole", steps=1)
-    for number in range(len(script.SOURCES)):
+    for number in range(len(module("base", "_rows").SOURCES)):
         made, again = ((tmp_path / name / f"rows-{number}.npy").read_bytes() for name in ("whole", "base"))
         assert made == again
 
@@ -198,15 +200,15 @@ def test_a_card_of_what_is_no_finished_base_is_refused_and_nothing_made(data: Pa
 
 
 def test_ends_of_documents_count_as_no_characters(data: Path, tmp_path: Path) -> None:
-    script = module("base", "pretrain")
+    reads, card = module("base", "_rows"), module("base", "_card")
     pretrain(data, tmp_path, steps=1)
-    tokenizer = script.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer = reads.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     asked = Namespace(output=tmp_path, data=data, device="cpu", rows=100)
-    name, loss, _, bits, _ = script.perplexities(tokenizer, asked)[0]
-    rows = script.token_rows(tokenizer, script.load_text(data / script.HELD_OUT[name]))
+    name, loss, _, bits, _ = card.perplexities(tokenizer, asked)[0]
+    rows = reads.token_rows(tokenizer, card.load_text(data / card.HELD_OUT[name]))
     texts = [tokenizer.decode(row) for row in rows]
-    assert any(script.EOS in text for text in texts)
-    characters = sum(len(text.replace(script.EOS, "")) for text in texts)
+    assert any(reads.EOS in text for text in texts)
+    characters = sum(len(text.replace(reads.EOS, "")) for text in texts)
     assert float(bits) == pytest.approx(float(loss) * rows.size / characters / math.log(2), abs=0.002)
 
 
