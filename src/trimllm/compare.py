@@ -9,20 +9,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from trimllm import files
-from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere
-from trimllm.checkpoints import folders
+from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job
+from trimllm.bench.benching import Row
+from trimllm.blocks import adapters, decoder
+from trimllm.checkpoints import arithmetic, backends, folders, loading, models
+from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.compare_report import compare_plot, record, report, row_line
 from trimllm.config import CompareConfig, plain_settings
 from trimllm.console import Console
 from trimllm.errors import InputError
-from trimllm.evaluation import paired
+from trimllm.evaluation import encoding, inputs, paired
 from trimllm.run import placing, rundir, used_rows
 from trimllm.tasks import TaskData
+from trimllm.training import training_rows
 
 FREE_OF_CHOICE = {*rundir.COMPUTING, "methods", "keep", "baselines_python"} - {"attention"}
 """Settings that may differ when a comparison is resumed: more rows, and how they are computed; but for the attention,
@@ -42,12 +49,12 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
     if command.baselines_python and shutil.which(command.baselines_python) is None:
         raise InputError(f"--baselines-python {command.baselines_python}: no such program: name a Python executable")
     with folders.held(root) as lock:
-        notes, digests, data = check(command, wanted)
-        for note in notes:
+        checked = check(command, wanted)
+        for note in checked.notes:
             console.say(f"  {note}")
-        whole = claim(command, root, digests)
+        whole = claim(command, root, checked.digests)
         epochs = command.warmup_epochs or command.epochs_per_drop or command.final_epochs
-        used_rows.keep(root, data, command.model, command.seed, trains=bool(epochs) and trains(wanted))
+        used_rows.keep(root, checked.task, command.model, command.seed, trains=bool(epochs) and trains(wanted))
         for number, each in enumerate(wanted, 1):
             earlier = each.row(root)
             if earlier.get("status") != "done":
@@ -68,22 +75,23 @@ def trains(wanted: Sequence[Cell]) -> bool:
     return any(each.method.name != "base" for each in wanted)
 
 
-def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], dict[str, str], TaskData]:
-    """Whatever would end every row, or be met after hours of training: model, tasks, text, names, shares, lengths.
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a comparison before its first row is made."""
 
-    Returns:
-        Lines that the user should see, SHA-256 of data and base by option, and the task.
+    task: TaskData
+    digests: dict[str, str]
+    """SHA-256 of data and base, by option."""
+    notes: list[str]
+    """Lines that the user should see."""
+
+
+def check(command: CompareConfig, wanted: Sequence[Cell]) -> Checked:
+    """Whatever would end every row, or be met after hours of training: model, tasks, text, names, shares, lengths.
 
     Raises:
         InputError: for the first of these that cannot be used.
     """
-    from trimllm.baselines import job
-    from trimllm.bench.benching import Row
-    from trimllm.checkpoints import arithmetic, backends, loading, models
-    from trimllm.checkpoints.dtypes import DTYPES
-    from trimllm.evaluation import encoding, inputs
-    from trimllm.training import training_rows
-
     training = trains(wanted)
     dtype = DTYPES.get(command.dtype) or (DTYPES["float32"] if training else None)
     backends.check(command.attention, models.device_of(command.device), dtype, training=training)
@@ -94,35 +102,49 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> tuple[list[str], di
     Row.of(command, encoding.context_length(config), command.model)
     path = loading.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
-    found, notes = list[TaskData](), list[str]()
     digests = {"--model": mark} if (mark := weights_mark(path)) else {}
+    notes, found = arithmetic_notes(command, path, training=training), list[TaskData]()
+    for settings in cell.tasks(command):
+        data = check_task(settings, tokenizer, config, own=settings is command, training=training)
+        if data.task.name in [each.name for each in found]:
+            raise InputError(
+                f"--also {settings.task}: its name, {data.task.name}, is that of another task: rename the folder or "
+                "file"
+            )
+        found.append(data.task)
+        digests |= data.digests
+        notes += data.notes
+    return Checked(found[0], digests, notes)
+
+
+def arithmetic_notes(command: CompareConfig, path: str, *, training: bool) -> list[str]:
+    """Lines for the user where a CPU emulates what rows compute in."""
     saved = models.saved_dtype(path, trust_remote_code=command.trust_remote_code) or DTYPES["float32"]
     slower = [arithmetic.evaluation_note(saved, command.dtype, models.device_of(command.device))]
     if training:
         place = models.training_device(command.device)
         slower.append(arithmetic.asked_note(command.dtype, place, command.mixed_precision))
-    notes += dict.fromkeys(filter(None, slower))
-    for settings in cell.tasks(command):
-        own = settings is command
-        data = inputs.task_data(settings, tokenizer, reported_only=not own)
-        if data.name in [each.name for each in found]:
-            raise InputError(
-                f"--also {settings.task}: its name, {data.name}, is that of another task: rename the folder or file"
-            )
-        longest = encoding.context_length(config, command.max_length)
-        digests["--task" if own else f"--also {data.name}"] = data.digest()
-        encode = partial(encoding.encode, tokenizer, max_length=longest, truncate=command.truncate)
-        asked = {"reported": encode(data.test), **({"calibration": encode(data.calibration)} if own else {})}
-        for encoded in asked.values():
-            encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(config))
-        sets: dict[str, Sequence[encoding.Cut]] = {**asked}
-        if own and training:
-            sets["training"], text = training_rows.examples(command, tokenizer, config, data.train, command.batch_size)
-            digests["--text"] = training_rows.digest(text)
-        notes += [f"{data.name}: {note}" for note in (*data.notes, *encoding.row_notes(**sets))]
-        notes += used_rows.warnings(command.model, data, command.seed)
-        found.append(data)
-    return notes, digests, found[0]
+    return list(dict.fromkeys(filter(None, slower)))
+
+
+def check_task(settings: CompareConfig, tokenizer: Any, config: Any, *, own: bool, training: bool) -> Checked:
+    """A task that models are evaluated on: the comparison's `own`, which may be trained on, or one of --also.
+
+    Raises:
+        InputError: if its rows cannot be used, or the text to train on.
+    """
+    data, sets = inputs.task_data(settings, tokenizer, reported_only=not own), dict[str, Sequence[encoding.Cut]]()
+    digests = {"--task" if own else f"--also {data.name}": data.digest()}
+    longest = encoding.context_length(config, settings.max_length)
+    asked = {"reported": data.test, **({"calibration": data.calibration} if own else {})}
+    for name, items in asked.items():
+        sets[name] = encoded = encoding.encode(tokenizer, items, longest, truncate=settings.truncate)
+        encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(config))
+    if own and training:
+        sets["training"], text = training_rows.examples(settings, tokenizer, config, data.train, settings.batch_size)
+        digests["--text"] = training_rows.digest(text)
+    notes = [f"{data.name}: {note}" for note in (*data.notes, *encoding.row_notes(**sets))]
+    return Checked(data, digests, notes + used_rows.warnings(settings.model, data, settings.seed))
 
 
 def check_model(command: CompareConfig) -> Any:
@@ -131,12 +153,6 @@ def check_model(command: CompareConfig) -> Any:
     Raises:
         InputError: if it is not there, is no causal language model, or its weights are missing or torn.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from trimllm.blocks import decoder
-    from trimllm.checkpoints import loading, models
-
     path = loading.path_of(command.model)
     config = models.checked_config(path, command)
     if getattr(config, "is_encoder_decoder", False):
@@ -153,9 +169,6 @@ def check_model(command: CompareConfig) -> Any:
 def weights_mark(path: str) -> str:
     """SHA-256 of the safetensors files of the base, and of an adapter's base; empty where there are none on this
     disk."""
-    from trimllm.blocks import adapters
-    from trimllm.checkpoints import loading
-
     parts = map(loading.on_disk, [path, *filter(None, [adapters.base_of(path)])])
     whole = [part for part in parts if part and (read := loading.weight_files(part)) and all(map(Path.exists, read))]
     return " ".join(map(loading.fingerprint, whole))
