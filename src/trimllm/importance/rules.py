@@ -42,6 +42,10 @@ class Rules:
         """All that a scan of so many layers tries."""
         return units(self.settings.unit, whole(depth), self.length)
 
+    def too_few(self, depth: int) -> bool:
+        """Whether so many layers are too few for any to go (--min-depth)."""
+        return depth - self.length < self.least
+
     def free(self, model: Any, layout: Layout, candidates: list[Unit] | None = None) -> tuple[list[int], str]:
         """Which of the candidates (default: all) may go, and why none may. Those may that are not protected, and
         without which a stock model is left; for sub-layers, which never go alone, only protection counts."""
@@ -50,7 +54,7 @@ class Rules:
         free = select.droppable(candidates, layout, self.protected)
         if not free or candidates[free[0]].bypassed:
             return free, "every layer is protected"
-        if len(layout) - self.length < self.least:
+        if self.too_few(len(layout)):
             few = "only one layer" if len(layout) == 1 else f"{len(layout)} layers, of which {self.length} go together"
             return [], f"the model has {few}"
         refusals = [legality.refusal(model, remove(intact, candidates[i])) for i in free]

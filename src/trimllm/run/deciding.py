@@ -56,7 +56,6 @@ class Decider:
         self.asked = scan.asked(model, *every_choice, config.strategy) if alone else every_choice
         self.rules = Rules(config, model, config.seed, least=config.min_depth)
         self.base_depth, self.length = self.rules.base_depth, self.rules.length
-        self.tolerance = self.rules.tolerance
         self.wanted = targets.wanted_depth(config, self.base_depth)
 
     def check(self, model: Any) -> None:
@@ -85,7 +84,7 @@ class Decider:
         if shifted and all(shifted):
             raise InputError(f"--unit pair: {shifted[0]}")
         free = self.droppable(model, whole(self.base_depth))
-        if not free and self.base_depth - self.length < self.config.min_depth:
+        if self.rules.too_few(self.base_depth):
             raise InputError(
                 f"--min-depth {self.config.min_depth}: nothing can be dropped: layers of the {self.base_depth} go "
                 f"{self.length} at a time: allow {self.base_depth - self.length}"
@@ -165,7 +164,7 @@ class Decider:
         count = (len(layout) - self.wanted) // self.length
         if "angular" in scores.parts(self.config.strategy):
             return at_once.nearest_run(model, *found, count, allowed=droppable)
-        return at_once.apart(model, *found, count, tolerance=self.tolerance, allowed=allowed)
+        return at_once.apart(model, *found, count, tolerance=self.rules.tolerance, allowed=allowed)
 
     def _together(
         self,
@@ -199,7 +198,7 @@ class Decider:
             free = {i for i in alone - refused if gone.isdisjoint(halves(candidates[i]))}
             if not free or len(refused) == config.max_joint or len(layout) - (len(chosen) + 1) * self.length < least:
                 return None
-            choice = select.choose(candidates, evidence, config.strategy, tolerance=self.tolerance, allowed=free)
+            choice = select.choose(candidates, evidence, config.strategy, tolerance=self.rules.tolerance, allowed=free)
             choices[choice.index] = choice
             return choice.index
 
@@ -224,7 +223,7 @@ class Decider:
     def _harmless_points(self) -> float:
         """Accuracy points that a set of several units may cost: those of a tie as asked for, else of one question."""
         question = select.one_question(self.metric, len(self.calibration.items))
-        return question if self.config.tie_tolerance is None else self.tolerance
+        return question if self.config.tie_tolerance is None else self.rules.tolerance
 
     def _harmless(self, result: ScanResult, found: Joint) -> bool:
         return joint.harmless(found, result.intact, self.config.joint_tolerance, self._harmless_points)

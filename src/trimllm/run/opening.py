@@ -36,8 +36,10 @@ def lines(config: TrimConfig, loaded: Loaded, ready: Prepared, accelerator: Any,
     if may_change and (slow := scan.many_choices_note(ready.calibration, config.strategy)):
         said.append(f"  {slow}")
     _, *breaks = scores.parts(config.strategy)
-    if breaks and decider.tolerance:
-        said.append(f"candidates within {decider.tolerance:.2f} points are tied: the {BREAKS_TIES[breaks[0]]} goes")
+    if breaks and decider.rules.tolerance:
+        said.append(
+            f"candidates within {decider.rules.tolerance:.2f} points are tied: the {BREAKS_TIES[breaks[0]]} goes"
+        )
     return said
 
 

@@ -388,7 +388,7 @@ class Run:
         before, state.layout = state.layout, after
         state.end = targets.reached(self.config, self.ready.base_depth, self.recorder.size(state.model))
         if state.end is None and not self.ready.decider.droppable(state.model, state.layout):
-            few = len(state.layout) - self.ready.decider.length < self.config.min_depth
+            few = self.ready.decider.rules.too_few(len(state.layout))
             state.end = End.least(self.config) if few else targets.STUCK
         if self.share.first:
             files.write_json(parts.with_suffix(".json"), self.ready.decider.table(decision, before))
