@@ -37,7 +37,7 @@ class Method:
     extra: str = "baselines"
     """The extra of this package that brings them."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What it tells a run of `trimllm trim`, where it is one."""
+    """What it tells a run of `trimllm trim` or `trimllm export`, where it is one."""
 
 
 def _arxiv(number: str) -> str:
@@ -45,7 +45,11 @@ def _arxiv(number: str) -> str:
 
 
 def _by(strategy: str) -> dict[str, Any]:
-    return {"settings": {"strategy": strategy}}
+    return {"settings": {"strategy": strategy, "sparse_update": "off"}}
+
+
+def _to(kind: str) -> dict[str, Any]:
+    return {"settings": {"to": kind}, "needs": ("bitsandbytes",), "extra": "quantize"}
 
 
 def _in(unit: str) -> dict[str, Any]:
@@ -54,7 +58,6 @@ def _in(unit: str) -> dict[str, Any]:
 
 _SAJJAD, _SHORTENED, _TRIMLLM = _arxiv("2004.03844"), _arxiv("2402.02834"), _arxiv("2412.11242")
 _COMPRESSOR = ("llmcompressor",)
-_BITSANDBYTES: dict[str, Any] = {"needs": ("bitsandbytes",), "extra": "quantize"}
 _PEFT: dict[str, Any] = {"needs": ("peft",), "extra": "peft"}
 
 METHODS = {
@@ -65,8 +68,8 @@ METHODS = {
         Method("full-long", "full fine-tuning, all blocks", "plain", "", cuts=False),
         Method("trim", "TrimLLM, blocks", "trimmed", _TRIMLLM, **_in("block")),
         Method("trim-pair", "TrimLLM, pairs", "trimmed", _TRIMLLM, **_in("pair")),
-        Method("trim-int8", "TrimLLM, then int8", "quantized", _TRIMLLM, after=("trim",), **_BITSANDBYTES),
-        Method("trim-int4", "TrimLLM, then int4", "quantized", _TRIMLLM, after=("trim",), **_BITSANDBYTES),
+        Method("trim-int8", "TrimLLM, then int8", "quantized", _TRIMLLM, after=("trim",), **_to("int8")),
+        Method("trim-int4", "TrimLLM, then int4", "quantized", _TRIMLLM, after=("trim",), **_to("int4")),
         Method("one-shot", "one-shot, by the same scan", "one_shot", _TRIMLLM),
         Method("shortgpt", "ShortGPT (block influence)", "one_shot", _arxiv("2403.03853"), **_by("bi")),
         Method("angular", "angular distance (a run)", "one_shot", _arxiv("2403.17887"), **_by("angular")),
@@ -94,7 +97,7 @@ METHODS = {
         Method("wanda", "Wanda 2:4", "compressor", _arxiv("2306.11695"), keeps=False, needs=_COMPRESSOR),
         Method("gptq", "GPTQ int4", "compressor", _arxiv("2210.17323"), keeps=False, needs=_COMPRESSOR),
         Method("awq", "AWQ int4", "compressor", _arxiv("2306.00978"), keeps=False, needs=_COMPRESSOR),
-        Method("llm-int8", "LLM.int8()", "quantized", _arxiv("2208.07339"), keeps=False, **_BITSANDBYTES),
+        Method("llm-int8", "LLM.int8()", "quantized", _arxiv("2208.07339"), keeps=False, **_to("int8")),
     )
 }
 """By name, in the order of the table."""

@@ -8,13 +8,9 @@ alike (their papers train nothing, or low-rank adapters); after the scan of Trim
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimllm.baselines.job import Job, Product
 
 
 def run(job: Job) -> Product:
-    how: dict[str, Any] = {"strategy": job.command.strategy}
-    if own := job.cell.method.settings:  # a peer's
-        how = {**own, "sparse_update": "off"}
+    how = {"strategy": job.command.strategy, **job.cell.method.settings}
     return job.trim(job.full, one_shot=True, warmup_epochs=0, **how)

@@ -18,6 +18,5 @@ def run(job: Job) -> Product:
         one_shot=True,
         warmup_epochs=0,
         final_epochs=more,
-        sparse_update="off",
         **job.cell.method.settings,
     )
