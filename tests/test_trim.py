@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2Fo
 
 from trimllm import cli
 from trimllm.blocks import decoder
+from trimllm.blocks.layout import in_short
 from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.config import STRATEGIES, EvalConfig, TrimConfig
 from trimllm.console import Console
@@ -864,4 +865,4 @@ def test_a_result_of_which_no_answer_differs_is_called_so():
     ],
 )
 def test_blocks_that_go_together_stand_on_a_line_in_short(units, said):
-    assert account.in_short(units) == said
+    assert in_short(units) == said

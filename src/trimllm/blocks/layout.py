@@ -8,7 +8,8 @@ Indices are 0-based and refer to the model the layout is applied to.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from trimllm.errors import InputError
@@ -186,6 +187,22 @@ def describe(unit: Unit, layout: Layout) -> str:
         names = [str(b.attention) if b.attention == b.mlp else f"{b.attention}/{b.mlp}" for b in held]
         return f"block {names[0]}" if unit.length == 1 else f"blocks {' '.join(names)}"
     return f"{unit.kind} {getattr(here, unit.kind)}"
+
+
+def in_short(units: Sequence[str]) -> str:
+    """What `describe` calls some units, on a line: `blocks 1-4, 7`, by depth; where some are no blocks, one by one."""
+    found = [re.fullmatch(r"block (\d+)", unit) for unit in units]
+    numbers = sorted(int(each[1]) for each in found if each)
+    if len(numbers) < max(2, len(units)):
+        return ", ".join(units)
+    runs = list[list[int]]()
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = (f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return f"blocks {', '.join(shown)}"
 
 
 def shared_prefix(before: Layout, after: Layout) -> int:

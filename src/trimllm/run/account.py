@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-import re
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from trimllm.blocks.layout import Layout, describe, whole_layers
+from trimllm.blocks.layout import Layout, describe, in_short, whole_layers
 from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluation import fluency
@@ -61,22 +60,6 @@ def faster_line(speedup: dict[str, float]) -> str:
     """`decodes 1.80 times as fast as the base ...`."""
     least, most = speedup["min"], speedup["max"]
     return f"decodes {speedup['median']:.2f} times as fast as the base ({least:.2f} to {most:.2f}, measured in turn)"
-
-
-def in_short(units: Sequence[str]) -> str:
-    """Names of units on a line: `blocks 1-4, 7`, by depth; where some are no blocks, one by one."""
-    found = [re.fullmatch(r"block (\d+)", unit) for unit in units]
-    numbers = sorted(int(each[1]) for each in found if each)
-    if len(numbers) < max(2, len(units)):
-        return ", ".join(units)
-    runs = list[list[int]]()
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    shown = (f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-    return f"blocks {', '.join(shown)}"
 
 
 def depth_table(history: list[dict[str, Any]]) -> str:
