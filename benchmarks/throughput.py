@@ -142,7 +142,7 @@ def failure(way: str, shape: Path, command: dict[str, Any], folder: Path) -> str
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             pool.submit(benching.load, config.models[0], config, WAYS[way].change).result()
-            pool.submit(benching.prepare, config, benching.Row(8, 2), 1).result()
+            pool.submit(benching.prepare, config, benching.Lengths(8, 2), 1).result()
             pool.submit(benching.run).result()
         except Exception as error:
             return f"fails here: {one_line(error)[:160]}"

@@ -222,7 +222,7 @@ def test_ratios_are_round_by_round_and_the_ideal_is_that_of_the_bytes():
     known = [one | {"disk_bytes": None, "stored_bytes": 10**6} for one in known]
     fast = made_up([0.1, 0.1], weights=400)
     fast["passes"][1] = replace(fast["passes"][1], steps=(0.1, 0.1), first=0.25)
-    found = tables.record(command, benching.Row(512, 64), known, {2: [made_up([0.2, 0.2]), fast]})
+    found = tables.record(command, benching.Lengths(512, 64), known, {2: [made_up([0.2, 0.2]), fast]})
     first, other = found["rows"]
     assert first["ratio"] == {"median": 1, "min": 1, "max": 1, "ideal": 1}
     assert first["prefill_ratio"] == {"median": 1, "min": 1, "max": 1}
@@ -321,7 +321,7 @@ def test_peak_is_that_of_decoding_with_the_weights_however_they_were_loaded(tmp_
     command = config.BenchConfig(models=(str(tmp_path / "large"),), device="cpu", dtype=dtype)
     known = benching.load(str(tmp_path / "large"), command)
     assert known["stored_bytes"] == (2 if dtype == "auto" else 4) * known["parameters"] > 5 * 10**7
-    benching.prepare(command, row := benching.Row(16, 4), 1)
+    benching.prepare(command, row := benching.Lengths(16, 4), 1)
     benching.run()
     peak, _ = benching.finish(row, 1)
     assert 0.9 * known["stored_bytes"] < peak < 1.2 * known["stored_bytes"]
@@ -382,14 +382,14 @@ def test_bench_refuses_before_it_starts_a_process(tmp_path, monkeypatch, capsys,
     ],
 )
 def test_a_row_fits_the_context_and_keeps_a_prompt(asked, context, expected):
-    assert benching.Row.of(config.SpeedSettings(**asked), context, "m") == benching.Row(*expected)
+    assert benching.Lengths.of(config.SpeedSettings(**asked), context, "m") == benching.Lengths(*expected)
 
 
 def test_all_models_of_a_bench_have_the_row_that_the_one_with_the_shortest_context_takes(tmp_path):
     names = shape(tmp_path, max_position_embeddings=96), shape(tmp_path)
     command = config.BenchConfig(models=names, device="cpu", repeats=1, threads=1)
     length, known, measured = benching.measure(command)
-    assert length == benching.Row(64, 32)
+    assert length == benching.Lengths(64, 32)
     assert all(len(one["passes"][0].steps) == 32 for one in measured[1])
     assert "32 tokens decoded at the end of rows of 64" in tables.report(
         tables.record(command, length, known, measured)

@@ -358,6 +358,7 @@ IDLE = [
         )
         for command in (TRIM, COMPARE, SCAN)
     ),
+    (["scan", *TRIM[1:], "--strategy", "angulr", "--run", "3"], "unknown strategy 'angulr' (did you mean 'angular'?)"),
     *(
         ([*command, "--text", "demo_law", "--text-ratio", "0"], "--text demo_law is not trained on with --text-ratio 0")
         for command in (TRIM, COMPARE)

@@ -250,7 +250,7 @@ def test_speeds_that_a_cpu_emulates_are_said_and_taken_in_the_dtype_that_was_ask
     ]  # a quantized row's own is 1
     speeds = dict.fromkeys(("read_bytes_per_step", *SPEED), 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(benching, "measure", lambda _: (benching.Row(16, 2), known, {}))
+        patch.setattr(benching, "measure", lambda _: (benching.Lengths(16, 2), known, {}))
         patch.setattr(tables, "record", lambda *_: {"rows": [speeds, speeds]})
         assert cell.speed(asked, product)["slowdown"] == 8, "the base beside it was slow"
     slow = DONE | {"speed": SPEED | {"dtype": "bfloat16", "slowdown": 8.0}, "above_full": {}, "keep": None}

@@ -186,7 +186,7 @@ def test_a_run_with_a_speed_target_that_goes_on_has_fitted(
     base: Path, task: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     h.fast(monkeypatch)
-    h.killed_run((recording.Recorder, "record", 2), base, task, tmp_path / "run", target_speedup=1.2)
+    h.killed_run((recording.Recorder, "record", 3), base, task, tmp_path / "run", target_speedup=1.2)
     monkeypatch.setattr(room, "free_bytes", lambda *_, **__: int(1.5 * weights(base, torch.float32)))
     h.run(base, task, tmp_path / "run", target_speedup=1.2, resume=True)
     assert h.result(tmp_path / "run")["drops"][-1]["ended_by"] == "target_speedup"

@@ -266,7 +266,7 @@ def to_one_block(model):
 def test_a_change_is_measured_and_the_limit_kept(shape, monkeypatch):
     monkeypatch.setattr(benching, "_HERE", {})
     name = f"config:{shape}"
-    command, row = BenchConfig(models=(name,), device="cpu"), benching.Row(20, 10)
+    command, row = BenchConfig(models=(name,), device="cpu"), benching.Lengths(20, 10)
     plain = benching.load(name, command)
     changed = benching.load(name, command, to_one_block)
     assert changed["stored_bytes"] < plain["stored_bytes"] == 2 * plain["parameters"]

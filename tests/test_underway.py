@@ -330,11 +330,11 @@ def rows(count, length=20):
     return [[Example(list(range(1, length)), 5)] for _ in range(count)]
 
 
-def trained(plan, file, watch=None, **more):
+def trained(plan, file, *, watch=None, moments=None, **more):
     model = tiny.build("llama")
     saved = Underway(file, 1.0, number=1, **more)
-    parameters, settings = list(model.parameters()), TrainSettings(lr=1e-3)
-    return train.train_stage(model, parameters, plan, settings, Accelerator(cpu=True), watch=watch, underway=saved)
+    parameters, settings, cpu = list(model.parameters()), TrainSettings(lr=1e-3), Accelerator(cpu=True)
+    return train.train_stage(model, parameters, plan, settings, cpu, watch=watch, moments=moments, underway=saved)
 
 
 def test_what_a_watch_has_seen_is_saved_with_the_stage(tmp_path):
@@ -346,6 +346,15 @@ def test_what_a_watch_has_seen_is_saved_with_the_stage(tmp_path):
     again = Recovery(lambda: 0.5, limit=0.0, cycle=3)
     report = trained(rows(9), file, watch=again)
     assert (again.losses, report.steps) == ([3.0, 2.0, 0.5], 9)
+
+
+def test_a_stage_that_goes_on_holds_nothing_of_what_the_optimizer_knew_at_its_beginning(tmp_path, monkeypatch):
+    """It would take twice the memory of what trains, to the end of the stage."""
+    trained(rows(4), tmp_path / "stage.pt")
+    moments, held, step = {torch.zeros(1): {}}, [], Stepper.gradients
+    monkeypatch.setattr(Stepper, "gradients", lambda *a: held.append(len(moments)) or step(*a))
+    trained(rows(4), tmp_path / "stage.pt", moments=moments)
+    assert held == [0], "it went on after the third of four steps"
 
 
 def test_another_process_does_not_write(tmp_path):

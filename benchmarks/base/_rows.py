@@ -41,7 +41,9 @@ def check_data(args: argparse.Namespace) -> None:
     """
     path = args.output / MADE_OF
     if missing := next((name for name in SOURCES if not (args.data / name).is_file()), None):
-        raise InputError(f"--data {args.data}: there is no {missing}: name the folder with the files of SOURCES")
+        raise InputError(
+            f"--data {args.data}: there is no {missing}: name the folder with the files of SOURCES (_rows.py)"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {"seed": args.seed}
     made |= {name: hashlib.sha256((args.data / name).read_bytes()).hexdigest() for name in SOURCES}

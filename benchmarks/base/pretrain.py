@@ -207,7 +207,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="model directory; also holds state.pt")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the files of SOURCES")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the files of SOURCES (_rows.py)")
     parser.add_argument("--weights", help="a finished base to train on, from its weights and with its tokenizer")
     parser.add_argument("--blocks", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")

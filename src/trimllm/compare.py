@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from trimllm import files
 from trimllm.baselines import METHODS, Cell, cell, cells, elsewhere, job
-from trimllm.bench.benching import Row
+from trimllm.bench.benching import Lengths
 from trimllm.blocks import adapters, decoder
 from trimllm.checkpoints import arithmetic, backends, folders, loading, models
 from trimllm.checkpoints.dtypes import DTYPES
@@ -99,7 +99,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> Checked:
     for each in wanted:
         if each.keep is not None:
             _ = job.Job(command, each, Path(command.output)).drops
-    Row.of(command, encoding.context_length(config), command.model)
+    Lengths.of(command, encoding.context_length(config), command.model)
     path = loading.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
     digests = {"--model": mark} if (mark := weights_mark(path)) else {}

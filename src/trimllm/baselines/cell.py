@@ -167,13 +167,13 @@ def speed(command: CompareConfig, product: Product) -> dict[str, Any]:
         trust_remote_code=command.trust_remote_code,
         allow_pickle=command.allow_pickle,
     )
-    length, known, measured = benching.measure(settings)
-    of_base, row = tables.record(settings, length, known, measured)["rows"]
+    lengths, known, measured = benching.measure(settings)
+    of_base, row = tables.record(settings, lengths, known, measured)["rows"]
     speeds = ("prefill_tokens_per_second", "decode_tokens_per_second")
     wanted = (*speeds, "prefill_ratio", "ratio", "peak_bytes", "read_bytes_per_step")
     return {
-        "sequence": length.sequence,
-        "new_tokens": length.new_tokens,
+        "sequence": lengths.sequence,
+        "new_tokens": lengths.new_tokens,
         "dtype": known[1]["dtype"],
         "slowdown": max(model["slowdown"] for model in known),
         "base": {name: of_base[name] for name in speeds},

@@ -53,19 +53,19 @@ class Manner:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What is computed of every model: a prompt, and tokens after it, one by one."""
+class Lengths:
+    """Of the rows that speed is measured on: a prompt, and tokens after it, one by one."""
 
     sequence: int
     """tokens of both"""
     new_tokens: int
 
     @classmethod
-    def of(cls, asked: SpeedSettings, context: int, name: str) -> Row:
-        """The row that was asked for, else one as long as the context of the model `name` lets it be.
+    def of(cls, asked: SpeedSettings, context: int, name: str) -> Lengths:
+        """Those that were asked for, else as long as the context of the model `name` lets rows be.
 
         Raises:
-            InputError: if it exceeds the context, or nothing is left of it for a prompt.
+            InputError: if they exceed the context, or nothing is left for a prompt.
         """
         sequence = asked.sequence or min(SEQUENCE, context)
         new_tokens = asked.new_tokens or min(NEW_TOKENS, sequence // 2)
@@ -127,7 +127,7 @@ def parameters(model: Any, *, trust_remote_code: bool = False) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def prepare(command: BenchConfig, row: Row, batch: int, once: bool = False) -> None:
+def prepare(command: BenchConfig, lengths: Lengths, batch: int, once: bool = False) -> None:
     """Make the runner for a batch size; runners for others go, with their caches.
 
     What loading, a change of the model or another batch size needed does not count as memory while decoding.
@@ -137,7 +137,7 @@ def prepare(command: BenchConfig, row: Row, batch: int, once: bool = False) -> N
     """
     _HERE.pop("runner", None)
     _forget_peak(_HERE["model"].device)
-    sizes = {"batch": batch, "prompt": row.sequence - row.new_tokens, "new": row.new_tokens, "once": once}
+    sizes = {"batch": batch, "prompt": lengths.sequence - lengths.new_tokens, "new": lengths.new_tokens, "once": once}
     _HERE["runner"] = timing.runner(_HERE["model"], cache=command.cache, compiled=command.compile, **sizes)
 
 
@@ -147,14 +147,14 @@ def run(limit: float = math.inf) -> timing.Pass:
     return done
 
 
-def finish(row: Row, batch: int) -> tuple[int | None, reads.Footprint]:
+def finish(lengths: Lengths, batch: int) -> tuple[int | None, reads.Footprint]:
     """Peak memory in bytes while decoding (the weights included), and what a decode step reads: the row's last, or the
     first after a prompt that is read once."""
     peak, runner = _peak(), _HERE["runner"]
     if runner.once:
         cache = runner.prompt_cache()
         return peak, reads.footprint(_HERE["model"], batch=batch, sequence=runner.prompt + 1, cache=cache)
-    return peak, reads.footprint(_HERE["model"], batch=batch, sequence=row.sequence)
+    return peak, reads.footprint(_HERE["model"], batch=batch, sequence=lengths.sequence)
 
 
 def _wake(device: torch.device, config: Any) -> None:
@@ -214,8 +214,8 @@ def resident(field: str) -> int | None:
 
 def measure(
     command: BenchConfig, progress: Callable[..., None] = lambda *_: None, manner: Manner = Manner()
-) -> tuple[Row, list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
-    """All models at all batch sizes: the row they were measured on, what they are, and per batch size one measurement
+) -> tuple[Lengths, list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
+    """All models at all batch sizes: the rows they were measured on, what they are, and per batch size one measurement
     per model.
 
     Raises:
@@ -224,7 +224,7 @@ def measure(
     """
     batches, count = sorted(set(command.batch_size)), len(command.models)  # a larger batch has the higher peak
     total, done = count * (1 + len(batches) * (command.repeats + 3)), 0
-    row = _check(command)  # before any process starts, which takes seconds
+    lengths = _check(command)  # before any process starts, which takes seconds
     with ExitStack() as stack:
         pools = [stack.enter_context(_pool()) for _ in command.models]
         for pool in pools:
@@ -247,14 +247,14 @@ def measure(
         done += count
         measured = {}
         for batch in batches:
-            each(prepare, command, row, batch, manner.once)
+            each(prepare, command, lengths, batch, manner.once)
             rounds = [each(run, manner.limit) for _ in range(command.repeats + 1)][1:]
-            ends = each(finish, row, batch)
+            ends = each(finish, lengths, batch)
             measured[batch] = [
                 {"passes": [one[i] for one in rounds], "peak_bytes": ends[i][0], "reads": ends[i][1]}
                 for i in range(count)
             ]
-    return row, known, measured
+    return lengths, known, measured
 
 
 @contextlib.contextmanager
@@ -269,9 +269,9 @@ def _pool() -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def _check(command: BenchConfig) -> Row:
-    """The row that all models take; refused are an attention backend that no model can take, models that are not there,
-    that take no such row, or that do not fit into memory together, before any is loaded."""
+def _check(command: BenchConfig) -> Lengths:
+    """Rows that all models take; refused are an attention backend that no model can take, models that are not there,
+    that take no such rows, or that do not fit into memory together, before any is loaded."""
     device, dtype, total = models.device_of(command.device), DTYPES.get(command.dtype), 0
     own_code, contexts = command.trust_remote_code, dict[str, int]()
     backends.check(command.attention, device, dtype)
@@ -288,7 +288,7 @@ def _check(command: BenchConfig) -> Row:
         what = f"{name} beside {', '.join(before)}" if before else name
         room.check(what, total, device, "measure fewer or smaller models, or give a narrower --dtype")
     shortest = min(contexts, key=lambda name: contexts[name])
-    return Row.of(command, contexts[shortest], shortest)
+    return Lengths.of(command, contexts[shortest], shortest)
 
 
 def _ask(pool: ProcessPoolExecutor, name: str, function: Any, *arguments: Any) -> Any:

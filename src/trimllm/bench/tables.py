@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trimllm.bench import timing
-from trimllm.bench.benching import Row, percentiles
+from trimllm.bench.benching import Lengths, percentiles
 from trimllm.config import BenchConfig
 from trimllm.console import table
 
@@ -20,7 +20,7 @@ def machine() -> dict[str, str]:
 
 
 def record(
-    command: BenchConfig, length: Row, known: list[dict[str, Any]], measured: dict[int, list[dict[str, Any]]]
+    command: BenchConfig, lengths: Lengths, known: list[dict[str, Any]], measured: dict[int, list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """The contents of bench.json: per batch size and model, medians over the rounds, and ratios to the first model.
 
@@ -30,8 +30,8 @@ def record(
         "machine": machine(),
         "threads": torch.get_num_threads() if command.threads is None else command.threads,
         "attention": command.attention,
-        "sequence": length.sequence,
-        "new_tokens": length.new_tokens,
+        "sequence": lengths.sequence,
+        "new_tokens": lengths.new_tokens,
         "repeats": command.repeats,
         "cache": command.cache,
         "compile": command.compile,

@@ -132,15 +132,15 @@ class EvalConfig(ReportSettings):
 
 
 class SpeedSettings(Settings):
-    """On what rows speed is measured, and how often."""
+    """How speed is measured."""
 
     sequence: Annotated[int, Field(gt=1)] | None = None
-    """Length of a row in tokens when its last token is decoded; the prompt is what --new-tokens leave of it (default:
-    512, or the shortest context)."""
+    """Of the speed: length of a row in tokens when its last token is decoded; the prompt is what --new-tokens leave of
+    it (default: 512, or the shortest context)."""
     new_tokens: Positive | None = None
-    """Tokens decoded one by one at the end of the row (default: 64, at most half of it)."""
+    """Of the speed: tokens decoded one by one at the end of the row (default: 64, at most half of it)."""
     repeats: Positive = 5
-    """Rounds; in each, every model has its turn. One more before them warms up."""
+    """Of the speed: rounds, in each of which every model has its turn. One more before them warms up."""
 
     @model_validator(mode="after")
     def _room_for_a_prompt(self) -> SpeedSettings:
@@ -171,10 +171,15 @@ class BenchConfig(SpeedSettings, LoadSettings):
     output: Location | None = None
     """Directory for bench.json and bench.png."""
 
-    @model_validator(mode="after")
-    def _names_a_model_that_can_be_compiled(self) -> BenchConfig:
-        if not self.models:
+    @field_validator("models")
+    @classmethod
+    def _names_a_model(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        if not models:
             raise ValueError("name at least one model: trimllm bench demo")
+        return models
+
+    @model_validator(mode="after")
+    def _a_compiled_cache_has_one_shape(self) -> BenchConfig:
         if self.compile and self.cache != "static":
             raise ValueError("--compile needs --cache static: a growing cache has other shapes at every token")
         return self
@@ -271,9 +276,9 @@ class ExportConfig(Settings):
     def idle(self) -> dict[str, str]:
         found = dict[str, str]()
         if self.to != "gguf":
-            found |= self._given(("quant",), "is for --to gguf: leave it out")
+            found |= self._given(("quant",), "is for --to gguf: leave it out, or add --to gguf")
         if self.to not in ("int8", "int4"):
-            found |= self._given(("task",), "is for --to int8 and int4: leave it out")
+            found |= self._given(("task",), "is for --to int8 and int4: leave it out, or add one of them")
         if self.task is None:
             found |= self._given(("truncate",), "is for the rows of --task: leave it out, or add --task")
         return found

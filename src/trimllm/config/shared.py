@@ -228,11 +228,12 @@ class StrategySettings(Settings):
     loss of right answers), scan, loss (the quick one where a question has dozens of choices), perplexity; or norm, bi,
     angular, taylor, magnitude, random, first, last, alternate, symmetric."""
 
-    @model_validator(mode="after")
-    def _strategy_is_known(self) -> StrategySettings:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(unknown_strategy(self.strategy))
-        return self
+    @field_validator("strategy")
+    @classmethod
+    def _strategy_is_known(cls, strategy: str) -> str:
+        if strategy not in STRATEGIES:
+            raise ValueError(unknown_strategy(strategy))
+        return strategy
 
 
 class ScoreSettings(StrategySettings):

@@ -18,8 +18,8 @@ from trimllm.training import optimizer_state, train
 
 
 def memory(config: TrimConfig, device: torch.device, *, measured: bool = False) -> list[str]:
-    """Notes on memory and arithmetic, before the model is loaded; `measured`: the base was there beside another model
-    before, in a run that goes on.
+    """Notes on memory and arithmetic, before the model is loaded; `measured`: in a run that goes on, the base was
+    there beside a smaller model before.
 
     Raises:
         InputError: if memory has no room for what `--distill` or `--target-speedup` needs.

@@ -133,7 +133,7 @@ class Run:
 
     def _go(self) -> tuple[Any, History]:
         earlier = Journal.read(self.dir.journal)
-        for note in checks.memory(self.config, self.accelerator.device, measured=bool(earlier.of("base"))):
+        for note in checks.memory(self.config, self.accelerator.device, measured=bool(earlier.of("drop"))):
             self.console.say(note)
         loaded = load(self.config, training=True, device=self.accelerator.device)
         autocast = mixed.measuring(self.accelerator) if self.config.trains else None
@@ -433,7 +433,7 @@ class Run:
         saved, row = self._load(self.dir.model), self.journal.events[-1]
         if (row["event"], row.get("layout")) != ("saved", good["layout"]):  # or of another depth: floors may be lowered
             row = self.recorder.record("saved", saved, layout)
-        if verified is not None:
+        if verified is not None:  # in the first process
             self._conclude(
                 Outcome(
                     config=self.config,
@@ -455,7 +455,7 @@ class Run:
             self.dir.forget(self._measured())
         return saved, self.history()
 
-    def _save(self, model: Any, layout: Layout, origin: Origin) -> verification.Report | None:
+    def _save(self, model: Any, layout: Layout, origin: Origin) -> verification.Report:
         """Save the result, verified, and its plan."""
         named = self.ready.origin.record()
         report = export.save_trimmed(
@@ -467,6 +467,7 @@ class Run:
             companions=licences.terms(origin),
             overwrite=True,
         )
+        assert report is not None  # nothing is saved unverified
         files.write_json(self.dir.plan, plan_record(layout, named) | {"sha256": origin.sha256})
         return report
 

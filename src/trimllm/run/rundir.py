@@ -120,12 +120,13 @@ def check(config: TrimConfig) -> None:
 def claim(config: TrimConfig) -> list[dict[str, Any]]:
     """Make the directory, which `check` let through, this run's own, and return the events of its journal so far."""
     run = RunDir(config.output)
-    if Journal.read(run.journal).last("done") is None:
+    events = read_lines(run.journal)
+    if not any(one["event"] == "done" for one in events):
         write_atomic(run.config, placing.to_store(config.model_copy(update={"resume": False}), run.root))
     for left_by_a_kill in (*run.root.glob(".model.*"), *run.checkpoints.glob(".depth-*")):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     underway.remove_partial(run.underway)
-    return read_lines(run.journal)
+    return events
 
 
 def wait_until_seen(run: RunDir, rank: int) -> None:

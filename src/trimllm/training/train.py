@@ -118,7 +118,7 @@ def train_stage(
         attention: with auto, short rows may be computed by another backend than the model's (see
             `backends.EAGER_LENGTH`).
         teacher: a model of the same family and vocabulary, to learn from beside the targets.
-        moments: what AdamW goes on from; empty afterwards.
+        moments: what AdamW goes on from; empty afterwards, unless nothing trains.
         carried: filled with what AdamW knows at the end of the parameters that trained, in main memory.
         underway: where the stage is saved on the way, and gone on with.
 
@@ -129,8 +129,8 @@ def train_stage(
     """
     started = time.perf_counter()
     if not plan or not parameters:
-        if carried is not None:
-            carried.update(moments or {})
+        if carried is not None and moments:
+            carried.update(moments)
         return StageReport(0, 0, None, 0.0)
     check(model, settings)
     kind = accelerator.distributed_type.value
@@ -154,6 +154,8 @@ def train_stage(
     optimizer = adamw(parameters, settings, accelerator.device)
     found = underway.find(model, parameters, len(plan), accelerator) if underway else None
     if found is not None:
+        if moments:
+            moments.clear()  # what it knew at the beginning
         found.restore(model, parameters, optimizer)
         steps.progress = found.progress
         if watch:
