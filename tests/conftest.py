@@ -6,7 +6,9 @@ torch is imported when it is needed: the process that hands tests to others begi
 from __future__ import annotations
 
 import gc
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,14 @@ def make_tokenizer(template: str = "$A") -> Any:
     ids = [(token, number) for number, token in enumerate(special)]
     raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, though the tests may run where it is ignored, as in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -244,7 +244,7 @@ def test_a_comparison_says_before_it_starts_what_is_computed_in_which_dtype(
     methods: str, changes: dict[str, str], said: list[str], base: Path, task: Path, tmp_path: Path
 ) -> None:
     asked = compare_config(base, task, tmp_path, methods=methods.split(","), **changes)
-    assert [note for note in check(asked, cells(asked.methods, asked.keep))[0] if SLOWER in note] == said
+    assert [note for note in check(asked, cells(asked.methods, asked.keep)).notes if SLOWER in note] == said
 
 
 def compare_config(base: Path, task: Path, output: Path, **changes: Any) -> config.CompareConfig:

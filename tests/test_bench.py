@@ -411,6 +411,7 @@ def test_a_process_that_ends_is_a_line_with_the_model():
         benching._ask(pool, "m", os._exit, 9)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_process_of_a_model_without_a_traceback(capfd):
     with benching._pool() as pool:
         os.kill(pool.submit(os.getpid).result(), signal.SIGINT)

@@ -79,7 +79,7 @@ def test_text_is_scanned_by_its_likelihood(model, tokenizer):
         ({"strategy": "scam"}, "unknown strategy 'scam'"),
         ({"strategies": "scan"}, "strategies"),
         ({"strategy": "angular", "run": 9}, "--run 9: the model has only 5 layers"),
-        ({"run": 2}, "--run is for --strategy angular"),
+        ({"run": 2}, "--run 2 is for --strategy angular"),
         ({"protect": (9,)}, "protect"),
         ({"metric": "f1"}, "unknown metric 'f1'"),
         ({"max_length": 5}, "tokens"),

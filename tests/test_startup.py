@@ -43,18 +43,24 @@ def test_a_process_that_is_not_ours_is_left_as_it_is(young: list[str], monkeypat
     assert young == []
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_child_imports_its_module_and_is_ended_by_an_interrupt(
     young: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.getsignal(signal.SIGINT)
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    try:
-        startup.child("colorsys")
-        assert "colorsys" in sys.modules
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, before)
+    startup.child("colorsys")
+    assert "colorsys" in sys.modules
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert young == ["all"]
+
+
+def test_a_child_of_what_ctrl_c_does_not_end_is_not_ended_by_it(
+    interruptible: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    startup.child("colorsys")
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 TERMINATED = """
