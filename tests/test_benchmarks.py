@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from trimllm import commands
 from trimllm.config import DemoConfig, EvalConfig, TrimConfig
 from trimllm.config.shared import option_of
+from trimllm.demo import steps
 from trimllm.errors import InputError, TrimError
 from trimllm.run import rundir, targets
 
@@ -207,8 +208,8 @@ def test_ends_of_documents_count_as_no_characters(data: Path, tmp_path: Path) ->
     name, loss, _, bits, _ = card.perplexities(tokenizer, asked)[0]
     rows = reads.token_rows(tokenizer, card.load_text(data / card.HELD_OUT[name]))
     texts = [tokenizer.decode(row) for row in rows]
-    assert any(reads.EOS in text for text in texts)
-    characters = sum(len(text.replace(reads.EOS, "")) for text in texts)
+    assert any(steps.EOS in text for text in texts)
+    characters = sum(len(text.replace(steps.EOS, "")) for text in texts)
     assert float(bits) == pytest.approx(float(loss) * rows.size / characters / math.log(2), abs=0.002)
 
 

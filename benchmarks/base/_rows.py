@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from trimllm.demo.steps import byte_level_bpe
 from trimllm.errors import InputError
 from trimllm.files import write_json
 from trimllm.tasks.text import load_text
@@ -27,7 +27,6 @@ SOURCES = {
 }
 """File -> share of the tokens seen."""
 
-EOS = "<|endoftext|>"
 VOCABULARY = 4096
 ROW = 256
 MADE_OF = "rows.json"
@@ -64,17 +63,7 @@ def build_tokenizer(data: Path) -> PreTrainedTokenizerFast:
         pieces = load_text(data / name)
         rng.shuffle(pieces)
         texts += pieces[: max(1, int(len(pieces) * min(1.0, 4_000_000 / sum(map(len, pieces)))))]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False, model_max_length=512
-    )
+    return byte_level_bpe(texts, VOCABULARY)
 
 
 def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:

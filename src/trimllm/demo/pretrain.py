@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,11 +30,11 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from trimllm import files
 from trimllm.demo.steps import (
+    byte_level_bpe,
     fixed,
     lr_share,
     optimizers,
@@ -76,7 +75,6 @@ To make it again, on a CPU (results differ a little between machines):
     python -m trimllm.demo.pretrain --output base --check
 """
 
-EOS = "<|endoftext|>"
 VOCABULARY = 1536
 ROW = 256
 IGNORED = -100
@@ -90,17 +88,7 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     """Byte-level BPE of biographies and training questions: an ordinary word is one token, a name is 3 to 5."""
     texts = [text for domain in world.DOMAINS for text in world.biographies(domain, 8)]
     texts += [world.prompt(row) for domain in world.DOMAINS for row in world.questions(domain, "train")]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False, model_max_length=512
-    )
+    return byte_level_bpe(texts, VOCABULARY)
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:

@@ -1,24 +1,43 @@
-"""What pre-training is made of: Muon and AdamW, a learning rate with a plateau, a step, and a state to go on from."""
+"""What pre-training is made of: a tokenizer, Muon and AdamW, a learning rate with a plateau, a step, and a state to go
+on from."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import distributed
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trimllm import files
 from trimllm.checkpoints import arithmetic
 from trimllm.config.shared import option_of
 from trimllm.demo.muon import Muon
 from trimllm.errors import InputError
+
+EOS = "<|endoftext|>"
+
+
+def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of so many pieces, learnt from the texts; EOS closes documents, and pads."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False, model_max_length=512
+    )
 
 
 def optimizers(model: PreTrainedModel, lr: float, muon_lr: float, *, bf16: bool = True) -> list[torch.optim.Optimizer]:
