@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -523,6 +524,23 @@ def test_a_device_is_left_to_what_is_measured_next(world: tuple[Path, Path], tmp
         monkeypatch.setattr(owner, name, lambda *_, name=name, result=result: done.append(name) or result)
     assert cell.measure(settings(world, tmp_path / "out"), each, tmp_path / "out")["status"] == "done"
     assert done == ["run", "release", "evaluate", "release", "speed"]
+
+
+ONE_RUN = [name for name, method in METHODS.items() if method.module in ("one_shot", "sajjad", "greedy", "trimmed")]
+
+
+@pytest.mark.parametrize("name", ONE_RUN)
+def test_peers_train_everything_and_trimllm_what_its_sparse_update_takes(
+    name: str, world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(job.Job, "trim", lambda *_, **changes: asked.append(changes))
+    monkeypatch.setattr(job.Job, "full", tmp_path)
+    method = METHODS[name]
+    command = settings(world, tmp_path, schedule="late")
+    importlib.import_module(f"trimllm.baselines.{method.module}").run(job.Job(command, Cell(method, 0.5), tmp_path))
+    ours = name in ("trim", "trim-pair", "one-shot")
+    assert [changes.get("sparse_update") for changes in asked] == [None if ours else "off"]
 
 
 def test_embeddings_train_in_every_row(world: tuple[Path, Path], tmp_path: Path) -> None:

@@ -159,11 +159,6 @@ def _of(field: str, function: Callable[[Array], Array]) -> Score:
     return Score((field,), lambda evidence: function(getattr(evidence, field)))
 
 
-def _without_evidence(function: Callable[[Evidence], Array]) -> Score:
-    """A score of positions alone, or of nothing."""
-    return Score((), function)
-
-
 SCORES: dict[str, Score] = {
     "scan": _of("accuracy", s_scan),
     "probability": _of("probability", uncertainty),
@@ -174,11 +169,11 @@ SCORES: dict[str, Score] = {
     "perplexity": _of("loss", perplexity_ablation),
     "taylor": _of("taylor", taylor),
     "magnitude": _of("magnitude", magnitude),
-    "random": _without_evidence(lambda e: random(len(e.position), e.seed)),
-    "first": _without_evidence(lambda e: first(e.position)),
-    "last": _without_evidence(lambda e: last(e.position)),
-    "alternate": _without_evidence(lambda e: alternate(e.position, e.depth)),
-    "symmetric": _without_evidence(lambda e: symmetric(e.position, e.depth)),
+    "random": Score((), lambda e: random(len(e.position), e.seed)),
+    "first": Score((), lambda e: first(e.position)),
+    "last": Score((), lambda e: last(e.position)),
+    "alternate": Score((), lambda e: alternate(e.position, e.depth)),
+    "symmetric": Score((), lambda e: symmetric(e.position, e.depth)),
 }
 
 
