@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from _arms import ARMS, PARTS, Settings
 from _sides import machine, run
-from study import ARMS, PARTS, START, Settings, folder
+from study import START, folder
 
 from trimllm import commands, config
 from trimllm.console import table
