@@ -847,6 +847,19 @@ def test_scan_and_eval_refuse_an_output_that_cannot_be_written_before_they_compu
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [("hellaswg", "did you mean 'hellaswag'"), ("a/b.csv", "a/b.csv does not exist"), ("task.yaml", "task.yaml")],
+)
+def test_a_task_that_is_none_is_refused_before_the_model_is_loaded(task, expected, tmp_path, capsys, no_model):
+    model = tmp_path / "no such model"  # trim loads by another name, and would say so of this one
+    for name, output in (("scan", "scan"), ("eval", "e.json"), ("trim", "run")):
+        depth = ["--keep", "0.5"] if name == "trim" else []
+        assert expected in refusal(
+            capsys, name, "--model", model, "--task", task, *depth, "--output", tmp_path / output
+        )
+
+
 def test_scan_prints_its_table_before_it_writes(base, task, tmp_path, capsys, monkeypatch):
     def denied(*_):
         raise TrimError("cannot write")

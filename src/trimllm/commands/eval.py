@@ -29,6 +29,7 @@ def run(command: config.EvalConfig) -> None:
     if command.output:
         _check_result(Path(command.output))
         folders.check_writable(Path(command.output).parent)
+    inputs.check_task(command)
     if command.against:
         _check_against(command)
     loaded, data, scorer = _asked(command)

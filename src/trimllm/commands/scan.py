@@ -39,6 +39,7 @@ def run(command: config.ScanConfig) -> None:
     for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
         shared.fresh(output, product)
     folders.check_writable(output)
+    inputs.check_task(command)
     prepared = _prepare(command, console)
     found = _scan(command, prepared, console)
     record = _show(command, prepared, found)

@@ -43,6 +43,11 @@ def task_data(settings: TaskSettings, tokenizer: Any, *, reported_only: bool = F
     )
 
 
+def check_task(settings: TaskSettings) -> None:
+    """Refuse what names no task, before a model is loaded (see `tasks.find_spec`)."""
+    tasks.find_spec(settings.task, files=settings.task_files, metric=settings.metric)
+
+
 def scorer(
     settings: Evaluating, model: Any, tokenizer: Any, items: Sequence[Item], autocast: Autocast | None = None
 ) -> Scorer:

@@ -28,6 +28,7 @@ from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
+from trimllm.evaluation import inputs
 from trimllm.parallel import Share
 from trimllm.run import (
     account,
@@ -132,6 +133,7 @@ class Run:
             return self._go()
 
     def _go(self) -> tuple[Any, History]:
+        inputs.check_task(self.config)
         earlier = Journal.read(self.dir.journal)
         for note in checks.memory(self.config, self.accelerator.device, measured=bool(earlier.of("drop"))):
             self.console.say(note)

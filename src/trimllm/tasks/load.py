@@ -102,28 +102,42 @@ def load_task(
     )
 
 
-def _find(
-    name_or_path: str | Path, files: Files | None, metric: str | None, tokenizer: Any
-) -> tuple[TaskSpec, Parts, list[str]]:
-    """The spec, the raw rows by part, and notes."""
+def find_spec(name_or_path: str | Path, *, files: Files | None = None, metric: str | None = None) -> TaskSpec | None:
+    """The spec of a built-in task or a YAML file; None of a data file or folder, whose columns say what it is.
+
+    No row is read: what is wrong with the name alone shows before a model is loaded.
+
+    Raises:
+        InputError: if there is no such task, file or folder, the YAML file is wrong, the task has no such metric, or
+            `files` cannot stand in for it.
+    """
     path = Path(name_or_path).expanduser()
     spec = find_builtin(str(name_or_path))
-    shadowed = spec is not None and files is None and path.exists()
     if spec is None and path.suffix.lower() in (".yaml", ".yml"):
         spec = read_spec(path)
     if spec is not None:
         check_metric(metric, spec.kind)
-        if files is None:
-            notes = [f"{path} is the built-in task: what has this name here would be ./{path}"] if shadowed else []
-            return spec, spec_parts(spec), notes
-        return spec, file_parts(files), file_notes(files)
-    if files is not None:
+    elif files is not None:
         raise InputError(
             f"task {str(name_or_path)!r}: files can only stand in for a built-in task or one from a YAML file"
         )
-    if not path.exists():
+    elif not path.exists():
         raise _unknown(str(name_or_path))
-    return _own(path, metric, tokenizer)
+    return spec
+
+
+def _find(
+    name_or_path: str | Path, files: Files | None, metric: str | None, tokenizer: Any
+) -> tuple[TaskSpec, Parts, list[str]]:
+    """The spec, the raw rows by part, and notes."""
+    path, spec = Path(name_or_path).expanduser(), find_spec(name_or_path, files=files, metric=metric)
+    if spec is None:
+        return _own(path, metric, tokenizer)
+    if files is not None:
+        return spec, file_parts(files), file_notes(files)
+    shadowed = find_builtin(str(name_or_path)) is not None and path.exists()
+    notes = [f"{path} is the built-in task: what has this name here would be ./{path}"] if shadowed else []
+    return spec, spec_parts(spec), notes
 
 
 def _own(path: Path, metric: str | None, tokenizer: Any) -> tuple[TaskSpec, Parts, list[str]]:
