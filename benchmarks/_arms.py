@@ -74,6 +74,8 @@ class Arm:
     longer: float = 1.0
     """Epochs after drops over those of the other arms: where it shows what more training gives, or where epochs are
     shorter."""
+    rate: float = 1.0
+    """Learning rate after drops over that of the full fine-tuning."""
     from_base: bool = False
     """Starts from the base: the epochs of full fine-tuning come after the drops, with the others."""
 
@@ -94,7 +96,8 @@ class Arm:
             spread["final_epochs"] += given["warmup_epochs"]
         if self.whole:
             warmup, spread = epochs * drops, {"epochs_per_drop": 0.0, "final_epochs": 0.0}
-        return without_idle(TrimConfig, {**given, **spread, "warmup_epochs": warmup, **self.changes})
+        own = {"warmup_epochs": warmup, "lr": given["lr"] * self.rate}
+        return without_idle(TrimConfig, {**given, **spread, **own, **self.changes})
 
 
 def _peer(strategy: str, **more: Any) -> Arm:
@@ -133,6 +136,7 @@ ARMS = {
     "late, carried, probability, filled, r=1/2": _default(train_ratio=0.5),
     "late, carried, probability, filled, r=1/8": _default(train_ratio=0.125),
     "late, carried, probability, filled, distilled": _default(distill=0.5),
+    "late, carried, probability, filled, half the rate": replace(_default(), rate=0.5),
     "late, carried, probability, filled, twice as long": replace(_default(), longer=2.0),
     "late, carried, probability, filled, no domain text": replace(
         _default(text=None, text_ratio=1.0),
@@ -154,6 +158,7 @@ ARMS = {
     "one-shot, exact ties": _peer("scan+norm", sparse_update="static", tie_tolerance=0.0),
     "one-shot, probability": _peer("probability", sparse_update="static"),
     "one-shot, probability, distilled": _peer("probability", sparse_update="static", distill=0.5),
+    "one-shot, probability, half the rate": replace(_peer("probability", sparse_update="static"), rate=0.5),
     "one-shot, probability, twice as long": replace(_peer("probability", sparse_update="static"), longer=2.0),
     "one-shot, ties by loss": _peer("scan+loss", sparse_update="static"),
     "one-shot, loss scan": _peer("loss", sparse_update="static"),
@@ -170,6 +175,7 @@ ARMS = {
         for method in METHODS.values()
         if method.module == "sajjad"
     },
+    "full, as long, half the rate": Arm({"strategy": "last", "one_shot": True}, per_depth=True, whole=True, rate=0.5),
     "full, as long": Arm({"strategy": "last", "one_shot": True}, per_depth=True, whole=True),
     "distilled": _late(distill=0.5),
     "pairs": Arm({"unit": "pair"}),
