@@ -200,6 +200,16 @@ def test_no_run_goes_at_once_with_another_below_the_least_depth(tmp_path_factory
     assert (len(drop["units"]), h.result(tmp_path / "run")["depth"]) == (1, 4)
 
 
+def test_a_run_that_would_leave_too_few_layers_ends_the_drops_and_is_named(tmp_path_factory, task, tmp_path, capsys):
+    twos = save_gemma(tmp_path_factory, ALTERNATE)
+    quick = {"keep_pattern": True, "warmup_epochs": 0, "epochs_per_drop": 0}
+    h.run(twos, task, tmp_path / "run", max_params=57_500, min_depth=3, **quick)
+    assert (
+        "--max-params 57500: not met, since the drops ended before: the minimum depth, 3: the next drop would leave "
+        "fewer layers"
+    ) in h.result(tmp_path / "run")["warnings"]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_run_is_taken_at_once_that_leaves_no_room_for_the_others(threes, task, tmp_path, seed, monkeypatch):
     h.fast(monkeypatch)

@@ -74,7 +74,7 @@ def outcome(config: TrimConfig, task: str, *, kept: int, **rows: Any) -> Outcome
         data=TaskData(task, "choice", "acc", (), (), ()),
         origin=Origin("org/base-7B", adapter="org/lora", sha256="abc"),
         good={"layout": dump_layout(whole(kept))},
-        **{"saved": {}, "drops": [], "above": None, "speedup": None, "verified": None, **rows},
+        **{"saved": {}, "warned": (), "drops": [], "above": None, "speedup": None, "verified": None, **rows},
     )
 
 

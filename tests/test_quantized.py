@@ -126,7 +126,7 @@ def test_rows_that_the_run_was_trained_on_are_said(source: Path, tmp_path: Path,
     monkeypatch.setattr(quantized.used_rows, "warnings", lambda model, *_, at: [f"seen by {model}, {at.name}"])
     asked = {"source": str(source), "to": "int8", "task": str(h.save_task(tmp_path / "task"))}
     said = quantized.write(source, tmp_path / "out", make(ExportConfig, asked))
-    assert f"; seen by {source}, {source.name}" in said
+    assert f"; warning: seen by {source}, {source.name}" in said
 
 
 def test_files_of_the_source_travel_and_its_plan_stays(source: Path, tmp_path: Path) -> None:

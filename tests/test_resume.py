@@ -170,10 +170,13 @@ def scanned(*arguments, resume=False, **changes):
 def test_finished_batches_of_a_scan_are_not_computed_again(base, task, tmp_path, straight, monkeypatch):
     output = tmp_path / "run"
     h.killed_run((deletion, "measure", 2), base, task, output, depth=4)
-    lines = (output / "scans" / "scan-000.jsonl").read_bytes().splitlines()
-    assert len(lines) == 1
+    path = output / "scans" / "scan-000.jsonl"
+    (line,) = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert line["seconds"] > 0
+    path.write_text(json.dumps(line | {"seconds": 1000.0}) + "\n")
     measured = count_parts(monkeypatch)
     scanned(base, task, output, depth=4, resume=True)
+    assert 1000 < h.journal(output, "drop")[0]["seconds"] < 1100, "what the killed scan took counts"
     batches = len(measured) + 1
     scanned(base, task, tmp_path / "other", depth=4)
     assert len(measured) - (batches - 1) == batches

@@ -461,3 +461,20 @@ def test_the_table_is_json_that_every_reader_takes(tokenizer, questions):
         assert made["strategy"] == strategy
     assert made["units"][-1]["importance"] is None
     assert made["units"][0]["value"] == result.trials[0].value
+
+
+@pytest.mark.parametrize("asked", ["the whole forward pass", "the resumed one"])
+def test_lack_of_memory_is_not_taken_for_a_model_that_cannot_be_resumed(asked, tokenizer, questions, monkeypatch):
+    model, compute = tiny.build("llama", 3), forward.batch_pieces
+    batch = Scorer(model, tokenizer, questions).batches.longest()
+    assert deletion.resumes_exactly(model, batch)
+    calls = []
+
+    def tight(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1 + (asked == "the resumed one"):
+            raise torch.OutOfMemoryError("no memory")
+        return compute(*arguments)
+
+    monkeypatch.setattr(forward, "batch_pieces", tight)
+    assert deletion.resumes_exactly(model, batch)

@@ -23,8 +23,9 @@ from trimllm.evaluation.judging import Evaluation
 from trimllm.importance import joint
 from trimllm.importance.joint import Joint
 from trimllm.parallel import ALONE
-from trimllm.run import account, deciding, progressive, recovery
+from trimllm.run import account, progressive, recovery
 from trimllm.run.recovery import Recovery
+from trimllm.run.several import Several
 from trimllm.run.targets import drops_end_sooner, least_depth, stage_epochs, stages_ahead
 from trimllm.training import train, training_rows
 from trimllm.training.packing import Example
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("fast")
 
 EASY = {"schedule": "recover", "joint_tolerance": 100.0, "tie_tolerance": 100.0}
 """Anything may go together."""
+ONE_BY_ONE = {"schedule": "recover", "max_joint": 1}
 
 
 RECOVER = {**EASY, "max_joint": 2, "depth": 2, "epochs_per_drop": 0.5, "recover_tolerance": 0.0}
@@ -81,7 +83,7 @@ def looks(monkeypatch, losses):
 
 def test_stage_ends_at_the_first_look_that_finds_the_loss_back(base, task, tmp_path, monkeypatch):
     seen = looks(monkeypatch, [99.0, 99.0, 0.0])
-    h.run(base, task, tmp_path / "run", **EASY, max_joint=1, depth=3, epochs_per_drop=3)
+    h.run(base, task, tmp_path / "run", **ONE_BY_ONE, depth=3, epochs_per_drop=3)
     warm, first, last = h.journal(tmp_path / "run", "stage")
     found = first["train"]["recovery"]
     assert (found["losses"], found["recovered"], seen) == ([99.0, 99.0, 0.0], True, {4: 3})
@@ -121,7 +123,7 @@ def test_loss_is_looked_at_where_the_learning_rate_is_down(base, task, tmp_path,
     monkeypatch.setattr(Stepper, "gradients", lambda *a: rates.append(optimizers[-1].param_groups[0]["lr"]) or step(*a))
     monkeypatch.setattr(Recovery, "__call__", lambda self: rates.append("look") or look(self))
     looks(monkeypatch, [])
-    h.run(base, task, tmp_path / "run", **EASY, max_joint=1, depth=3, warmup_epochs=0, epochs_per_drop=1, batch_size=60)
+    h.run(base, task, tmp_path / "run", **ONE_BY_ONE, depth=3, warmup_epochs=0, epochs_per_drop=1, batch_size=60)
     cycle = h.journal(tmp_path / "run", "stage")[1]["train"]["recovery"]["cycle"]
     end = rates.index("look")
     assert end >= 3
@@ -183,7 +185,7 @@ def test_harmless_is_loss_and_accuracy(value, loss, passes, stderr, points):
 
 @pytest.mark.parametrize("most", [2, 4])
 def test_blocks_that_only_harm_together_go_one_by_one_and_few_sets_are_tried(base, task, tmp_path, monkeypatch, most):
-    together, measure, inside = deciding.Decider._together, Scorer.evaluate, []
+    together, measure, inside = Several.grow, Scorer.evaluate, []
 
     def evaluate(self, model, *arguments, **more):
         found = measure(self, model, *arguments, **more)
@@ -198,7 +200,7 @@ def test_blocks_that_only_harm_together_go_one_by_one_and_few_sets_are_tried(bas
         return chosen
 
     monkeypatch.setattr(Scorer, "evaluate", evaluate)
-    monkeypatch.setattr(deciding.Decider, "_together", watched)
+    monkeypatch.setattr(Several, "grow", watched)
     h.run(base, task, tmp_path / "run", **EASY, depth=3, max_joint=most)
     drops = h.journal(tmp_path / "run", "drop")
     assert [len(drop["units"]) for drop in drops] == [1, 1]
@@ -272,6 +274,9 @@ def test_units_that_go_at_once_leave_what_they_leave_one_by_one(kind):
         ({"max_joint": 2}, "--max-joint 2 is for --schedule recover"),
         ({"joint_tolerance": 0.1}, "--joint-tolerance 0.1 is for --schedule recover"),
         ({"recover_tolerance": 0.1}, "--recover-tolerance 0.1 is for --schedule recover"),
+        ({"schedule": "recover", "max_joint": 1, "joint_tolerance": 0.1}, "with --max-joint 1 none is tried: leave it"),
+        ({"schedule": "recover", "max_joint": 1, "tie_tolerance": 1.0}, "--tie-tolerance 1"),
+        ({"schedule": "recover", "epochs_per_drop": 0, "recover_tolerance": 0.1}, "with --epochs-per-drop 0 none does"),
         ({"schedule": "late", "max_drop": 2.0}, "--max-drop judges depths when they are trained"),
         ({"distill": 0.5, "epochs_per_drop": 0}, "--distill 0.5 is about the training after drops"),
     ],
@@ -408,12 +413,18 @@ def test_text_that_comes_again_and_again_is_counted():
 
 def test_time_ahead_is_less_for_fewer_blocks():
     warm = {"depth": 12, "train": {"tokens": 2000, "seconds": 120.0}}
-    assert account.time_ahead([(9, 1.0), (6, 2.0)], 1000, warm) == (
-        "training after drops: about 1 min 45 s, and the scans"  # (9 + 2 * 6) / 12 minutes
-    )
-    assert account.time_ahead([], 1000, warm) is None
-    assert account.time_ahead([(9, 0.0), (6, 0.0)], 1000, warm) is None
-    assert account.time_ahead([(9, 1.0)], 1000, {"depth": 12, "train": {"tokens": 0, "seconds": 0.0}}) is None
+
+    def ahead(stages, warm=warm, **changes):
+        return account.time_ahead(TrimConfig(model="m", task="t", output="o", **changes), stages, 1000, warm)
+
+    told = "about 1 min 45 s, and the scans"  # (9 + 2 * 6) / 12 minutes
+    assert ahead([(9, 1.0), (6, 2.0)]) == f"training after drops: {told}"
+    for sooner in ({"schedule": "recover"}, {"keep": 0.5, "max_drop": 2.0}):
+        assert ahead([(9, 1.0), (6, 2.0)], **sooner) == f"training after drops: at most {told}"
+    assert ahead([(9, 1.0)], distill=0.5) is None, "the teacher takes time, too"
+    assert ahead([]) is None
+    assert ahead([(9, 0.0), (6, 0.0)]) is None
+    assert ahead([(9, 1.0)], warm={"depth": 12, "train": {"tokens": 0, "seconds": 0.0}}) is None
 
 
 def test_line_of_a_joint_drop_names_both_accuracies(base, task, tmp_path, capsys):

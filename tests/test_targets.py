@@ -92,7 +92,7 @@ def test_a_target_that_is_not_met_is_said():
         assert missed(config(**values), end) == f"{asked}: not met, since the drops ended before: the minimum depth, 4"
     assert missed(config(depth=2), STUCK).startswith("--depth 2: not met, since the drops ended before: every layer ")
     assert missed(config(max_params=1, depth=4, min_depth=4), reached(config(depth=4, min_depth=4), 16, size)) is None
-    assert missed(config(min_accuracy=9, min_depth=4), End.least(config(min_depth=4))) is None, (
+    assert missed(config(min_accuracy=9, min_depth=4), End.least(config(min_depth=4), 4)) is None, (
         "a floor is all that was asked"
     )
 
@@ -128,5 +128,5 @@ def test_a_saved_model_is_slower_where_no_round_has_the_speed():
     ended = reached(asked, 5, Size(3, 0, 0, 1.67))
     assert slower(asked, ended, {"median": 1.55, "min": 1.5, "max": 1.6}) is None
     assert "decodes 1.55 times as fast" in slower(asked, ended, {"median": 1.55, "min": 1.5, "max": 1.59})
-    assert slower(asked, End.least(asked), {"median": 1.5, "max": 1.5}) is None, "that is said otherwise"
+    assert slower(asked, End.least(asked, 1), {"median": 1.5, "max": 1.5}) is None, "that is said otherwise"
     assert slower(asked, None, {"median": 1.5, "max": 1.5}) is slower(asked, ended, None) is None

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2Fo
 
 from trimllm import cli
 from trimllm.blocks import decoder
-from trimllm.blocks.layout import in_short
+from trimllm.blocks.layout import in_short, whole
+from trimllm.checkpoints import models
 from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.config import STRATEGIES, EvalConfig, TrimConfig
 from trimllm.console import Console
@@ -28,6 +29,7 @@ from trimllm.evaluation.paired import difference
 from trimllm.importance import scan, scores, weights
 from trimllm.importance.rules import Rules
 from trimllm.run import account, deciding, progressive, rundir, targets
+from trimllm.run.several import Several
 from trimllm.tasks import Item
 from trimllm.training import losses, train
 
@@ -380,8 +382,8 @@ def test_what_a_set_of_drops_may_cost_is_a_question_or_the_ties_that_are_asked_f
 ):
     config = TrimConfig(**h.settings(base, task, tmp_path / "run", schedule="recover", tie_tolerance=asked))
     calibration = SimpleNamespace(items=[None] * 6)
-    decider = deciding.Decider(config, tiny.build("llama", 4), calibration, metric, torch.float32)
-    assert decider._harmless_points == pytest.approx(points)
+    rules = Rules(config, tiny.build("llama", 4), 0)
+    assert Several(config, rules, calibration, metric, torch.float32).points == pytest.approx(points)
 
 
 @pytest.mark.parametrize(
@@ -496,25 +498,30 @@ def test_one_shot_drops_all_by_one_scan_and_trains_as_long_as_the_stages(base, t
     assert one[1]["train"]["steps"] == pytest.approx(sum(s["train"]["steps"] for s in step[1:]), abs=3)
 
 
-@pytest.fixture(scope="module")
-def hybrid(tmp_path_factory):
-    """Six layers, attention in the last two only: one of these must stay, and either may go."""
+def save_hybrid(path, layer_types):
+    """An LFM2 of these layers, at least one of which must have attention."""
     torch.manual_seed(0)
     config = Lfm2Config(
         vocab_size=len(load_tokenizer(DEMO)),
         hidden_size=32,
         intermediate_size=48,
         block_auto_adjust_ff_dim=False,
-        num_hidden_layers=6,
+        num_hidden_layers=len(layer_types),
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        layer_types=["conv"] * 4 + ["full_attention"] * 2,
+        layer_types=layer_types,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
     )
-    return h.save_model(Lfm2ForCausalLM(config), tmp_path_factory.mktemp("hybrid"))
+    return h.save_model(Lfm2ForCausalLM(config), path)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """Six layers, attention in the last two only: one of these must stay, and either may go."""
+    return save_hybrid(tmp_path_factory.mktemp("hybrid"), ["conv"] * 4 + ["full_attention"] * 2)
 
 
 def test_one_shot_goes_round_what_no_stock_model_can_lack_together(hybrid, task, tmp_path):
@@ -546,6 +553,21 @@ def test_angular_distance_needs_a_run_that_may_go(base, task, tmp_path):
     with pytest.raises(InputError, match=r"--strategy angular: no 2 adjacent layers may all go: protect fewer"):
         h.run(base, task, tmp_path / "run", **settings, **NO_TRAINING)
     assert not (tmp_path / "run").exists()
+
+
+def test_angular_distance_needs_a_run_that_begins_with_a_layer_that_may_go(task, tmp_path):
+    """Of eight layers, 5 to 7 may go; but the runs of four that there are begin with 0 to 4."""
+    lonely = save_hybrid(tmp_path / "lonely", ["conv"] * 4 + ["full_attention"] + ["conv"] * 3)
+    settings = {"depth": 4, "strategy": "angular", "protect": (0, 1, 2, 3)}
+    with pytest.raises(InputError, match=r"--strategy angular: no run of 4 layers begins with one that may go: protec"):
+        h.run(lonely, task, tmp_path / "run", **settings, **NO_TRAINING)
+    assert not (tmp_path / "run").exists()
+    config = TrimConfig(**h.settings(lonely, task, tmp_path / "run", **settings | {"protect": ()}))
+    model = models.load(config).model
+    decider = deciding.Decider(config, model, SimpleNamespace(items=[]), "acc", torch.float32)
+    assert decider.stuck(model, whole(8)) is None
+    decider.rules.protected = frozenset(range(4))
+    assert decider.stuck(model, whole(8)).words == "no run of 4 layers begins with one that may go"
 
 
 def test_several_drops_per_stage_each_have_their_own_scan(base, task, tmp_path):
@@ -649,9 +671,9 @@ def test_the_seconds_of_a_drop_cover_scores_from_gradients(base, task, tmp_path,
 def test_blocks_to_train_are_chosen_anew_when_the_first_choice_is_gone(base, task, tmp_path, monkeypatch):
     order = deciding.Decider._order
 
-    def worst(self, model, layout, *scanned):
-        found = order(self, model, layout, *scanned)
-        return [3, *found] if len(layout) == h.DEPTH else found
+    def worst(self, scanned):
+        found = order(self, scanned)
+        return [3, *found] if len(scanned.layout) == h.DEPTH else found
 
     monkeypatch.setattr(deciding.Decider, "_order", worst)
     h.run(base, task, tmp_path / "run", depth=3, strategy="last", train_ratio=0.2, train_embeddings=False)

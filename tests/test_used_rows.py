@@ -111,7 +111,8 @@ def test_a_run_goes_on_from_what_made_its_base(made, tmp_path, capsys, monkeypat
     assert f"was trained on {seen_of(rows, 0)} of 6 calibration rows" in told
     first, both = used_rows.of(run / "model"), used_rows.of(second / "model")
     assert (both.trained, both.seed) == (first.trained, None), "trained on nothing; no seed has all of it unseen"
-    assert [line for line in h.result(second)["notes"] if line.startswith("warning:")], "the result keeps them"
+    warned_of = h.result(second)["warnings"]
+    assert [line for line in warned_of if line.startswith(f"{run / 'model'} was")] == warned_of[:2], "it keeps them"
     assert both.decided > first.decided
     assert len(first.trained) == 26
     assert len(first.decided) == 6

@@ -52,6 +52,8 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
         checked = check(command, wanted)
         for note in checked.notes:
             console.say(f"  {note}")
+        for warning in checked.warnings:
+            console.warn(warning)
         whole = claim(command, root, checked.digests)
         epochs = command.warmup_epochs or command.epochs_per_drop or command.final_epochs
         used_rows.keep(root, checked.task, command.model, command.seed, trains=bool(epochs) and trains(wanted))
@@ -83,7 +85,7 @@ class Checked:
     digests: dict[str, str]
     """SHA-256 of data and base, by option."""
     notes: list[str]
-    """Lines that the user should see."""
+    warnings: list[str]
 
 
 def check(command: CompareConfig, wanted: Sequence[Cell]) -> Checked:
@@ -103,18 +105,18 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> Checked:
     path = loading.path_of(command.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=command.trust_remote_code)
     digests = {"--model": mark} if (mark := weights_mark(path)) else {}
-    notes, found = arithmetic_notes(command, path, training=training), list[TaskData]()
+    notes, found = arithmetic_notes(command, path, training=training), list[Checked]()
     for settings in cell.tasks(command):
         data = check_task(settings, tokenizer, config, own=settings is command, training=training)
-        if data.task.name in [each.name for each in found]:
+        if data.task.name in [each.task.name for each in found]:
             raise InputError(
                 f"--also {settings.task}: its name, {data.task.name}, is that of another task: rename the folder or "
                 "file"
             )
-        found.append(data.task)
+        found.append(data)
         digests |= data.digests
         notes += data.notes
-    return Checked(found[0], digests, notes)
+    return Checked(found[0].task, digests, notes, [line for data in found for line in data.warnings])
 
 
 def arithmetic_notes(command: CompareConfig, path: str, *, training: bool) -> list[str]:
@@ -144,7 +146,7 @@ def check_task(settings: CompareConfig, tokenizer: Any, config: Any, *, own: boo
         sets["training"], text = training_rows.examples(settings, tokenizer, config, data.train, settings.batch_size)
         digests["--text"] = training_rows.digest(text)
     notes = [f"{data.name}: {note}" for note in (*data.notes, *encoding.row_notes(**sets))]
-    return Checked(data, digests, notes + used_rows.warnings(settings.model, data, settings.seed))
+    return Checked(data, digests, notes, used_rows.warnings(settings.model, data, settings.seed))
 
 
 def check_model(command: CompareConfig) -> Any:

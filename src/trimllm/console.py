@@ -43,6 +43,10 @@ class Console:
         if not self.quiet:
             to_stderr((CLEAR if self.live else "") + text + "\n")
 
+    def warn(self, text: str) -> None:
+        """What may make the result worth less."""
+        self.say(f"warning: {text}")
+
     @contextmanager
     def progress(self, name: str) -> Iterator[Callable[..., None]]:
         """Yields `show(done, total, detail)`; the time left is worked out from what is done between the first call,

@@ -65,7 +65,7 @@ def _asked(
     for note in (*notes, *encoding.row_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
         console.say(f"  {note}")
     for warning in used_rows.warnings(command.model, data, command.seed):
-        console.say(warning)
+        console.warn(warning)
     return loaded, data, scorer
 
 

@@ -55,7 +55,7 @@ def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
     for note in data.notes:
         console.say(f"  {note}")
     for warning in used_rows.warnings(command.model, replace(data, test=()), command.seed):
-        console.say(warning)
+        console.warn(warning)
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.calibration)
     for note in encoding.row_notes(calibration=scorer.encoded):
         console.say(f"  {note}")

@@ -106,16 +106,24 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
     @property
     def carries_state(self) -> bool:
         """Whether AdamW's state goes from one stage after drops to the next, if there are several."""
-        return self.optimizer_state == "carried" and self.epochs_per_drop > 0 and not self.one_shot
+        return self.optimizer_state == "carried" and self.epochs_per_drop > 0
 
     @property
     def has_ties(self) -> bool:
-        return super().has_ties or self.schedule == "recover"  # sets of drops are judged within the tolerance
+        sets = self.schedule == "recover" and self.max_joint > 1  # they are judged within the tolerance
+        return super().has_ties or sets
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
         if self.schedule != "recover":
             found |= self._given(RECOVERING, "is for --schedule recover: leave it out, or add --schedule recover")
+        else:
+            if self.max_joint == 1:
+                one = "is for sets of units, and with --max-joint 1 none is tried: leave it out"
+                found |= self._given(("joint_tolerance",), one)
+            if not self.epochs_per_drop:
+                never = "is for stages that may end early, and with --epochs-per-drop 0 none does: leave it out"
+                found |= self._given(("recover_tolerance",), never)
         if not self.trains:
             found |= self._given(("text",), "is not trained on, since nothing is: leave it out, or train")
         if not self.trains_after_drops:

@@ -52,7 +52,7 @@ def write(folder: Path, target: Path, command: config.ExportConfig) -> str:
         encoded = encoding.encode(tokenizer, data.test, encoding.context_length(stock), truncate=command.truncate)
         encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(stock))
         seen = used_rows.warnings(command.source, data, asked.seed, at=folder)
-        notes = [*data.notes, *encoding.row_notes(reported=encoded), *seen]
+        notes = [*data.notes, *encoding.row_notes(reported=encoded), *(f"warning: {line}" for line in seen)]
     stored = models.saved_dtype(str(folder), trust_remote_code=own_code)
     dtype = torch.float16 if stored == torch.float16 else torch.bfloat16
     kept, head = _too_odd(stock, own_code) if command.to == "int4" else ([], [])

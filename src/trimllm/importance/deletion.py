@@ -104,17 +104,18 @@ def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tenso
 
 @torch.no_grad()
 def resumes_exactly(model: Any, batch: Batch) -> bool:
-    """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked."""
+    """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked;
+    where memory runs out, the scan itself says so."""
     depth = decoder.depth(model)
     if not families.family(decoder.text_config(model)).resumable or depth < 2:
         return False
-    base, stream = activations.keeping_stream(model, batch, mids=False)
     try:
+        base, stream = activations.keeping_stream(model, batch, mids=False)
         with trial(model, whole(depth), resume_from=depth // 2) as injection:
             injection.hidden = stream[depth // 2]
             again = forward.batch_pieces(model, batch)
-    except forward.UNFIT:
-        return False
+    except forward.UNFIT as error:
+        return memory.is_out_of_memory(error)
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     return all(abs(base[owner][0] - again[owner][0]) <= tolerance * max(1.0, abs(base[owner][0])) for owner in base)
 

@@ -12,7 +12,7 @@ from trimllm.config import ScanSettings, plain_settings
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import TOKEN_BUDGET, Scorer
 from trimllm.importance import scan
-from trimllm.importance.rules import Rules
+from trimllm.importance.rules import Rules, Scanned
 from trimllm.importance.scan import ScanResult
 from trimllm.importance.select import Choice
 from trimllm.tasks.items import Item
@@ -60,11 +60,11 @@ def rank(
         race=rules.race(model, intact),
         progress=progress,
     )
-    evidence = rules.evidence(model, intact, scorer, result)
+    scanned = Scanned(model, intact, result, rules.evidence(model, intact, scorer, result))
     names = [describe(unit, intact) for unit in result.candidates]
-    choice, reason = rules.first(model, intact, result, evidence)
+    choice, reason = rules.first(scanned)
     first = names[choice.index] if choice else None
-    record = scan.table(result, evidence, settings.strategy, names)
+    record = scan.table(result, scanned.evidence, settings.strategy, names)
     return Ranking(result, record | {"metric": result.intact.metric, "first": first}, choice, reason)
 
 

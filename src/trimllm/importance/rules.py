@@ -3,10 +3,12 @@ same, so that the one names what the other would drop first."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trimllm.blocks import decoder, legality
-from trimllm.blocks.layout import Layout, Unit, remove, units, whole
+from trimllm.blocks.layout import Layout, Unit, remove, remove_all, units, whole
 from trimllm.config import ScoreSettings
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
@@ -14,6 +16,21 @@ from trimllm.importance import scan, scores, select, weights
 from trimllm.importance.scan import Race, ScanResult
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import Choice
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """The present model, and what a scan says of its units."""
+
+    model: Any
+    layout: Layout
+    """Its original halves."""
+    result: ScanResult
+    evidence: Evidence
+
+    def without(self, chosen: Sequence[int]) -> Layout:
+        """What is left of the present blocks without these candidates."""
+        return remove_all(whole(len(self.layout)), [self.result.candidates[i] for i in chosen])
 
 
 class Rules:
@@ -76,14 +93,18 @@ class Rules:
         position = scan.positions(result.candidates, original)
         return result.evidence(position, self.base_depth, self._seed(layout), **extra)
 
-    def first(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> tuple[Choice | None, str]:
+    def first(self, scanned: Scanned) -> tuple[Choice | None, str]:
         """What goes first, or None and why nothing may go."""
-        free, reason = self.free(model, layout, result.candidates)
-        allowed = result.eligible(free, self.settings.strategy)
+        free, reason = self.free(scanned.model, scanned.layout, scanned.result.candidates)
+        allowed = scanned.result.eligible(free, self.settings.strategy)
         if not allowed:
             return None, reason if not free else "no run fits after a layer that may go: ask for a shorter --run"
-        strategy = self.settings.strategy
-        return select.choose(result.candidates, evidence, strategy, tolerance=self.tolerance, allowed=allowed), ""
+        return self.choose(scanned, allowed), ""
+
+    def choose(self, scanned: Scanned, allowed: Collection[int]) -> Choice:
+        """The least important of the candidates that are allowed."""
+        strategy, candidates = self.settings.strategy, scanned.result.candidates
+        return select.choose(candidates, scanned.evidence, strategy, tolerance=self.tolerance, allowed=allowed)
 
     def _seed(self, layout: Layout) -> int:
         return self.seed + len(layout)

@@ -170,14 +170,17 @@ def _epochs(count: float) -> str:
     return f"{number} epoch{'' if number == '1' else 's'}"
 
 
-def time_ahead(stages: Sequence[tuple[int, float]], tokens: int, warm: dict[str, Any]) -> str | None:
+def time_ahead(
+    config: TrimConfig, stages: Sequence[tuple[int, float]], tokens: int, warm: dict[str, Any]
+) -> str | None:
     """About how long the stages take, by what the warm-up took (its journaled row) and the blocks that are left; None
-    where that, or they, train nothing."""
+    where that, or they, train nothing, and with a teacher, who takes time of its own."""
     train = warm["train"]
-    if not any(epochs for _, epochs in stages) or not train["tokens"]:
+    if config.distill or not any(epochs for _, epochs in stages) or not train["tokens"]:
         return None
     seconds = train["seconds"] / train["tokens"] * tokens * sum(left * epochs for left, epochs in stages)
-    return f"training after drops: about {clock(seconds / warm['depth'])}, and the scans"
+    most = "at most " if targets.ends_sooner(config) else ""
+    return f"training after drops: {most}about {clock(seconds / warm['depth'])}, and the scans"
 
 
 def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:
@@ -245,8 +248,8 @@ def at_the_end(run: Outcome) -> list[str]:
 
 
 def warnings(run: Outcome) -> list[str]:
-    """Everything that the user was warned of on the way, in that order."""
-    worse = [few_rows(run.data.calibration), guessing(run.stages[0], run.data.calibration)]
+    """Everything that the user was warned of on the way, in that order, but for the disk."""
+    worse = [*run.warned, guessing(run.stages[0], run.data.calibration)]
     worse += [worsened(row, run.base) for row in run.stages]
     missed = targets.missed(run.config, run.ended) if run.ended else None
     return [line for line in (*worse, missed) if line] + at_the_end(run)

@@ -58,16 +58,10 @@ def disk(config: TrimConfig, model: Any, decider: Decider, ahead: Sequence[tuple
     copies = 3.0 + (config.distill > 0)  # two checkpoints, the result, and a teacher
     if config.keep_checkpoints:  # of every depth; embeddings, which are never cut, make them larger than that
         copies = max(copies, 2 + sum(left for left, _ in ahead) / depth)
-    state = 2 * optimizer_state.most_bytes(config, model) if _keeps_state(config, decider) else 0  # old and new
+    keeps = config.carries_state and len(ahead) != 1  # between stages after drops; of other targets none is known
+    state = 2 * optimizer_state.most_bytes(config, model) if keeps else 0  # old and new
     rundir.check_space(config.output, round(copies * weights) + state)
     if not config.keep_checkpoints or ahead:
         return None
     depths = range(depth, targets.least_depth(config, depth) - 1, -config.drops_per_stage * decider.length)
     return rundir.space_note(config.output, round((1 + sum(depths) / depth) * weights) + state)  # 1: the result
-
-
-def _keeps_state(config: TrimConfig, decider: Decider) -> bool:
-    """Whether AdamW's state will stand in checkpoints: between stages after drops, if there are several."""
-    wanted = decider.wanted
-    one = wanted is not None and decider.base_depth - wanted <= config.drops_per_stage * decider.length
-    return config.carries_state and not one

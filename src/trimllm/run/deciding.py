@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimllm import files
 from trimllm.blocks import decoder, legality
-from trimllm.blocks.layout import Layout, Unit, describe, halves, remove, remove_all, whole
-from trimllm.blocks.trial import trial
+from trimllm.blocks.layout import Layout, Unit, describe, remove, whole
 from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.importance import at_once, joint, scan, scores, select
-from trimllm.importance.deletion import Part
+from trimllm.importance import activations, at_once, joint, scan, scores
 from trimllm.importance.joint import Joint
-from trimllm.importance.rules import Rules
+from trimllm.importance.rules import Rules, Scanned
 from trimllm.importance.scan import ScanResult
 from trimllm.importance.scores import Evidence
 from trimllm.importance.select import Choice
 from trimllm.parallel import Share
-from trimllm.run import sizes, targets
+from trimllm.run import targets
+from trimllm.run.scan_file import ScanFile
+from trimllm.run.several import Several
+from trimllm.run.targets import End
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Decision:
     joint: list[Joint]
     """Sets that were tried as a whole (--schedule recover)."""
     seconds: float
-    """How long the decision took: the scan, scores from weights and gradients, sets that were tried."""
+    """How long the decision took, before an interruption, too: the scan, scores from weights and gradients, sets that
+    were tried."""
 
 
 class Decider:
@@ -50,13 +51,14 @@ class Decider:
     def __init__(
         self, config: TrimConfig, model: Any, calibration: Scorer, metric: str, save_dtype: torch.dtype
     ) -> None:
-        self.config, self.calibration, self.metric, self.save_dtype = config, calibration, metric, save_dtype
+        self.config, self.calibration = config, calibration
         every_choice = calibration, metric  # --schedule recover asks what several drops together do to the accuracy
         alone = config.schedule != "recover"
         self.asked = scan.asked(model, *every_choice, config.strategy) if alone else every_choice
         self.rules = Rules(config, model, config.seed, least=config.min_depth)
         self.base_depth, self.length = self.rules.base_depth, self.rules.length
         self.wanted = targets.wanted_depth(config, self.base_depth)
+        self.several = Several(config, self.rules, calibration, metric, save_dtype)
 
     def check(self, model: Any) -> None:
         """Refuse what cannot succeed, before anything is computed.
@@ -83,17 +85,39 @@ class Decider:
         shifted = [r for r, unit in zip(refusals, candidates, strict=True) if unit.kind == "pair"]
         if shifted and all(shifted):
             raise InputError(f"--unit pair: {shifted[0]}")
-        free = self.droppable(model, whole(self.base_depth))
         if self.rules.too_few(self.base_depth):
             raise InputError(
                 f"--min-depth {self.config.min_depth}: nothing can be dropped: layers of the {self.base_depth} go "
                 f"{self.length} at a time: allow {self.base_depth - self.length}"
             )
+        free = self.droppable(model, whole(self.base_depth))
         if not free:
             raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
         if self.config.one_shot and self.wanted is not None:
             count = (self.base_depth - self.wanted) // self.length
             at_once.check(model, candidates, self.config.strategy, count, free)
+        elif why := self._no_run(self.base_depth, free):
+            raise InputError(f"--strategy {self.config.strategy}: {why}: protect fewer, or ask for a smaller drop")
+
+    def stuck(self, model: Any, layout: Layout) -> End | None:
+        """What ends the drops because nothing more may go; None where something may."""
+        depth = len(layout)
+        if self.rules.too_few(depth):
+            return End.least(self.config, depth)
+        free = self.droppable(model, layout)
+        if not free:
+            return targets.STUCK
+        why = self._no_run(depth, free)
+        return End("stuck", why) if why else None
+
+    def _no_run(self, depth: int, free: Collection[int]) -> str | None:
+        """Why angular, which goes by runs that begin with a unit, has a score for none of the `free` ones."""
+        if scores.parts(self.config.strategy)[0] != "angular":
+            return None
+        run, candidates = self._run(depth), self.rules.candidates(depth)
+        if any(activations.ends(candidates[i])[0] + run <= depth for i in free):
+            return None
+        return f"no run of {run} layers begins with one that may go"
 
     def droppable(self, model: Any, layout: Layout, candidates: list[Unit] | None = None) -> set[int]:
         """Which candidates may go (see `Rules.free`)."""
@@ -104,24 +128,17 @@ class Decider:
 
         Finished batches are kept in the file `parts`; those that stand there already are not computed again.
         """
-        started = time.perf_counter()
-        result = self._scan(model, layout, parts, share, console)
+        file = ScanFile(parts, share, mixed=self.calibration.autocast is not None)
+        result = self._scan(model, layout, file, console)
         evidence = share.from_first(lambda: self.rules.evidence(model, layout, self.calibration, result))
-        choices = self._choose(model, layout, result, evidence)
-        tried: list[Joint] = []
+        scanned = Scanned(model, layout, result, evidence)
+        choices, tried = self._choose(scanned), list[Joint]()
         if self.config.schedule == "recover":
-            choices, tried = self._together(model, layout, result, evidence, choices[0], parts, share)
-        order = self._order(model, layout, result, evidence)
-        return Decision(choices, order, result, evidence, tried, time.perf_counter() - started)
+            choices, tried = self.several.grow(scanned, choices[0], file)
+        return Decision(choices, self._order(scanned), result, evidence, tried, file.seconds)
 
-    def _scan(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> ScanResult:
+    def _scan(self, model: Any, layout: Layout, file: ScanFile, console: Console) -> ScanResult:
         depth, (scorer, metric) = decoder.depth(model), self.asked
-        same = [one for one in self._kept(parts, share) if "batch" in one and one["metric"] == metric]
-        finished = {record["batch"]: Part.load(record) for record in same}
-
-        def keep(batch: int, part: Part) -> None:
-            self._keep(parts, share, {"batch": batch, "metric": metric, **part.dump()})
-
         with console.progress(f"scan of {depth} layers") as show:
             return scan.scan(
                 model,
@@ -132,115 +149,36 @@ class Decider:
                 trials=bool(scores.needs(self.config.strategy) & scores.OF_TRIALS),
                 run=self._run(depth),
                 race=self.rules.race(model, layout),
-                finished=finished,
-                on_part=keep,
+                finished=file.batches(metric),
+                on_part=lambda number, part: file.keep_batch(number, part, metric),
                 progress=show,
-                share=share,
+                share=file.share,
             )
 
-    def _kept(self, parts: Path, share: Share) -> list[dict[str, Any]]:
-        """What the file holds of this decision, measured in the same precision: a run may go on on another device."""
-        records = share.from_first(lambda: files.read_lines(parts))
-        return [record for record in records if record["mixed"] == self._mixed]
-
-    def _keep(self, parts: Path, share: Share, record: dict[str, Any]) -> None:
-        if share.first:
-            files.append_line(parts, {"mixed": self._mixed, **record})
-
-    @property
-    def _mixed(self) -> bool:
-        return self.calibration.autocast is not None
-
-    def _choose(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[Choice]:
+    def _choose(self, scanned: Scanned) -> list[Choice]:
         """One unit, or with --one-shot all at once (whole blocks, by the same evidence)."""
         if not self.config.one_shot or self.wanted is None:
-            first, why = self.rules.first(model, layout, result, evidence)
+            first, why = self.rules.first(scanned)
             if first is None:
                 raise InputError(f"nothing can be dropped: {why}")
             return [first]
+        model, layout, result = scanned.model, scanned.layout, scanned.result
         droppable = self.droppable(model, layout, result.candidates)
         allowed = result.eligible(droppable, self.config.strategy)
-        found = (result.candidates, evidence, self.config.strategy)
+        found = (result.candidates, scanned.evidence, self.config.strategy)
         count = (len(layout) - self.wanted) // self.length
         if "angular" in scores.parts(self.config.strategy):
             return at_once.nearest_run(model, *found, count, allowed=droppable)
         return at_once.apart(model, *found, count, tolerance=self.rules.tolerance, allowed=allowed)
 
-    def _together(
-        self,
-        model: Any,
-        layout: Layout,
-        result: ScanResult,
-        evidence: Evidence,
-        first: Choice,
-        parts: Path,
-        share: Share,
-    ) -> tuple[list[Choice], list[Joint]]:
-        """`first` and what can go with it; every set that is tried is kept in the file `parts`, as the scan's batches.
-
-        What is not harmless alone is not tried, and after `max_joint` failures nothing more is. No set goes beyond a
-        target: as soon as the trial of one is small enough, nothing is added to it.
-        """
-        config, candidates, intact = self.config, result.candidates, whole(len(layout))
-        least = targets.least_depth(config, self.base_depth)
-        alone = {i for i in self.droppable(model, layout, candidates) if self._harmless_alone(result, i)}
-        known = [Joint.load(record["joint"]) for record in self._kept(parts, share) if "joint" in record]
-        choices = {first.index: first}
-
-        def without(chosen: tuple[int, ...]) -> Layout:
-            return remove_all(intact, [candidates[i] for i in chosen])
-
-        def following(chosen: tuple[int, ...], refused: frozenset[int]) -> int | None:
-            with trial(model, without(chosen)):
-                if targets.reached(config, self.base_depth, sizes.size(model, self.save_dtype)):
-                    return None
-            gone = set().union(*(halves(candidates[i]) for i in chosen))
-            free = {i for i in alone - refused if gone.isdisjoint(halves(candidates[i]))}
-            if not free or len(refused) == config.max_joint or len(layout) - (len(chosen) + 1) * self.length < least:
-                return None
-            choice = select.choose(candidates, evidence, config.strategy, tolerance=self.rules.tolerance, allowed=free)
-            choices[choice.index] = choice
-            return choice.index
-
-        def attempt(chosen: tuple[int, ...]) -> Joint | None:
-            for found in known:
-                if found.units == chosen:
-                    return found
-            if legality.refusal(model, without(chosen)) is not None:
-                return None
-            with trial(model, without(chosen)):
-                value = self.calibration.evaluate(model, self.metric, share)
-            found = Joint(chosen, value.value, value.loss)
-            self._keep(parts, share, {"joint": found.record()})
-            return found
-
-        chosen, tried = joint.grow(
-            first.index, following, attempt, lambda found: self._harmless(result, found), config.max_joint
-        )
-        return [choices[i] for i in chosen], tried
-
-    @property
-    def _harmless_points(self) -> float:
-        """Accuracy points that a set of several units may cost: those of a tie as asked for, else of one question."""
-        question = select.one_question(self.metric, len(self.calibration.items))
-        return question if self.config.tie_tolerance is None else self.rules.tolerance
-
-    def _harmless(self, result: ScanResult, found: Joint) -> bool:
-        return joint.harmless(found, result.intact, self.config.joint_tolerance, self._harmless_points)
-
-    def _harmless_alone(self, result: ScanResult, index: int) -> bool:
-        if not result.trials:
-            return True
-        trial_ = result.trials[index]
-        return self._harmless(result, Joint((index,), trial_.value, trial_.loss))
-
-    def _order(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> list[int]:
+    def _order(self, scanned: Scanned) -> list[int]:
         """Original indices of the present blocks' attentions, those most likely to stay first.
 
         Blocks that may not go come before all others. Of the rest, one that goes with several runs is as likely to stay
         as the least important of them. Ties go by the score that breaks them, by the norm where the strategy has none.
         """
-        free = self.droppable(model, layout, result.candidates)
+        layout, result, evidence = scanned.layout, scanned.result, scanned.evidence
+        free = self.droppable(scanned.model, layout, result.candidates)
         open_ = {place for i in free for place in result.candidates[i].blocks}
         decides, *breaks = scores.parts(self.config.strategy)
         decider = scores.importance(decides, evidence)

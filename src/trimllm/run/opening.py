@@ -26,8 +26,6 @@ def lines(config: TrimConfig, loaded: Loaded, ready: Prepared, accelerator: Any,
         f"{len(data.test):,} reported; {account.KINDS[data.kind]}, metric {data.metric}"
     )
     said += [f"  {note}" for note in (*data.notes, *scorer_notes(ready))]
-    if few := account.few_rows(data.calibration):
-        said.append(f"warning: {few}")
     said.append(account.device_line(config, accelerator))
     if ready.text_rows:
         said.append(account.text_line(config, ready.text_rows, ready.task_rows, ready.ahead))

@@ -22,6 +22,8 @@ class Outcome:
 
     config: TrimConfig
     data: TaskData
+    warned: tuple[str, ...]
+    """What the user was warned of before the first stage."""
     origin: Origin
     """The base, with its SHA-256."""
     base: Row

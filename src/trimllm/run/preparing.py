@@ -16,7 +16,7 @@ from trimllm.config import TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs
 from trimllm.evaluation.evaluate import Scorer
-from trimllm.run import checks, sizes, targets, used_rows
+from trimllm.run import account, checks, sizes, targets, used_rows
 from trimllm.run.deciding import Decider
 from trimllm.run.journal import Journal
 from trimllm.tasks import TaskData
@@ -29,6 +29,8 @@ class Prepared:
     """What stays the same from the first stage to the last."""
 
     data: TaskData
+    warnings: tuple[str, ...]
+    """What may make the result worth less, known from the rows alone."""
     tokenizer: Any
     save_dtype: torch.dtype
     """That of the result."""
@@ -88,8 +90,11 @@ def prepare(config: TrimConfig, loaded: Loaded, earlier: Journal, autocast: Auto
     decider = Decider(config, model, calibration, data.metric, save_dtype)
     decider.check(model)
     train.check(model, config)
+    few = account.few_rows(data.calibration)
+    seen = used_rows.warnings(config.model, data, config.seed)
     return Prepared(
-        data=replace(data, notes=(*data.notes, *cut, *used_rows.warnings(config.model, data, config.seed))),
+        data=replace(data, notes=(*data.notes, *cut)),
+        warnings=(*seen, *filter(None, [few])),
         tokenizer=tokenizer,
         save_dtype=save_dtype,
         base_depth=depth,

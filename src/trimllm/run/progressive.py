@@ -143,7 +143,7 @@ class Run:
         if not earlier.of("done") and (
             tight := checks.disk(self.config, loaded.model, self.ready.decider, self.ready.ahead)
         ):
-            self.console.say(tight)
+            self.console.warn(tight)
         asked = self.ready.digests()
         rundir.same_data(rundir.data_of(earlier), asked, self.config, f"the run in {self.config.output}")
         self.journal = Journal(
@@ -192,6 +192,8 @@ class Run:
         begun = bool(self.journal.of("base"))
         for line in opening.lines(self.config, loaded, self.ready, self.accelerator, begun=begun):
             self.console.say(line)
+        for line in self.ready.warnings:
+            self.console.warn(line)
         self.said = opening.scorer_notes(self.ready)
         if not begun:
             self.recorder.record("base", loaded.model, whole(self.ready.base_depth))
@@ -250,7 +252,7 @@ class Run:
             elif state.end:
                 self.console.say(f"end of the drops: {state.end.words}")
                 if missed := targets.missed(config, state.end):
-                    self.console.say(f"warning: {missed}")
+                    self.console.warn(missed)
                 return
             else:
                 self._drop(state)
@@ -273,19 +275,15 @@ class Run:
 
     def _stage(self, state: State, epochs: float, name: str) -> None:
         """Train, save, evaluate; on disk when it returns. What a kill left trained is only evaluated."""
-        config, warm = self.config, state.stages == 0
+        warm = state.stages == 0
         if state.trained is None:
             state.trained = self._train(state, epochs, name)
         known = {"stage": state.stages, "train": state.trained, "dropped": state.pending}
         row, base = self.recorder.record("stage", state.model, state.layout, **known), self.journal.of("base")[0]
         chance = account.guessing(row, self.ready.data.calibration) if warm else None
         for warning in filter(None, [chance, account.worsened(row, base)]):
-            self.console.say(f"warning: {warning}")
-        if (
-            warm
-            and not config.distill
-            and (time := account.time_ahead(self.ready.ahead, self.ready.tokens_per_epoch, row))
-        ):
+            self.console.warn(warning)
+        if warm and (time := account.time_ahead(self.config, self.ready.ahead, self.ready.tokens_per_epoch, row)):
             self.console.say(time)
         state.stages += 1
         state.pending, state.trained = [], None
@@ -336,11 +334,12 @@ class Run:
     def _underway(self, state: State, remedies: dict[str, float]) -> Underway:
         """Where the stage that follows is saved on the way; it leaves room for its checkpoint. With another remedy it
         begins anew."""
-        config, model = self.config, state.model
-        reserve = verification.weight_bytes(model) + config.carries_state * optimizer_state.most_bytes(config, model)
+        model, reserve = state.model, verification.weight_bytes(state.model)
+        if self._carries(state.pending):
+            reserve += optimizer_state.most_bytes(self.config, model)
         return Underway(
             self.dir.underway,
-            config.checkpoint_minutes,
+            self.config.checkpoint_minutes,
             number=state.stages,
             remedies=remedies,
             reserve=reserve,
@@ -389,9 +388,7 @@ class Run:
         state.moments = optimizer_state.present(state.moments, state.model)
         before, state.layout = state.layout, after
         state.end = targets.reached(self.config, self.ready.base_depth, self.recorder.size(state.model))
-        if state.end is None and not self.ready.decider.droppable(state.model, state.layout):
-            few = self.ready.decider.rules.too_few(len(state.layout))
-            state.end = End.least(self.config) if few else targets.STUCK
+        state.end = state.end or self.ready.decider.stuck(state.model, state.layout)
         if self.share.first:
             files.write_json(parts.with_suffix(".json"), self.ready.decider.table(decision, before))
         state.pending.append(
@@ -431,6 +428,7 @@ class Run:
         models.cast(model, self.ready.save_dtype)
         origin = replace(self.ready.origin, sha256=fingerprint)
         verified = self._save(model, layout, origin) if self.share.first else None
+        state.model = model = None  # the saved one, and then the base, are loaded in its place
         self.accelerator.wait_for_everyone()
         saved, row = self._load(self.dir.model), self.journal.events[-1]
         if (row["event"], row.get("layout")) != ("saved", good["layout"]):  # or of another depth: floors may be lowered
@@ -440,6 +438,7 @@ class Run:
                 Outcome(
                     config=self.config,
                     data=self.ready.data,
+                    warned=self.ready.warnings,
                     origin=origin,
                     base=self.journal.of("base")[0],
                     stages=stages,
@@ -478,7 +477,7 @@ class Run:
         files.write_atomic(self.dir.model / "README.md", model_card.trimmed(run))
         files.write_json(self.dir.result, account.result(run))
         for line in account.at_the_end(run):
-            self.console.say(f"warning: {line}")
+            self.console.warn(line)
         depth, reached = len(run.layout), f"{run.data.metric} {account.percent(run.saved['test'])}"
         self.console.say(
             f"saved {self.dir.model}: {depth} of {run.base_depth} layers, {reached}, reloaded and compared"

@@ -196,7 +196,7 @@ def space_note(output: str | Path, most: int) -> str | None:
     if free >= most:
         return None
     sizes = f"up to {most / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-    return f"warning: --keep-checkpoints needs {sizes}: a full disk interrupts the run"
+    return f"--keep-checkpoints needs {sizes}: a full disk interrupts the run"
 
 
 def _space(output: str | Path, needed: int) -> tuple[int, int]:

@@ -34,9 +34,10 @@ class End:
         return cls(drop["ended_by"], words, drop["speedup"]) if words else None
 
     @classmethod
-    def least(cls, config: TrimConfig) -> End:
-        """No layer may go, for --min-depth."""
-        return cls("min_depth", f"the minimum depth, {config.min_depth}")
+    def least(cls, config: TrimConfig, depth: int) -> End:
+        """At this depth no layer may go, for --min-depth; where that is less, layers go several at a time."""
+        below = ": the next drop would leave fewer layers" if depth > config.min_depth else ""
+        return cls("min_depth", f"the minimum depth, {config.min_depth}{below}")
 
 
 STUCK = End("stuck", "every layer that remains is protected or cannot be removed")
@@ -86,7 +87,7 @@ def reached(config: TrimConfig, base_depth: int, size: Size) -> End | None:
         return End("max_memory", f"{size.bytes / GIB:.3f} GiB")
     if config.target_speedup is not None and size.speedup is not None and size.speedup >= config.target_speedup:
         return End("target_speedup", f"{size.speedup:.2f} times the base's speed", size.speedup)
-    return End.least(config) if size.depth <= config.min_depth else None
+    return End.least(config, size.depth) if size.depth <= config.min_depth else None
 
 
 def check_possible(config: TrimConfig, base_depth: int, least: Size) -> None:

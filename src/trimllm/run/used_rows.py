@@ -67,11 +67,11 @@ def warnings(model: str | Path, data: TaskData, seed: int, *, at: Path | None = 
     remedy = f": give --seed {used.seed}, as there" if used.seed not in (None, seed) else ""
     if count := _among(data.test, used.trained | used.decided):
         rows = f"{count:,} of {len(data.test):,} reported rows"
-        told = f"warning: {model} was made with {rows} (trained on, or chosen by), and is kind to them"
+        told = f"{model} was made with {rows} (trained on, or chosen by), and is kind to them"
         found.append(told + (remedy if data.drawn else ""))
     if count := _among(data.calibration, used.trained):
         rows = f"{count:,} of {len(data.calibration):,} calibration rows"
-        found.append(f"warning: {model} was trained on {rows}, by which layers are to be chosen{remedy}")
+        found.append(f"{model} was trained on {rows}, by which layers are to be chosen{remedy}")
     return found
 
 
