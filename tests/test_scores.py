@@ -8,7 +8,7 @@ import pytest
 from trimllm.config import STRATEGIES
 from trimllm.errors import InputError
 from trimllm.importance import scores
-from trimllm.importance.scores import SCORES, Evidence, importance, needs, parts, s_norm, s_scan
+from trimllm.importance.scores import SCORES, Evidence, breaking, deciding, importance, needs, s_norm, s_scan
 
 PLACES = np.arange(8.0)
 
@@ -105,7 +105,7 @@ def test_every_score_reads_only_what_it_says(name):
 
 
 def test_strategies_name_their_scores_and_needs():
-    assert parts("scan+norm") == ("scan", "norm")
+    assert (deciding("scan+norm"), breaking("scan+norm"), breaking("scan")) == ("scan", "norm", None)
     assert needs("scan+norm") == {"accuracy", "norm"}
     assert needs("scan+loss") == {"accuracy", "loss"}
     assert needs("scan+probability") == {"accuracy", "probability"}
@@ -113,7 +113,8 @@ def test_strategies_name_their_scores_and_needs():
     assert needs("scan") == {"accuracy"}
     assert needs("last") == set()
     for strategy in STRATEGIES:
-        assert all(name in SCORES for name in parts(strategy))
+        assert deciding(strategy) in SCORES
+        assert breaking(strategy) in (None, *SCORES)
 
 
 @pytest.mark.parametrize(

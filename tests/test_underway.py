@@ -24,7 +24,7 @@ from trimllm.startup import Terminated
 from trimllm.training import optimizer_state, train, underway
 from trimllm.training.packing import Example
 from trimllm.training.step import Stepper
-from trimllm.training.underway import Progress, Underway
+from trimllm.training.underway import Progress, Training, Underway
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -232,7 +232,7 @@ def test_where_the_disk_fills_later_what_was_saved_stays_and_room_is_used_again(
     saved = Underway(tmp_path / "stage.pt", 1.0, say=said.append, reserve=10**8)
     for step, room in ((3, 10**9), (5, 10**7), (7, 10**7), (9, 10**9)):
         free[0] = room
-        saved.write(model, parameters, optimizer, 20, Progress(steps=step))
+        saved.write(Training(model, parameters, optimizer, 20), Progress(steps=step))
         assert saved.step == (3 if room == 10**7 else step)
     first, line = said
     assert first.startswith("  saved within the stage, after step 3 of 20 (")
@@ -378,7 +378,7 @@ def test_time_between_saves(monkeypatch, tmp_path):
         now[0] += 60.0
 
     monkeypatch.setattr(torch, "save", slow)
-    saved.write(model, list(model.parameters()), optimizer, 9, Progress())
+    saved.write(Training(model, list(model.parameters()), optimizer, 9), Progress())
     now[0] += 1190.0
     assert not saved.due(), "a save takes a minute: one in twenty"
     now[0] += 20.0
@@ -393,7 +393,7 @@ def test_weights_that_share_their_storage_with_others_are_saved_alone(tmp_path):
     large[: parameters[0].numel()] = parameters[0].data
     parameters[0].data = large[: parameters[0].numel()]
     saved = Underway(tmp_path / "stage.pt", 1.0)
-    saved.write(model, parameters, torch.optim.AdamW(parameters), 9, Progress(steps=1))
+    saved.write(Training(model, parameters, torch.optim.AdamW(parameters), 9), Progress(steps=1))
     assert saved.path.stat().st_size < 10_000
 
 

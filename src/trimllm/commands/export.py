@@ -16,7 +16,8 @@ def run(command: config.ExportConfig) -> None:
     """A kept depth of a run as a checkpoint, or a checkpoint in another format."""
     target = Path(command.output or _default_target(command))
     if command.to == "checkpoint":
-        folders.check_target(target, source=rundir.RunDir(command.source).checkpoint(command.depth or 0))
+        assert command.depth is not None  # the settings see to it
+        folders.check_target(target, source=rundir.RunDir(command.source).checkpoint(command.depth))
         report = source.save_depth(command, target)
         print(f"{target}: {command.depth} layers, reloaded and compared ({shared.differences(report)})")
         return

@@ -101,9 +101,6 @@ class Settings(BaseModel):
         return self
 
 
-S = TypeVar("S", bound=Settings)
-
-
 def each_path(value: Any, change: Callable[[str], str]) -> Any:
     """The strings in the value of a setting, changed."""
     if isinstance(value, dict):

@@ -35,7 +35,7 @@ def check(model: Any, candidates: Sequence[Unit], strategy: str, count: int, all
     Raises:
         InputError: in that case.
     """
-    if "angular" in scores.parts(strategy):
+    if scores.deciding(strategy) == "angular":
         runs(model, candidates, strategy, count, allowed)
     elif most_apart(candidates[i] for i in allowed) < count:
         raise _too_few(count * candidates[0].length)

@@ -81,7 +81,7 @@ class Rules:
         """The race that `--scan racing` asks for, among the units that may go."""
         if self.settings.scan == "exact":
             return None
-        every, by_norm = self.candidates(len(layout)), "norm" in scores.parts(self.settings.strategy)
+        every, by_norm = self.candidates(len(layout)), scores.breaking(self.settings.strategy) == "norm"
         allowed = frozenset(every[i] for i in self.free(model, layout, every)[0])
         tolerance = self.tolerance if by_norm else 0.0
         return Race(self.settings.confidence, tolerance, by_norm, allowed, self._seed(layout))

@@ -25,8 +25,7 @@ from trimllm.evaluation.forward import Pieces
 from trimllm.evaluation.judging import Evaluation
 from trimllm.importance import deletion, racing
 from trimllm.importance.deletion import Part
-from trimllm.importance.scores import Array, Evidence, importance, needs, s_norm
-from trimllm.importance.scores import parts as parts_of
+from trimllm.importance.scores import Array, Evidence, deciding, importance, needs, s_norm
 from trimllm.parallel import ALONE, Share
 from trimllm.tasks.spec import is_accuracy
 
@@ -68,7 +67,7 @@ class ScanResult:
     def eligible(self, allowed: Collection[int], strategy: str) -> set[int]:
         """Those of the `allowed` candidates that may go first: no race stopped them; for angular, their run fits."""
         found = set(allowed) if self.running is None else set(allowed) & set(self.running)
-        return {i for i in found if parts_of(strategy)[0] != "angular" or np.isfinite(self.run_angle[i])}
+        return {i for i in found if deciding(strategy) != "angular" or np.isfinite(self.run_angle[i])}
 
     def evidence(self, position: Array, depth: int, seed: int = 0, **extra: Array) -> Evidence:
         """What the scores need; `position` (n,) is that of each candidate in the original model of `depth` blocks."""
@@ -274,11 +273,11 @@ def positions(candidates: Sequence[Unit], original: Sequence[int]) -> Array:
 
 def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence[str]) -> dict[str, Any]:
     """What a scan found, for scan.json: the intact model, and one row per candidate in order of depth."""
-    decider = importance(parts_of(strategy)[0], evidence)
+    values = importance(deciding(strategy), evidence)
     norms = s_norm(evidence.norm) if evidence.norm is not None else None
     rows = []
     for i, name in enumerate(names):
-        row: dict[str, Any] = {"unit": name, "importance": float(decider[i]) if np.isfinite(decider[i]) else None}
+        row: dict[str, Any] = {"unit": name, "importance": float(values[i]) if np.isfinite(values[i]) else None}
         if result.trials:
             trial = result.trials[i]
             row |= {

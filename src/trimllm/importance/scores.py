@@ -183,11 +183,20 @@ def needs(strategy: str) -> frozenset[str]:
     Raises:
         InputError: for an unknown strategy, with the nearest name.
     """
-    return frozenset(field for name in parts(strategy) for field in SCORES[name].needs)
+    return frozenset(field for name in _parts(strategy) for field in SCORES[name].needs)
 
 
-def parts(strategy: str) -> tuple[str, ...]:
-    """The scores of a strategy: the one that decides, and the one that breaks ties if there is one."""
+def deciding(strategy: str) -> str:
+    """The score that a strategy decides by."""
+    return _parts(strategy)[0]
+
+
+def breaking(strategy: str) -> str | None:
+    """The score that breaks its ties, if there is one."""
+    return next(iter(_parts(strategy)[1:]), None)
+
+
+def _parts(strategy: str) -> tuple[str, ...]:
     names = tuple(strategy.split("+"))
     if strategy not in STRATEGIES:
         raise InputError(unknown_strategy(strategy))
@@ -200,7 +209,7 @@ def importance(name: str, evidence: Evidence) -> Array:
     Raises:
         InputError: if the score needs something that was not measured.
     """
-    score = SCORES[parts(name)[0]]
+    score = SCORES[deciding(name)]
     missing = [field for field in score.needs if getattr(evidence, field) is None]
     if missing:
         raise InputError(f"score {name!r} needs {', '.join(missing)}, which was not measured")

@@ -53,16 +53,16 @@ def choose(
     open_ = sorted(range(len(candidates)) if allowed is None else set(allowed))
     if not open_:
         raise InputError("every remaining layer is protected: protect fewer, or ask for a smaller drop")
-    decider, *breakers = scores.parts(strategy)
-    values = scores.importance(decider, evidence)
+    breaker = scores.breaking(strategy)
+    values = scores.importance(scores.deciding(strategy), evidence)
     if np.isnan(values[open_]).all():
         raise InputError(f"--strategy {strategy}: none of the {len(open_)} candidates has a score that is a number")
     values = np.where(np.isnan(values), np.inf, values)
-    tied = _tied(values, evidence, open_, tolerance if breakers else 0.0)
-    ranks = scores.importance(breakers[0], evidence) if breakers else np.zeros(len(candidates))
+    tied = _tied(values, evidence, open_, tolerance if breaker else 0.0)
+    ranks = scores.importance(breaker, evidence) if breaker else np.zeros(len(candidates))
     index = min(tied, key=lambda i: (ranks[i], -evidence.position[i]))
     others = len(tied) - 1
-    rule = f"by the scan, {BREAKS_TIES[breakers[0]]}" if breakers else "in importance, deepest"
+    rule = f"by the scan, {BREAKS_TIES[breaker]}" if breaker else "in importance, deepest"
     why = f"tied with {others} other{'s' if others > 1 else ''} {rule}" if others else "least important"
     return Choice(candidates[index], index, float(values[index]), tuple(tied), why)
 

@@ -16,7 +16,7 @@ from trimllm.evaluation.judging import Evaluation
 from trimllm.evaluation.paired import shown, unanimous
 from trimllm.importance.joint import Joint, accepted
 from trimllm.importance.scan import ScanResult
-from trimllm.importance.scores import parts
+from trimllm.importance.scores import deciding
 from trimllm.importance.select import Choice
 from trimllm.run import targets
 from trimllm.run.outcome import Outcome
@@ -282,7 +282,7 @@ def _asked(found: Evaluation, strategy: str) -> str:
     """What a trial deletion was asked, the score that decides first."""
     if not is_accuracy(found.metric):
         return f"likelihood {found.value:.1f}"
-    sure = found.probability is not None and parts(strategy)[0] == "probability"
+    sure = found.probability is not None and deciding(strategy) == "probability"
     return f"probability {found.probability:.1f} and {found.metric} {found.value:.1f}" if sure else f"{found.value:.1f}"
 
 

@@ -112,7 +112,7 @@ class Decider:
 
     def _no_run(self, depth: int, free: Collection[int]) -> str | None:
         """Why angular, which goes by runs that begin with a unit, has a score for none of the `free` ones."""
-        if scores.parts(self.config.strategy)[0] != "angular":
+        if scores.deciding(self.config.strategy) != "angular":
             return None
         run, candidates = self._run(depth), self.rules.candidates(depth)
         if any(activations.ends(candidates[i])[0] + run <= depth for i in free):
@@ -167,7 +167,7 @@ class Decider:
         allowed = result.eligible(droppable, self.config.strategy)
         found = (result.candidates, scanned.evidence, self.config.strategy)
         count = (len(layout) - self.wanted) // self.length
-        if "angular" in scores.parts(self.config.strategy):
+        if scores.deciding(self.config.strategy) == "angular":
             return at_once.nearest_run(model, *found, count, allowed=droppable)
         return at_once.apart(model, *found, count, tolerance=self.rules.tolerance, allowed=allowed)
 
@@ -180,14 +180,14 @@ class Decider:
         layout, result, evidence = scanned.layout, scanned.result, scanned.evidence
         free = self.droppable(scanned.model, layout, result.candidates)
         open_ = {place for i in free for place in result.candidates[i].blocks}
-        decides, *breaks = scores.parts(self.config.strategy)
-        decider = scores.importance(decides, evidence)
-        breaker = scores.importance(breaks[0] if breaks else "norm", evidence)
-        together = max(self.length, self._run(len(layout)) if decides == "angular" else 1)
+        by = scores.deciding(self.config.strategy)
+        values = scores.importance(by, evidence)
+        breaks = scores.importance(scores.breaking(self.config.strategy) or "norm", evidence)
+        together = max(self.length, self._run(len(layout)) if by == "angular" else 1)
         blocks = {i: unit.index for i, unit in enumerate(result.candidates) if unit.kind == "block"}
         rank = {}
         for place in range(len(layout)):
-            runs = [(decider[i], breaker[i]) for i, begin in blocks.items() if begin <= place < begin + together]
+            runs = [(values[i], breaks[i]) for i, begin in blocks.items() if begin <= place < begin + together]
             if runs or place not in open_:
                 rank[place] = (place not in open_, *min(runs, default=(0.0, 0.0)))
         order = sorted(rank, key=lambda place: ([-value for value in rank[place]], place))

@@ -14,7 +14,7 @@ from trimllm.blocks.layout import Layout, whole_layers
 from trimllm.checkpoints import loading
 from trimllm.checkpoints.origin import Origin
 from trimllm.config import TrimConfig
-from trimllm.importance.scores import parts
+from trimllm.importance.scores import deciding
 from trimllm.offline import is_path
 from trimllm.run import licences
 from trimllm.run.account import above_line, depth_table, faster_line, percent
@@ -236,7 +236,7 @@ def _scores(config: TrimConfig, stages: list[dict[str, Any]], depth: int) -> str
         return "Nothing was dropped on the way there."
     asked = drops[0]["metric"]
     by = "importance, the score that decided, is 100 less the mean probability of the right choice"
-    by = f"; {by}" if parts(config.strategy)[0] == "probability" and is_accuracy(asked) else ""
+    by = f"; {by}" if deciding(config.strategy) == "probability" and is_accuracy(asked) else ""
     lines = [
         f"What went, in this order; `{asked} without it` is that of the trial deletion, on the calibration rows{by}:",
         "",

@@ -33,11 +33,9 @@ def lines(config: TrimConfig, loaded: Loaded, ready: Prepared, accelerator: Any,
     may_change = config.scan == "exact" and config.schedule != "recover" and not begun
     if may_change and (slow := scan.many_choices_note(ready.calibration, config.strategy)):
         said.append(f"  {slow}")
-    _, *breaks = scores.parts(config.strategy)
-    if breaks and decider.rules.tolerance:
-        said.append(
-            f"candidates within {decider.rules.tolerance:.2f} points are tied: the {BREAKS_TIES[breaks[0]]} goes"
-        )
+    breaker = scores.breaking(config.strategy)
+    if breaker and decider.rules.tolerance:
+        said.append(f"candidates within {decider.rules.tolerance:.2f} points are tied: the {BREAKS_TIES[breaker]} goes")
     return said
 
 

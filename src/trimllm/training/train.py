@@ -28,7 +28,7 @@ from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
 from trimllm.training.packing import Example
 from trimllm.training.step import stepper
-from trimllm.training.underway import Progress, Underway
+from trimllm.training.underway import Progress, Training, Underway
 
 WARMUP_SHARE = 0.06
 """Share of a stage's steps over which the learning rate rises."""
@@ -152,11 +152,12 @@ def train_stage(
         _checkpointing(model, on=True)
     model.train()
     optimizer = adamw(parameters, settings, accelerator.device)
-    found = underway.find(model, parameters, len(plan), accelerator) if underway else None
+    training = Training(model, parameters, optimizer, len(plan))
+    found = underway.find(training, accelerator) if underway else None
     if found is not None:
         if moments:
             moments.clear()  # what it knew at the beginning
-        found.restore(model, parameters, optimizer)
+        found.restore(training)
         steps.progress = found.progress
         if watch:
             watch.losses[:] = found.progress.watched
@@ -204,10 +205,10 @@ def train_stage(
                 if ended:
                     break
             if underway and number + 1 < len(plan) and underway.due():
-                underway.write(model, parameters, optimizer, len(plan), now())
+                underway.write(training, now())
     except (KeyboardInterrupt, Terminated):
         if underway and between:
-            underway.end(model, parameters, optimizer, len(plan), now())
+            underway.end(training, now())
         raise
     finally:
         if settings.gradient_checkpointing:

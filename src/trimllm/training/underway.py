@@ -61,7 +61,21 @@ class Progress:
     """What the stage's watch has seen (see `recovery.Recovery`)."""
 
 
-Parameters = Sequence[torch.nn.Parameter]
+@dataclass(frozen=True)
+class Training:
+    """A stage that trains."""
+
+    model: Any
+    parameters: Sequence[torch.nn.Parameter]
+    """Those that train."""
+    optimizer: torch.optim.Optimizer
+    steps: int
+    """Of the whole stage."""
+
+    def named(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters by their names in the model."""
+        wanted = set(self.parameters)
+        return {name: one for name, one in self.model.named_parameters() if one in wanted}
 
 
 @dataclass(frozen=True)
@@ -72,16 +86,16 @@ class Saved:
     weights: dict[str, torch.Tensor]
     moments: dict[str, dict[str, torch.Tensor]]
 
-    def restore(self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, training: Training) -> None:
         """Take up the weights, and what the optimizer knew of them."""
         known = optimizer_state.Moments()
         with torch.no_grad():
-            for name, parameter in _named(model, parameters).items():
+            for name, parameter in training.named().items():
                 parameter.copy_(self.weights[name])
                 if name in self.moments:
                     state = self.moments[name].items()
                     known[parameter] = {key: _apart(key, value, parameter.device) for key, value in state}
-        optimizer_state.restore(optimizer, known)
+        optimizer_state.restore(training.optimizer, known)
 
 
 class Underway:
@@ -116,18 +130,18 @@ class Underway:
         """Where the stage would go on."""
         self.warned = self.told = False
 
-    def find(self, model: Any, parameters: Parameters, steps: int, accelerator: Any) -> Saved | None:
-        """What is saved of this stage of so many steps, if all processes see the same; every one must call it."""
-        found = self._read(model, parameters, steps)
+    def find(self, training: Training, accelerator: Any) -> Saved | None:
+        """What is saved of this stage, if all processes see the same; every one must call it."""
+        found = self._read(training)
         here = 0 if found is None else found.progress.steps
         seen = accelerator.gather(torch.tensor([here], device=accelerator.device)).tolist()
         if found is None or min(seen) != max(seen):
             return None
         self.step = here
-        self.say(f"  going on after step {here} of {steps}")
+        self.say(f"  going on after step {here} of {training.steps}")
         return found
 
-    def _read(self, model: Any, parameters: Parameters, steps: int) -> Saved | None:
+    def _read(self, training: Training) -> Saved | None:
         if not self.path.exists():
             return None
         try:
@@ -141,8 +155,8 @@ class Underway:
             why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it is damaged"
             self.say(f"  {self.path} cannot be read ({why}): the stage begins anew")
             return None
-        now = {name: (one.shape, one.dtype) for name, one in _named(model, parameters).items()}
-        if (number, remedies, of, shapes) == (self.number, self.remedies, steps, now):
+        now = {name: (one.shape, one.dtype) for name, one in training.named().items()}
+        if (number, remedies, of, shapes) == (self.number, self.remedies, training.steps, now):
             return saved
         others = [name for name, value in remedies.items() if value != self.remedies.get(name)]
         if others and number == self.number:
@@ -155,13 +169,11 @@ class Underway:
         pause = max(60 * self.minutes, self.took / SHARE)
         return self.writes and self.minutes > 0 and time.monotonic() - self.saved >= pause
 
-    def write(
-        self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int, progress: Progress
-    ) -> None:
+    def write(self, training: Training, progress: Progress) -> None:
         """Write it. Where the disk has no room, a line says so once, and what was saved before stays."""
         begun = self.saved = time.monotonic()  # where it fails, it is tried again after as long
-        named = _named(model, parameters)
-        moments = {name: optimizer.state[one] for name, one in named.items() if one in optimizer.state}
+        named, known = training.named(), training.optimizer.state
+        moments = {name: known[one] for name, one in named.items() if one in known}
         tensors = [*named.values(), *(value for state in moments.values() for value in state.values())]
         needed, free = sum(one.nbytes for one in tensors), shutil.disk_usage(self.path.parent).free
         if free < needed + self.reserve:
@@ -170,7 +182,7 @@ class Underway:
         record = {
             "number": self.number,
             "remedies": self.remedies,
-            "of": steps,
+            "of": training.steps,
             "progress": asdict(progress),
             "weights": {name: _alone(one.detach()) for name, one in named.items()},
             "moments": {name: {key: _alone(value) for key, value in state.items()} for name, state in moments.items()},
@@ -184,16 +196,14 @@ class Underway:
             self.saved = time.monotonic()
             self.took, self.step = self.saved - begun, progress.steps
             if not self.told:
-                self.say(f"  saved within the stage, after step {self.step} of {steps} ({files.size(needed)})")
+                self.say(f"  saved within the stage, after step {self.step} of {training.steps} ({files.size(needed)})")
             self.told = True
 
-    def end(
-        self, model: Any, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int, progress: Progress
-    ) -> None:
+    def end(self, training: Training, progress: Progress) -> None:
         """Write it once more, since the process is to end."""
         if self.writes and self.minutes > 0 and progress.steps > self.step:
             self.told = False
-            self.write(model, parameters, optimizer, steps, progress)
+            self.write(training, progress)
 
     def _warn(self, why: str) -> None:
         if not self.warned:
@@ -223,11 +233,6 @@ def _check(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(damaged)
-
-
-def _named(model: Any, parameters: Parameters) -> dict[str, torch.nn.Parameter]:
-    wanted = set(parameters)
-    return {name: one for name, one in model.named_parameters() if one in wanted}
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
