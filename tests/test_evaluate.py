@@ -20,7 +20,7 @@ from trimllm.evaluation.encoding import encode_pair
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.evaluation.generation import cut_note, generate
 from trimllm.evaluation.judging import Scores, judge
-from trimllm.evaluation.paired import difference, shown, unanimous
+from trimllm.evaluation.paired import answers, apart, difference, shown, unanimous
 from trimllm.tasks.items import Item
 
 WIDE = {"sliding_window": 48}
@@ -333,8 +333,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_taken_and_a_row_with_one
     more.pad_token = f"<image{surplus - 1}>"
     expected = Scorer(model, tokenizer, questions).score(model)
     assert Scorer(model, more, questions).score(model) == expected
-    answers = [generate(model, each, questions, max_new_tokens=2) for each in (tokenizer, more)]
-    assert answers[0] == answers[1]
+    found = [generate(model, each, questions, max_new_tokens=2) for each in (tokenizer, more)]
+    assert found[0] == found[1]
     item = Item("r:1", f"what <image{surplus - 1}>", (" a", " b"))
     for ask in (lambda: Scorer(model, more, [item]), lambda: generate(model, more, [item], max_new_tokens=2)):
         with pytest.raises(InputError, match=rf"a row holds '<image{surplus - 1}>', token \d+, and the model"):
@@ -354,8 +354,19 @@ def scores_of(loglik, tokens=None, greedy=None):
     return Scores(loglik, tokens, greedy or tuple(tuple(False for _ in row) for row in loglik))
 
 
-def choice_items(answers, lengths):
-    return [Item(f"r:{n}", "q", (" a", " b"), answer, lengths) for n, answer in enumerate(answers)]
+def choice_items(right, lengths):
+    return [Item(f"r:{n}", "q", (" a", " b"), answer, lengths) for n, answer in enumerate(right)]
+
+
+def test_kept_answers_name_no_group_and_compare_as_these_do():
+    groups = [None, "patient 7", None, "patient 7", "1", "2", None, "1"]
+    items = [Item(f"r:{n}", "q", (" a", " b"), 0, group=group) for n, group in enumerate(groups)]
+    one, other = [100.0, 100, 0, 100, 0, 0, 100, 0], [0.0] * 8
+    kept = [answers(values, items) for values in (one, other)]
+    assert kept[0]["groups"] == [None, "1", None, "1", "2", "3", None, "2"]
+    value, error = difference(one, other, groups)
+    assert apart(*kept) == {"difference": value, "stderr": error}
+    assert error != difference(one, other)[1], "groups count"
 
 
 def test_acc_takes_the_highest_sum_and_acc_norm_the_highest_per_character():

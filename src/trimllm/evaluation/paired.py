@@ -12,8 +12,10 @@ from trimllm.tasks.items import Item
 
 
 def answers(per_item: Sequence[float], items: Sequence[Item]) -> dict[str, Any]:
-    """What a file keeps of an evaluation, to compare it with others of the same items."""
-    return {"values": list(per_item), "groups": [item.group for item in items]}
+    """What a file keeps of an evaluation, to compare it with others of the same items: groups, which may be persons, as
+    numbers (in quotes: see `standard_error`)."""
+    numbers: dict[str | None, str | None] = {None: None}
+    return {"values": list(per_item), "groups": [numbers.setdefault(item.group, str(len(numbers))) for item in items]}
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
@@ -57,7 +59,7 @@ def standard_error(values: np.ndarray, groups: Sequence[str | None]) -> float:
     independent = math.sqrt(float(np.square(offsets).sum()) / max(n - 1, 1) / n)
     sums: dict[str | int, float] = {}
     for place, (offset, group) in enumerate(zip(offsets, groups, strict=True)):
-        own = place if group is None else group
+        own = place if group is None else group  # a number or a text: never the same
         sums[own] = sums.get(own, 0.0) + float(offset)
     if len(sums) < 2:
         return independent
