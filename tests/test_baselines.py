@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from trimllm.baselines import METHODS, Cell, compressor, layer_drop, llm_pruner, one_shot, streamline, trimmed, width
-from trimllm.baselines.job import Job
+from trimllm.baselines.job import SHARED, Job
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import whole, without
-from trimllm.config import CompareConfig
+from trimllm.config import CompareConfig, TrimConfig
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.training import packing
@@ -408,3 +408,10 @@ def test_settings_of_the_comparison_that_mean_nothing_to_a_method_do_not_stop_it
     assert job.trim_settings(keep=0.5, sparse_update="off").sparse_update == "off"
     one = job_of("one-shot", sparse_update="dynamic").trim_settings(keep=0.5, one_shot=True, sparse_update="dynamic")
     assert one.sparse_update == "filled"  # the default: by its only scan
+
+
+def test_settings_that_a_comparison_hands_to_its_runs_have_the_defaults_of_these():
+    assert len(SHARED) > 30
+    for name in SHARED:
+        ours, theirs = CompareConfig.model_fields[name], TrimConfig.model_fields[name]
+        assert ours.get_default(call_default_factory=True) == theirs.get_default(call_default_factory=True), name

@@ -1,7 +1,7 @@
 """Progressive layer dropping while fine-tuning: half the depth of a causal LM, as a stock checkpoint.
 
 import trimllm
-model, history = trimllm.trim(model="demo", task="demo_law", text="demo_law", lr=3e-4, output="runs/law")
+model, history = trimllm.trim(model="demo", task="demo_law", text="demo_law", lr=2e-3, output="runs/law")
 trimllm.drop_layers(model, [3, 7]); trimllm.save_trimmed(model, "trimmed")
 """
 

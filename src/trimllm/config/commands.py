@@ -216,6 +216,10 @@ class CompareConfig(SpeedSettings, TrainedModel, StrategySettings, DataSettings)
     """More epochs after the last drop."""
     optimizer_state: Literal["carried", "fresh"] = "carried"
     """What AdamW begins a stage of TrimLLM after a later drop with, as in `trimllm trim`."""
+    train_embeddings: bool = True
+    """In a comparison they always train, since most methods train everything."""
+    cache_frozen_prefix: Literal["off", "memory", "disk"] = "off"
+    """Not in a comparison, since most methods train everything."""
     eval_batch_size: Positive | None = None
     """Most tokens per batch in scans and evaluations (default: 4096; less where memory runs out)."""
     baselines_python: Location | None = None

@@ -30,7 +30,7 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
     """Trim a model: fine-tune on a task, drop the least important layer, go on until the target.
 
     Example:
-      trimllm trim --model demo --task demo_medicine --text demo_medicine --keep 0.5 --lr 3e-4 --output runs/medicine
+      trimllm trim --model demo --task demo_medicine --text demo_medicine --keep 0.5 --lr 2e-3 --output runs/medicine
       trimllm trim --output runs/medicine --resume
     """
 

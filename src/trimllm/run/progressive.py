@@ -1,7 +1,7 @@
 """The main job: fine-tune, scan, drop the least important unit, train on, until the target; then save and verify.
 
     import trimllm
-    model, history = trimllm.trim(model="demo", task="demo_law", text="demo_law", lr=3e-4, output="runs/law")
+    model, history = trimllm.trim(model="demo", task="demo_law", text="demo_law", lr=2e-3, output="runs/law")
 
 Every stage of training, every measurement and every drop is journaled when it is done. A run that was killed goes on
 from the last one: weights and what AdamW knows are those of the last checkpoint, or of what the stage that was under
