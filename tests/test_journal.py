@@ -19,7 +19,7 @@ from trimllm.blocks.layout import Block, dump_layout, load_layout, whole_layers
 from trimllm.checkpoints import loading
 from trimllm.config import CompareConfig, TrimConfig
 from trimllm.errors import InputError, TrimError
-from trimllm.run import journal, placing, progressive, rundir
+from trimllm.run import checks, journal, placing, rundir
 
 
 def test_events_come_back_in_order_with_their_values(tmp_path):
@@ -212,8 +212,8 @@ def test_half_written_leftovers_of_a_kill_are_removed(tmp_path):
 
 def test_too_little_space_is_said_before_the_run(tmp_path):
     with pytest.raises(InputError, match=r"iB free, about .* [GM]iB needed"):
-        rundir.check_space(tmp_path / "a" / "b", 2**62)
-    rundir.check_space(tmp_path / "a" / "b", 1)
+        checks.check_space(tmp_path / "a" / "b", 2**62)
+    checks.check_space(tmp_path / "a" / "b", 1)
 
 
 def test_weights_that_stand_there_need_no_more_space(tmp_path, monkeypatch):
@@ -222,9 +222,9 @@ def test_weights_that_stand_there_need_no_more_space(tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "model.safetensors").write_bytes(b"x" * 900)
     (tmp_path / "model-depth-3").mkdir()
     (tmp_path / "model-depth-3" / "model.safetensors").write_bytes(b"x" * 2000)  # an export, which saves nothing
-    rundir.check_space(tmp_path, 1000)
+    checks.check_space(tmp_path, 1000)
     with pytest.raises(InputError, match="MiB free"):
-        rundir.check_space(tmp_path, 1001)
+        checks.check_space(tmp_path, 1001)
 
 
 @pytest.mark.usefixtures("fast")
@@ -246,7 +246,7 @@ def test_space_for_every_depth_that_may_be_kept_is_only_pointed_out(tmp_path, mo
 )
 def test_space_is_asked_for_every_depth_that_is_kept_and_not_of_a_finished_run(tmp_path, monkeypatch, changes, copies):
     base, task, asked = h.save_base(tmp_path / "base"), h.save_task(tmp_path / "task"), []
-    monkeypatch.setattr(progressive.rundir, "check_space", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr(checks, "check_space", lambda _, needed: asked.append(needed))
     run = {"keep_checkpoints": True, "warmup_epochs": 0, "epochs_per_drop": 0, **changes}
     h.run(base, task, tmp_path / "run", **run)
     weights = sum(parameter.nbytes for parameter in loading.load_model(base).parameters())

@@ -20,7 +20,7 @@ from trimllm.checkpoints import loading
 from trimllm.config import TrainSettings, TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.errors import InputError
-from trimllm.run import progressive, recording
+from trimllm.run import checks, progressive, recording
 from trimllm.run.rundir import RunDir
 from trimllm.training import optimizer_state, sparse, train
 from trimllm.training.packing import Example
@@ -267,7 +267,7 @@ def test_space_is_asked_for_state_that_will_be_written(base, task, tmp_path, mon
         asked.append(needed)
         raise h.Killed
 
-    monkeypatch.setattr(progressive.rundir, "check_space", full)
+    monkeypatch.setattr(checks, "check_space", full)
     with pytest.raises(h.Killed):
         h.run(base, task, tmp_path / "run", **CARRIED | changes)
     model = loading.load_model(base)

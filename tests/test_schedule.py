@@ -23,7 +23,7 @@ from trimllm.evaluation.judging import Evaluation
 from trimllm.importance import joint
 from trimllm.importance.joint import Joint
 from trimllm.parallel import ALONE
-from trimllm.run import account, progressive, recovery
+from trimllm.run import account, opening, progressive, recovery
 from trimllm.run.recovery import Recovery
 from trimllm.run.several import Several
 from trimllm.run.targets import drops_end_sooner, least_depth, stage_epochs, stages_ahead
@@ -371,7 +371,7 @@ def test_layers_that_are_to_stay_may_be_more_where_a_floor_or_a_size_ends_the_dr
 def test_of_training_that_may_end_sooner_the_most_is_foretold():
     def line(**settings):
         config = TrimConfig(model="m", task="t", output="o", **settings)
-        return account.training_ahead(config, stages_ahead(config, 12), 1000)
+        return opening.training_ahead(config, stages_ahead(config, 12), 1000)
 
     assert line() == "training: 1 epoch of all layers, 6 epochs after drops; 1,000 tokens an epoch, 7,000 in all"
     most = "training: 1 epoch of all layers, at most 6 epochs after drops; 1,000 tokens an epoch, at most 7,000 in all"
@@ -397,25 +397,25 @@ def test_of_training_that_may_end_sooner_the_most_is_foretold():
 def test_text_that_comes_again_and_again_is_counted():
     config = TrimConfig(model="m", task="t", output="o", text="notes.txt", text_ratio=2)
     task, text = [Example(tuple(range(10)), 1)] * 5, [Example(tuple(range(20)), 1)]
-    assert account.text_line(config, text, task, stages_ahead(config, 12)) == (
+    assert opening.text_line(config, text, task, stages_ahead(config, 12)) == (
         "notes.txt: 20 tokens of domain text, each about 35 times"  # twice 50 tokens in each of 7 epochs
     )
     assert (
-        account.text_line(config, text * 30, task, stages_ahead(config, 12)) == "notes.txt: 600 tokens of domain text"
+        opening.text_line(config, text * 30, task, stages_ahead(config, 12)) == "notes.txt: 600 tokens of domain text"
     )
     for settings, often in (
         ({"max_params": 9}, "about 5 times an epoch"),
         ({"max_drop": 2, "keep": 0.5}, "at most 35 times"),
     ):
         config = TrimConfig(model="m", task="t", output="o", text="notes.txt", text_ratio=2, **settings)
-        assert account.text_line(config, text, task, stages_ahead(config, 12)).endswith(f", each {often}")
+        assert opening.text_line(config, text, task, stages_ahead(config, 12)).endswith(f", each {often}")
 
 
 def test_time_ahead_is_less_for_fewer_blocks():
     warm = {"depth": 12, "train": {"tokens": 2000, "seconds": 120.0}}
 
     def ahead(stages, warm=warm, **changes):
-        return account.time_ahead(TrimConfig(model="m", task="t", output="o", **changes), stages, 1000, warm)
+        return opening.time_ahead(TrimConfig(model="m", task="t", output="o", **changes), stages, 1000, warm)
 
     told = "about 1 min 45 s, and the scans"  # (9 + 2 * 6) / 12 minutes
     assert ahead([(9, 1.0), (6, 2.0)]) == f"training after drops: {told}"

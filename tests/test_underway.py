@@ -18,7 +18,7 @@ from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.config import CompareConfig, TrainSettings
 from trimllm.console import Console
 from trimllm.errors import InputError
-from trimllm.run import placing, progressive, rundir
+from trimllm.run import checks, placing, progressive, rundir
 from trimllm.run.recovery import Recovery
 from trimllm.startup import Terminated
 from trimllm.training import optimizer_state, train, underway
@@ -199,7 +199,7 @@ def short_of(monkeypatch, free):
 def test_a_full_disk_does_not_end_a_stage_that_could_only_not_be_saved(base, task, tmp_path, capsys, monkeypatch, full):
     output = tmp_path / "run"
     if full == "known":
-        monkeypatch.setattr(rundir, "check_space", lambda *_: None)
+        monkeypatch.setattr(checks, "check_space", lambda *_: None)
         short_of(monkeypatch, [100_000])
     else:
         save, allowed = torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -246,9 +246,9 @@ def test_a_run_that_goes_on_counts_the_saved_stage_as_room(base, task, tmp_path,
     shutil.copy(stage, output / ".stage.pt.77.tmp")
     usage, needed = shutil.disk_usage(tmp_path), 10**6
     monkeypatch.setattr(rundir.shutil, "disk_usage", lambda _: usage._replace(free=needed - 2 * stage.stat().st_size))
-    rundir.check_space(output, needed)
+    checks.check_space(output, needed)
     with pytest.raises(InputError, match="free some space"):
-        rundir.check_space(output, needed + 1)
+        checks.check_space(output, needed + 1)
 
 
 def test_moments_are_not_held_twice_when_a_stage_goes_on(base, task, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 from trimllm.blocks.layout import Layout, describe, in_short, whole_layers
-from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluation import fluency
 from trimllm.evaluation.judging import Evaluation
@@ -24,15 +23,12 @@ from trimllm.run.targets import Size
 from trimllm.tasks import Item
 from trimllm.tasks.spec import is_accuracy
 from trimllm.tasks.splits import majority
-from trimllm.training.packing import Example
 
 LIBRARIES = ("trimllm", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
 FEW = 20
 """Calibration rows, below which they decide nothing."""
-KINDS = {"choice": "choices", "generation": "written answers", "text": "text"}
-"""What is asked in a task of each kind."""
 STEPS = {"base": "base", "stage": "fine-tuned", "saved": "as saved"}
 """What a row without a drop is."""
 
@@ -118,69 +114,6 @@ def result(run: Outcome) -> dict[str, Any]:
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-
-
-def device_line(config: TrimConfig, accelerator: Any) -> str:
-    """Where the run computes, and in what: `auto` may be what the user did not expect."""
-    mixed = accelerator.mixed_precision
-    weights = "float32" if config.dtype == "auto" else config.dtype
-    several = f" in each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    return f"training on {accelerator.device}{several}, {weights}{f' with {mixed} products' if mixed != 'no' else ''}"
-
-
-def text_line(
-    config: TrimConfig, text: Sequence[Example], task: Sequence[Example], stages: Sequence[tuple[int, float]]
-) -> str:
-    """How much domain text there is, and how often it will be trained on; `stages` as in `training_ahead`."""
-    there = sum(len(row.ids) for row in text)
-    times, while_ = config.text_ratio * sum(len(row.ids) for row in task) / there, " an epoch"
-    if stages:
-        times, while_ = times * (config.warmup_epochs + sum(epochs for _, epochs in stages)), ""
-    most = "at most" if stages and targets.ends_sooner(config) else "about"
-    often = f", each {most} {times:.0f} times{while_}" if times >= 1.5 else ""
-    return f"{config.text}: {there:,} tokens of domain text{often}"
-
-
-def training_ahead(config: TrimConfig, stages: Sequence[tuple[int, float]], tokens: int) -> str:
-    """How much will be trained, for the user: `stages` are those of `targets.stages_ahead`, `tokens` an epoch's."""
-    warm = f"training: {_epochs(config.warmup_epochs)} of all layers, " if config.warmup_epochs else "training: "
-    if not stages:
-        return f"{warm}{_per_drop(config)}; {tokens:,} tokens an epoch"
-    after = sum(epochs for _, epochs in stages)
-    most = "at most " if targets.ends_sooner(config) else ""
-    total = round((config.warmup_epochs + after) * tokens)
-    return f"{warm}{most}{_epochs(after)} after drops; {tokens:,} tokens an epoch, {most}{total:,} in all"
-
-
-def _per_drop(config: TrimConfig) -> str:
-    """The training after drops of which nobody knows how many there will be."""
-    several = config.drops_per_stage
-    each = "every drop" if several == 1 else f"every {several} drops"
-    now = targets.stage_epochs(config, several, 1, last=False)
-    most, after = ("at most ", "every dropped unit") if config.schedule == "recover" else ("", each)
-    later = (
-        [] if now == config.epochs_per_drop else [f"{_epochs(config.epochs_per_drop - now)} for each after the last"]
-    )
-    more = [f"{_epochs(config.final_epochs)} after the last one"] if config.final_epochs else []
-    return ", ".join([f"{most}{_epochs(now)} after {after}", *later, *more])
-
-
-def _epochs(count: float) -> str:
-    number = f"{count:.3g}"
-    return f"{number} epoch{'' if number == '1' else 's'}"
-
-
-def time_ahead(
-    config: TrimConfig, stages: Sequence[tuple[int, float]], tokens: int, warm: dict[str, Any]
-) -> str | None:
-    """About how long the stages take, by what the warm-up took (its journaled row) and the blocks that are left; None
-    where that, or they, train nothing, and with a teacher, who takes time of its own."""
-    train = warm["train"]
-    if config.distill or not any(epochs for _, epochs in stages) or not train["tokens"]:
-        return None
-    seconds = train["seconds"] / train["tokens"] * tokens * sum(left * epochs for left, epochs in stages)
-    most = "at most " if targets.ends_sooner(config) else ""
-    return f"training after drops: {most}about {clock(seconds / warm['depth'])}, and the scans"
 
 
 def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ from trimllm.checkpoints import arithmetic, loading, room, verification
 from trimllm.checkpoints.dtypes import DTYPES
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
-from trimllm.run import rundir, targets
+from trimllm.files import size
+from trimllm.run import targets
 from trimllm.run.deciding import Decider
+from trimllm.run.rundir import RunDir
 from trimllm.tasks.spec import is_accuracy
-from trimllm.training import optimizer_state, train
+from trimllm.training import optimizer_state, train, underway
 
 
 def memory(config: TrimConfig, device: torch.device, *, measured: bool = False) -> list[str]:
@@ -60,8 +64,38 @@ def disk(config: TrimConfig, model: Any, decider: Decider, ahead: Sequence[tuple
         copies = max(copies, 2 + sum(left for left, _ in ahead) / depth)
     keeps = config.carries_state and len(ahead) != 1  # between stages after drops; of other targets none is known
     state = 2 * optimizer_state.most_bytes(config, model) if keeps else 0  # old and new
-    rundir.check_space(config.output, round(copies * weights) + state)
+    check_space(config.output, round(copies * weights) + state)
     if not config.keep_checkpoints or ahead:
         return None
     depths = range(depth, targets.least_depth(config, depth) - 1, -config.drops_per_stage * decider.length)
-    return rundir.space_note(config.output, round((1 + sum(depths) / depth) * weights) + state)  # 1: the result
+    return space_note(config.output, round((1 + sum(depths) / depth) * weights) + state)  # 1: the result
+
+
+def check_space(output: str | Path, needed: int) -> None:
+    """Raises InputError if the disk cannot hold so many bytes in all, of which some may be there."""
+    free, needed = _space(output, needed)
+    if free < needed:
+        raise InputError(f"--output {output}: {size(free)} free, about {size(needed)} needed: free some space")
+
+
+def space_note(output: str | Path, most: int) -> str | None:
+    """One line if the disk cannot hold so many bytes, which every depth that is kept takes if the run goes to the
+    last."""
+    free, most = _space(output, most)
+    if free >= most:
+        return None
+    sizes = f"up to {most / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+    return f"--keep-checkpoints needs {sizes}: a full disk interrupts the run"
+
+
+def _space(output: str | Path, needed: int) -> tuple[int, int]:
+    """Bytes that are free, with those of a stage under way, which go; and how many of those needed are not there
+    yet."""
+    run = RunDir(output)
+    there = sum(file.stat().st_size for kept in (run.checkpoints, run.model) for file in kept.rglob("*.safetensors"))
+    stage = run.underway
+    going = sum(file.stat().st_size for file in (stage, *underway.partial(stage)) if file.exists())
+    parent = Path(output).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free + going, needed - there

@@ -19,11 +19,10 @@ import transformers
 
 from trimllm import files
 from trimllm.blocks import surgery
-from trimllm.blocks.layout import Layout, compose, dump_layout, load_layout, plan_record, remove_all, whole
+from trimllm.blocks.layout import Layout, compose, dump_layout, load_layout, remove_all, whole
 from trimllm.checkpoints import export, folders, loading, mixed, models, verification
 from trimllm.checkpoints.dtypes import name_of
 from trimllm.checkpoints.models import Loaded, load
-from trimllm.checkpoints.origin import Origin
 from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
@@ -33,8 +32,7 @@ from trimllm.parallel import Share
 from trimllm.run import (
     account,
     checks,
-    licences,
-    model_card,
+    finishing,
     opening,
     placing,
     recovery,
@@ -160,11 +158,10 @@ class Run:
             self.config, self.ready, self.console, self.share, self.journal, self.accelerator.device
         )
         self._start(loaded)
-        base = loaded.fingerprint
         state = self._restore(loaded)
         del loaded  # a run that goes on has no more use for the base's weights, and training may need the memory
         self._loop(state)
-        return self._finish(state, base)
+        return self._finish(state)
 
     def _carries(self, drops: Sequence[dict[str, Any]]) -> bool:
         """Whether what AdamW knows at the end of the stage after these drops goes on. It does not after the warm-up (no
@@ -283,7 +280,7 @@ class Run:
         chance = account.guessing(row, self.ready.data.calibration) if warm else None
         for warning in filter(None, [chance, account.worsened(row, base)]):
             self.console.warn(warning)
-        if warm and (time := account.time_ahead(self.config, self.ready.ahead, self.ready.tokens_per_epoch, row)):
+        if warm and (time := opening.time_ahead(self.config, self.ready.ahead, self.ready.tokens_per_epoch, row)):
             self.console.say(time)
         state.stages += 1
         state.pending, state.trained = [], None
@@ -420,21 +417,22 @@ class Run:
         """Rows of the base, the warmed-up model, every depth on the way, and the result as it was saved."""
         return [*self.journal.of("base"), *self.journal.of("stage"), *self.journal.of("saved")[-1:]]
 
-    def _finish(self, state: State, fingerprint: str) -> tuple[Any, History]:
+    def _finish(self, state: State) -> tuple[Any, History]:
         stages = self.journal.of("stage")
         good = targets.last_good(self.config, stages, self.dir.kept_depths())
         layout = load_layout(good["layout"])
         model = state.model if good is stages[-1] else self._load(self.dir.checkpoint(len(layout)))
         models.cast(model, self.ready.save_dtype)
-        origin = replace(self.ready.origin, sha256=fingerprint)
-        verified = self._save(model, layout, origin) if self.share.first else None
+        origin = replace(self.ready.origin, sha256=self.journal.of("start")[0]["base"])
+        verified = finishing.save(self.dir, self.ready, model, layout, origin) if self.share.first else None
         state.model = model = None  # the saved one, and then the base, are loaded in its place
         self.accelerator.wait_for_everyone()
         saved, row = self._load(self.dir.model), self.journal.events[-1]
         if (row["event"], row.get("layout")) != ("saved", good["layout"]):  # or of another depth: floors may be lowered
             row = self.recorder.record("saved", saved, layout)
         if verified is not None:  # in the first process
-            self._conclude(
+            finishing.conclude(
+                self.dir,
                 Outcome(
                     config=self.config,
                     data=self.ready.data,
@@ -448,41 +446,11 @@ class Run:
                     above=self.recorder.above_full(),
                     speedup=self.recorder.final_speedup(saved),
                     verified=verified,
-                )
+                ),
+                self.console,
             )
         reached = f"{self.ready.metric} {account.percent(row['test'])}"
         self.journal.add("done", table=f"{len(layout)} layers, {reached}")
         if self.share.first:
             self.dir.forget(self._measured())
         return saved, self.history()
-
-    def _save(self, model: Any, layout: Layout, origin: Origin) -> verification.Report:
-        """Save the result, verified, and its plan."""
-        named = self.ready.origin.record()
-        report = export.save_trimmed(
-            model,
-            self.dir.model,
-            tokenizer=self.ready.tokenizer,
-            layout=layout,
-            base=named,
-            companions=licences.terms(origin),
-            overwrite=True,
-        )
-        assert report is not None  # nothing is saved unverified
-        files.write_json(self.dir.plan, plan_record(layout, named) | {"sha256": origin.sha256})
-        return report
-
-    def _conclude(self, run: Outcome) -> None:
-        """Write the model card and result.json, and tell the user how it ended."""
-        files.write_atomic(self.dir.model / "README.md", model_card.trimmed(run))
-        files.write_json(self.dir.result, account.result(run))
-        for line in account.at_the_end(run):
-            self.console.warn(line)
-        depth, reached = len(run.layout), f"{run.data.metric} {account.percent(run.saved['test'])}"
-        self.console.say(
-            f"saved {self.dir.model}: {depth} of {run.base_depth} layers, {reached}, reloaded and compared"
-        )
-        if run.above:
-            self.console.say(f"  {account.above_line(run.above, run.base_depth)}")
-        if run.speedup and depth < run.base_depth:
-            self.console.say(f"  {account.faster_line(run.speedup)}")

@@ -23,7 +23,7 @@ from trimllm.config import CompareConfig, Settings, TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.config.shared import option, option_of
 from trimllm.errors import InputError, TrimError
-from trimllm.files import read_lines, size, write_atomic
+from trimllm.files import read_lines, write_atomic
 from trimllm.run import placing
 from trimllm.run.journal import Journal
 from trimllm.training import optimizer_state, underway
@@ -180,33 +180,3 @@ def same_settings(config: Settings, output: str | Path, free: Collection[str]) -
                 f"{option_of(name, value)}: the {kind} in {output} has {before[name]}: give that or leave it out, "
                 f"or start another {kind}"
             )
-
-
-def check_space(output: str | Path, needed: int) -> None:
-    """Raises InputError if the disk cannot hold so many bytes in all, of which some may be there."""
-    free, needed = _space(output, needed)
-    if free < needed:
-        raise InputError(f"--output {output}: {size(free)} free, about {size(needed)} needed: free some space")
-
-
-def space_note(output: str | Path, most: int) -> str | None:
-    """One line if the disk cannot hold so many bytes, which every depth that is kept takes if the run goes to the
-    last."""
-    free, most = _space(output, most)
-    if free >= most:
-        return None
-    sizes = f"up to {most / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-    return f"--keep-checkpoints needs {sizes}: a full disk interrupts the run"
-
-
-def _space(output: str | Path, needed: int) -> tuple[int, int]:
-    """Bytes that are free, with those of a stage under way, which go; and how many of those needed are not there
-    yet."""
-    run = RunDir(output)
-    there = sum(file.stat().st_size for kept in (run.checkpoints, run.model) for file in kept.rglob("*.safetensors"))
-    stage = run.underway
-    going = sum(file.stat().st_size for file in (stage, *underway.partial(stage)) if file.exists())
-    parent = Path(output).absolute()
-    while not parent.exists():
-        parent = parent.parent
-    return shutil.disk_usage(parent).free + going, needed - there
