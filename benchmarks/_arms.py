@@ -35,7 +35,7 @@ LAB = SPREAD | {
     "max_test": 1000,
     "truncate": True,
 }
-"""Found on training rows of BANKING77 (docs/real-text.md)."""
+"""Found on training rows of BANKING77 (docs/earlier.md, the first base)."""
 WRITTEN = {"max_train": 2000, "max_test": 300, "tie_tolerance": None, "epochs_per_drop": 1.0}
 
 

@@ -7,6 +7,7 @@ import json
 import re
 
 import helpers_run as h
+import numpy as np
 import pytest
 import tiny
 from transformers import AutoModelForCausalLM
@@ -249,6 +250,15 @@ def test_what_is_harmful_alone_is_not_tried_with_others(base, task, tmp_path, mo
     tried = [found["units"] for scan in scans for found in scan["joint"]]
     assert tried
     assert all(units[-1] == 0 for units in tried)
+
+
+def test_only_what_has_a_score_goes_with_others(base, task, tmp_path):
+    """By angular distance, of five blocks to two: runs of three begin with the first three, of which two must stay."""
+    quick = {"depth": 2, "protect": (0, 1), "warmup_epochs": 0, "epochs_per_drop": 0}
+    h.run(base, task, tmp_path / "run", **EASY, strategy="angular", **quick)
+    first, *others = h.journal(tmp_path / "run", "drop")
+    assert first["units"] == ["block 2"]
+    assert all(np.isfinite(drop["importance"]).all() for drop in (first, *others))
 
 
 @pytest.mark.parametrize("kind", ["block", "pair"])

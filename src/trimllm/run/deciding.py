@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ class Decider:
         Finished batches are kept in the file `parts`; those that stand there already are not computed again.
         """
         file = ScanFile(parts, share, mixed=self.calibration.autocast is not None)
-        result = self._scan(model, layout, file, console)
+        result = replace(self._scan(model, layout, file, console), seconds=file.seconds)
         evidence = share.from_first(lambda: self.rules.evidence(model, layout, self.calibration, result))
         scanned = Scanned(model, layout, result, evidence)
         choices, tried = self._choose(scanned), list[Joint]()

@@ -27,7 +27,7 @@ class ScanFile:
 
     @property
     def seconds(self) -> float:
-        """How long the decision has taken, in all processes one after the other."""
+        """How long the decision has taken, with what earlier processes, which were interrupted, spent on it."""
         return self._spent + time.perf_counter() - self._last
 
     def batches(self, metric: str) -> dict[int, Part]:

@@ -43,7 +43,8 @@ class Several:
         """`first` and what can go with it, and every set that was tried, which the file keeps."""
         candidates = scanned.result.candidates
         free, _ = self.rules.free(scanned.model, scanned.layout, candidates)
-        alone = {i for i in free if self._harmless_alone(scanned.result, i)}
+        eligible = scanned.result.eligible(free, self.config.strategy)
+        alone = {i for i in eligible if self._harmless_alone(scanned.result, i)}
         choices = {first.index: first}
 
         def following(chosen: tuple[int, ...], refused: frozenset[int]) -> int | None:

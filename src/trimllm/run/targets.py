@@ -14,7 +14,7 @@ from trimllm.errors import InputError
 
 GIB = 2**30
 LATE_SHARE = 2 / 3
-"""Share of the training after drops that waits for the last drop with --schedule late; see docs/choices.md."""
+"""Share of the training after drops that waits for the last drop with --schedule late; see docs/earlier.md."""
 
 
 @dataclass(frozen=True)
