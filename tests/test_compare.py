@@ -927,5 +927,5 @@ def test_what_a_kill_left_of_the_settings_does_not_fill_a_folder(world: tuple[Pa
     assert (tmp_path / "config.yaml").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="the directory is not empty"):
+    with pytest.raises(InputError, match=r"the directory already holds notes\.txt: choose another one"):
         compare.claim(settings(world, tmp_path / "other"), tmp_path / "other", {})

@@ -208,23 +208,15 @@ def claim(command: CompareConfig, root: Path, data: dict[str, str]) -> CompareCo
     Raises:
         InputError: see `compare`; or if its data or base, by these SHA-256, changed.
     """
-    settings, digests = root / placing.CONFIG, root / "data.json"
+    digests = root / "data.json"
     before = files.read_json(digests)
-    if settings.exists():
-        if not command.resume:
-            placing.check_held(root, CompareConfig)
-            raise InputError(
-                f"--output {root}: the directory already holds a comparison: add --resume to go on with it, or choose "
-                "another one"
-            )
+    if placing.may_go_on(root, CompareConfig, resume=command.resume):
         rundir.same_settings(command, root, FREE_OF_CHOICE)
         same_conditions(command, root)
         rundir.same_data(before, data, command, f"the comparison in {root}")
         command = joined(command, plain_settings.make(CompareConfig, placing.stored_settings(root, CompareConfig)))
-    elif root.exists() and any(not path.name.startswith(f".{settings.name}") for path in root.iterdir()):
-        raise InputError(f"--output {root}: the directory is not empty: choose another one")
     command = command.model_copy(update={"resume": False})
-    files.write_atomic(settings, placing.to_store(command, root))
+    files.write_atomic(root / placing.CONFIG, placing.to_store(command, root))
     files.write_json(digests, before | data)
     return command
 

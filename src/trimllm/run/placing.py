@@ -35,11 +35,35 @@ def kind_of(output: str | Path) -> str | None:
     return "comparison" if "methods" in read_yaml(path) else "run"
 
 
+def may_go_on(output: str | Path, kind: type[Settings], *, resume: bool) -> bool:
+    """Whether what has such settings has begun in a folder, to be gone on with.
+
+    Raises:
+        InputError: if it has, and `resume` is off; if the folder holds the other kind, or foreign files.
+    """
+    root, name = Path(output), _called(kind)
+    if not (root / CONFIG).exists():
+        if foreign := [path for path in root.glob("*") if not path.name.startswith(f".{CONFIG}")]:
+            raise InputError(f"--output {root}: the directory already holds {foreign[0].name}: choose another one")
+        return False
+    if not resume:
+        check_held(root, kind)
+        raise InputError(
+            f"--output {root}: the directory already holds a {name}: add --resume to go on with it, or choose another "
+            "one"
+        )
+    return True
+
+
 def check_held(output: str | Path, kind: type[Settings]) -> None:
     """Raise InputError where settings of a run are asked for and the folder holds a comparison, or the reverse."""
-    wanted = "comparison" if "methods" in kind.model_fields else "run"
+    wanted = _called(kind)
     if (found := kind_of(output)) not in (None, wanted):
         raise InputError(f"--output {output}: the directory holds a {found}, not a {wanted}: choose another one")
+
+
+def _called(kind: type[Settings]) -> str:
+    return "comparison" if "methods" in kind.model_fields else "run"
 
 
 def holds_run(folder: str | Path) -> bool:

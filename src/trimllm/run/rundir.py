@@ -100,19 +100,8 @@ def check(config: TrimConfig) -> None:
     Raises:
         InputError: if it holds another run, one with other settings, or foreign files.
     """
-    run = RunDir(config.output)
-    if not run.config.exists():
-        foreign = [path for path in run.root.glob("*") if not path.name.startswith(f".{run.config.name}")]
-        if foreign:
-            raise InputError(f"--output {run.root}: the directory already holds {foreign[0].name}: choose another one")
-    elif not config.resume:
-        placing.check_held(run.root, TrimConfig)
-        raise InputError(
-            f"--output {run.root}: the directory already holds a run: add --resume to go on with it, "
-            "or choose another one"
-        )
-    else:
-        earlier = Journal.read(run.journal)
+    if placing.may_go_on(config.output, TrimConfig, resume=config.resume):
+        earlier = Journal.read(RunDir(config.output).journal)
         free = [*WHERE, *(() if earlier.last("done") else REMEDIES), *(DATA if data_of(earlier) else ())]
         same_settings(config, config.output, free)
 
