@@ -12,7 +12,7 @@ from tiny import build
 
 from trimllm.errors import InputError
 from trimllm.evaluation.batches import Batches, make_rows
-from trimllm.evaluation.encoding import Encoded, attention_window, context_length, encode, encode_pair, row_notes
+from trimllm.evaluation.encoding import Encoded, attention_window, context_length, cut, encode, encode_pair, row_notes
 from trimllm.tasks.items import Item
 from trimllm.training.training_rows import task_examples
 
@@ -38,6 +38,23 @@ def test_prompt_and_continuation_are_tokenized_together(tokenizer):
     assert continuation != ids(tokenizer, "e cat")
 
 
+@pytest.mark.parametrize(("template", "lead"), [("$A", []), ("<s> $A", [1]), ("<s> $A </s>", [1])])
+def test_what_every_text_begins_with_stays_before_a_prompt_that_is_cut(tokenizer, template, lead):
+    made, item = make_tokenizer(template), Item("r:1", "the cat sat on the mat and the dog", (" sat", " on"))
+    whole = encode(made, [item], 64)[0]
+    (short,) = encode(made, [item], 12, truncate=True)
+    space = 13 - max(map(len, whole.continuations))
+    assert short.prompt == (*lead, *whole.prompt[-(space - len(lead)) :])
+    assert len(short.prompt) == space < len(whole.prompt)
+    assert list(cut(made, whole.prompt, 1)) == [whole.prompt[-1]], "no room for both"
+    assert cut(made, whole.prompt, 64) == whole.prompt
+
+
+def test_a_chat_templates_own_start_stays_before_a_prompt_that_is_cut():
+    made = make_tokenizer()
+    assert list(cut(made, [1, 5, 6, 7, 8], 3)) == [1, 7, 8]
+
+
 def test_empty_prompt_is_the_start_token(tokenizer):
     assert encode_pair(tokenizer, "", "the cat") == ([1], ids(tokenizer, "the cat"))
     without_bos = make_tokenizer()
@@ -48,8 +65,10 @@ def test_empty_prompt_is_the_start_token(tokenizer):
         encode_pair(without_bos, "", "the cat")
 
 
-def test_special_tokens_that_the_tokenizer_adds_stay_before_the_prompt_and_never_between(tokenizer):
-    wrapping = make_tokenizer("<s> $A </s>")
+@pytest.mark.parametrize("end", ["</s>", "<pad>", "</s> <pad>"])
+def test_special_tokens_that_the_tokenizer_adds_stay_before_the_prompt_and_never_between(tokenizer, end):
+    """Also those that end a text with another token than EOS, as BERT's do."""
+    wrapping = make_tokenizer(f"<s> $A {end}")
     prompt, continuation = encode_pair(wrapping, "the cat", " sat")
     assert prompt == [1, *ids(tokenizer, "the cat")]
     assert continuation == ids(tokenizer, " sat")

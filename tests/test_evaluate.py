@@ -358,6 +358,12 @@ def choice_items(right, lengths):
     return [Item(f"r:{n}", "q", (" a", " b"), answer, lengths) for n, answer in enumerate(right)]
 
 
+@pytest.mark.parametrize(("one", "other"), [([1.0, 2.0], [1.0]), ([1.0], [1.0, 2.0, 3.0]), ([], [])])
+def test_answers_to_other_items_are_not_compared(one, other):
+    with pytest.raises(InputError, match=f"{len(one)} and {len(other)} answers"):
+        difference(one, other)
+
+
 def test_kept_answers_name_no_group_and_compare_as_these_do():
     groups = [None, "patient 7", None, "patient 7", "1", "2", None, "1"]
     items = [Item(f"r:{n}", "q", (" a", " b"), 0, group=group) for n, group in enumerate(groups)]

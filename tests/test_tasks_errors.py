@@ -259,6 +259,41 @@ def test_malformed_csv_and_json(tmp_path):
     assert said.startswith("FILE:2: field 'choices' is not a valid JSON list")
 
 
+def test_text_in_another_encoding_and_what_is_nested_or_long_beyond_use(tmp_path):
+    path = tmp_path / "wide.csv"
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32"):
+        path.write_bytes("text,label\na,b\n".encode(encoding))
+        assert message(path) == "FILE is not UTF-8 text (it holds NUL bytes); convert it to UTF-8"
+    assert message(write(tmp_path, "[" * 100_000)).endswith("nested too deep; flatten them")
+    assert message(write(tmp_path, '{"text": "a", "label": ' + "1" * 5000 + "}")).startswith(
+        "cannot read FILE: Exceeds"
+    )
+
+
+def test_a_missing_answer_is_not_the_choice_none(tmp_path):
+    rows = [{"question": f"{n}?", "choice_a": "None", "choice_b": "NA", "correct_answer": "a"} for n in range(60)]
+    assert "answer" in message(write(tmp_path, *rows)), "a column of a name that nothing reads"
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "why"),
+    [
+        ("where", "10 / answer > 3", "division by zero"),
+        ("answer", "'{{ 1 // answer }}'", "by zero"),
+        ("prompt", '\'{{ question | regex_replace("[", "") }}\'', "unterminated character set"),
+        ("prompt", "'{{ range(999999999) | list }}'", "range"),
+    ],
+)
+def test_what_fails_in_a_template_names_the_row(tmp_path, field, text, why):
+    data = write(tmp_path, *[{"question": f"{n}?", "a": "x", "b": "y", "answer": 0} for n in range(30)])
+    fields = {"prompt": "'{{ question }}'", "choices": "'{{ [a, b] }}'", "answer": "answer", field: text}
+    task = tmp_path / "task.yaml"
+    lines = [f"{name}: {value}" for name, value in fields.items()]
+    task.write_text("\n".join(["kind: choice", f"source: {{files: {{train: {data.name}}}}}", *lines]))
+    assert f"{data.name}:1" in (told := message(str(task)))
+    assert why in told
+
+
 def test_unknown_names_suggest_the_nearest():
     assert message("hellaswg").startswith(
         "unknown task 'hellaswg' (did you mean 'hellaswag'?): use arc_challenge, arc_easy"

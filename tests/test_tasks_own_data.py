@@ -881,6 +881,12 @@ def test_a_column_that_says_what_rows_are_for(tmp_path):
         odd = r"rows.jsonl:21: field 'split' is .*, and says train, validation or test in other rows: fill it in"
         with pytest.raises(InputError, match=odd):
             load_task(jsonl(tmp_path / "rows.jsonl", [*rows, {**QUESTIONS[0], **more}]))
+    capital = [{("Split" if name == "split" else name): value for name, value in row.items()} for row in rows]
+    task = load_task(jsonl(tmp_path / "capital.jsonl", capital))
+    assert (task.notes[0], len(task.test)) == (
+        "the column 'Split' says what rows are for: 12 train, 5 test, 3 validation",
+        5,
+    )
     named = [{**row, "split": f"{row['split'].strip().lower()}_sft"} for row in rows]
     assert len(load_task(jsonl(tmp_path / "rows.jsonl", named)).test) == 5
     free = [{**row, "split": f"banana {part}"} for row, part in zip(QUESTIONS, said, strict=True)]

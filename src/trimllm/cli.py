@@ -155,13 +155,19 @@ def _root(name: str) -> type[_Root]:
     return create_model("_Root", __base__=_Root, __doc__=_Root.__doc__, **fields)
 
 
+def _small(word: str) -> str:
+    """An option in small letters, as pydantic-settings reads it."""
+    name, sign, value = word.partition("=")
+    return name.lower() + sign + value if re.fullmatch(r"--[A-Za-z][A-Za-z_-]*", name) else word
+
+
 def parse(arguments: list[str]) -> settings.Settings:
     """The settings of the command that `arguments` name; the YAML of `--config`, or of the run to resume, underneath.
 
     Raises:
         InputError: in one line, for anything that cannot be used.
     """
-    arguments = _negative_lists(arguments or ["--help"])
+    arguments = _negative_lists([_small(word) for word in arguments] or ["--help"])
     name = arguments[0]
     if name == "--version":
         print(f"trimllm {version('trimllm')}")

@@ -42,6 +42,10 @@ def path_of(name: str | Path) -> str:
     return str(DEMO) if name == "demo" else os.path.expanduser(name)
 
 
+OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+"""What a forward pass gives, which a config may say otherwise, and each call asks for itself."""
+
+
 def load_model(
     path_or_id: str | Path,
     *,
@@ -117,7 +121,22 @@ def load_model(
         )
     if model.config.is_encoder_decoder:
         raise InputError(f"cannot use model {name!r}: it is an encoder-decoder, not a causal language model")
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        for name, usual in OUTPUTS.items():
+            if getattr(part, name, usual) != usual:
+                setattr(part, name, usual)
+        if getattr(part, "tie_word_embeddings", False) and not quantized and _own_head(model):
+            part.tie_word_embeddings = False  # as it is read; others go by the config, and would lose the head
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def _own_head(model: Any) -> bool:
+    """Whether the weight of the output head is another one than that of the embeddings."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    one, other = (getattr(module, "weight", None) for module in (head, embeddings))
+    if one is None or other is None or one is other or one.device.type == "meta":
+        return False
+    return one.shape != other.shape or not torch.equal(one, other)
 
 
 def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -9,6 +9,7 @@ only if it was loaded again and gives the same logits, plain and with both kinds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ def _compare(folder: Path, model: nn.Module, fresh: nn.Module) -> Report:
     on_disk = _logits(fresh, tokens)
     plain, cached, static = (_distance(in_memory[kind], on_disk[kind]) for kind in ("plain", "cached", "static"))
     spread = float(in_memory["plain"].float().std())  # type: ignore[union-attr]
+    if not math.isfinite(spread):
+        raise TrimError(
+            "the trimmed model gives logits that are no finite numbers: weights of it are none, or too large"
+        )
     limit = spread * (1e-4 if _wide(model) else 2e-2)
     for kind, difference in (("plain", plain), ("cached", cached), ("static-cache", static)):
         if difference is not None and not difference <= limit:

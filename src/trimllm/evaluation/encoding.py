@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 from trimllm.errors import InputError
@@ -58,10 +59,26 @@ def _start_token(tokenizer: Any) -> int:
     raise InputError("the tokenizer has neither a BOS nor an EOS token: text without a prompt cannot be scored")
 
 
+@lru_cache(maxsize=8)
+def _added(tokenizer: Any) -> tuple[int, int]:
+    """How many tokens the tokenizer puts before and after every text (BOS; EOS, `[SEP]`)."""
+    bare, whole = (tokenizer("a", add_special_tokens=own, verbose=False)["input_ids"] for own in (False, True))
+    places = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    return (places[0], len(whole) - len(bare) - places[0]) if bare and places else (0, 0)
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    """The text's tokens after those that every text begins with; what ends every text is left out."""
     ids = tokenizer(text, verbose=False)["input_ids"]
-    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-    return ids[:-1] if ends and not text.endswith(tokenizer.eos_token) else ids
+    return ids[: len(ids) - _added(tokenizer)[1]]
+
+
+def cut(tokenizer: Any, prompt: Sequence[int], space: int) -> Sequence[int]:
+    """The end of a prompt for which there is so much space, after what every text begins with (BOS)."""
+    lead = max(_added(tokenizer)[0], int(prompt[0] == tokenizer.bos_token_id)) if prompt else 0
+    if len(prompt) <= space or space <= lead:
+        return prompt[-max(space, 1) :]
+    return [*prompt[:lead], *prompt[len(prompt) - space + lead :]]
 
 
 def encode_pair(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -156,7 +173,7 @@ def encode(
         if space <= 0 and truncate:
             raise InputError(f"{item.place}: a choice alone fills the context of {max_length} tokens: drop the row")
         cuts = {"prompt_cut": len(prompt) > space, "answer_cut": answer_cut}
-        encoded.append(Encoded(number, tuple(prompt[-max(space, 1) :]), tuple(continuations), item.answer, **cuts))
+        encoded.append(Encoded(number, tuple(cut(tokenizer, prompt, space)), tuple(continuations), item.answer, **cuts))
     if too_long and not truncate:
         first, length = too_long[0]
         raise InputError(

@@ -42,7 +42,7 @@ def generate(
         TrimError: if not even one row fits into memory.
     """
     space = _space(model, max_new_tokens, max_length)
-    prompts = [ids[-space:] for ids in _prompts(tokenizer, items)]
+    prompts = [encoding.cut(tokenizer, ids, space) for ids in _prompts(tokenizer, items)]
     encoding.check_vocabulary(tokenizer, prompts, encoding.vocabulary(model))
     pad = encoding.pad_id(tokenizer, model, tokenizer.eos_token_id or 0)  # also what stands after an answer's end
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trimllm.errors import InputError
 from trimllm.tasks.items import Item
 
 
@@ -43,8 +44,13 @@ def difference(
         one, other: `Evaluation.per_item` of two models that were asked the same items.
         groups: `Item.group` of each item (none: items are independent).
 
+    Raises:
+        InputError: if there are none, or not as many of each.
+
     Both models find the same items hard, so the error is mostly smaller than that of two independent evaluations.
     """
+    if len(one) != len(other) or not len(one):
+        raise InputError(f"{len(one)} and {len(other)} answers: give those of two models to the same items")
     apart = np.array(one, float) - np.array(other, float)
     return float(apart.mean()), standard_error(apart, groups or [None] * len(apart))
 

@@ -41,11 +41,13 @@ def plan(folder: Path, config: Any, described: Described, wanted: Type) -> list[
     """
     arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[described.family.arch]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    tied = bool(config.tie_word_embeddings)
+    stored = {t: names.get_name(t.name, try_suffixes=(".weight", ".bias")) for t in shards.read(folder)[0]}
+    tied = bool(config.tie_word_embeddings) and not _own_head({name: tensor for tensor, name in stored.items()})
+    if described.family.tied and not tied:
+        raise InputError("--to gguf: its output head is not its embeddings, and llama.cpp has one matrix for both here")
     needed, allowed = described.tensors(config.num_hidden_layers, tied)
     planned = []
-    for tensor in shards.read(folder)[0]:
-        name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+    for tensor, name in stored.items():
         if (tied and name == "output.weight") or tensor.name.endswith(".rotary_emb.inv_freq"):
             continue
         if name not in needed | allowed:
@@ -58,6 +60,16 @@ def plan(folder: Path, config: Any, described: Described, wanted: Type) -> list[
     if lost:
         raise InputError(f"--to gguf: the checkpoint in {folder} gives no {min(lost)!r}: is it whole?")
     return planned
+
+
+def _own_head(tensors: dict[Any, shards.Tensor]) -> bool:
+    """Whether there is a head, and it is not the embeddings once more, whatever the config says: so transformers reads
+    it, too."""
+    embeddings, head = tensors.get("token_embd.weight"), tensors.get("output.weight")
+    if head is None or embeddings is None:
+        return head is not None
+    same = (head.dtype, head.shape) == (embeddings.dtype, embeddings.shape)
+    return not same or any(a != b for a, b in zip(head.chunks(), embeddings.chunks(), strict=True))
 
 
 def _type(tensor: shards.Tensor, wanted: Type, is_output: bool) -> Type:

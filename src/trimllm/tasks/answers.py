@@ -139,6 +139,8 @@ def without_blank_end(values: list[Any]) -> list[Any]:
 def _readings(answer: Any, choices: tuple[str, ...]) -> dict[Reading, int]:
     """Every way the answer can be meant."""
     readings: dict[Reading, int] = {}
+    if answer is None:
+        return readings
     stripped, text = [choice.strip() for choice in choices], written(answer)
     whole = [choice.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", choice) else choice for choice in stripped]
     for literal, texts in ((str(answer).strip(), stripped), (text, stripped), (text, whole)):  # 2.0 is 2, 2 is 2.0

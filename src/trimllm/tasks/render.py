@@ -32,6 +32,10 @@ _COLUMN = re.compile(r"(?:\{\{\s*\(?\s*(?=\w+\s*\|))?([^\W\d]\w*)(?=$|\s*\|)")
 _EXPRESSION = re.compile(r"\s*\{\{((?:(?!\}\}|\{\{|\{%).)*)\}\}\s*", re.DOTALL)
 
 
+_FAILS = (ValueError, LookupError, SyntaxError, AttributeError, ArithmeticError, RecursionError, re.error)
+"""What else than Jinja's own errors templates end with."""
+
+
 class Renderer:
     """The compiled templates of one spec; `item` turns a row into an item.
 
@@ -138,7 +142,7 @@ class Renderer:
             numbers = "not supported between" in str(error) and "'str'" in str(error)
             hint = ": cells may be text: write NAME | int for a number" if numbers else ""
             raise InputError(f"{row.place}: cannot make the {field}: {one_line(error)}{hint}") from error
-        except (TemplateError, ValueError, LookupError, SyntaxError, AttributeError) as error:
+        except (*_FAILS, TemplateError) as error:
             raise InputError(f"{row.place}: cannot make the {field}: {one_line(error)}") from error
 
     def _text(self, template: str) -> Column:

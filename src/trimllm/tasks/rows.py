@@ -62,6 +62,8 @@ def read_rows(path: Path) -> list[Row]:
         )
     try:
         rows = list(_parquet(path) if kind == ".parquet" else _text_rows(path, kind))
+    except RecursionError:
+        raise InputError(f"{path}: lists or objects are nested too deep; flatten them") from None
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; check the path") from error
     except UnicodeDecodeError as error:
@@ -70,6 +72,8 @@ def read_rows(path: Path) -> list[Row]:
         raise InputError(
             f"cannot read {path}: {first_line(error)}; check that it is a whole {path.suffix} file"
         ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error
     if not rows:
         raise InputError(f"{path} has no rows; give a file with at least one")
     return rows
@@ -107,7 +111,10 @@ def _open(path: Path) -> IO[str]:
     if ending == ".zst":
         return io.TextIOWrapper(io.BytesIO(_zstd(path)), encoding="utf-8-sig")
     with open(path, "rb") as file:
-        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # "Unicode text" of Excel
+        start = file.read(4096)
+    wide = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # "Unicode text" of Excel
+    if b"\0" in start and (not wide or start.startswith(codecs.BOM_UTF32_LE)):
+        raise InputError(f"{path} is not UTF-8 text (it holds NUL bytes); convert it to UTF-8")
     encoding = "utf-16" if wide else "utf-8-sig"
     return open(path, encoding=encoding, newline="" if ending in (".csv", ".tsv") else None)
 

@@ -123,21 +123,22 @@ def by_column(parts: Parts, notes: list[str]) -> Parts:
         InputError: if it says so in most rows, and not in all.
     """
     (rows,) = parts.values() if len(parts) == 1 else ([],)
-    said = [_said(row.values.get(SPLIT)) for row in rows]
+    column = next((name for row in rows[:1] for name in row.values if name.strip().lower() == SPLIT), SPLIT)
+    said = [_said(row.values.get(column)) for row in rows]
     named = [each for each in said if _one_part(each)]
     if 2 * len(named) <= len(rows) or len(set().union(*named)) < 2:
         return parts
     if odd := next((row for row, each in zip(rows, said, strict=True) if not _one_part(each)), None):
         raise InputError(
-            f"{odd.place}: field {SPLIT!r} is {odd.values.get(SPLIT)!r}, and says train, validation or test in other "
+            f"{odd.place}: field {column!r} is {odd.values.get(column)!r}, and says train, validation or test in other "
             "rows: fill it in, or drop the row or the column"
         )
     found: Parts = {}
     for row, (part,) in zip(rows, said, strict=True):
-        values = {name: value for name, value in row.values.items() if name != SPLIT}
+        values = {name: value for name, value in row.values.items() if name != column}
         found.setdefault(part, []).append(Row(row.place, values))
     shown = ", ".join(f"{len(several):,} {part}" for part, several in found.items())
-    notes.append(f"the column {SPLIT!r} says what rows are for: {shown}")
+    notes.append(f"the column {column!r} says what rows are for: {shown}")
     return found
 
 
