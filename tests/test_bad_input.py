@@ -24,7 +24,7 @@ from tiny import build
 from trimllm import cli, drop_layers, load_model, save_trimmed
 from trimllm.checkpoints import models
 from trimllm.checkpoints.streaming import drop_on_disk
-from trimllm.errors import InputError
+from trimllm.errors import InputError, TrimError
 
 WAYS = pytest.mark.parametrize("way", [[], ["--streaming"]], ids=["in memory", "streaming"])
 INDEX = "model.safetensors.index.json"
@@ -426,3 +426,26 @@ def test_a_run_that_is_not_finished_is_no_model(tmp_path: Path, capsys: pytest.C
     (tmp_path / "journal.jsonl").write_text("")
     said = refusal(capsys, "eval", "--model", tmp_path, "--task", "demo_law")
     assert said.endswith(f"give one of {tmp_path / 'checkpoints'}, or finish the run with trimllm trim --resume")
+
+
+@pytest.mark.parametrize("asked", [{"output_attentions": True}, {"output_hidden_states": True}, {"return_dict": False}])
+def test_what_a_config_says_of_outputs_does_not_end_a_command(
+    asked: dict[str, bool], base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | asked))
+    words = ["--model", str(folder), "--task", "demo_law", "--max-test", "4", "--device", "cpu"]
+    assert cli.main(["eval", *words]) == 0
+    assert cli.main(["drop", "--model", str(folder), "--layers", "1", "--output", str(tmp_path / "cut")]) == 0
+    saved = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert all(saved.get(name, not value) is not value for name, value in asked.items())
+
+
+def test_weights_that_are_no_numbers_are_not_saved_as_another_model(base: Path, tmp_path: Path) -> None:
+    model = load_model(base)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(TrimError, match="gives logits that are no finite numbers"):
+        save_trimmed(drop_layers(model, [1]), tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()

@@ -517,6 +517,7 @@ def strange(base, tmp_path_factory):
         ({"calibration_size": 24}, r"calibration_size 24 needs more than the 24 training rows"),
         ({"device": "cuda:7"}, r"--device cuda:7: there is no such device"),
         ({"device": "gpu"}, r"--device gpu: there is no such device"),
+        ({"device": "meta"}, r"--device meta: there is no such device"),
         ({"text": "no/text.txt"}, r"no/text\.txt"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -1209,3 +1210,11 @@ def test_every_setting_of_a_run_is_documented_and_typed():
         yaml.safe_load(plain_settings.to_yaml(config.TrimConfig(model="m", task="t", output="o")))["strategy"]
         == "probability"
     )
+
+
+def test_options_in_capitals_are_options(tmp_path):
+    (tmp_path / "c.yaml").write_text("max_test: 7\n")
+    command = cli.parse(["eval", "--Config", str(tmp_path / "c.yaml"), "--Model", "A/B", "--TASK=Own.jsonl"])
+    assert (command.max_test, command.model, command.task) == (7, "A/B", "Own.jsonl")
+    with pytest.raises(InputError, match="there is no run in"):
+        cli.parse(["trim", "--Output", str(tmp_path / "none"), "--Resume"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ import pytest
 import tiny
 import torch
 from gguf_cases import CASES, FULL, SLIDING, VOCAB
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import trimllm
 from trimllm import commands, handover
 from trimllm.blocks.layout import Unit, remove, whole
+from trimllm.checkpoints import loading
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.handover import gguf_families, gguf_tensors, gguf_tokenizer
@@ -110,6 +113,33 @@ def test_file_alone_is_the_model(name: str, checkpoints: Any, tmp_path: Path) ->
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert read.config.num_hidden_layers == 4
     assert distance(logits(read), logits(stock)) < 1e-5
+
+
+def head_of_its_own(folder: Path) -> torch.Tensor:
+    """Give a checkpoint whose config says that head and embeddings are one a head that differs; returns it."""
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    return head
+
+
+def test_a_head_that_the_config_calls_tied_is_written(checkpoints: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints("llama-tied"), tmp_path / "own")
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    head = head_of_its_own(folder)
+    export(folder, tmp_path / "model.gguf")
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    np.testing.assert_array_equal(found["output.weight"], head.float().numpy())
+    model = loading.load_model(folder)
+    assert model.config.tie_word_embeddings is False, "as it was read, for whoever goes by the config"
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    assert loading.load_model(checkpoints("llama-tied")).config.tie_word_embeddings is True
+
+
+def test_a_head_of_its_own_is_refused_where_the_family_has_none(checkpoints: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints("gemma2"), tmp_path / "own")
+    head_of_its_own(folder)
+    assert "llama.cpp has no place for 'lm_head.weight'" in refusal(folder, tmp_path / "model.gguf")
 
 
 def test_gemma_tensors_are_those_of_the_checkpoint(checkpoints: Any, tmp_path: Path) -> None:

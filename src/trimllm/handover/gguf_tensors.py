@@ -43,8 +43,6 @@ def plan(folder: Path, config: Any, described: Described, wanted: Type) -> list[
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     stored = {t: names.get_name(t.name, try_suffixes=(".weight", ".bias")) for t in shards.read(folder)[0]}
     tied = bool(config.tie_word_embeddings) and not _own_head({name: tensor for tensor, name in stored.items()})
-    if described.family.tied and not tied:
-        raise InputError("--to gguf: its output head is not its embeddings, and llama.cpp has one matrix for both here")
     needed, allowed = described.tensors(config.num_hidden_layers, tied)
     planned = []
     for tensor, name in stored.items():
