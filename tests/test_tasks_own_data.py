@@ -546,8 +546,8 @@ def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
 
         def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, **_):
             assert not tokenize
-            assert add_generation_prompt
-            return "<s>" + "".join(f"[{turn['role']}]{turn['content']}" for turn in messages) + "[assistant]"
+            end = "[assistant]" if add_generation_prompt else ""
+            return "<s>" + "".join(f"[{turn['role']}]{turn['content']}" for turn in messages) + end
 
     _, item = first(chat_file(tmp_path), tokenizer=Tokenizer())
     assert item.prompt == "[system]Be brief.[user]Hi[assistant]Hello.[user]Bye[assistant]"
@@ -555,6 +555,31 @@ def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
     Tokenizer.own = ()  # one that puts no BOS before a text: the template's own is all there is
     _, bare = first(chat_file(tmp_path), tokenizer=Tokenizer())
     assert bare.prompt == f"<s>{item.prompt}"
+
+
+LLAMA_2 = """{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}\
+ {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"""
+CHATML = """{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}\
+{% if add_generation_prompt %}<|assistant|>\n{% endif %}"""
+THINKS = """{% for m in messages %}[{{ m.role }}]{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}\
+{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "target"),
+    [
+        (LLAMA_2, "[INST] q 0 [/INST]", " It is."),
+        (CHATML, "<|user|>\nq 0<|end|>\n<|assistant|>\n", "It is."),
+        (THINKS, "[user]q 0[assistant]", "It is."),
+    ],
+    ids=["Llama 2's", "ChatML", "one that thinks"],
+)
+def test_blanks_that_a_template_puts_before_an_answer_stay(tmp_path, template, prompt, target):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    turns = [[{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": "It is. "}] for n in range(9)]
+    _, item = first(jsonl(tmp_path / "q.jsonl", [{"messages": each} for each in turns]), tokenizer=tokenizer)
+    assert (item.prompt, item.target) == (prompt, target)
 
 
 def test_a_template_may_write_tool_calls_as_it_likes(tmp_path):

@@ -44,15 +44,27 @@ def chat_prompt(messages: Any, tokenizer: Any = None) -> str:
     if not has_template(tokenizer):
         lines = [f"{ROLES.get(turn['role'], turn['role'])}: {turn['content']}\n" for turn in turns]
         return "".join(lines) + "Assistant:"
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **_dated(tokenizer)))
+    return _rendered(turns, tokenizer, begins=True)
+
+
+def chat_answer(messages: Any, tokenizer: Any = None) -> str:
+    """The last assistant message, after the blanks that a chat template puts between it and the prompt."""
+    turns = _turns(messages)[: _last(messages) + 1]
+    answer = str(turns[-1]["content"]).strip()
+    if not has_template(tokenizer):
+        return answer
+    before, whole = chat_prompt(messages, tokenizer), _rendered(turns, tokenizer, begins=False)
+    between = whole.removeprefix(before).partition(answer)[0]
+    return between + answer if whole.startswith(before) and between.isspace() else answer
+
+
+def _rendered(turns: list[dict[str, Any]], tokenizer: Any, *, begins: bool) -> str:
+    """The template's text, less a leading BOS where the tokenizer puts one there itself; with `begins` as far as where
+    the assistant begins to speak."""
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begins, **_dated(tokenizer)))
     start = tokenizer.bos_token or ""
     adds = bool(start) and tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(start) if adds else text
-
-
-def chat_answer(messages: Any) -> str:
-    """The last assistant message."""
-    return str(_turns(messages)[_last(messages)]["content"]).strip()
 
 
 def _turns(messages: Any) -> list[dict[str, Any]]:

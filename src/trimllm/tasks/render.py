@@ -245,7 +245,7 @@ def environment(tokenizer: Any = None) -> SandboxedEnvironment:
         filled=_filled,
         digest=_digest,
         chat_prompt=lambda messages: chat_prompt(messages, tokenizer),
-        chat_answer=chat_answer,
+        chat_answer=lambda messages: chat_answer(messages, tokenizer),
     )
     return environment
 
