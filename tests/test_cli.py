@@ -1218,3 +1218,19 @@ def test_options_in_capitals_are_options(tmp_path):
     assert (command.max_test, command.model, command.task) == (7, "A/B", "Own.jsonl")
     with pytest.raises(InputError, match="there is no run in"):
         cli.parse(["trim", "--Output", str(tmp_path / "none"), "--Resume"])
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [("--keep=0.5", (0.5, None)), ("--depth=2", (None, 2))])
+def test_a_target_on_the_command_line_takes_the_place_of_the_files(tmp_path, asked, wanted):
+    stands = "depth: 3" if "keep" in asked else "keep: 0.25"
+    (tmp_path / "c.yaml").write_text(f"model: a\ntask: b\n{stands}\n")
+    command = cli.parse(["trim", "--config", str(tmp_path / "c.yaml"), asked, "--output", "o"])
+    assert (command.keep, command.depth) == wanted
+    with pytest.raises(InputError, match="give --keep or --depth, not both"):
+        cli.parse(["trim", "--config", str(tmp_path / "c.yaml"), "--keep=0.5", "--depth=2", "--output", "o"])
+
+
+def test_a_setting_that_is_unknown_is_named_where_it_stands(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: a\ntask: b\nnew_option: 1\n")
+    with pytest.raises(InputError, match=r"--output .*: config.yaml: unknown setting 'new_option'"):
+        cli.parse(["trim", "--output", str(tmp_path), "--resume"])

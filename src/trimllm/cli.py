@@ -183,7 +183,8 @@ def parse(arguments: list[str]) -> settings.Settings:
         for key in beneath:
             if key not in COMMANDS[name].model_fields:
                 meant = _of_others(name, key) or did_you_mean(key, COMMANDS[name].model_fields)
-                raise InputError(f"--config{file}: unknown setting {key!r}{meant}")
+                where = f"--config{file}" if key in given else f"--output {output}: config.yaml"
+                raise InputError(f"{where}: unknown setting {key!r}{meant}")
     under: dict[str, Any] = {name: beneath} if beneath else {}
     try:
         root = _read(name, arguments, under)
@@ -229,9 +230,13 @@ def _read(name: str, arguments: list[str], under: dict[str, Any]) -> Any:
 def _configured(name: str, arguments: list[str]) -> dict[str, Any]:
     """Settings from the YAML file of `--config`."""
     configurable = issubclass(READ_AS.get(name, BaseModel), _Configurable)
-    if configurable and (path := _value(arguments, "--config")):
-        return plain_settings.read_yaml(os.path.expanduser(path))
-    return {}
+    if not configurable or (path := _value(arguments, "--config")) is None:
+        return {}
+    given = plain_settings.read_yaml(os.path.expanduser(path))
+    for asked, other in (("--keep", "depth"), ("--depth", "keep")):  # two ways to say one thing: the command line wins
+        if name == "trim" and _value(arguments, asked) is not None:
+            given.pop(other, None)
+    return given
 
 
 def _stored(name: str, output: str | None) -> dict[str, Any]:
