@@ -449,3 +449,16 @@ def test_weights_that_are_no_numbers_are_not_saved_as_another_model(base: Path, 
     with pytest.raises(TrimError, match="gives logits that are no finite numbers"):
         save_trimmed(drop_layers(model, [1]), tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
+
+
+def test_weights_that_the_config_does_not_ask_for_are_named(base: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = shutil.copytree(base, tmp_path / "less")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    words = ["--task", "demo_law", "--max-test", "4", "--device", "cpu", "--model"]
+    for model, told in ((folder, True), (base, False)):
+        assert cli.main(["eval", *words, str(model)]) == 0
+        err = capsys.readouterr().err
+        assert (
+            "tensors of its files have no place in the model that its config describes, such as model." in err
+        ) is told

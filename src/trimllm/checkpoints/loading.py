@@ -42,6 +42,8 @@ def path_of(name: str | Path) -> str:
     return str(DEMO) if name == "demo" else os.path.expanduser(name)
 
 
+BUFFERS = (".inv_freq", ".attn.bias", ".masked_bias")
+"""What older releases saved beside the weights."""
 OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 """What a forward pass gives, which a config may say otherwise, and each call asks for itself."""
 
@@ -119,6 +121,7 @@ def load_model(
             f"cannot use model {name!r}: its checkpoint lacks {len(lost)} weights that its config asks for, "
             f"such as {sorted(lost)[0]}"
         )
+    model.unread = tuple(sorted(name for name in info["unexpected_keys"] if not name.endswith(BUFFERS)))
     if model.config.is_encoder_decoder:
         raise InputError(f"cannot use model {name!r}: it is an encoder-decoder, not a causal language model")
     for part in (model.config, model.config.get_text_config(decoder=True)):

@@ -153,6 +153,9 @@ def load(
     notes = [f"{settings.model} is an adapter: merged into its base {base}"] if base is not None else []
     if settings.model == "demo" and Path("demo").exists():
         notes.append("demo is the embedded model: what has this name here would be ./demo")
+    if unread := getattr(model, "unread", ()):
+        few = f"{len(unread)} tensor{'s' if len(unread) > 1 else ''} of its files"
+        notes.append(f"{few} have no place in the model that its config describes, such as {unread[0]}: not read")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         notes.append(f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {vocabulary:,} of them")
