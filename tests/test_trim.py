@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from trimllm.checkpoints.loading import DEMO, load_tokenizer
 from trimllm.config import STRATEGIES, EvalConfig, TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import inputs
+from trimllm.evaluation import generation, inputs
 from trimllm.evaluation.evaluate import Scorer, evaluate
 from trimllm.evaluation.paired import difference
 from trimllm.importance import scan, scores, weights
@@ -894,3 +895,24 @@ def test_a_result_of_which_no_answer_differs_is_called_so():
 )
 def test_blocks_that_go_together_stand_on_a_line_in_short(units, said):
     assert in_short(units) == said
+
+
+@pytest.mark.parametrize(("named", "wanted"), [(5, [5, 0]), ([5, 6], [5, 6, 0]), (None, 0), (0, 0), ([6, 0], [6, 0])])
+def test_a_result_stops_where_its_training_ends_an_answer(base, task, tmp_path, named, wanted):
+    """The tokenizer's EOS (0) closes what is learnt; the model's own settings may name others alone."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": named}))
+    h.run(folder, task, tmp_path / "run", depth=4, **HARDLY)
+    saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == wanted
+    model = models.load(EvalConfig(model=str(folder), task=str(task), device="cpu")).model
+    assert set(generation.ends_of(model, load_tokenizer(DEMO))) == {*(wanted if isinstance(wanted, list) else [wanted])}
+
+
+def test_a_result_that_nothing_trained_stops_where_its_base_does(base, task, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 5}))
+    h.run(folder, task, tmp_path / "run", depth=4, **NO_TRAINING)
+    assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["eos_token_id"] == 5

@@ -32,7 +32,8 @@ def generate(
     token_budget: int | None = None,
 ) -> list[str]:
     """Greedy continuations of the items' prompts, decoded, cut at EOS; prompts are cut from the left to fit the
-    context, or `max_length` if that is less. Of the model's generation config only what ends a text counts.
+    context, or `max_length` if that is less. Of the model's generation config only what ends a text counts
+    (see `ends_of`).
 
     `token_budget` is of a batch, answers and padding included (default: 16 rows, whatever their length). Where memory
     ends, batches become smaller.
@@ -45,7 +46,7 @@ def generate(
     prompts = [encoding.cut(tokenizer, ids, space) for ids in _prompts(tokenizer, items)]
     encoding.check_vocabulary(tokenizer, prompts, encoding.vocabulary(model))
     pad = encoding.pad_id(tokenizer, model, tokenizer.eos_token_id or 0)  # also what stands after an answer's end
-    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    ends = ends_of(model, tokenizer) or None
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
     waiting = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     answers, most = [""] * len(items), len(items) if token_budget else ROWS
@@ -68,6 +69,22 @@ def generate(
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
             waiting = waiting[len(group) :]
     return answers
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text: those of the model's generation settings, and the tokenizer's EOS, with which training
+    closes an answer."""
+    own = getattr(model, "generation_config", None)
+    named = getattr(own, "eos_token_id", None)
+    found = (*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id)
+    return list(dict.fromkeys(one for one in found if one is not None))
+
+
+def name_ends(model: Any, tokenizer: Any) -> None:
+    """Add the tokenizer's EOS to what the model's generation settings stop at, since it learns to write that."""
+    ends, own = ends_of(model, tokenizer), getattr(model, "generation_config", None)
+    if own is not None and ends and own.eos_token_id not in (ends, ends[0] if len(ends) == 1 else None):
+        own.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def cut_note(

@@ -27,7 +27,7 @@ from trimllm.config import TrimConfig
 from trimllm.config.plain_settings import make
 from trimllm.console import Console
 from trimllm.errors import InputError, TrimError
-from trimllm.evaluation import inputs
+from trimllm.evaluation import generation, inputs
 from trimllm.parallel import Share
 from trimllm.run import (
     account,
@@ -136,6 +136,8 @@ class Run:
         for note in checks.memory(self.config, self.accelerator.device, measured=bool(earlier.of("drop"))):
             self.console.say(note)
         loaded = load(self.config, training=True, device=self.accelerator.device)
+        if self.config.trains:
+            generation.name_ends(loaded.model, loaded.tokenizer)
         autocast = mixed.measuring(self.accelerator) if self.config.trains else None
         self.ready = prepare(self.config, loaded, earlier, autocast)
         if not earlier.of("done") and (
