@@ -8,6 +8,7 @@ from trimllm.blocks import decoder, legality, surgery
 from trimllm.blocks.layout import Block
 from trimllm.config import TrimConfig
 from trimllm.errors import InputError
+from trimllm.run import account
 from trimllm.run.sizes import least_size
 from trimllm.run.targets import STUCK, End, Size, floor, missed, reached, slower, wanted_depth
 
@@ -95,6 +96,12 @@ def test_a_target_that_is_not_met_is_said():
     assert missed(config(min_accuracy=9, min_depth=4), End.least(config(min_depth=4), 4)) is None, (
         "a floor is all that was asked"
     )
+
+
+def test_a_drop_that_nothing_can_exceed_is_pointed_out():
+    warm = {"calibration": {"value": 16.4, "metric": "likelihood"}}
+    assert account.loose(config(max_drop=20.0), warm).startswith("--max-drop 20: likelihood is 16.4 on the calibration")
+    assert account.loose(config(max_drop=2.0), warm) is account.loose(config(min_accuracy=90), warm) is None
 
 
 def test_floor_is_the_stricter_of_both_and_follows_the_best_depth():

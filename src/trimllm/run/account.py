@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from trimllm.blocks.layout import Layout, describe, in_short, whole_layers
+from trimllm.config import TrimConfig
 from trimllm.console import clock, table
 from trimllm.evaluation import fluency
 from trimllm.evaluation.judging import Evaluation
@@ -162,6 +163,17 @@ def guessing(row: dict[str, Any], items: Sequence[Item]) -> str | None:
     )
 
 
+def loose(config: TrimConfig, warm: dict[str, Any]) -> str | None:
+    """One line if --max-drop is a floor that nothing can fall below; `warm` is the journaled row of the warm-up."""
+    value = warm["calibration"]["value"]
+    if config.max_drop is None or value > config.max_drop:
+        return None
+    return (
+        f"--max-drop {config.max_drop:g}: {warm['calibration']['metric']} is {value:.1f} on the calibration set, and "
+        "no depth can be so far below it: give a smaller one"
+    )
+
+
 def other_rates(stages: Sequence[dict[str, Any]]) -> str | None:
     """One line if a run went on with another learning rate, which the settings do not show."""
     rates = dict.fromkeys(row["train"]["lr"] for row in stages if row["train"]["steps"])
@@ -182,7 +194,7 @@ def at_the_end(run: Outcome) -> list[str]:
 
 def warnings(run: Outcome) -> list[str]:
     """Everything that the user was warned of on the way, in that order, but for the disk."""
-    worse = [*run.warned, guessing(run.stages[0], run.data.calibration)]
+    worse = [*run.warned, guessing(run.stages[0], run.data.calibration), loose(run.config, run.stages[0])]
     worse += [worsened(row, run.base) for row in run.stages]
     missed = targets.missed(run.config, run.ended) if run.ended else None
     return [line for line in (*worse, missed) if line] + at_the_end(run)

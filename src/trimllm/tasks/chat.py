@@ -7,6 +7,10 @@ import re
 from datetime import datetime
 from typing import Any
 
+from jinja2 import TemplateError
+
+from trimllm.errors import one_line
+
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 """Roles as data in ShareGPT's form has them, beside keys `from` and `value`."""
@@ -61,7 +65,11 @@ def chat_answer(messages: Any, tokenizer: Any = None) -> str:
 def _rendered(turns: list[dict[str, Any]], tokenizer: Any, *, begins: bool) -> str:
     """The template's text, less a leading BOS where the tokenizer puts one there itself; with `begins` as far as where
     the assistant begins to speak."""
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begins, **_dated(tokenizer)))
+    try:
+        made = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begins, **_dated(tokenizer))
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template cannot write it ({one_line(error)})") from error
+    text = str(made)
     start = tokenizer.bos_token or ""
     adds = bool(start) and tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(start) if adds else text
