@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
+import helpers_run as h
 import numpy as np
 import pytest
 import tiny
@@ -18,7 +21,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.evaluate import Scorer
 from trimllm.evaluation.inputs import scorer as scorer_of
 from trimllm.importance import scan, weights
-from trimllm.run import recording
+from trimllm.run import finishing, recording
 
 
 class Small:
@@ -213,3 +216,24 @@ def test_a_budget_below_the_longest_row_is_refused(tokenizer, questions):
     with pytest.raises(InputError, match=f"--eval-batch-size 3: the longest row has {longest} tokens"):
         scorer_of(EvalConfig(**settings, eval_batch_size=3), model, tokenizer, questions)
     scorer_of(EvalConfig(**settings, eval_batch_size=longest), model, tokenizer, questions)
+
+
+def test_the_model_that_was_saved_is_gone_when_others_are_loaded(tmp_path, monkeypatch):
+    save, record, refs = finishing.save, recording.Recorder.record, []
+
+    def saved(run, ready, model, *arguments):
+        refs.append(weakref.ref(model))
+        return save(run, ready, model, *arguments)
+
+    def recorded(self, event, *arguments, **more):
+        if event == "saved":
+            gc.collect()
+            assert refs[0]() is None
+        return record(self, event, *arguments, **more)
+
+    monkeypatch.setattr(finishing, "save", saved)
+    monkeypatch.setattr(recording.Recorder, "record", recorded)
+    h.run(
+        h.save_base(tmp_path / "base"), h.save_task(tmp_path / "task"), tmp_path / "run", depth=4, epochs_per_drop=0.2
+    )
+    assert refs

@@ -284,3 +284,20 @@ def test_state_that_is_gone_is_one_line(base, task, tmp_path, monkeypatch):
     optimizer_state.delete(RunDir(tmp_path / "run").checkpoint(2))
     with pytest.raises(InputError, match=r"depth-2.*: the state of the optimizer is not there: begin a new run"):
         h.run(base, task, tmp_path / "run", **CARRIED, resume=True)
+
+
+def test_a_stage_leaves_room_for_what_adamw_knows_where_that_is_kept(base, task, tmp_path, monkeypatch):
+    """Not by the warm-up nor by the last stage, whose checkpoints hold none of it."""
+    reserves, underway = [], progressive.Underway
+
+    def watched(*arguments, **named):
+        reserves.append(named["reserve"])
+        return underway(*arguments, **named)
+
+    monkeypatch.setattr(progressive, "Underway", watched)
+    h.run(base, task, tmp_path / "run", depth=2, optimizer_state="carried", keep_checkpoints=True)
+    sizes = [stage["parameters"] * 4 for stage in h.journal(tmp_path / "run", "stage")]
+    kept = [reserve - size for reserve, size in zip(reserves, sizes, strict=True)]
+    assert kept[0] == kept[-1] == 0
+    assert all(more > 0 for more in kept[1:-1])
+    assert len(kept) > 2

@@ -63,11 +63,9 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        device: torch.device | None = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # meta holds no numbers
     except (RuntimeError, AssertionError):
-        device = None
-    if device is None or device.type == "meta":
         raise InputError(f"--device {name}: there is no such device here: use cpu or auto") from None
     return device
 

@@ -77,9 +77,7 @@ def _compare(folder: Path, model: nn.Module, fresh: nn.Module) -> Report:
     plain, cached, static = (_distance(in_memory[kind], on_disk[kind]) for kind in ("plain", "cached", "static"))
     spread = float(in_memory["plain"].float().std())  # type: ignore[union-attr]
     if not math.isfinite(spread):
-        raise TrimError(
-            "the trimmed model gives logits that are no finite numbers: weights of it are none, or too large"
-        )
+        raise TrimError("the model to save gives logits that are no finite numbers: look for NaN in its base's weights")
     limit = spread * (1e-4 if _wide(model) else 2e-2)
     for kind, difference in (("plain", plain), ("cached", cached), ("static-cache", static)):
         if difference is not None and not difference <= limit:

@@ -82,9 +82,13 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
 
 def name_ends(model: Any, tokenizer: Any) -> None:
     """Add the tokenizer's EOS to what the model's generation settings stop at, since it learns to write that."""
-    ends, own = ends_of(model, tokenizer), getattr(model, "generation_config", None)
-    if own is not None and ends and own.eos_token_id not in (ends, ends[0] if len(ends) == 1 else None):
-        own.eos_token_id = ends if len(ends) > 1 else ends[0]
+    own, learnt = getattr(model, "generation_config", None), tokenizer.eos_token_id
+    if own is None or learnt is None:
+        return
+    if own.eos_token_id is None:
+        own.eos_token_id = learnt
+    elif learnt not in (own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]):
+        own.eos_token_id = ends_of(model, tokenizer)
 
 
 def cut_note(

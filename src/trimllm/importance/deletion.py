@@ -104,9 +104,10 @@ def _trial(model: Any, batch: Batch, unit: Unit, stream: dict[float, torch.Tenso
 
 @torch.no_grad()
 def resumes_exactly(model: Any, batch: Batch) -> bool:
-    """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked;
-    where memory runs out, it is
-    not, and the scan itself says so."""
+    """Whether a forward resumed in the middle gives the scores of the whole one: known for the family, and checked.
+
+    Where memory runs out it is not checked: the scan itself will say so.
+    """
     depth = decoder.depth(model)
     if not families.family(decoder.text_config(model)).resumable or depth < 2:
         return False
