@@ -557,27 +557,41 @@ def test_chat_uses_the_tokenizers_template_without_a_second_bos(tmp_path):
     assert bare.prompt == f"<s>{item.prompt}"
 
 
-LLAMA_2 = """{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}\
- {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"""
-CHATML = """{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}\
-{% if add_generation_prompt %}<|assistant|>\n{% endif %}"""
-THINKS = """{% for m in messages %}[{{ m.role }}]{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}\
-{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
+def chat_template(user: str, assistant: str, begins: str) -> str:
+    """One that writes turns so, and has the assistant begin so."""
+    turn = f"{{% if m.role == 'user' %}}{user}{{% else %}}{assistant}{{% endif %}}"
+    return f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{begins}{{% endif %}}"
+
+
+SAID, LAST = "{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"
+EMPTY = "{% if '</think>' not in m.content %}<think></think>{% endif %}"
+LLAMA_2 = chat_template(f"[INST] {SAID} [/INST]", f" {SAID} {{{{ eos_token }}}}", "")
+CHATML = chat_template(f"<|user|>\n{SAID}<|end|>\n", f"<|assistant|>\n{SAID}<|end|>\n", "<|assistant|>\n")
+MAY_THINK = chat_template(f"Q: {SAID} A:", f"{EMPTY}{SAID}", "")
+THINKS = chat_template(f"Q: {SAID} A:", f"<think>\n\n</think>\n\n{LAST}", "<think>\n")
+FORGETS = chat_template(f"Q: {SAID} A:", LAST, "<think>\n")
+THOUGHT = "<think>\nSo.\n</think>\n\nIt is."
 
 
 @pytest.mark.parametrize(
-    ("template", "prompt", "target"),
+    ("template", "answer", "prompt", "target"),
     [
-        (LLAMA_2, "[INST] q 0 [/INST]", " It is."),
-        (CHATML, "<|user|>\nq 0<|end|>\n<|assistant|>\n", "It is."),
-        (THINKS, "[user]q 0[assistant]", "It is."),
+        (LLAMA_2, "It is. ", "[INST] q 0 [/INST]", " It is."),
+        (CHATML, "It is. ", "<|user|>\nq 0<|end|>\n<|assistant|>\n", "It is."),
+        (MAY_THINK, "It is.", "Q: q 0 A:", "<think></think>It is."),
+        (MAY_THINK, "think", "Q: q 0 A:", "<think></think>think"),
+        (MAY_THINK, THOUGHT, "Q: q 0 A:", THOUGHT),
+        (THINKS, "It is.", "Q: q 0 A:<think>\n", "\n</think>\n\nIt is."),
+        (THINKS, THOUGHT, "Q: q 0 A:<think>\n", "So.\n</think>\n\nIt is."),
+        (FORGETS, "It is.", "Q: q 0 A:<think>\n", "\n</think>\n\nIt is."),
+        (FORGETS, THOUGHT, "Q: q 0 A:<think>\n", "So.\n</think>\n\nIt is."),
+        (FORGETS, THOUGHT.removeprefix("<think>\n"), "Q: q 0 A:<think>\n", "So.\n</think>\n\nIt is."),
     ],
-    ids=["Llama 2's", "ChatML", "one that thinks"],
 )
-def test_blanks_that_a_template_puts_before_an_answer_stay(tmp_path, template, prompt, target):
+def test_an_answer_goes_on_from_its_prompt_as_the_template_has_it(tmp_path, template, answer, prompt, target):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    turns = [[{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": "It is. "}] for n in range(9)]
+    turns = [[{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": answer}] for n in range(9)]
     _, item = first(jsonl(tmp_path / "q.jsonl", [{"messages": each} for each in turns]), tokenizer=tokenizer)
     assert (item.prompt, item.target) == (prompt, target)
 

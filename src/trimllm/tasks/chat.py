@@ -19,6 +19,10 @@ _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 TODAY = datetime(2024, 7, 26)
 """For templates that print the date (it is what Llama 3's say without a clock): rows read the same on every day."""
 _NOW = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
+_THOUGHTS_END = re.compile(r"</(think|thinking|thought|reasoning)>")
+_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
+"""Where a chat template has the assistant begin to think (DeepSeek R1's, Qwen 3's for thinking models)."""
+_STAND_IN = "TheAnswerStandsHere"
 
 
 def _dated(tokenizer: Any) -> dict[str, str]:
@@ -52,14 +56,21 @@ def chat_prompt(messages: Any, tokenizer: Any = None) -> str:
 
 
 def chat_answer(messages: Any, tokenizer: Any = None) -> str:
-    """The last assistant message, after the blanks that a chat template puts between it and the prompt."""
+    """The last assistant message as it goes on from the prompt: after what a chat template puts between the two (a
+    blank, thoughts, or the end of none), and without a second beginning of thoughts that the prompt ends in."""
     turns = _turns(messages)[: _last(messages) + 1]
     answer = str(turns[-1]["content"]).strip()
     if not has_template(tokenizer):
         return answer
-    before, whole = chat_prompt(messages, tokenizer), _rendered(turns, tokenizer, begins=False)
-    between = whole.removeprefix(before).partition(answer)[0]
-    return between + answer if whole.startswith(before) and between.isspace() else answer
+    prompt = chat_prompt(messages, tokenizer)
+    thinking = _THINKING.search(prompt)
+    if _THOUGHTS_END.search(answer):
+        return answer.removeprefix(f"<{thinking[1]}>").lstrip() if thinking else answer
+    whole = _rendered([*turns[:-1], turns[-1] | {"content": _STAND_IN}], tokenizer, begins=False)
+    before, found, _ = whole.partition(_STAND_IN)
+    if found and before.startswith(prompt):
+        return before.removeprefix(prompt) + answer
+    return f"\n</{thinking[1]}>\n\n{answer}" if thinking else answer
 
 
 def _rendered(turns: list[dict[str, Any]], tokenizer: Any, *, begins: bool) -> str:
