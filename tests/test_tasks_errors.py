@@ -5,6 +5,8 @@ import gzip
 import json
 import lzma
 import re
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -679,6 +681,24 @@ def test_bytes_within_parquet_cells(tmp_path):
     text = OPEN.format(prompt="{{ picture | string }}").replace("source: {files: {train: rows.jsonl}}", files)
     (tmp_path / "own.yaml").write_text(text)
     assert "a column it uses holds bytes that are no text (b'\\xff\\xd8')" in message(tmp_path / "own.yaml")
+
+
+def test_labels_that_look_like_templates_are_labels(tmp_path):
+    labels = ["{{ x }}", "{% raw", "it's {{\n}}"]
+    write(tmp_path, *({"text": f"t {n}", "label": labels[n % 3]} for n in range(30)), name="rows.jsonl")
+    item = load_task(tmp_path / "rows.jsonl").train[0]
+    assert sorted(text.strip() for text in item.continuations) == sorted(labels)
+
+
+def test_dates_and_decimals_of_parquet_are_labels(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [f"t {n}" for n in range(20)]
+    for labels in ([Decimal("3.50"), Decimal("4.25")], [date(2024, 2, 29), date(2024, 3, 1)]):
+        pq.write_table(pa.table({"text": texts, "label": labels * 10}), tmp_path / "x.parquet")
+        item = load_task(tmp_path / "x.parquet").train[0]
+        assert [text.strip() for text in item.continuations] == [str(label) for label in labels]
 
 
 def test_a_folder_of_one_text_that_is_called_readme(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trimllm.errors import InputError, first_line
 from trimllm.offline import hub_or_cache
-from trimllm.tasks.rows import Row
+from trimllm.tasks.rows import Row, decoded
 from trimllm.tasks.spec import Source
 
 
@@ -25,4 +25,4 @@ def read_hub(source: Source, split: str, task: str) -> list[Row]:
             f"task {task!r}: cannot load split {split!r} of {name} from the Hub ({first_line(error)}); connect once to "
             "fill the cache, or give local copies with --task-files train=FILE,test=FILE"
         ) from error
-    return [Row(f"{name}[{split}]:{number}", dict(values)) for number, values in enumerate(data, 1)]
+    return [Row(f"{name}[{split}]:{number}", decoded(dict(values))) for number, values in enumerate(data, 1)]

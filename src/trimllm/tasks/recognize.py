@@ -280,10 +280,15 @@ def _classification(name: str, rows: Iterable[Row]) -> TaskSpec:
         name=name,
         kind="choice",
         prompt=f"{_required('text')}\nCategory:",
-        choices=names if plain else readable,
+        choices=[_literally(label) for label in (names if plain else readable)],
         answer=_required("label") if plain else "{{ (label | required('label') | string).replace('_', ' ') }}",
         answer_as="text",
     )
+
+
+def _literally(text: str) -> str:
+    """The entry of a spec's choices that gives this text, also where it would be taken for a template."""
+    return "{{ " + repr(text) + " }}" if "{{" in text else text
 
 
 def _label_order(label: Any) -> tuple[bool, float, str]:

@@ -10,9 +10,12 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
+from uuid import UUID
 
 from trimllm.errors import InputError, first_line
 
@@ -249,17 +252,20 @@ def _parquet(path: Path) -> Iterator[Row]:
     except pa.ArrowException as error:
         raise InputError(f"cannot read {path}: {first_line(error)}; check that it is a whole Parquet file") from error
     for number, row in enumerate(values, 1):
-        yield Row(f"{path}:row {number}", {name: _decoded(value) for name, value in row.items()})
+        yield Row(f"{path}:row {number}", decoded(row))
 
 
-def _decoded(value: Any) -> Any:
-    """Text that was written as bytes; other bytes, such as a picture's, as they are. What is no number is null."""
+def decoded(value: Any) -> Any:
+    """A typed value as JSON has it: text that was written as bytes, dates and decimals as text, what is no number as
+    null. Other bytes, such as a picture's, stay."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, list):
-        return [_decoded(each) for each in value]
+        return [decoded(each) for each in value]
     if isinstance(value, dict):
-        return {name: _decoded(each) for name, each in value.items()}
+        return {name: decoded(each) for name, each in value.items()}
+    if isinstance(value, Decimal | date | time | timedelta | UUID):
+        return str(value)
     with suppress(UnicodeDecodeError):
         return value.decode() if isinstance(value, bytes) else value
     return value
