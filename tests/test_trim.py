@@ -212,6 +212,16 @@ def test_kept_depth_is_exported_as_it_was(trained, capsys):
     assert "kept: 5, 4, 3" in capsys.readouterr().err
 
 
+def test_a_result_that_is_gone_is_not_called_unfinished(trained, tmp_path, capsys):
+    output, _, _ = trained
+    lost = shutil.copytree(output, tmp_path / "lost")
+    shutil.rmtree(lost / "model")
+    (part := shutil.copytree(lost, tmp_path / "part")).joinpath("result.json").unlink()
+    for run, what in ((lost, f"its result, {lost / 'model'}, is not there"), (part, "the run is not finished")):
+        assert cli.main(["export", str(run), "--to", "gguf"]) == 2
+        assert f"{run}: {what}: name a depth it kept with --depth (kept: 5, 4, 3)" in capsys.readouterr().err
+
+
 def test_bfloat16_base_gives_a_bfloat16_checkpoint(task, tmp_path):
     base = h.save_base(tmp_path / "base", dtype=torch.bfloat16)
     model, _ = h.run(base, task, tmp_path / "run", depth=4)

@@ -40,7 +40,8 @@ def checkpoint(command: config.ExportConfig) -> Iterator[Path]:
     elif holds_run:
         if not run.model.exists():
             kept = ", ".join(map(str, run.kept_depths())) or "none"
-            raise InputError(f"{run.root}: the run is not finished: name a depth it kept with --depth (kept: {kept})")
+            what = f"its result, {run.model}, is not there" if run.result.exists() else "the run is not finished"
+            raise InputError(f"{run.root}: {what}: name a depth it kept with --depth (kept: {kept})")
         yield run.model
     else:
         folder = Path(loading.path_of(command.source))
