@@ -778,6 +778,14 @@ def test_files_that_are_pooled_are_named(tmp_path):
     assert "pooled" not in str(load_task(tmp_path).notes)
 
 
+def test_files_that_may_be_the_same_rows_twice_are_named(tmp_path):
+    for name in ("train.jsonl", "train.d.jsonl", "train.ndjson", "notes.jsonl", "notes.csv"):
+        jsonl(tmp_path / name, QUESTIONS)
+    notes = load_task(tmp_path).notes
+    same = "(if they are the same rows, move all but one away)"
+    assert f"read as different rows: train.jsonl, train.ndjson {same}" in notes
+
+
 def test_a_split_without_answers_is_said(tmp_path):
     rows = [{"text": f"t {n}", "label": "ab"[n % 2]} for n in range(30)]
     jsonl(tmp_path / "train.jsonl", rows[:20])

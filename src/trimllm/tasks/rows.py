@@ -51,6 +51,12 @@ def format_of(path: Path) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
+def stem_of(path: Path) -> str:
+    """The file's name without its format and compression (`a` for `a.jsonl.xz`)."""
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return name.stem
+
+
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file. Plain text is one row with the column `text`.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 
 from trimllm.errors import InputError, did_you_mean
 from trimllm.tasks import world
 from trimllm.tasks.columns import shortened
 from trimllm.tasks.hub import read_hub
-from trimllm.tasks.rows import Row, format_of, read_rows
+from trimllm.tasks.rows import Row, format_of, read_rows, stem_of
 from trimllm.tasks.spec import Source, TaskSpec
 
 Files = str | Path | Mapping[str, str | Path | list[str]]
@@ -154,7 +155,8 @@ def _said(value: object) -> set[str]:
 
 def file_notes(files: Files) -> list[str]:
     """What the user should know of a folder: files that are not read, because they are about the data, are of no known
-    format, or name no split while others do; files that are pooled, because none does."""
+    format, or name no split while others do; files that are pooled, because none does; and those that may be the same
+    rows twice."""
     folder = None if isinstance(files, Mapping) else Path(files)
     if folder is None or not folder.is_dir():
         return []
@@ -163,11 +165,20 @@ def file_notes(files: Files) -> list[str]:
     if others := _others(folder):
         notes.append(f"not read: {shortened(others, _SHOWN)} (files of no known format, folders in the folder)")
     unnamed = [file.name for file in found if part_of(file) is None]
+    read = found if len(unnamed) == len(found) else [file for file in found if part_of(file) is not None]
+    if twice := _same_stem(read):
+        notes.append(f"read as different rows: {'; '.join(twice)} (if they are the same rows, move all but one away)")
     if len(unnamed) < len(found):
         return notes + [f"not used: {name} (no train, valid or test in its name)" for name in unnamed]
     if len(unnamed) < 2:
         return notes
     return [*notes, f"pooled, as no name has train, valid or test in it: {shortened(unnamed, _SHOWN)}"]
+
+
+def _same_stem(files: list[Path]) -> list[str]:
+    """Files that differ only in their format, those of one name in one text."""
+    groups = [[file.name for file in group] for _, group in groupby(sorted(files, key=stem_of), stem_of)]
+    return [", ".join(names) for names in groups if len(names) > 1]
 
 
 def part_of(path: Path) -> str | None:
