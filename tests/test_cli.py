@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from trimllm import cli, config, console, files
+from trimllm import cli, config, console, files, parsing
 from trimllm.blocks import legality
 from trimllm.checkpoints import models
 from trimllm.commands import eval as eval_command
@@ -87,7 +87,7 @@ def test_what_a_parser_prints_before_it_ends_is_one_line(monkeypatch, capsys):
         )
         raise SystemExit(2)
 
-    monkeypatch.setattr(cli.CliApp, "run", run)
+    monkeypatch.setattr(parsing.CliApp, "run", run)
     with pytest.raises(InputError, match=r"^argument --layers: expected one argument: see trimllm drop --help$"):
         cli.parse(DROP)
     assert capsys.readouterr().err == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_settings import CliPositionalArg
 
 from trimllm.config.shared import (
     ANALYSIS_ITEMS,
@@ -159,7 +160,7 @@ class BenchConfig(SpeedSettings, LoadSettings):
       trimllm bench config:benchmarks/shapes/llama-7b.json config:benchmarks/shapes/llama-7b-half.json --dtype float16
     """
 
-    models: Several[str]
+    models: CliPositionalArg[Several[str]]
     """Directories, Hub ids or `demo`; config:FILE.json is a model of that shape with random weights. Ratios are to the
     first."""
     batch_size: Several[Positive] = (1,)
@@ -259,7 +260,7 @@ class ExportConfig(Settings):
       trimllm export runs/medicine --to gguf --quant q8_0
     """
 
-    source: Location
+    source: CliPositionalArg[Location]
     """Directory of a `trimllm trim` run, or of a checkpoint."""
     depth: Positive | None = None
     """Of a run: which depth; kept are the last two, and all with --keep-checkpoints (default: the run's result)."""
@@ -301,9 +302,9 @@ class PushConfig(Settings):
       trimllm push runs/medicine YOUR_NAME/medicine-8-layers --private
     """
 
-    directory: Location
+    directory: CliPositionalArg[Location]
     """Directory of a `trimllm trim` run (its result is taken), or of a checkpoint that trimllm wrote."""
-    repo_id: str
+    repo_id: CliPositionalArg[str]
     """Repository on the Hub: YOUR_NAME/REPOSITORY; made if it is not there."""
     private: bool = False
     """Make the repository private; one that exists stays what it is."""
