@@ -24,6 +24,7 @@ import json
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -221,12 +222,20 @@ def _place(arm: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["medicine", "law", "finance"], choices=list(PARTS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Arms:\n" + textwrap.fill("; ".join(f'"{arm}"' for arm in ARMS), 110),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=["medicine", "law", "finance"], choices=list(PARTS), metavar="PART"
+    )
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.4, 0.33, 0.25], help="shares of blocks")
-    parser.add_argument("--against", choices=list(ARMS), help="another table: accuracy less that of this arm, in pairs")
+    parser.add_argument(
+        "--against", choices=list(ARMS), metavar="ARM", help="another table: accuracy less that of this arm, in pairs"
+    )
     parser.add_argument("--base", type=Path, help="the lab base")
     parser.add_argument("--data", type=Path, help="folder with the lab's tasks")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch (default: its own choice)")
