@@ -224,7 +224,7 @@ def _place(arm: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Arms:\n" + textwrap.fill("; ".join(f'"{arm}"' for arm in ARMS), 110),
+        epilog="Arms:\n" + textwrap.fill("; ".join(f'"{arm}"' for arm in ARMS), 110, break_on_hyphens=False),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
