@@ -30,6 +30,7 @@ from trimllm.checkpoints.loading import path_of
 from trimllm.config import TrainSettings
 from trimllm.training import sparse, train, training_rows
 from trimllm.training.packing import Example
+from trimllm.training.step import Means
 
 VOCABULARY, CONTEXT, RATIO, LR = 8192, 1024, 0.25, 1e-4
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -125,7 +126,7 @@ def ours(net: Any, parameters: Sequence[Any], rows: Sequence[Example], batch: in
     settings = TrainSettings(lr=LR, batch_size=batch, text_ratio=0.0, **more)
     plan = training_rows.steps(rows, [], settings, epochs, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        return train.train_stage(net, parameters, plan, settings, Accelerator(cpu=True), folder=folder)
+        return train.train_stage(net, parameters, plan, settings, Accelerator(cpu=True), Means(folder=folder))
 
 
 def padded(rows: Sequence[Example], length: int) -> dict[str, torch.Tensor]:

@@ -325,18 +325,7 @@ def test_short_rows_keep_their_backend_where_another_one_would_pack_them_otherwi
     monkeypatch.setattr(packing, "find_way", lambda one, *_: (ways[one.config._attn_implementation], None))
 
     def eager() -> int:
-        return step.stepper(
-            model,
-            plan,
-            TrainSettings(),
-            mixed,
-            teacher=None,
-            attention="auto",
-            fitted=None,
-            pad_id=0,
-            folder=None,
-            say=print,
-        ).eager
+        return step.stepper(model, plan, TrainSettings(), mixed, step.PLAIN).eager
 
     assert eager() == length > 0
     ways["eager"] = packing.ALONE
@@ -365,7 +354,9 @@ def test_where_memory_ends_rows_go_back_to_sdpa_before_micro_batches_are_halved(
     model, twin = tiny.build("llama", 2), tiny.build("llama", 2)
     for net, given in ((model, {}), (twin, {"attention": "sdpa"})):
         settings = TrainSettings(lr=1e-3, batch_size=500)
-        train.train_stage(net, list(net.parameters()), [rows()] * 2, settings, mixed, say=said.append, **given)
+        train.train_stage(
+            net, list(net.parameters()), [rows()] * 2, settings, mixed, step.Means(say=said.append, **given)
+        )
     assert [name for name, _ in seen] == ["eager", "sdpa", "sdpa", "sdpa", "sdpa"]
     assert said == ["  out of memory: short rows are computed with SDPA, too, from here on"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -20,7 +20,7 @@ from trimllm.run import progressive
 from trimllm.training import distill, losses, packing, sparse, train
 from trimllm.training.distill import Teacher
 from trimllm.training.packing import ALONE, Example, find_way, pack
-from trimllm.training.step import Stepper
+from trimllm.training.step import Means, Stepper
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -127,11 +127,10 @@ def test_a_teacher_is_frozen_and_without_dropout():
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def stage(model, teacher, share=0.5, settings=SETTINGS, plan=(ROWS, ROWS[:3]), accelerator=None, **more):
+def stage(model, teacher, share=0.5, settings=SETTINGS, plan=(ROWS, ROWS[:3]), accelerator=None, say=print, **more):
     parameters = more.pop("parameters", None) or sparse.freeze(model, whole(3), None)
-    taught = Teacher(teacher, share) if teacher is not None else None
-    made = accelerator or Accelerator(cpu=True)
-    return train.train_stage(model, parameters, plan, settings, made, teacher=taught, **more)
+    means = Means(teacher=Teacher(teacher, share) if teacher is not None else None, say=say)
+    return train.train_stage(model, parameters, plan, settings, accelerator or Accelerator(cpu=True), means, **more)
 
 
 def naive_stage(model, teacher, share, plan=(ROWS, ROWS[:3])):

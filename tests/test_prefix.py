@@ -16,6 +16,7 @@ from trimllm.config.plain_settings import make
 from trimllm.errors import InputError
 from trimllm.training import losses, packing, prefix, sparse, train, training_rows
 from trimllm.training.packing import Example
+from trimllm.training.step import Means
 
 TASK = [Example(tuple((7 * n + 3 * i) % 60 + 3 for i in range(3 + n % 9)), 1 + n % 2) for n in range(12)]
 
@@ -33,9 +34,8 @@ def stage(model, chosen, tmp_path, epochs=3, **more):
 
         handles.append(block.register_forward_hook(count))
     plan = training_rows.steps(TASK, [], settings, epochs, 0)
-    report = train.train_stage(
-        model, parameters, plan, settings, Accelerator(cpu=True), folder=tmp_path, say=said.append
-    )
+    means = Means(folder=tmp_path, say=said.append)
+    report = train.train_stage(model, parameters, plan, settings, Accelerator(cpu=True), means)
     for handle in handles:
         handle.remove()
     return report, said, passed

@@ -20,7 +20,7 @@ from trimllm.errors import InputError, TrimError
 from trimllm.tasks.items import Item
 from trimllm.training import losses, packing, sparse, train
 from trimllm.training.packing import Example
-from trimllm.training.step import Stepper
+from trimllm.training.step import Means, Stepper
 from trimllm.training.train import rounding_note, train_stage
 from trimllm.training.training_rows import examples, steps, task_examples, text_examples
 
@@ -380,7 +380,7 @@ def test_out_of_memory_halves_the_micro_batches_and_the_step_stays_the_same(task
     stage(plain, list(plain.parameters()), plan, settings)
     small_memory.limit[0] = 2
     small_memory.sizes.clear()
-    report = stage(model, list(model.parameters()), plan, settings, say=said.append)
+    report = stage(model, list(model.parameters()), plan, settings, means=Means(say=said.append))
     assert apart(weights(model), weights(plain)) < 1e-6
     assert said == [f"  out of memory: micro-batches of at most {report.micro_batch_size} tokens from here on"]
     assert report.micro_batch_size <= settings.batch_size // 2
@@ -460,7 +460,7 @@ def test_a_stage_reports_its_padding(task, settings):
     rows = [Example((5, 6, 7, 8, 9), 1), Example((5, 6, 7), 1)]
     model = tiny.build("mamba", 1)
     said = []
-    report = stage(model, list(model.parameters()), [rows * 2], settings, say=said.append)
+    report = stage(model, list(model.parameters()), [rows * 2], settings, means=Means(say=said.append))
     assert report.padding == pytest.approx(1 - 12 / 16)
     assert said == [
         "  rows are batched by length, not packed: model type mamba does not keep rows apart by their positions"

@@ -847,7 +847,7 @@ def test_what_memory_had_room_for_in_one_stage_is_where_the_next_begins(base, ta
         return work(model, packed, *rest)
 
     def train_stage(*arguments, **more):
-        begun.append(more["fitted"])
+        begun.append(arguments[5].fitted)
         return stage(*arguments, **more)
 
     monkeypatch.setattr(losses, "backward", backward)
@@ -868,7 +868,7 @@ def test_domain_text_of_white_space_is_refused(base, task, tmp_path):
 
 def test_an_empty_stage_says_nothing_about_memory(base, task, tmp_path, monkeypatch):
     stage, begun = train.train_stage, []
-    monkeypatch.setattr(train, "train_stage", lambda *a, **more: begun.append(more["fitted"]) or stage(*a, **more))
+    monkeypatch.setattr(train, "train_stage", lambda *a, **more: begun.append(a[5].fitted) or stage(*a, **more))
     h.run(base, task, tmp_path / "run", depth=3, warmup_epochs=0, batch_size=300)
     assert begun == [None, None, 300]
 

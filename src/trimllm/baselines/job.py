@@ -26,6 +26,7 @@ from trimllm.run.journal import Journal
 from trimllm.run.targets import wanted_depth
 from trimllm.training import sparse, train, training_rows, underway
 from trimllm.training.packing import Example
+from trimllm.training.step import Means
 from trimllm.training.underway import Underway
 
 SHARED = (CompareConfig.model_fields.keys() & TrimConfig.model_fields.keys()) - {"output", "resume", "keep", "strategy"}
@@ -176,12 +177,9 @@ class Job:
                 plan,
                 command,
                 self.accelerator,
+                Means(pad_id=pad, attention=command.attention, folder=self.folder, say=self.console.say),
                 seed=seed,
-                pad_id=pad,
-                folder=self.folder,
                 on_step=step,
-                say=self.console.say,
-                attention=command.attention,
                 underway=underway,
             )
 

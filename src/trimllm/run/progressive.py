@@ -49,6 +49,7 @@ from trimllm.run.targets import End
 from trimllm.training import optimizer_state, sparse, train, training_rows
 from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
+from trimllm.training.step import Means
 from trimllm.training.underway import Underway
 
 History = list[dict[str, Any]]
@@ -308,15 +309,17 @@ class Run:
                 plan,
                 config,
                 self.accelerator,
+                Means(
+                    pad_id=self.ready.calibration.pad_id,
+                    attention=config.attention,
+                    teacher=self._teacher() if config.distill and plan and not warm else None,
+                    fitted=self.fitted,
+                    folder=self.dir.root,
+                    say=self.console.say,
+                ),
                 seed=seed,
-                pad_id=self.ready.calibration.pad_id,
-                folder=self.dir.root,
-                say=self.console.say,
                 on_step=lambda step, steps, loss, speed: show(step, steps, f"loss {loss:.3f}  {speed:.0f} tokens/s"),
                 watch=watch,
-                fitted=self.fitted,
-                attention=config.attention,
-                teacher=self._teacher() if config.distill and plan and not warm else None,
                 moments=state.moments,
                 carried=carried,
                 underway=saved,

@@ -21,6 +21,26 @@ from trimllm.training.prefix import Prefix
 from trimllm.training.underway import Progress
 
 
+@dataclass(frozen=True)
+class Means:
+    """What steps are computed with, beside the model and the settings."""
+
+    pad_id: int = 0
+    attention: str = backends.AUTO
+    """With auto, short rows may be computed by another backend than the model's (see `backends.EAGER_LENGTH`)."""
+    teacher: Teacher | None = None
+    """A model of the same family and vocabulary, to learn from beside the targets."""
+    fitted: int | None = None
+    """Tokens that a micro-batch had at the end of the stage before, where memory may have run out."""
+    folder: str | Path | None = None
+    """Where `cache_frozen_prefix="disk"` puts its file."""
+    say: Callable[[str], None] = lambda line: None
+    """Called with a line that the user should see."""
+
+
+PLAIN = Means()
+
+
 @dataclass
 class Stepper:
     """Computes the gradients of a stage's steps, in a way that is decided at its start (see `stepper`). Where memory
@@ -106,36 +126,25 @@ class Stepper:
 
 
 def stepper(
-    model: Any,
-    plan: Sequence[Sequence[Example]],
-    settings: TrainSettings,
-    accelerator: Any,
-    *,
-    teacher: Teacher | None,
-    attention: str,
-    fitted: int | None,
-    pad_id: int,
-    folder: str | Path | None,
-    say: Callable[[str], None],
+    model: Any, plan: Sequence[Sequence[Example]], settings: TrainSettings, accelerator: Any, means: Means
 ) -> Stepper:
-    """How this model computes the steps of `plan`; what a teacher cannot do is done for neither. The arguments are
-    those of `train.train_stage`."""
-    models = [model, teacher.model] if teacher else [model]
-    way, reason = _packing(models, plan, pad_id)
+    """How this model computes the steps of `plan`; what a teacher cannot do is done for neither."""
+    models = [model, means.teacher.model] if means.teacher else [model]
+    way, reason = _packing(models, plan, means.pad_id)
     if reason:
-        say(f"  rows are batched by length, not packed: {reason}")
+        means.say(f"  rows are batched by length, not packed: {reason}")
     size = settings.micro_batch_size or settings.batch_size
     return Stepper(
         model,
         accelerator,
         way,
-        min(size, fitted or size),
-        _places(models, plan, accelerator, pad_id),
-        pad_id,
-        _eager_length(models, plan, way, accelerator, attention, pad_id),
-        _prefix(model, plan, settings, accelerator, folder, say),
-        teacher,
-        say=say,
+        min(size, means.fitted or size),
+        _places(models, plan, accelerator, means.pad_id),
+        means.pad_id,
+        _eager_length(models, plan, way, accelerator, means),
+        _prefix(model, plan, settings, accelerator, means),
+        means.teacher,
+        say=means.say,
     )
 
 
@@ -164,31 +173,30 @@ def _prefix(
     plan: Sequence[Sequence[Example]],
     settings: TrainSettings,
     accelerator: Any,
-    folder: str | Path | None,
-    say: Callable[[str], None],
+    means: Means,
 ) -> Prefix | None:
     """Where outputs of the frozen blocks are kept (--cache-frozen-prefix), if that is asked for and can be done."""
     if settings.cache_frozen_prefix == "off" or all(one.requires_grad for one in model.parameters()):
         return None
     mine = [row for rows in plan for row in rows[accelerator.process_index :: accelerator.num_processes]]
-    place = Path(folder or ".") if settings.cache_frozen_prefix == "disk" else None
+    place = Path(means.folder or ".") if settings.cache_frozen_prefix == "disk" else None
     why = prefix.refusal(model) or prefix.no_room(model, mine, place, copies=accelerator.num_processes)
     if why is None:
         return Prefix(model, mine, folder=place)
-    say(f"  the frozen blocks are computed again in every epoch: {why}")
+    means.say(f"  the frozen blocks are computed again in every epoch: {why}")
     return None
 
 
 def _eager_length(
-    models: Sequence[Any], plan: Sequence[Sequence[Example]], way: Way, accelerator: Any, attention: str, pad_id: int
+    models: Sequence[Any], plan: Sequence[Sequence[Example]], way: Way, accelerator: Any, means: Means
 ) -> int:
     """See `backends.eager_length`; 0 where rows would need another packing mode for it."""
-    length = min(backends.eager_length(model, attention, accelerator) for model in models)
+    length = min(backends.eager_length(model, means.attention, accelerator) for model in models)
     if length:
         with contextlib.ExitStack() as within:
             for model in models:
                 within.enter_context(backends.eager(model))
-            if _packing(models, plan, pad_id)[0] != way:
+            if _packing(models, plan, means.pad_id)[0] != way:
                 return 0
     return length
 

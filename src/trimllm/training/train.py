@@ -14,20 +14,18 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from trimllm.checkpoints import backends, mixed
+from trimllm.checkpoints import mixed
 from trimllm.config import TrainSettings, TrimConfig
 from trimllm.errors import InputError, TrimError
 from trimllm.startup import Terminated
 from trimllm.training import optimizer_state
-from trimllm.training.distill import Teacher
 from trimllm.training.optimizer_state import Moments
 from trimllm.training.packing import Example
-from trimllm.training.step import stepper
+from trimllm.training.step import PLAIN, Means, stepper
 from trimllm.training.underway import Progress, Training, Underway
 
 WARMUP_SHARE = 0.06
@@ -90,16 +88,11 @@ def train_stage(
     plan: Sequence[Sequence[Example]],
     settings: TrainSettings,
     accelerator: Any,
+    means: Means = PLAIN,
     *,
     seed: int = 0,
-    pad_id: int = 0,
-    folder: str | Path | None = None,
     on_step: Callable[[int, int, float, float], None] | None = None,
-    say: Callable[[str], None] | None = None,
     watch: Watch | None = None,
-    fitted: int | None = None,
-    attention: str = backends.AUTO,
-    teacher: Teacher | None = None,
     moments: Moments | None = None,
     carried: Moments | None = None,
     underway: Underway | None = None,
@@ -110,14 +103,8 @@ def train_stage(
 
     Args:
         seed: of whatever is random within the model (dropout), together with the number of the step.
-        folder: where `cache_frozen_prefix="disk"` puts its file.
         on_step: called after every optimizer step with its number, their count, the loss, tokens per second.
-        say: called with a line that the user should see.
         watch: may end the stage where the learning rate is down.
-        fitted: tokens that a micro-batch had at the end of the stage before, where memory may have run out.
-        attention: with auto, short rows may be computed by another backend than the model's (see
-            `backends.EAGER_LENGTH`).
-        teacher: a model of the same family and vocabulary, to learn from beside the targets.
         moments: what AdamW goes on from; empty afterwards, unless nothing trains.
         carried: filled with what AdamW knows at the end of the parameters that trained, in main memory.
         underway: where the stage is saved on the way, and gone on with.
@@ -136,18 +123,7 @@ def train_stage(
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise InputError(f"processes of type {kind} share the weights: launch plain ones, with a whole model each")
-    steps = stepper(
-        model,
-        plan,
-        settings,
-        accelerator,
-        teacher=teacher,
-        attention=attention,
-        fitted=fitted,
-        pad_id=pad_id,
-        folder=folder,
-        say=say or (lambda line: None),
-    )
+    steps = stepper(model, plan, settings, accelerator, means)
     if settings.gradient_checkpointing:
         _checkpointing(model, on=True)
     model.train()
@@ -180,7 +156,7 @@ def train_stage(
                 group["lr"] = settings.lr * schedule(place, length)
             torch.manual_seed(zlib.crc32(f"{seed} {number}".encode()))
             with contextlib.ExitStack() as within:
-                for each in (model, teacher.model) if teacher else (model,):
+                for each in (model, means.teacher.model) if means.teacher else (model,):
                     within.enter_context(mixed.casting(each, mixed.training(accelerator)))
                 loss = steps.gradients(parameters, rows)
             if not math.isfinite(loss):
