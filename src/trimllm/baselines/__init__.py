@@ -1,7 +1,7 @@
-"""What `trimllm compare` compares: every method a module of its own with its paper, and the one table that names them.
+"""What `trimllm compare` compares: the one table of methods, each with its paper and the module that carries it out.
 
-A module has `run(job) -> Product`: it makes a checkpoint out of the base, or of the fully fine-tuned model. Evaluation,
-speed and size are measured alike for all, outside (see `cell.py`).
+Methods that differ in a setting share a module. One has `run(job) -> Product`: it makes a checkpoint out of the base,
+or of the fully fine-tuned model. Evaluation, speed and size are measured alike for all, outside (see `cell.py`).
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ METHODS = {
         Method("alternate", "Sajjad et al., alternate", "sajjad", _SAJJAD, after=(), **_by("alternate")),
         Method("symmetric", "Sajjad et al., symmetric", "sajjad", _SAJJAD, after=(), **_by("symmetric")),
         Method("contribution", "Sajjad et al., contribution", "sajjad", _SAJJAD, after=(), **_by("bi")),
+        Method("first", "first blocks", "one_shot", "", **_by("first")),
+        Method("last", "last blocks", "one_shot", "", **_by("last")),
         Method("random", "random blocks", "one_shot", "", **_by("random")),
         Method("streamline", "LLM-Streamline (replacement layer)", "streamline", _arxiv("2403.19135")),
         Method(

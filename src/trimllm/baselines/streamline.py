@@ -5,8 +5,8 @@ block, which begins as the first of them and is trained alone to give, in mean s
 intact model. Then the cut model is fine-tuned as other methods' are.
 
 The paper also replaces runs by plain MLPs, and trains the replacement on general text; here it is a decoder block, so
-that the checkpoint is a stock one, and it sees the task's and domain's rows: a tenth of the epochs of a progressive
-run, on top of those that follow.
+that the checkpoint is a stock one, and it sees the task's and domain's rows, for a tenth of the epochs of a progressive
+run; the others are of the fine-tuning.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trimllm.training import packing, train
 from trimllm.training.packing import Example, Packed
 
 SHARE = 0.1
-"""Epochs of the replacement, as a share of those of the fine-tuning."""
+"""Of all epochs, those of the replacement."""
 
 
 def run(job: Job) -> Product:
@@ -55,7 +55,7 @@ def run(job: Job) -> Product:
             note += f"; its mean squared error went from {errors[0]:.3g} to {errors[-1]:.3g} in training"
     apart = time.perf_counter() - found
     drop_layers(model, gone)
-    report = job.tune(loaded, job.epochs, stage=1)
+    report = job.tune(loaded, job.epochs * (1 - SHARE), stage=1)
     tokens = sum(len(row.ids) for rows in steps for row in rows) + report.tokens
     saved = job.save(loaded, without(whole(depth), gone))
     return Product(saved, apart + report.seconds, compress_seconds=found - started, tokens=tokens, note=note)
