@@ -625,6 +625,27 @@ def test_a_child_that_dies_is_a_row(
     assert ran == [["full"], ["top", "0.5"]]
 
 
+def test_without_training_rows_the_base_is_measured_and_the_others_say_so(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    in_process(monkeypatch)
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    shutil.copy(world[1] / "test.jsonl", tests)
+    found = go(settings((world[0], tests), tmp_path / "out", methods=("base", "trim", "gptq")))
+    assert {name: row["status"] for name, row in found.items()} == {
+        "base": "done",
+        "full": "not run",
+        "trim-0.5": "not run",
+        "gptq": "not run",
+    }
+    (why,) = {row["why"] for row in found.values() if "why" in row}
+    assert why.startswith("task 'tests' has no training rows: give a train split")
+    assert not used_rows.of(tmp_path / "out").trained
+    again = go(settings((world[0], tests), tmp_path / "alone", methods=("base",)))
+    assert again["base"]["accuracy"] == found["base"]["accuracy"]
+
+
 def test_a_method_says_that_what_it_starts_from_is_not_there(
     world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -635,8 +656,8 @@ def test_a_method_says_that_what_it_starts_from_is_not_there(
     assert found["shortgpt-0.5"]["why"] == ("it starts from full fine-tuning, which is not there: the loss is infinite")
 
 
-def test_a_model_too_large_is_said_before_it_is_loaded(
-    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+def test_a_model_too_large_is_said_before_it_is_loaded_or_trained(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     in_process(monkeypatch)
     size = room.weights(str(world[0]), None)
@@ -647,10 +668,16 @@ def test_a_model_too_large_is_said_before_it_is_loaded(
     assert found["full"]["status"] == "not run"
     assert "the weights alone take" in found["full"]["why"]
     monkeypatch.undo()
-    monkeypatch.setattr(room, "free_bytes", lambda _: 2 * size)
-    each = Cell(METHODS["full"], None)
-    job.Job(settings(world, tmp_path / "out", methods=("full",)), each, tmp_path / "out").load()
-    assert "full fine-tuning takes" in capsys.readouterr().err
+    in_process(monkeypatch)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 3 * size - 1)
+    monkeypatch.setattr(job.train, "train_stage", lambda *_, **__: pytest.fail("begun"))
+    found = go(settings(world, tmp_path / "out", methods=("full",), resume=True))
+    assert found["full"]["status"] == "not run"
+    assert found["full"]["why"].startswith("training all parameters takes, beside the weights, 0.0 GB for gradients")
+    monkeypatch.undo()
+    in_process(monkeypatch)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 3 * size)
+    assert go(settings(world, tmp_path / "out", methods=("full",), resume=True))["full"]["status"] == "done"
 
 
 def test_probe_asks_for_all_that_this_package_depends_on() -> None:
@@ -823,7 +850,7 @@ def wrong(world: tuple[Path, Path], folder: Path) -> dict[str, tuple[dict[str, A
     return {
         "unknown task": ({"task": "demo_lav"}, "unknown task 'demo_lav'.*demo_law"),
         "no such file": ({"task": "nowhere/rows.jsonl"}, "nowhere/rows.jsonl does not exist"),
-        "no training rows": ({"task": str(only_tests)}, "task 'only_tests' has no training rows: "),
+        "no training rows": ({"task": str(only_tests), "methods": ("trim",)}, "'only_tests' has no training rows: "),
         "long prompts": ({"task": long}, r"\d+ of \d+ rows do not fit the context of 128 tokens"),
         "unknown task of --also": ({"also": ("demo_law", "no_such_task")}, "no_such_task"),
         "broken file in --also": ({"also": (rows_file(folder / "broken", {"colour": "red"}),)}, "colour"),

@@ -28,7 +28,7 @@ from trimllm.console import Console
 from trimllm.errors import InputError
 from trimllm.evaluation import encoding, inputs, paired
 from trimllm.run import placing, rundir, used_rows
-from trimllm.tasks import TaskData
+from trimllm.tasks import NoTrainingRowsError, TaskData
 from trimllm.training import training_rows
 
 FREE_OF_CHOICE = {*rundir.COMPUTING, "methods", "keep", "baselines_python"} - {"attention"}
@@ -55,13 +55,16 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
         for warning in checked.warnings:
             console.warn(warning)
         whole = claim(command, root, checked.digests)
-        epochs = command.warmup_epochs or command.epochs_per_drop or command.final_epochs
+        epochs = 0 if checked.untrainable else command.warmup_epochs or command.epochs_per_drop or command.final_epochs
         used_rows.keep(root, checked.task, command.model, command.seed, trains=bool(epochs) and trains(wanted))
         for number, each in enumerate(wanted, 1):
             earlier = each.row(root)
             if earlier.get("status") != "done":
                 console.say(f"[{number}/{len(wanted)}] {each.name}")
-                make_row(command, each, root, lock)
+                if checked.untrainable and trains([each]):
+                    not_made(each, root, "not run", checked.untrainable)
+                else:
+                    make_row(command, each, root, lock)
                 earlier = each.row(root)
             console.say(f"[{number}/{len(wanted)}] {row_line(each, earlier)}")
             made = record(whole, against_full(finished(root), root))
@@ -86,6 +89,8 @@ class Checked:
     """SHA-256 of data and base, by option."""
     notes: list[str]
     warnings: list[str]
+    untrainable: str = ""
+    """Why its task is of no use to methods that train, where others can run."""
 
 
 def check(command: CompareConfig, wanted: Sequence[Cell]) -> Checked:
@@ -107,7 +112,7 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> Checked:
     digests = {"--model": mark} if (mark := weights_mark(path)) else {}
     notes, found = arithmetic_notes(command, path, training=training), list[Checked]()
     for settings in cell.tasks(command):
-        data = check_task(settings, tokenizer, config, own=settings is command, training=training)
+        data = check_task(settings, tokenizer, config, wanted, own=settings is command)
         if data.task.name in [each.task.name for each in found]:
             raise InputError(
                 f"--also {settings.task}: its name, {data.task.name}, is that of another task: rename the folder or "
@@ -116,7 +121,8 @@ def check(command: CompareConfig, wanted: Sequence[Cell]) -> Checked:
         found.append(data)
         digests |= data.digests
         notes += data.notes
-    return Checked(found[0].task, digests, notes, [line for data in found for line in data.warnings])
+    warnings = [line for data in found for line in data.warnings]
+    return Checked(found[0].task, digests, notes, warnings, found[0].untrainable)
 
 
 def arithmetic_notes(command: CompareConfig, path: str, *, training: bool) -> list[str]:
@@ -129,24 +135,31 @@ def arithmetic_notes(command: CompareConfig, path: str, *, training: bool) -> li
     return list(dict.fromkeys(filter(None, slower)))
 
 
-def check_task(settings: CompareConfig, tokenizer: Any, config: Any, *, own: bool, training: bool) -> Checked:
+def check_task(settings: CompareConfig, tokenizer: Any, config: Any, wanted: Sequence[Cell], *, own: bool) -> Checked:
     """A task that models are evaluated on: the comparison's `own`, which may be trained on, or one of --also.
 
     Raises:
-        InputError: if its rows cannot be used, or the text to train on.
+        InputError: if its rows cannot be used, or the text to train on; if there are none to train on, and all of the
+            wanted rows train.
     """
-    data, sets = inputs.task_data(settings, tokenizer, reported_only=not own), dict[str, Sequence[encoding.Cut]]()
+    untrainable, sets = "", dict[str, Sequence[encoding.Cut]]()
+    try:
+        data = inputs.task_data(settings, tokenizer, reported_only=not own)
+    except NoTrainingRowsError as lacking:
+        if all(trains([each]) for each in wanted):
+            raise
+        data, untrainable = inputs.task_data(settings, tokenizer, reported_only=True), str(lacking)
     digests = {"--task" if own else f"--also {data.name}": data.digest()}
     longest = encoding.context_length(config, settings.max_length)
-    asked = {"reported": data.test, **({"calibration": data.calibration} if own else {})}
+    asked = {"reported": data.test, **({"calibration": data.calibration} if data.calibration else {})}
     for name, items in asked.items():
         sets[name] = encoded = encoding.encode(tokenizer, items, longest, truncate=settings.truncate)
         encoding.check_vocabulary(tokenizer, encoding.rows_of(encoded), encoding.vocabulary_of(config))
-    if own and training:
+    if own and trains(wanted) and not untrainable:
         sets["training"], text = training_rows.examples(settings, tokenizer, config, data.train, settings.batch_size)
         digests["--text"] = training_rows.digest(text)
     notes = [f"{data.name}: {note}" for note in (*data.notes, *encoding.row_notes(**sets))]
-    return Checked(data, digests, notes, used_rows.warnings(settings.model, data, settings.seed))
+    return Checked(data, digests, notes, used_rows.warnings(settings.model, data, settings.seed), untrainable)
 
 
 def check_model(command: CompareConfig) -> Any:
@@ -253,8 +266,7 @@ def make_row(command: CompareConfig, each: Cell, root: Path, lock: int) -> None:
     path.unlink(missing_ok=True)
     python = command.baselines_python if cell.missing(each) else None
     if python and (lacks := elsewhere.lacking(python, each)):
-        why = f"--baselines-python {python} {lacks}"
-        files.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "not run", "why": why})
+        not_made(each, root, "not run", f"--baselines-python {python} {lacks}")
         return
     code = elsewhere.run(python, arguments, lock)
     if code == 0 and path.exists():
@@ -262,4 +274,11 @@ def make_row(command: CompareConfig, each: Cell, root: Path, lock: int) -> None:
     why = f"its process ended with exit code {code}; what it printed says why"
     if code < 0:
         why = f"its process was ended by signal {-code}" + (": perhaps memory ran out" if code == -9 else "")
-    files.write_json(path, {"method": each.method.name, "keep": each.keep, "status": "failed", "why": why})
+    not_made(each, root, "failed", why)
+
+
+def not_made(each: Cell, root: Path, status: str, why: str) -> None:
+    """Write a row that says why there is none."""
+    path = each.file(root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, {"method": each.method.name, "keep": each.keep, "status": status, "why": why})

@@ -14,7 +14,7 @@ from trimllm.baselines import METHODS, Cell
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
 from trimllm.checkpoints import export, loading, mixed, models, room, verification
-from trimllm.checkpoints.dtypes import DTYPES, name_of
+from trimllm.checkpoints.dtypes import name_of
 from trimllm.checkpoints.origin import Origin
 from trimllm.config import CompareConfig, TrimConfig, plain_settings, without_idle
 from trimllm.console import Console
@@ -117,10 +117,6 @@ class Job:
             InputError: see `models.load`; also if there is no room for the weights.
         """
         settings = self.command if path is None else self.command.model_copy(update={"model": str(path)})
-        if training:
-            weights = room.weights(loading.path_of(settings.model), DTYPES.get(settings.dtype, torch.float32))
-            if note := room.full_training_note(weights, self.accelerator.device, "a device with more memory"):
-                self.console.say(note)
         return models.load(settings, training=training, evaluating=evaluating)
 
     def examples(self, loaded: models.Loaded, text_length: int) -> tuple[list[Example], list[Example]]:
@@ -156,13 +152,20 @@ class Job:
         underway: Underway | None = None,
     ) -> train.StageReport:
         """Fine-tune in place on the task and the domain text, as a stage of `trimllm trim` does; all parameters
-        unless named, at --lr unless another rate is given. With `underway` one that was cut goes on."""
+        unless named, at --lr unless another rate is given. With `underway` one that was cut goes on.
+
+        Raises:
+            InputError: if all parameters are to train, and there is no room for that.
+        """
         command, model = self.command.model_copy(update={"lr": lr} if lr else {}), loaded.model
         model.to(self.accelerator.device)
         seed = command.seed * 1000 + stage
         plan = self.plan(loaded, epochs, seed)
         if parameters is None:
             parameters = sparse.freeze(model, whole(decoder.depth(model)), None)
+            trained = sum(one.nbytes for one in parameters)
+            remedy = "give a device with more; --dtype bfloat16 takes half, and rounds small steps away"
+            room.check_training(trained, self.accelerator.device, remedy)
         pad = encoding.pad_id(loaded.tokenizer, model)
         with self.console.progress(self.cell.name) as show:
 

@@ -127,6 +127,15 @@ def check(what: str, needed: int | None, device: torch.device, remedy: str) -> N
         raise InputError(f"{what}: {sizes}: {remedy}")
 
 
+def check_training(trained: int, device: torch.device, remedy: str) -> None:
+    """Raises InputError if what training takes beside weights of so many bytes exceeds what is free on the device;
+    activations come on top."""
+    needed, have = (STATES - 1) * trained, free_bytes(device)
+    if have is not None and needed > have:
+        sizes = f"{needed / GB:.1f} GB for gradients and optimizer, and {have / GB:.1f} GB are free on {device}"
+        raise InputError(f"training all parameters takes, beside the weights, {sizes}: {remedy}")
+
+
 def full_training_note(needed: int | None, device: torch.device, remedy: str) -> str | None:
     """A line for the user if full fine-tuning of weights of so many bytes cannot fit; activations come on top.
 

@@ -26,7 +26,7 @@ from trimllm.tasks.render import Renderer
 from trimllm.tasks.rows import Row
 from trimllm.tasks.sources import Files, Parts, by_column, file_notes, file_parts, parts_named, spec_parts
 from trimllm.tasks.spec import TaskSpec, check_metric, read_spec
-from trimllm.tasks.splits import split
+from trimllm.tasks.splits import NoTrainingRowsError, split
 from trimllm.tasks.text import PIECE, SMALL_PIECE, cut, piece_for
 
 _UNKNOWN_LABEL = (
@@ -180,7 +180,7 @@ def _roles(name: str, parts: Parts, notes: list[str], *, reported_only: bool) ->
         if reported_only:
             raise InputError(f"task {name!r} has no rows with answers: give a test split that has them")
         known = f" ({'; '.join(notes)})" if notes else ""
-        raise InputError(
+        raise NoTrainingRowsError(
             f"task {name!r} has no training rows: give a train split (or a single file, to be split){known}"
         )
     if not train:

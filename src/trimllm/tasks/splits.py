@@ -32,6 +32,10 @@ INSTRUCTION_ROWS = 10
 """A prompt that stands in more rows than this is an instruction, not a question: the target tells its rows apart."""
 
 
+class NoTrainingRowsError(InputError):
+    """There is nothing to train on; what is to be reported may be there."""
+
+
 class Split(NamedTuple):
     """The disjoint parts, the places of what was left out of train, and what the user should know."""
 
@@ -74,7 +78,7 @@ def split(
         return Split((), (), tuple(reported), (), tuple(notes))
     if not train:
         kind = "" if reported_only else "training "
-        raise InputError(f"there are no {kind}rows (`where` keeps none of them): give other rows")
+        raise NoTrainingRowsError(f"there are no {kind}rows (`where` keeps none of them): give other rows")
     if drawn := not test:
         train, test = hold_out_test(train, seed)
         total = len(train) + len(test)
