@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trimllm.bench import tables
 from trimllm.errors import TrimError
 from trimllm.files import finite, write_json
 
@@ -48,15 +49,10 @@ def ratios(ours: Sequence[float], other: Sequence[float]) -> dict[str, float]:
 
 def machine() -> str:
     """Processor, cores, system and the libraries that matter."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     threads = os.environ.get("OMP_NUM_THREADS", "default")
     system = f"{platform.system()}, Python {platform.python_version()}, {libraries}, OMP_NUM_THREADS {threads}"
-    return f"{processor}, {os.cpu_count()} cores, {system}"
+    return f"{tables.processor()}, {os.cpu_count()} cores, {system}"
 
 
 def changed(parser: argparse.ArgumentParser, options: argparse.Namespace, *free: str, **kept: Any) -> list[str]:

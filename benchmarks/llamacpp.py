@@ -17,7 +17,6 @@ import argparse
 import copy
 import math
 import os
-import platform
 import random
 import statistics
 import sys
@@ -33,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import trimllm
 from trimllm import handover
+from trimllm.bench import tables
 from trimllm.checkpoints.loading import DEMO, quiet
 from trimllm.config import ExportConfig
 from trimllm.console import table
@@ -284,13 +284,7 @@ def measure(python: Path, folder: Path, asked: argparse.Namespace) -> list[dict[
 
 
 def machine(threads: int) -> str:
-    info = Path("/proc/cpuinfo")
-    models = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {threads} thread(s)"
+    return f"{tables.processor()}, {os.cpu_count()} cores, {threads} thread(s)"
 
 
 def main() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import platform
 import statistics
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +17,23 @@ from trimllm.config import BenchConfig
 from trimllm.console import table
 
 
+def processor() -> str:
+    """The processor's name, as Linux has it, else its kind."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, str]:
-    """The platform that was measured on."""
-    return {"platform": platform.platform(), "processor": platform.processor() or platform.machine()}
+    """What was measured on, and when."""
+    return {
+        "platform": platform.platform(),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
 
 
 def record(
