@@ -1,6 +1,7 @@
 """What the recorded runs of the study say together: a table, and a picture of accuracy by depth.
 
-    python benchmarks/study_summary.py                                    # benchmarks/results, the demo world
+    python benchmarks/study_summary.py                                    # the newest record, the demo world
+    python benchmarks/study_summary.py benchmarks/results/study*.json     # all that there are, other versions and machines
     python benchmarks/study_summary.py FILE ... --arms one-shot --picture curve.png
 
 Points of accuracy against the full fine-tuning of the same part, seed and file. Two standard errors stand behind each
@@ -24,18 +25,21 @@ from _sides import RESULTS, run
 from trimllm.console import table
 from trimllm.plot import picture
 
-FILES = tuple(RESULTS / f"study{name}.json" for name in ("", "-other-cpu", "-2026-11-29"))
+FILES = (RESULTS / "study-2026-11-29.json",)
 WORLD = ("law", "finance", "medicine")
 ARMS = {
     "late, carried, probability, filled": "trimllm (default)",
     "late, carried, probability": "trimllm --sparse-update static",
     "late, carried, exact ties": "trimllm --strategy scan+norm --sparse-update static",
+    "late, carried, probability, r=1": "trimllm --sparse-update off",
     "late, carried": "trimllm (until 2026-11-29)",
     "late, carried, twice as long": "trimllm (until 2026-11-29), trained twice as long",
     "one-shot, probability": "one-shot by the same scan",
     "one-shot, exact ties": "one-shot by scan+norm",
     "one-shot": "one-shot by the scan until 2026-11-29",
     "perplexity": "one-shot by perplexity (Shortened LLaMA)",
+    "taylor": "one-shot by Taylor (Shortened LLaMA)",
+    "angular": "one-shot by angular distance",
     "shortgpt": "one-shot by block influence (ShortGPT)",
     "trimllm": "an epoch after every drop",
     "full, as long": "all blocks, trained as long as for that share",
@@ -45,8 +49,10 @@ DRAWN = (
     "late, carried, probability, filled",
     "late, carried, probability",
     "late, carried, exact ties",
+    "late, carried, probability, r=1",
     "one-shot, probability",
     "perplexity",
+    "taylor",
     "shortgpt",
     "full, as long",
 )
