@@ -1,7 +1,7 @@
 """What the recorded runs of the study say together: a table, and a picture of accuracy by depth.
 
     python benchmarks/study_summary.py                                    # the newest record, the demo world
-    python benchmarks/study_summary.py benchmarks/results/study*.json     # all that there are, other versions and machines
+    python benchmarks/study_summary.py benchmarks/results/study*.json     # all, other versions and machines too
     python benchmarks/study_summary.py FILE ... --arms one-shot --picture curve.png
 
 Points of accuracy against the full fine-tuning of the same part, seed and file. Two standard errors stand behind each
