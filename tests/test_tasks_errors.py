@@ -683,6 +683,25 @@ def test_bytes_within_parquet_cells(tmp_path):
     assert "a column it uses holds bytes that are no text (b'\\xff\\xd8')" in message(tmp_path / "own.yaml")
 
 
+def test_a_world_or_split_of_it_that_there_is_not_is_one_line(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(OPEN.format(prompt="{{ question }}").replace("{files: {train: rows.jsonl}}", "{world: physics}"))
+    assert message(own).endswith("world 'physics' is unknown: use medicine, law, finance")
+    own.write_text(own.read_text().replace("physics", "law") + "splits: {train: train, test: dev}\n")
+    assert message(own) == "task 'own': the world has no split 'dev', only train, test"
+
+
+def test_a_tilde_in_a_task_yaml_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, *({"question": f"q {n}", "answer": n} for n in range(9)), name="rows.jsonl")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    own = folder / "own.yaml"
+    own.write_text(OPEN.format(prompt="{{ question }}").replace("rows.jsonl", "~/rows.jsonl"))
+    assert len(load_task(own).train) > 0
+    assert len(load_task(own, files={"train": "~/rows.jsonl"}).train) > 0
+
+
 def test_labels_that_look_like_templates_are_labels(tmp_path):
     labels = ["{{ x }}", "{% raw", "it's {{\n}}"]
     write(tmp_path, *({"text": f"t {n}", "label": labels[n % 3]} for n in range(30)), name="rows.jsonl")

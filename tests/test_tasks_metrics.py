@@ -12,6 +12,13 @@ def test_exact_match_ignores_case_punctuation_and_articles():
     assert exact_match("Paris, France", ["Paris"]) == 0
 
 
+def test_an_answer_of_which_normalizing_leaves_nothing_is_compared_as_it_stands():
+    assert (
+        exact_match("", ["A"]) == exact_match("The.", ["A"]) == exact_match("-", ["+"]) == exact_match("", ["+"]) == 0
+    )
+    assert exact_match(" a", ["A"]) == exact_match("+ ", ["-", "+"]) == exact_match("", [""]) == 1
+
+
 def test_rouge_l_is_the_best_over_the_references():
     assert rouge_l("the cat sat", ["the cat sat"]) == 1
     assert rouge_l("the cat sat", ["dogs bark", "the cat ran"]) == pytest.approx(2 / 3)

@@ -10,8 +10,14 @@ from collections.abc import Sequence
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1.0 if the normalized answer is one of the normalized references, else 0.0 (SQuAD's normalization)."""
-    return float(normalize_answer(answer) in {normalize_answer(reference) for reference in references})
+    """1.0 if the normalized answer is one of the normalized references, else 0.0 (SQuAD's normalization). Texts of
+    which that leaves nothing (`A`, `+`) are compared as they stand, but for case and white space."""
+    return float(_compared(answer) in {_compared(reference) for reference in references})
+
+
+def _compared(text: str) -> tuple[str, str]:
+    bare = normalize_answer(text)
+    return bare, "" if bare else " ".join(text.lower().split())
 
 
 def normalize_answer(text: str) -> str:

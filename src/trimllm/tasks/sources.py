@@ -64,11 +64,11 @@ def file_parts(files: Files) -> Parts:
         InputError: if nothing is there, or a part is not train, validation or test.
     """
     if not isinstance(files, Mapping):
-        return _path_parts(Path(files))
+        return _path_parts(Path(files).expanduser())
     parts: Parts = {}
     for name, paths in files.items():
         several = [paths] if isinstance(paths, str | Path) else paths
-        parts.setdefault(_part(name), []).extend(row for path in several for row in _rows_at(Path(path)))
+        parts.setdefault(_part(name), []).extend(row for path in several for row in _rows_at(Path(path).expanduser()))
     return parts
 
 
@@ -229,6 +229,8 @@ def _read(source: Source, split: str, task: str) -> list[Row]:
             raise InputError(f"task {task!r}: its source has no split {split!r}, only {', '.join(source.files)}")
         return [row for path in ([paths] if isinstance(paths, str) else paths) for row in _rows_at(Path(path))]
     if source.world is not None:
+        if split not in world.SPLITS:
+            raise InputError(f"task {task!r}: the world has no split {split!r}, only {', '.join(world.SPLITS)}")
         questions = world.questions(source.world, split)
         return [Row(f"{task}[{split}]:{number}", values) for number, values in enumerate(questions, 1)]
     return read_hub(source, split, task)

@@ -16,6 +16,7 @@ from trimllm import files
 from trimllm.errors import InputError, did_you_mean, one_line
 from trimllm.tasks.answers import AnswerAs
 from trimllm.tasks.items import Kind
+from trimllm.tasks.world import DOMAINS
 
 METRICS: dict[str, tuple[str, ...]] = {
     "choice": ("acc", "acc_norm"),
@@ -50,6 +51,8 @@ class Source(BaseModel):
         given = [name for name in ("hub", "files", "world") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"source needs exactly one of hub, files, world; it has {', '.join(given) or 'none'}")
+        if self.world is not None and self.world not in DOMAINS:
+            raise ValueError(f"world {self.world!r} is unknown: use {', '.join(DOMAINS)}")
         return self
 
 
@@ -180,7 +183,8 @@ def _resolve(spec: TaskSpec, folder: Path) -> TaskSpec:
             return source
         files: dict[str, str | list[str]] = {}
         for split, paths in source.files.items():
-            files[split] = str(folder / paths) if isinstance(paths, str) else [str(folder / path) for path in paths]
+            given = [str(folder / Path(path).expanduser()) for path in ([paths] if isinstance(paths, str) else paths)]
+            files[split] = given[0] if isinstance(paths, str) else given
         return source.model_copy(update={"files": files})
 
     return spec.model_copy(
