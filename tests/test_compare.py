@@ -676,6 +676,11 @@ def test_a_model_too_large_is_said_before_it_is_loaded_or_trained(
     assert found["full"]["why"].startswith("training all parameters takes, beside the weights, 0.0 GB for gradients")
     monkeypatch.undo()
     in_process(monkeypatch)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 3 * size - 1)
+    idle = settings(world, tmp_path / "idle", methods=("full",), warmup_epochs=0, epochs_per_drop=1.0)
+    assert go(idle)["full"]["status"] == "done", "nothing trains"
+    monkeypatch.undo()
+    in_process(monkeypatch)
     monkeypatch.setattr(room, "free_bytes", lambda _: 3 * size)
     assert go(settings(world, tmp_path / "out", methods=("full",), resume=True))["full"]["status"] == "done"
 

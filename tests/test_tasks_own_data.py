@@ -577,6 +577,7 @@ THOUGHT = "<think>\nSo.\n</think>\n\nIt is."
     ("template", "answer", "prompt", "target"),
     [
         (LLAMA_2, "It is. ", "[INST] q 0 [/INST]", " It is."),
+        (LLAMA_2, THOUGHT, "[INST] q 0 [/INST]", f" {THOUGHT}"),
         (CHATML, "It is. ", "<|user|>\nq 0<|end|>\n<|assistant|>\n", "It is."),
         (MAY_THINK, "It is.", "Q: q 0 A:", "<think></think>It is."),
         (MAY_THINK, "think", "Q: q 0 A:", "<think></think>think"),

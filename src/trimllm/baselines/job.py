@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trimllm import memory
 from trimllm.baselines import METHODS, Cell
 from trimllm.blocks import decoder
 from trimllm.blocks.layout import Layout, whole
@@ -163,9 +164,10 @@ class Job:
         plan = self.plan(loaded, epochs, seed)
         if parameters is None:
             parameters = sparse.freeze(model, whole(decoder.depth(model)), None)
-            trained = sum(one.nbytes for one in parameters)
-            remedy = "give a device with more; --dtype bfloat16 takes half, and rounds small steps away"
-            room.check_training(trained, self.accelerator.device, remedy)
+            if plan:
+                memory.release()  # what scans left with the device's allocator counts as taken
+                remedy = "give a device with more; --dtype bfloat16 takes half, and rounds small steps away"
+                room.check_training(sum(one.nbytes for one in parameters), self.accelerator.device, remedy)
         pad = encoding.pad_id(loaded.tokenizer, model)
         with self.console.progress(self.cell.name) as show:
 

@@ -19,8 +19,9 @@ _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 TODAY = datetime(2024, 7, 26)
 """For templates that print the date (it is what Llama 3's say without a clock): rows read the same on every day."""
 _NOW = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
-_THOUGHTS_END = re.compile(r"</(think|thinking|thought|reasoning)>")
-_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
+_TAG = "(think|thinking|thought|reasoning)"
+_THOUGHTS_END = re.compile(f"</{_TAG}>")
+_THINKING = re.compile(rf"<{_TAG}>\s*\Z")
 """Where a chat template has the assistant begin to think (DeepSeek R1's, Qwen 3's for thinking models)."""
 _STAND_IN = "TheAnswerStandsHere"
 
@@ -63,14 +64,15 @@ def chat_answer(messages: Any, tokenizer: Any = None) -> str:
     if not has_template(tokenizer):
         return answer
     prompt = chat_prompt(messages, tokenizer)
-    thinking = _THINKING.search(prompt)
-    if _THOUGHTS_END.search(answer):
-        return answer.removeprefix(f"<{thinking[1]}>").lstrip() if thinking else answer
+    thinking, thought = _THINKING.search(prompt), _THOUGHTS_END.search(answer)
+    if thinking and thought:
+        return answer.removeprefix(f"<{thinking[1]}>").lstrip()
     whole = _rendered([*turns[:-1], turns[-1] | {"content": _STAND_IN}], tokenizer, begins=False)
     before, found, _ = whole.partition(_STAND_IN)
+    between = f"\n</{thinking[1]}>\n\n" if thinking else ""
     if found and before.startswith(prompt):
-        return before.removeprefix(prompt) + answer
-    return f"\n</{thinking[1]}>\n\n{answer}" if thinking else answer
+        between = before.removeprefix(prompt)
+    return answer if thought and not between.isspace() else between + answer
 
 
 def _rendered(turns: list[dict[str, Any]], tokenizer: Any, *, begins: bool) -> str:

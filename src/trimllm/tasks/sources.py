@@ -157,22 +157,26 @@ def file_notes(files: Files) -> list[str]:
     """What the user should know of a folder: files that are not read, because they are about the data, are of no known
     format, or name no split while others do; files that are pooled, because none does; and those that may be the same
     rows twice."""
-    folder = None if isinstance(files, Mapping) else Path(files)
+    folder = None if isinstance(files, Mapping) else Path(files).expanduser()
     if folder is None or not folder.is_dir():
         return []
     found = row_files(folder)
     notes = [f"not used: {file.name} (about the data)" for file in data_files(folder) if file not in found]
     if others := _others(folder):
         notes.append(f"not read: {shortened(others, _SHOWN)} (files of no known format, folders in the folder)")
-    unnamed = [file.name for file in found if part_of(file) is None]
-    read = found if len(unnamed) == len(found) else [file for file in found if part_of(file) is not None]
+    read = _read_of(found)
     if twice := _same_stem(read):
         notes.append(f"read as different rows: {'; '.join(twice)} (if they are the same rows, move all but one away)")
-    if len(unnamed) < len(found):
-        return notes + [f"not used: {name} (no train, valid or test in its name)" for name in unnamed]
-    if len(unnamed) < 2:
-        return notes
-    return [*notes, f"pooled, as no name has train, valid or test in it: {shortened(unnamed, _SHOWN)}"]
+    notes += [f"not used: {file.name} (no train, valid or test in its name)" for file in found if file not in read]
+    if len(read) > 1 and part_of(read[0]) is None:
+        names = shortened([file.name for file in read], _SHOWN)
+        notes.append(f"pooled, as no name has train, valid or test in it: {names}")
+    return notes
+
+
+def _read_of(files: list[Path]) -> list[Path]:
+    """Those of a folder's files that are read: where names speak of parts, the ones that do."""
+    return [file for file in files if part_of(file)] or files
 
 
 def _same_stem(files: list[Path]) -> list[str]:
@@ -205,14 +209,9 @@ def parts_named(path: Path) -> set[str]:
 def _path_parts(path: Path) -> Parts:
     if not path.is_dir():
         return {"train": read_rows(path)}
-    files = row_files(path)
-    if not any(part_of(file) for file in files):
-        return {"train": [row for file in files for row in read_rows(file)]}
     parts: Parts = {}
-    for file in files:
-        part = part_of(file)
-        if part is not None:
-            parts.setdefault(part, []).extend(read_rows(file))
+    for file in _read_of(row_files(path)):
+        parts.setdefault(part_of(file) or "train", []).extend(read_rows(file))
     return parts
 
 
