@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,6 +296,10 @@ def test_bench_measures_every_model_in_its_own_memory(tmp_path, capsys):
     assert (record["threads"], record["attention"]) == (1, "auto")
     assert set(record["machine"]) == {"platform", "processor", "torch", "date"}
     assert all(record["machine"].values())
+    if (info := Path("/proc/cpuinfo")).exists() and (
+        named := re.search(r"^model name\s*: (.+)$", info.read_text(), re.M)
+    ):
+        assert record["machine"]["processor"] == named[1]
     big, small = record["models"]
     weights = 4 * big["parameters"]
     assert weights > 10**8

@@ -780,7 +780,7 @@ def test_files_that_are_pooled_are_named(tmp_path):
 
 
 def test_files_that_may_be_the_same_rows_twice_are_named(tmp_path):
-    for name in ("train.jsonl", "train.d.jsonl", "train.ndjson", "notes.jsonl", "notes.csv"):
+    for name in ("train.jsonl", "train.k.jsonl", "train.ndjson", "notes.jsonl", "notes.csv"):
         jsonl(tmp_path / name, QUESTIONS)
     notes = load_task(tmp_path).notes
     same = "(if they are the same rows, move all but one away)"

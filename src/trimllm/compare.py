@@ -55,7 +55,7 @@ def compare(command: CompareConfig, console: Console) -> dict[str, Any]:
         for warning in checked.warnings:
             console.warn(warning)
         whole = claim(command, root, checked.digests)
-        epochs = 0 if checked.untrainable else command.warmup_epochs or command.epochs_per_drop or command.final_epochs
+        epochs = command.warmup_epochs or command.epochs_per_drop or command.final_epochs
         used_rows.keep(root, checked.task, command.model, command.seed, trains=bool(epochs) and trains(wanted))
         for number, each in enumerate(wanted, 1):
             earlier = each.row(root)
