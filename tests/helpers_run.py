@@ -22,6 +22,7 @@ from trimllm.baselines import cell, elsewhere
 from trimllm.bench import timing
 from trimllm.checkpoints import verification
 from trimllm.checkpoints.loading import DEMO, load_tokenizer
+from trimllm.config import TrimConfig, without_idle
 from trimllm.console import Console
 from trimllm.evaluation import fluency
 from trimllm.run import progressive, recording, targets
@@ -109,7 +110,8 @@ def settings(model: Path, task: Path, output: Path, **changes: Any) -> dict[str,
         "device": "cpu",
     }
     target = {"max_params", "max_memory", "target_speedup", "min_accuracy", "max_drop", "keep", "depth"}
-    return quick | ({} if target & set(changes) else {"depth": 3}) | changes
+    asked = quick | ({} if target & set(changes) else {"depth": 3}) | changes
+    return without_idle(TrimConfig, asked) | changes
 
 
 def run(model: Path, task: Path, output: Path, **changes: Any) -> tuple[Any, list[dict[str, Any]]]:

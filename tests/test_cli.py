@@ -396,7 +396,22 @@ IDLE = [
     ),
     (
         [*TRIM, "--epochs-per-drop", "0", "--warmup-epochs", "0", "--text", "demo_law"],
-        "--text demo_law is not trained on, since nothing is: leave it out, or train",
+        "--text demo_law is for training, and nothing trains: leave it out, or train",
+    ),
+    *(
+        (
+            [*TRIM, "--epochs-per-drop", "0", "--warmup-epochs", "0", *words],
+            f"{' '.join(words)} is for training, and nothing trains: leave it out, or train",
+        )
+        for words in (["--lr", "0.1"], ["--batch-size", "64"], ["--gradient-checkpointing"])
+    ),
+    (
+        [*TRIM, "--epochs-per-drop", "0", "--schedule", "epoch"],
+        "--schedule epoch is about training after every drop, and with --epochs-per-drop 0 there is none",
+    ),
+    (
+        [*ONE_SHOT, "--schedule", "epoch"],
+        "--schedule epoch is about several stages, and --one-shot has one: leave one of them out",
     ),
     (
         [*ONE_SHOT, "--optimizer-state", "fresh"],
@@ -926,7 +941,7 @@ def test_eval_against_another_model_tells_the_difference_of_paired_answers(base,
         against = found[-1]["against"]
         assert f"against {other}: acc {against['value']:.1f} +- " in out
         same = one == other
-        assert ("no answer differs" in out) is same, "of which an error of 0 would say that it is certain"
+        assert ("every item scores the same" in out) is same, "of which an error of 0 would say that it is certain"
         assert same or f"difference: {shown(against['above'])} points (paired)" in out
         assert against["above"]["difference"] == pytest.approx(found[-1]["value"] - against["value"])
     there, back, none = found
@@ -1055,11 +1070,19 @@ def test_generated_answers_are_judged_against_every_reference(base, tmp_path, ca
     words = ["eval", "--model", base, "--task", tmp_path / "rows.jsonl", "--generate", "--max-new-tokens", "4"]
     code, out, err = call(capsys, *words, "--output", tmp_path / "e.json")
     assert code == 0, err
-    found = json.loads((tmp_path / "e.json").read_text())["generation"]
+    alone = json.loads((tmp_path / "e.json").read_text())
+    found = alone["generation"]
     assert found["exact_match"] == 50
     assert 50 < found["rouge_l"] < 100
     assert found["repetition"] == 0
     assert "generated: exact_match 50.0" in out
+
+    monkeypatch.setattr(eval_command, "generate", lambda *arguments, **_: [answers.pop(0)] * len(arguments[2]))
+    code, out, err = call(capsys, *words, "--output", tmp_path / "e.json", "--against", base)
+    assert code == 0, err
+    both = json.loads((tmp_path / "e.json").read_text())
+    assert (both["generation"]["exact_match"], both["against"]["generation"]["exact_match"]) == (100, 0)
+    assert f"against {base}: generated: exact_match 0.0" in out, "each model writes"
 
 
 def test_generation_runs_on_the_model(base, tmp_path, capsys):

@@ -264,7 +264,7 @@ def test_speeds_that_a_cpu_emulates_are_said_and_taken_in_the_dtype_that_was_ask
     rows += [rows[0] | {"title": "other", "above_full": {"t": {"difference": 0.0, "stderr": 0.0}}}]
     told = compare_report.report({"rows": rows, "settings": {"methods": ["full"], "keep": [0.5]}})
     assert "\nspeeds are in bfloat16, those of LLM.int8() in float16" in told
-    assert "  same answers  " in told
+    assert "  same scores  " in told
 
 
 def test_names_in_the_picture_are_all_there_and_do_not_cover_one_another(tmp_path: Path, monkeypatch: Any) -> None:

@@ -437,6 +437,9 @@ def test_a_difference_is_as_certain_as_paired_answers_make_it():
     assert error < math.hypot(one.stderr, other.stderr) / 3
     assert difference(one.per_item, one.per_item) == (0.0, 0.0)
     assert shown({"difference": -0.01, "stderr": 0.8}) == "+0.0 +- 0.8"
+    assert shown({"difference": -0.31, "stderr": 0.05}) == "-0.3 +- 0.1"
+    assert shown({"difference": 0.021, "stderr": 0.03}) == "+0.02 +- 0.03", "not 0.0, as of what is certain"
+    assert shown({"difference": 0.021, "stderr": 0.0049}) == "+0.021 +- 0.005"
     assert unanimous({"difference": 0.0, "stderr": 0.0})
     assert not unanimous({"difference": 0.0, "stderr": 0.8}), "as many are better as are worse"
 

@@ -304,23 +304,19 @@ def test_epochs_of_a_stage():
 
     assert epochs(3, last=False, schedule="epoch") == 1
     assert epochs(3, last=True, schedule="epoch", final_epochs=4) == 5
-    assert epochs(3, last=True, schedule="epoch", one_shot=True, depth=1) == 3
+    assert epochs(3, last=True, one_shot=True, depth=1) == 3
     assert epochs(3, last=False, schedule="recover", epochs_per_drop=2) == 6
     assert epochs(3, last=True, schedule="recover", epochs_per_drop=2) == 2
     assert epochs(3, last=True, schedule="recover", epochs_per_drop=2, final_epochs=4) == 4
 
 
-@pytest.mark.parametrize("settings", [{}, {"one_shot": True, "depth": 1}], ids=str)
-def test_late_training_is_as_much_in_all_and_most_of_it_comes_last(settings):
-    def every(schedule):
-        config = TrimConfig(
-            model="m", task="t", output="o", schedule=schedule, epochs_per_drop=1.5, final_epochs=2, **settings
-        )
-        stages = 1 if config.one_shot else 5
-        return [stage_epochs(config, 5 if stages == 1 else 2, n, last=n == stages) for n in range(1, stages + 1)]
+def test_late_training_is_as_much_in_all_and_most_of_it_comes_last():
+    def every(stages, units, **settings):
+        config = TrimConfig(model="m", task="t", output="o", epochs_per_drop=1.5, final_epochs=2, **settings)
+        return [stage_epochs(config, units, n, last=n == stages) for n in range(1, stages + 1)]
 
-    late, published = every("late"), every("epoch")
-    assert sum(late) == pytest.approx(sum(published))
+    late, published, at_once = every(5, 2), every(5, 2, schedule="epoch"), every(1, 10, one_shot=True, depth=1)
+    assert [sum(late), sum(published), sum(at_once)] == pytest.approx([10 * 1.5 + 2] * 3)
     assert late[:-1] == pytest.approx([each / 3 for each in published[:-1]])
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from tiny import CONFIGS, TOWERS, build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trimllm import cli
 from trimllm.blocks.layout import whole, without
 from trimllm.blocks.surgery import drop_layers
 from trimllm.checkpoints import shards, streaming
@@ -170,7 +171,7 @@ def test_a_vision_tower_of_the_same_depth_keeps_its_layers(name: str, tmp_path: 
     assert files(tmp_path / "disk") == files(written)
 
 
-def test_heads_for_further_tokens_go_with_their_count(tmp_path: Path) -> None:
+def test_heads_for_further_tokens_go_with_their_count(tmp_path: Path, capsys: Any) -> None:
     source = save_tiny(tmp_path / "source", "deepseek_v3")
     tensors = weights(source)
     extra = {name.replace(".3.", ".4."): t + 1 for name, t in tensors.items() if name.startswith("model.layers.3.")}
@@ -182,6 +183,11 @@ def test_heads_for_further_tokens_go_with_their_count(tmp_path: Path) -> None:
     assert set(result.unused) == {*extra, "model.layers.4.eh_proj.weight", "mtp.norm.weight"}
     assert set(weights(tmp_path / "disk")) == {name for name in tensors if not name.startswith("model.layers.3.")}
     assert json.loads((tmp_path / "disk" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+    words = ["drop", "--model", str(source), "--layers", "2", "--streaming", "--output", str(tmp_path / "told")]
+    assert cli.main(words) == 0
+    told = capsys.readouterr().err
+    assert f"  {len(result.unused)} tensors for which the causal LM has no use, such as {result.unused[0]}: left" in told
 
 
 def test_frequencies_that_old_files_hold_are_left_out(tmp_path: Path) -> None:

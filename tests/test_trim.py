@@ -886,7 +886,7 @@ def test_a_floor_that_is_meant_as_a_share_is_refused_where_accuracy_is_asked(bas
 
 def test_a_result_of_which_no_answer_differs_is_called_so():
     same = account.above_line({"difference": 0.0, "stderr": 0.0}, 16)
-    assert same == "no answer differs from those of all 16 layers, as they were before the drops"
+    assert same == "every item scores as with all 16 layers, as they were before the drops"
     assert account.above_line({"difference": -0.3, "stderr": 0.8}, 16).startswith(
         "-0.3 +- 0.8 points against all 16 layers"
     )

@@ -114,7 +114,7 @@ def _quality(row: dict[str, Any], tasks: list[str], second: str, *, above: bool)
 def _apart(found: dict[str, float] | None) -> str:
     if not found:
         return "-"
-    return "same answers" if unanimous(found) else shown(found)
+    return "same scores" if unanimous(found) else shown(found)
 
 
 def _size_and_speed(row: dict[str, Any]) -> list[Any]:

@@ -73,15 +73,16 @@ def _left(folder: Path, files: tuple[str, str, str, str]) -> int | None:
 def weights(path: str, dtype: torch.dtype | None) -> int | None:
     """Bytes of a checkpoint's weights, loaded in `dtype` (None: as saved), by the headers of its files.
 
-    Of an adapter in a folder its base counts. None where there are no safetensors files on this disk.
+    Of an adapter in a folder its base counts; what is no float (quantized weights, indices) stays as it is. None where
+    there are no safetensors files on this disk.
     """
     tensors = _tensors(path)
     if tensors is None:
         return None
-    quantized = any(tensor.dtype not in FLOATS for tensor in tensors)
-    if dtype is None or quantized:
-        return sum(tensor.size for tensor in tensors)
-    return sum(math.prod(tensor.shape) * dtype.itemsize for tensor in tensors)
+    return sum(
+        math.prod(tensor.shape) * dtype.itemsize if dtype and tensor.dtype in FLOATS else tensor.size
+        for tensor in tensors
+    )
 
 
 def dtype_of_weights(path: str) -> torch.dtype | None:

@@ -70,6 +70,9 @@ def _drop_on_disk(command: config.DropConfig) -> None:
             card=partial(model_card.cut, Origin(command.model)),
             progress=show,
         )
+    if done.unused:
+        few = f"{len(done.unused)} tensor{'s' if len(done.unused) > 1 else ''}"
+        Console().say(f"  {few} for which the causal LM has no use, such as {done.unused[0]}: left out")
     print(
         f"{command.output}: {len(done.kept)} of {done.depth} layers, {done.bytes / 1e9:.3f} GB in "
         f"{done.shards} file(s), names, shapes and config checked"

@@ -33,22 +33,20 @@ def run(command: config.EvalConfig) -> None:
     if command.against:
         _check_against(command)
     loaded, data, scorer = _asked(command)
-    if command.generate:
-        asked = loaded.model, loaded.tokenizer, data.test, command.max_new_tokens, command.max_length
-        if note := cut_note(*asked, truncate=command.truncate):
-            Console().say(f"  {note}")
     evaluation = scorer.evaluate(loaded.model, data.metric)
     record: dict[str, Any] = {"model": command.model, "task": data.name, **evaluation.summary()}
     _tell(command.output, record, f"{data.name}: {evaluation_line(evaluation)}")
     if command.generate:
-        record["generation"] = _generation(command, loaded, data)
-        shown = ", ".join(f"{name} {value:.1f}" for name, value in record["generation"].items())
-        _tell(command.output, record, f"generated: {shown}")
+        record["generation"], told = _generation(command, loaded, data)
+        _tell(command.output, record, told)
     if command.against:
         del loaded
         memory.release()
-        record["against"], told = _against(command, data, scorer, evaluation)
+        other, theirs, record["against"], told = _against(command, data, scorer, evaluation)
         _tell(command.output, record, told)
+        if command.generate:
+            record["against"]["generation"], told = _generation(command, other, theirs)
+            _tell(command.output, record, f"against {command.against}: {told}")
 
 
 def _asked(
@@ -60,6 +58,10 @@ def _asked(
     if command.generate and data.kind != "generation":
         raise InputError(f"--generate needs a generation task, and {data.name} is of kind {data.kind}: leave it out")
     console = Console()
+    if command.generate:
+        asked = loaded.model, loaded.tokenizer, data.test, command.max_new_tokens, command.max_length
+        if note := cut_note(*asked, truncate=command.truncate):
+            console.say(f"  {note}")
     scorer = inputs.scorer(command, loaded.model, loaded.tokenizer, data.test)
     notes = [note for note in data.notes if earlier is None or note not in earlier.notes]
     for note in (*notes, *encoding.row_notes(reported=scorer.encoded), *filter(None, [scorer.note])):
@@ -89,13 +91,13 @@ def _of_against(command: config.EvalConfig) -> Iterator[None]:
 
 def _against(
     command: config.EvalConfig, data: tasks.TaskData, scorer: Scorer, evaluation: Evaluation
-) -> tuple[dict[str, Any], str]:
-    """Ask the other model the same: what is known of it and of the difference, and how that is told.
+) -> tuple[models.Loaded, tasks.TaskData, dict[str, Any], str]:
+    """Ask the other model the same: it and what it is asked, what is known of the difference, and how that is told.
 
     Raises:
         InputError: if it is asked other rows, or divides what is to be likely into other tokens.
     """
-    other = command.model_copy(update={"model": command.against, "generate": False})
+    other = command.model_copy(update={"model": command.against})
     with _of_against(command):
         loaded, theirs, own = _asked(other, data)
         if [item.place for item in theirs.test] != [item.place for item in data.test]:
@@ -115,9 +117,11 @@ def _against(
     found = own.evaluate(loaded.model, data.metric)
     answers = [paired.answers(one.per_item, asked.test) for one, asked in ((evaluation, data), (found, theirs))]
     above = paired.apart(*answers)
-    apart = "no answer differs" if paired.unanimous(above) else f"difference: {paired.shown(above)} points (paired)"
+    apart = f"difference: {paired.shown(above)} points (paired)"
+    if paired.unanimous(above):
+        apart = "every item scores the same"
     told = f"against {command.against}: {evaluation_line(found)}\n{apart}"
-    return {"model": command.against, **found.summary(), "above": above}, told
+    return loaded, theirs, {"model": command.against, **found.summary(), "above": above}, told
 
 
 def _targets(scorer: Scorer) -> dict[int, tuple[int, ...]]:
@@ -157,19 +161,21 @@ def evaluation_line(evaluation: Evaluation) -> str:
     return ", ".join([value, *others, *losses])
 
 
-def _generation(command: config.EvalConfig, loaded: models.Loaded, data: tasks.TaskData) -> dict[str, float]:
-    """Percentages over the reported split: exact match, ROUGE-L against the best reference, repeated word 4-grams."""
+def _generation(
+    command: config.EvalConfig, loaded: models.Loaded, data: tasks.TaskData
+) -> tuple[dict[str, float], str]:
+    """Percentages over the reported split, and how they are told: exact match, ROUGE-L against the best reference,
+    repeated word 4-grams."""
     answers = generate(
         *(loaded.model, loaded.tokenizer, data.test),
         max_new_tokens=command.max_new_tokens,
         max_length=command.max_length,
         token_budget=command.eval_batch_size,
     )
-    pairs = [
-        (answer, item.references or (item.target.strip(),)) for answer, item in zip(answers, data.test, strict=True)
-    ]
+    pairs = [(answer, item.references) for answer, item in zip(answers, data.test, strict=True)]
     exact = [metrics.exact_match(answer, references) for answer, references in pairs]
     rouge = [metrics.rouge_l(answer, references) for answer, references in pairs]
     repeated = [metrics.repetition(metrics.words(answer)) for answer in answers]
     columns = {"exact_match": exact, "rouge_l": rouge, "repetition": repeated}
-    return {name: 100 * sum(map(float, values)) / len(values) for name, values in columns.items()}
+    found = {name: 100 * sum(map(float, values)) / len(values) for name, values in columns.items()}
+    return found, "generated: " + ", ".join(f"{name} {value:.1f}" for name, value in found.items())

@@ -20,6 +20,11 @@ MEASURED = ("max_params", "max_memory", "target_speedup")
 """Targets whose depth is only known when it is reached."""
 SIZES = (*DEPTHS, *MEASURED)
 FLOORS = ("min_accuracy", "max_drop")
+TRAINING = (
+    *("text", "lr", "batch_size", "micro_batch_size", "weight_decay", "max_grad_norm"),
+    *("gradient_checkpointing", "checkpoint_minutes"),
+)
+"""Settings of all training."""
 AFTER_DROPS = ("train_ratio", "sparse_update", "train_embeddings", "cache_frozen_prefix", "optimizer_state", "distill")
 """Settings of the training after drops."""
 RECOVERING = ("recover_tolerance", "joint_tolerance", "max_joint")
@@ -125,12 +130,19 @@ class TrimConfig(TrainedModel, ScoreSettings, DataSettings):
                 never = "is for stages that may end early, and with --epochs-per-drop 0 none does: leave it out"
                 found |= self._given(("recover_tolerance",), never)
         if not self.trains:
-            found |= self._given(("text",), "is not trained on, since nothing is: leave it out, or train")
+            found |= self._given(TRAINING, "is for training, and nothing trains: leave it out, or train")
         if not self.trains_after_drops:
             found |= self._given(AFTER_DROPS, "is about the training after drops, and there is none: leave it out")
         elif not self.epochs_per_drop:
             one = "with --epochs-per-drop 0 there is one: leave it out"
             found |= self._given(("optimizer_state",), f"is for several stages after drops, and {one}")
+        if self.schedule == "epoch" and all(getattr(self, name) is None for name in FLOORS):  # those ask for it
+            if not self.epochs_per_drop:
+                never = "is about training after every drop, and with --epochs-per-drop 0 there is none: leave it out"
+                found |= self._given(("schedule",), never)
+            elif self.one_shot:
+                once = "is about several stages, and --one-shot has one: leave one of them out"
+                found |= self._given(("schedule",), once)
         if not self.one_shot:
             return found
         once = "--one-shot drops everything at once: leave one of them out"

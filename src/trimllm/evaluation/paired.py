@@ -26,12 +26,16 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 
 def shown(found: dict[str, float]) -> str:
-    """Such a difference as people read it: `-0.3 +- 0.8`."""
-    return f"{round(found['difference'], 1) + 0.0:+.1f} +- {found['stderr']:.1f}"
+    """Such a difference as people read it: `-0.3 +- 0.8`; with more digits, to the first that is none of zero, where
+    its error needs them (an error of "0.0" would say that it is certain)."""
+    error = found["stderr"]
+    digits = max(1, math.ceil(-math.log10(2 * error))) if error else 1
+    return f"{round(found['difference'], digits) + 0.0:+.{digits}f} +- {error:.{digits}f}"
 
 
 def unanimous(found: dict[str, float]) -> bool:
-    """Whether no answer differs at all: how sure a difference of 0 is, is then unknown; its error of 0 says nothing."""
+    """Whether both score the same at every item (answers may differ, where both are wrong): how sure a difference of 0
+    is, is then unknown; its error of 0 says nothing."""
     return not found["difference"] and not found["stderr"]
 
 

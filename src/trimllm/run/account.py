@@ -49,7 +49,7 @@ def above_line(above: dict[str, float], depth: int) -> str:
     """`-0.3 +- 0.8 points ...`: the saved model against the one that the drops began with."""
     whole = f"all {depth} layers, as they were before the drops"
     if unanimous(above):
-        return f"no answer differs from those of {whole}"
+        return f"every item scores as with {whole}"
     return f"{shown(above)} points against {whole} (paired answers)"
 
 

@@ -55,7 +55,8 @@ def device_line(config: TrimConfig, accelerator: Any) -> str:
     mixed = accelerator.mixed_precision
     weights = "float32" if config.dtype == "auto" else config.dtype
     several = f" in each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    return f"training on {accelerator.device}{several}, {weights}{f' with {mixed} products' if mixed != 'no' else ''}"
+    doing = "training" if config.trains else "scanning"
+    return f"{doing} on {accelerator.device}{several}, {weights}{f' with {mixed} products' if mixed != 'no' else ''}"
 
 
 def text_line(

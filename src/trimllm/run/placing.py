@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimllm import files
-from trimllm.config import Settings, TrimConfig, each_path
+from trimllm.config import Settings, TrimConfig, each_path, without_idle
 from trimllm.config.plain_settings import begun, read_yaml, stored, to_yaml
 from trimllm.errors import InputError
 from trimllm.tasks.catalog import find_builtin
@@ -83,6 +83,8 @@ def stored_settings(output: str | Path, kind: type[Settings] = TrimConfig) -> di
     path = Path(output) / CONFIG
     check_held(output, kind)
     values, folder = stored(path), begun(path)
+    with suppress(TypeError):  # of values that are none of a setting: who makes settings of them says which
+        values = without_idle(kind, values)  # an earlier version may have taken more
     if folder is None or folder == os.getcwd():
         return values
     placed = dict(values)
