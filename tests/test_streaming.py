@@ -186,8 +186,8 @@ def test_heads_for_further_tokens_go_with_their_count(tmp_path: Path, capsys: An
 
     words = ["drop", "--model", str(source), "--layers", "2", "--streaming", "--output", str(tmp_path / "told")]
     assert cli.main(words) == 0
-    told = capsys.readouterr().err
-    assert f"  {len(result.unused)} tensors for which the causal LM has no use, such as {result.unused[0]}: left" in told
+    told = f"  {len(result.unused)} tensors for which the causal LM has no use, such as {result.unused[0]}: left out"
+    assert told in capsys.readouterr().err
 
 
 def test_frequencies_that_old_files_hold_are_left_out(tmp_path: Path) -> None:
