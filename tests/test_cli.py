@@ -18,6 +18,7 @@ import helpers_run as h
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from trimllm import cli, config, console, files, parsing
@@ -25,11 +26,13 @@ from trimllm.blocks import legality
 from trimllm.checkpoints import models
 from trimllm.commands import eval as eval_command
 from trimllm.commands import export as export_command
+from trimllm.commands import scan as scan_command
 from trimllm.config import plain_settings
 from trimllm.errors import InputError, TrimError
 from trimllm.evaluation.paired import shown
-from trimllm.importance import scan
+from trimllm.importance import deletion, scan
 from trimllm.run import placing, rundir
+from trimllm.run.scan_file import ScanFile
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -809,6 +812,77 @@ def test_scan_writes_table_and_picture_and_refuses_to_do_it_twice(base, task, tm
     shown = next(line.split() for line in out.splitlines() if line.startswith("mlp 1 "))
     assert shown[2:4] == [f"{row['importance']:.4g}", f"{row['probability']:.1f}"], "what decides is shown"
     assert "already holds scan.json" in refusal(capsys, "scan", *words)
+
+
+def test_a_scan_that_was_cut_goes_on_and_so_does_its_analysis(base, task, tmp_path, capsys, monkeypatch):
+    words = ["scan", "--model", base, "--task", task, "--calibration-size", "12", "--eval-batch-size", "96"]
+    words += ["--analysis", "--analysis-items", "4", "--output"]
+    assert call(capsys, *words, tmp_path / "straight")[0] == 0
+    wanted = json.loads((tmp_path / "straight" / "scan.json").read_text())
+    measured, measure, explain = [], deletion.measure, scan_command.summary.analyse
+
+    def cut(*arguments, **named):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(arguments)
+        return measure(*arguments, **named)
+
+    def late(*_):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(deletion, "measure", cut)
+        assert refusal(capsys, *words, output, code=1) == "interrupted; the same command goes on"
+    (kept,) = output.iterdir()
+    assert kept.match("scan-*.jsonl")
+    assert len(kept.read_text().splitlines()) == 2
+
+    measured.clear()
+    monkeypatch.setattr(deletion, "measure", lambda *a, **k: measured.append(a) or measure(*a, **k))
+    monkeypatch.setattr(scan_command.summary, "analyse", late)
+    code, _, err = call(capsys, *words, output)
+    assert code == 1
+    assert "  goes on with a scan that was cut: 2 batches are there" in err
+    count = len(measured) + 2
+    assert json.loads((output / "scan.json").read_text())["units"] == wanted["units"]
+
+    other = [word if word != "4" else "5" for word in words]  # the same trials
+    measured.clear()
+    monkeypatch.setattr(scan_command.summary, "analyse", explain)
+    code, _, err = call(capsys, *other, output)
+    assert code == 0, err
+    assert f"{count} batches are there" in err
+    assert not measured
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        [f"{name}.{kind}" for name in ("scan", "analysis") for kind in ("json", "png")]
+    )
+
+
+def test_a_scan_of_something_else_does_not_take_up_what_was_cut(base, task, tmp_path, capsys, monkeypatch):
+    model = shutil.copytree(base, tmp_path / "model")
+    words = ["scan", "--task", task, "--calibration-size", "6", "--output", tmp_path / "scan", "--model", model]
+    keep = ScanFile.keep_batch
+
+    def cut(*arguments):
+        keep(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScanFile, "keep_batch", cut)
+        assert call(capsys, *words)[0] == 1
+    code, _, err = call(capsys, *words, "--unit", "sublayer")
+    assert code == 0, err
+    assert "goes on with" not in err
+    assert "already holds scan.json" in refusal(capsys, *words, "--unit", "sublayer")
+
+    (tmp_path / "scan" / "scan.json").unlink()
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    code, _, err = call(capsys, *words)
+    assert code == 0, err
+    assert "goes on with" not in err, "weights that changed since"
+    assert len(list((tmp_path / "scan").glob("scan-*.jsonl"))) == 1, "what was cut is kept for its own"
 
 
 def test_scan_by_loss_shows_likelihoods_and_an_analysis_accuracies(base, task, tmp_path, capsys):

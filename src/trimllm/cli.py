@@ -57,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _carried_out(words: list[str]) -> int:
     """The exit code of a command, which says itself what went wrong."""
-    remedy = "; a run that has begun goes on with --resume" if words and words[0] in RESUMABLE else ""
+    goes_on = dict.fromkeys(RESUMABLE, "; a run that has begun goes on with --resume")
+    goes_on["scan"] = "; the same command goes on"
+    remedy = goes_on.get(words[0], "") if words else ""
     try:
         with termination_raises() if processes() == 1 else nullcontext():  # a launcher ends its processes
             run(parse(words))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,15 @@ from trimllm.evaluation.evaluate import Scorer
 from trimllm.importance import scan
 from trimllm.importance.ranking import Ranking, rank
 from trimllm.importance.rules import Rules
+from trimllm.parallel import ALONE
 from trimllm.plot import analysis_plot, importance_plot
 from trimllm.run import used_rows
+from trimllm.run.scan_file import ScanFile
+
+UNDERWAY = "scan-{}.jsonl"
+"""What is scanned so far, by what it is of."""
+OF_NO_TRIAL = {"output", "analysis_items", "threads"}
+"""Settings by which trials are the same."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +39,31 @@ class _Prepared:
     scorer: Scorer
     asked: list[encoding.Encoded]
     """Questions of the analysis."""
+    underway: Path
+    """Where finished batches are kept until all is written."""
 
 
 def run(command: config.ScanConfig) -> None:
     """Importance of every unit: table, scan.json, scan.png; with --analysis what may explain it."""
     output, console = Path(command.output), Console()
-    for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
-        shared.fresh(output, product)
+    cut = any(output.glob(UNDERWAY.format("*")))  # an analysis, perhaps, after scan.json was written
+    if not cut:
+        _fresh(command)
     folders.check_writable(output)
     inputs.check_task(command)
     prepared = _prepare(command, console)
+    if cut and not prepared.underway.exists():  # that was of something else
+        _fresh(command)
     found = _scan(command, prepared, console)
     record = _show(command, prepared, found)
     if command.analysis:
         _explain(command, prepared, found.result, record)
+    prepared.underway.unlink(missing_ok=True)
+
+
+def _fresh(command: config.ScanConfig) -> None:
+    for product in ("scan.json", "analysis.json")[: 1 + command.analysis]:
+        shared.fresh(Path(command.output), product)
 
 
 def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
@@ -60,12 +79,17 @@ def _prepare(command: config.ScanConfig, console: Console) -> _Prepared:
     for note in encoding.row_notes(calibration=scorer.encoded):
         console.say(f"  {note}")
     asked = lens.questions(scorer) if command.analysis else []
-    return _Prepared(loaded.model, rules, data, scorer, asked)
+    of = command.model_dump_json(exclude=OF_NO_TRIAL) + loaded.fingerprint + data.digest()
+    underway = Path(command.output) / UNDERWAY.format(hashlib.sha256(of.encode()).hexdigest()[:12])
+    return _Prepared(loaded.model, rules, data, scorer, asked, underway)
 
 
 def _scan(command: config.ScanConfig, prepared: _Prepared, console: Console) -> Ranking:
-    """Measure every candidate, and say what the user should know of it."""
-    model, scorer = prepared.model, prepared.scorer
+    """Measure every candidate, or go on with it, and say what the user should know of it."""
+    model, scorer, metric = prepared.model, prepared.scorer, prepared.data.metric
+    file = ScanFile(prepared.underway, ALONE, mixed=scorer.autocast is not None)
+    if finished := file.batches(metric):
+        console.say(f"  goes on with a scan that was cut: {len(finished)} batches are there")
     # An analysis compares what it finds with accuracies too.
     asks_every_choice = command.analysis or command.metric is not None
     if not asks_every_choice and command.scan == "exact":
@@ -76,15 +100,17 @@ def _scan(command: config.ScanConfig, prepared: _Prepared, console: Console) -> 
         found = rank(
             model,
             scorer,
-            prepared.data.metric,
+            metric,
             command,
             prepared.rules,
             every_choice=asks_every_choice,
+            finished=finished,
+            on_part=lambda number, part: file.keep_batch(number, part, metric),
             progress=show,
         )
     for note in found.result.notes:
         console.say(f"  {note}")
-    return found
+    return replace(found, record=found.record | {"seconds": file.seconds})
 
 
 def _show(command: config.ScanConfig, prepared: _Prepared, found: Ranking) -> dict[str, Any]:

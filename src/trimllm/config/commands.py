@@ -60,7 +60,7 @@ class ScanConfig(ScanSettings, CalibrationSettings):
     analysis_items: Positive = ANALYSIS_ITEMS
     """With --analysis: most questions that are traced; its cost grows with them and with the layers."""
     output: Location
-    """Directory for scan.json and scan.png."""
+    """Directory for scan.json and scan.png; a scan that was cut goes on there, if the same is asked for again."""
 
     def idle(self) -> dict[str, str]:
         found = super().idle()

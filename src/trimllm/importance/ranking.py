@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from trimllm.config import ScanSettings, plain_settings
 from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import TOKEN_BUDGET, Scorer
 from trimllm.importance import scan
+from trimllm.importance.deletion import Part
 from trimllm.importance.rules import Rules, Scanned
 from trimllm.importance.scan import ScanResult
 from trimllm.importance.select import Choice
@@ -38,10 +39,12 @@ def rank(
     rules: Rules,
     *,
     every_choice: bool = False,
+    finished: Mapping[int, Part] | None = None,
+    on_part: Callable[[int, Part], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Ranking:
     """Scan a model, none of whose layers are dropped. With `every_choice` wrong answers are asked, too, where the
-    strategy goes by right ones alone.
+    strategy goes by right ones alone. `finished` and `on_part` as in `scan.scan`.
 
     Raises:
         InputError: if runs are longer than the model, or nothing can be scanned.
@@ -58,6 +61,8 @@ def rank(
         length=rules.length,
         run=settings.run or max(1, depth // 2),
         race=rules.race(model, intact),
+        finished=finished,
+        on_part=on_part,
         progress=progress,
     )
     scanned = Scanned(model, intact, result, rules.evidence(model, intact, scorer, result))
