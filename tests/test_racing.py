@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import helpers_run as h
 import numpy as np
@@ -157,8 +158,10 @@ def test_scan_that_races_finds_what_the_exact_one_finds(knowing):
     for i in racing_scan.running:
         if racing_scan.trials[i].n == 96:
             assert racing_scan.trials[i].value == pytest.approx(exact.trials[i].value)
-    assert racing_scan.computed < 1
-    assert f"{len(racing_scan.running)} of 6 candidates to the end" in racing_scan.notes[-1]
+    said = re.fullmatch(r"race: (\d) of 6 candidates to the end, (\d+)% of the trials computed", racing_scan.notes[-1])
+    assert said
+    assert int(said[1]) == len(racing_scan.running)
+    assert int(said[2]) < 100
     assert sum(len(trial) > 0 for part in kept.values() for trial in part.trials) < 6 * len(kept)
     # what was finished before an interruption is not computed again
     half = {n: Part.load(kept[n].dump()) for n in sorted(kept)[: len(kept) // 2]}

@@ -26,7 +26,7 @@ from trimllm.importance.joint import Joint
 from trimllm.parallel import ALONE
 from trimllm.run import account, opening, progressive, recovery
 from trimllm.run.recovery import Recovery
-from trimllm.run.several import Several
+from trimllm.run.set_search import SetSearch
 from trimllm.run.targets import drops_end_sooner, least_depth, stage_epochs, stages_ahead
 from trimllm.training import train, training_rows
 from trimllm.training.packing import Example
@@ -186,7 +186,7 @@ def test_harmless_is_loss_and_accuracy(value, loss, passes, stderr, points):
 
 @pytest.mark.parametrize("most", [2, 4])
 def test_blocks_that_only_harm_together_go_one_by_one_and_few_sets_are_tried(base, task, tmp_path, monkeypatch, most):
-    together, measure, inside = Several.grow, Scorer.evaluate, []
+    together, measure, inside = SetSearch.grow, Scorer.evaluate, []
 
     def evaluate(self, model, *arguments, **more):
         found = measure(self, model, *arguments, **more)
@@ -201,7 +201,7 @@ def test_blocks_that_only_harm_together_go_one_by_one_and_few_sets_are_tried(bas
         return chosen
 
     monkeypatch.setattr(Scorer, "evaluate", evaluate)
-    monkeypatch.setattr(Several, "grow", watched)
+    monkeypatch.setattr(SetSearch, "grow", watched)
     h.run(base, task, tmp_path / "run", **EASY, depth=3, max_joint=most)
     drops = h.journal(tmp_path / "run", "drop")
     assert [len(drop["units"]) for drop in drops] == [1, 1]

@@ -30,7 +30,7 @@ from trimllm.evaluation.paired import difference
 from trimllm.importance import scan, scores, weights
 from trimllm.importance.rules import Rules
 from trimllm.run import account, deciding, progressive, rundir, targets
-from trimllm.run.several import Several
+from trimllm.run.set_search import SetSearch
 from trimllm.tasks import Item
 from trimllm.training import losses, train
 
@@ -400,7 +400,7 @@ def test_what_a_set_of_drops_may_cost_is_a_question_or_the_ties_that_are_asked_f
     config = TrimConfig(**h.settings(base, task, tmp_path / "run", schedule="recover", tie_tolerance=asked))
     calibration = SimpleNamespace(items=[None] * 6)
     rules = Rules(config, tiny.build("llama", 4), 0)
-    assert Several(config, rules, calibration, metric, torch.float32).points == pytest.approx(points)
+    assert SetSearch(config, rules, calibration, metric, torch.float32).points == pytest.approx(points)
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from trimllm.blocks import config_rules, families
 from trimllm.blocks.decoder import blocks, depth, text_config, text_decoder
 from trimllm.blocks.layout import Layout, places, plan_record, positions, whole, without
 from trimllm.blocks.legality import refusal
-from trimllm.checkpoints import belongings, folders, shards
+from trimllm.checkpoints import belongings, folders, models, shards
 from trimllm.checkpoints.dtypes import FLOATS
-from trimllm.checkpoints.loading import check_folder, explain, no_safetensors, quiet
+from trimllm.checkpoints.loading import check_folder, no_safetensors, quiet
 from trimllm.checkpoints.renumbering import Numbering, list_paths
 from trimllm.checkpoints.shards import Planned, Tensor
 from trimllm.checkpoints.skeleton import (
@@ -103,7 +102,7 @@ def drop_on_disk(
     source, target, limit = Path(source).expanduser(), Path(target).expanduser(), shards.parse_size(max_shard_size)
     folders.check_target(target, source=source)
     check_folder(source)
-    config = _config(source, trust_remote_code)
+    config = models.config_of(str(source), trust_remote_code=trust_remote_code)
     if not shards.present(source):
         raise InputError(no_safetensors(str(source)))
     tensors, metadata = shards.read(source)
@@ -151,13 +150,6 @@ def drop_on_disk(
     kept = tuple(numbering.kept)
     largest = max(tensor.size for tensor in tensors)
     return Streamed(kept, count, len(groups), len(plan), total, largest, tuple(sorted(unused)))
-
-
-def _config(source: Path, trust_remote_code: bool) -> Any:
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise InputError(explain(str(source), error)) from error
 
 
 def _new_config(config: Any, layout: Layout, numbering: Numbering, old: Skeleton) -> Any:
@@ -305,6 +297,7 @@ def _check_written(folder: Path, kind: Any, plan: Sequence[Planned], expected: F
     facts = [{(t.name, t.dtype, t.shape, t.size) for t in tensors} for tensors in (plan, written)]
     if facts[0] != facts[1]:
         raise TrimError(f"the files in {folder} do not hold what was written: check the disk")
-    problem = problem_of(Skeleton(kind, plain_config(_config(folder, trust_remote_code)), written), expected)
+    config = models.config_of(str(folder), trust_remote_code=trust_remote_code)
+    problem = problem_of(Skeleton(kind, plain_config(config), written), expected)
     if problem:
         raise TrimError(f"the new checkpoint is wrong: it {problem}")

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from trimllm import files
 from trimllm.blocks.layout import HALVES
+from trimllm.checkpoints import models
 from trimllm.config import ExportConfig
 from trimllm.errors import InputError, TrimError, one_line
 
@@ -66,10 +66,7 @@ def write(folder: Path, target: Path, command: ExportConfig) -> str:
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read {folder / 'config.json'}: {one_line(error)}") from error
+    config = models.config_of(str(folder), trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"--to gguf: the weights in {folder} are quantized already: export the unquantized checkpoint")
     return config

@@ -61,8 +61,6 @@ class ScanResult:
     notes: tuple[str, ...] = ()
     running: tuple[int, ...] | None = None
     """After a race: the candidates that it did not stop, which saw all items. The others' values are foreseen."""
-    computed: float = 1.0
-    """Share of the trials (candidates times items) that were computed."""
 
     def eligible(self, allowed: Collection[int], strategy: str) -> set[int]:
         """Those of the `allowed` candidates that may go first: no race stopped them; for angular, their run fits."""
@@ -228,7 +226,7 @@ def _race(
     trials = [trial_of(i) for i in range(len(end.seen))]
     share = end.computed / (count * len(trials))
     note = f"race: {len(end.running)} of {len(trials)} candidates to the end, {share:.0%} of the trials computed"
-    return replace(untried, trials=trials, running=end.running, computed=share, notes=(note,))
+    return replace(untried, trials=trials, running=end.running, notes=(note,))
 
 
 def _candidates(model: Any, every: Sequence[Unit], batch: Batch | None) -> tuple[list[Unit], list[str]]:
@@ -274,7 +272,7 @@ def positions(candidates: Sequence[Unit], original: Sequence[int]) -> Array:
 def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence[str]) -> dict[str, Any]:
     """What a scan found, for scan.json: the intact model, and one row per candidate in order of depth."""
     values = importance(deciding(strategy), evidence)
-    norms = s_norm(evidence.norm) if evidence.norm is not None else None
+    norms = s_norm(result.norm)
     rows = []
     for i, name in enumerate(names):
         row: dict[str, Any] = {"unit": name, "importance": float(values[i]) if np.isfinite(values[i]) else None}
@@ -288,9 +286,7 @@ def table(result: ScanResult, evidence: Evidence, strategy: str, names: Sequence
             }
             if result.running is not None and i not in result.running:
                 row |= {"stopped": True, "n": trial.n}
-        if norms is not None:
-            row |= {"norm": float(result.norm[i]), "s_norm": float(norms[i])}
-        rows.append(row | {"cosine": float(result.cosine[i])})
+        rows.append(row | {"norm": float(result.norm[i]), "s_norm": float(norms[i]), "cosine": float(result.cosine[i])})
     return {
         "strategy": strategy,
         "intact": result.intact.summary(),

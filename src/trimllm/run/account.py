@@ -136,6 +136,14 @@ def worsened(stage: dict[str, Any], base: dict[str, Any]) -> str | None:
     )
 
 
+def after_stage(
+    stage: dict[str, Any], base: dict[str, Any], config: TrimConfig, calibration: Sequence[Item]
+) -> list[str]:
+    """Warnings about a depth that was trained, and about the first, with which drops begin; rows are journaled ones."""
+    begin = [guessing(stage, calibration), loose(config, stage)] if stage["stage"] == 0 else []
+    return [line for line in (*begin, worsened(stage, base)) if line]
+
+
 def few_rows(items: Sequence[Item]) -> str | None:
     """One line if the calibration set is too small to decide anything."""
     if len(items) >= FEW:
@@ -194,10 +202,11 @@ def at_the_end(run: Outcome) -> list[str]:
 
 def warnings(run: Outcome) -> list[str]:
     """Everything that the user was warned of on the way, in that order, but for the disk."""
-    worse = [*run.warned, guessing(run.stages[0], run.data.calibration), loose(run.config, run.stages[0])]
-    worse += [worsened(row, run.base) for row in run.stages]
+    found = list(run.warned)
+    for row in run.stages:
+        found += after_stage(row, run.base, run.config, run.data.calibration)
     missed = targets.missed(run.config, run.ended) if run.ended else None
-    return [line for line in (*worse, missed) if line] + at_the_end(run)
+    return [*found, *([missed] if missed else []), *at_the_end(run)]
 
 
 def tokens(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from trimllm.importance.select import Choice
 from trimllm.parallel import Share
 from trimllm.run import targets
 from trimllm.run.scan_file import ScanFile
-from trimllm.run.several import Several
+from trimllm.run.set_search import SetSearch
 from trimllm.run.targets import End
 
 
@@ -58,7 +58,7 @@ class Decider:
         self.rules = Rules(config, model, config.seed, least=config.min_depth)
         self.base_depth, self.length = self.rules.base_depth, self.rules.length
         self.wanted = targets.wanted_depth(config, self.base_depth)
-        self.several = Several(config, self.rules, calibration, metric, save_dtype)
+        self.sets = SetSearch(config, self.rules, calibration, metric, save_dtype)
 
     def check(self, model: Any) -> None:
         """Refuse what cannot succeed, before anything is computed.
@@ -134,7 +134,7 @@ class Decider:
         scanned = Scanned(model, layout, result, evidence)
         choices, tried = self._choose(scanned), list[Joint]()
         if self.config.schedule == "recover":
-            choices, tried = self.several.grow(scanned, choices[0], file)
+            choices, tried = self.sets.grow(scanned, choices[0], file)
         return Decision(choices, self._order(scanned), result, evidence, tried, file.seconds)
 
     def _scan(self, model: Any, layout: Layout, file: ScanFile, console: Console) -> ScanResult:

@@ -280,8 +280,7 @@ class Run:
             state.trained = self._train(state, epochs, name)
         known = {"stage": state.stages, "train": state.trained, "dropped": state.pending}
         row, base = self.recorder.record("stage", state.model, state.layout, **known), self.journal.of("base")[0]
-        first = [account.guessing(row, self.ready.data.calibration), account.loose(self.config, row)] if warm else []
-        for warning in filter(None, [*first, account.worsened(row, base)]):
+        for warning in account.after_stage(row, base, self.config, self.ready.data.calibration):
             self.console.warn(warning)
         if warm and (time := opening.time_ahead(self.config, self.ready.ahead, self.ready.tokens_per_epoch, row)):
             self.console.say(time)

@@ -14,7 +14,7 @@ from trimllm.tasks import load_text
 from trimllm.tasks.items import Item
 from trimllm.training.packing import Example
 
-Settings = TrimConfig | CompareConfig
+Trained = TrimConfig | CompareConfig
 """What is trained on, and how."""
 
 SMALLEST = 16
@@ -22,7 +22,7 @@ SMALLEST = 16
 
 
 def examples(
-    settings: Settings, tokenizer: Any, model_config: Any, items: Sequence[Item], text_length: int
+    settings: Trained, tokenizer: Any, model_config: Any, items: Sequence[Item], text_length: int
 ) -> tuple[list[Example], list[Example]]:
     """The rows of a task's items, and those of --text, which have `text_length` tokens or the context's.
 
@@ -118,7 +118,7 @@ def _endless(rows: Sequence[Example], rng: random.Random) -> Iterator[Example]:
 
 def _batches(rows: Sequence[Example], budget: int, rng: random.Random) -> list[list[Example]]:
     """Rows of similar length together (sorted within random pools of about 16 batches), padding counted."""
-    pools, out = [], []
+    out = []
     average = max(1, sum(len(row.ids) for row in rows) // max(1, len(rows)))
     size = max(1, 16 * budget // average)
     order = rng.sample(list(rows), len(rows))

@@ -20,7 +20,7 @@ from trimllm.run import sizes, targets
 from trimllm.run.scan_file import ScanFile
 
 
-class Several:
+class SetSearch:
     """Grows a set of units that go at once, on the present model after its scan.
 
     What is not harmless alone is not tried, and after `max_joint` failures nothing more is. No set goes beyond a
