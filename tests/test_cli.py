@@ -819,7 +819,7 @@ def test_a_scan_that_was_cut_goes_on_and_so_does_its_analysis(base, task, tmp_pa
     words += ["--analysis", "--analysis-items", "4", "--output"]
     assert call(capsys, *words, tmp_path / "straight")[0] == 0
     wanted = json.loads((tmp_path / "straight" / "scan.json").read_text())
-    measured, measure, explain = [], deletion.measure, scan_command.summary.analyse
+    measured, measure, explain = [], deletion.measure, scan_command.summary.measure
 
     def cut(*arguments, **named):
         if len(measured) == 2:
@@ -840,7 +840,7 @@ def test_a_scan_that_was_cut_goes_on_and_so_does_its_analysis(base, task, tmp_pa
 
     measured.clear()
     monkeypatch.setattr(deletion, "measure", lambda *a, **k: measured.append(a) or measure(*a, **k))
-    monkeypatch.setattr(scan_command.summary, "analyse", late)
+    monkeypatch.setattr(scan_command.summary, "measure", late)
     code, _, err = call(capsys, *words, output)
     assert code == 1
     assert "  goes on with a scan that was cut: 2 batches are there" in err
@@ -849,7 +849,7 @@ def test_a_scan_that_was_cut_goes_on_and_so_does_its_analysis(base, task, tmp_pa
 
     other = [word if word != "4" else "5" for word in words]  # the same trials
     measured.clear()
-    monkeypatch.setattr(scan_command.summary, "analyse", explain)
+    monkeypatch.setattr(scan_command.summary, "measure", explain)
     code, _, err = call(capsys, *other, output)
     assert code == 0, err
     assert f"{count} batches are there" in err

@@ -10,7 +10,7 @@ import numpy as np
 from trimllm.analysis import lens, ranks, tracing
 from trimllm.blocks import decoder
 from trimllm.config import ScanConfig
-from trimllm.console import Console, table
+from trimllm.console import table
 from trimllm.errors import InputError
 from trimllm.evaluation import forward
 from trimllm.evaluation.encoding import Encoded
@@ -38,23 +38,6 @@ MEASURES = {
 control: what grows with depth agrees with everything else that does."""
 VERDICTS = {"value": -1, "probability": -1, "loss": 1}
 """What a scan says of a unit by what is found without it -> 1 if the unit is worth more the higher that is, else -1."""
-
-
-def analyse(
-    command: ScanConfig,
-    model: Any,
-    scorer: Scorer,
-    asked: Sequence[Encoded],
-    result: ScanResult,
-    scanned: dict[str, Any],
-) -> dict[str, Any]:
-    """`measure`, then `record`; says on the console what is left out."""
-    console = Console()
-    with console.progress("tracing") as show:
-        found = measure(command, model, scorer, asked, result, show)
-    for note in found["notes"]:
-        console.say(f"  {note}")
-    return record(found, scanned, command.seed)
 
 
 def measure(

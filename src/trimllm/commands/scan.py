@@ -57,7 +57,7 @@ def run(command: config.ScanConfig) -> None:
     found = _scan(command, prepared, console)
     record = _show(command, prepared, found)
     if command.analysis:
-        _explain(command, prepared, found.result, record)
+        _explain(command, prepared, found.result, record, console)
     prepared.underway.unlink(missing_ok=True)
 
 
@@ -132,10 +132,16 @@ def _show(command: config.ScanConfig, prepared: _Prepared, found: Ranking) -> di
     return record
 
 
-def _explain(command: config.ScanConfig, prepared: _Prepared, result: scan.ScanResult, record: dict[str, Any]) -> None:
+def _explain(
+    command: config.ScanConfig, prepared: _Prepared, result: scan.ScanResult, record: dict[str, Any], console: Console
+) -> None:
     """Print and write what may explain the scan: analysis.json and its picture."""
     output = Path(command.output)
-    explained = summary.analyse(command, prepared.model, prepared.scorer, prepared.asked, result, record)
+    with console.progress("tracing") as show:
+        found = summary.measure(command, prepared.model, prepared.scorer, prepared.asked, result, show)
+    for note in found["notes"]:
+        console.say(f"  {note}")
+    explained = summary.record(found, record, command.seed)
     print(f"\n{summary.report(explained)}")
     files.write_json(output / "analysis.json", explained)
     analysis_plot(explained, output / "analysis.png")
