@@ -13,7 +13,7 @@ from trimllm.errors import InputError
 from trimllm.evaluation.evaluate import TOKEN_BUDGET, Scorer
 from trimllm.importance import scan
 from trimllm.importance.deletion import Part
-from trimllm.importance.rules import Rules, Scanned
+from trimllm.importance.rules import Rules
 from trimllm.importance.scan import ScanResult
 from trimllm.importance.select import Choice
 from trimllm.tasks.items import Item
@@ -65,7 +65,7 @@ def rank(
         on_part=on_part,
         progress=progress,
     )
-    scanned = Scanned(model, intact, result, rules.evidence(model, intact, scorer, result))
+    scanned = rules.scanned(model, intact, result, rules.evidence(model, intact, scorer, result))
     names = [describe(unit, intact) for unit in result.candidates]
     choice, reason = rules.first(scanned)
     first = names[choice.index] if choice else None

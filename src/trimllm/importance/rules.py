@@ -27,6 +27,10 @@ class Scanned:
     """Its original halves."""
     result: ScanResult
     evidence: Evidence
+    free: list[int]
+    """The candidates that may go."""
+    reason: str
+    """Why none may."""
 
     def without(self, chosen: Sequence[int]) -> Layout:
         """What is left of the present blocks without these candidates."""
@@ -93,13 +97,17 @@ class Rules:
         position = scan.positions(result.candidates, original)
         return result.evidence(position, self.base_depth, self._seed(layout), **extra)
 
+    def scanned(self, model: Any, layout: Layout, result: ScanResult, evidence: Evidence) -> Scanned:
+        """What a scan found, with what may go."""
+        return Scanned(model, layout, result, evidence, *self.free(model, layout, result.candidates))
+
     def first(self, scanned: Scanned) -> tuple[Choice | None, str]:
         """What goes first, or None and why nothing may go."""
-        free, reason = self.free(scanned.model, scanned.layout, scanned.result.candidates)
-        allowed = scanned.result.eligible(free, self.settings.strategy)
-        if not allowed:
-            return None, reason if not free else "no run fits after a layer that may go: ask for a shorter --run"
-        return self.choose(scanned, allowed), ""
+        allowed = scanned.result.eligible(scanned.free, self.settings.strategy)
+        if allowed:
+            return self.choose(scanned, allowed), ""
+        no_run = "no run fits after a layer that may go: ask for a shorter --run"
+        return None, no_run if scanned.free else scanned.reason
 
     def choose(self, scanned: Scanned, allowed: Collection[int]) -> Choice:
         """The least important of the candidates that are allowed."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trimllm.blocks import decoder, legality
-from trimllm.blocks.layout import Layout, Unit, describe, remove, whole
+from trimllm.blocks.layout import Layout, describe, remove, whole
 from trimllm.config import TrimConfig
 from trimllm.console import Console
 from trimllm.errors import InputError
@@ -90,7 +90,7 @@ class Decider:
                 f"--min-depth {self.config.min_depth}: nothing can be dropped: layers of the {self.base_depth} go "
                 f"{self.length} at a time: allow {self.base_depth - self.length}"
             )
-        free = self.droppable(model, whole(self.base_depth))
+        free, _ = self.rules.free(model, whole(self.base_depth))
         if not free:
             raise InputError(f"--protect {','.join(map(str, self.config.protect))}: nothing is left to drop")
         if self.config.one_shot and self.wanted is not None:
@@ -104,7 +104,7 @@ class Decider:
         depth = len(layout)
         if self.rules.too_few(depth):
             return End.least(self.config, depth)
-        free = self.droppable(model, layout)
+        free, _ = self.rules.free(model, layout)
         if not free:
             return targets.STUCK
         why = self._no_run(depth, free)
@@ -119,10 +119,6 @@ class Decider:
             return None
         return f"no run of {run} layers begins with one that may go"
 
-    def droppable(self, model: Any, layout: Layout, candidates: list[Unit] | None = None) -> set[int]:
-        """Which candidates may go (see `Rules.free`)."""
-        return set(self.rules.free(model, layout, candidates)[0])
-
     def decide(self, model: Any, layout: Layout, parts: Path, share: Share, console: Console) -> Decision:
         """Scan the present model (`layout`: its original halves) and choose.
 
@@ -131,7 +127,7 @@ class Decider:
         file = ScanFile(parts, share, mixed=self.calibration.autocast is not None)
         result = replace(self._scan(model, layout, file, console), seconds=file.seconds)
         evidence = share.from_first(lambda: self.rules.evidence(model, layout, self.calibration, result))
-        scanned = Scanned(model, layout, result, evidence)
+        scanned = self.rules.scanned(model, layout, result, evidence)
         choices, tried = self._choose(scanned), list[Joint]()
         if self.config.schedule == "recover":
             choices, tried = self.sets.grow(scanned, choices[0], file)
@@ -162,14 +158,12 @@ class Decider:
             if first is None:
                 raise InputError(f"nothing can be dropped: {why}")
             return [first]
-        model, layout, result = scanned.model, scanned.layout, scanned.result
-        droppable = self.droppable(model, layout, result.candidates)
-        allowed = result.eligible(droppable, self.config.strategy)
-        found = (result.candidates, scanned.evidence, self.config.strategy)
-        count = (len(layout) - self.wanted) // self.length
+        found = (scanned.model, scanned.result.candidates, scanned.evidence, self.config.strategy)
+        count = (len(scanned.layout) - self.wanted) // self.length
         if scores.deciding(self.config.strategy) == "angular":
-            return at_once.nearest_run(model, *found, count, allowed=droppable)
-        return at_once.apart(model, *found, count, tolerance=self.rules.tolerance, allowed=allowed)
+            return at_once.nearest_run(*found, count, allowed=set(scanned.free))
+        allowed = scanned.result.eligible(scanned.free, self.config.strategy)
+        return at_once.apart(*found, count, tolerance=self.rules.tolerance, allowed=allowed)
 
     def _order(self, scanned: Scanned) -> list[int]:
         """Original indices of the present blocks' attentions, those most likely to stay first.
@@ -178,8 +172,7 @@ class Decider:
         as the least important of them. Ties go by the score that breaks them, by the norm where the strategy has none.
         """
         layout, result, evidence = scanned.layout, scanned.result, scanned.evidence
-        free = self.droppable(scanned.model, layout, result.candidates)
-        open_ = {place for i in free for place in result.candidates[i].blocks}
+        open_ = {place for i in scanned.free for place in result.candidates[i].blocks}
         by = scores.deciding(self.config.strategy)
         values = scores.importance(by, evidence)
         breaks = scores.importance(scores.breaking(self.config.strategy) or "norm", evidence)

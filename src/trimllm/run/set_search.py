@@ -42,8 +42,7 @@ class SetSearch:
     def grow(self, scanned: Scanned, first: Choice, file: ScanFile) -> tuple[list[Choice], list[Joint]]:
         """`first` and what can go with it, and every set that was tried, which the file keeps."""
         candidates = scanned.result.candidates
-        free, _ = self.rules.free(scanned.model, scanned.layout, candidates)
-        eligible = scanned.result.eligible(free, self.config.strategy)
+        eligible = scanned.result.eligible(scanned.free, self.config.strategy)
         alone = {i for i in eligible if self._harmless_alone(scanned.result, i)}
         choices = {first.index: first}
 
