@@ -54,6 +54,11 @@ def base_of(name: str | Path) -> str | None:
     return str(local) if local.is_dir() else base
 
 
+def base_or_self(name: str) -> str:
+    """The checkpoint with the config and most of the weights: an adapter's base, or the model itself."""
+    return base_of(name) or name
+
+
 def has_file(name: str, file: str) -> bool:
     """Whether an adapter, in a folder or on the Hub, has a file of that name."""
     if Path(name).is_dir():

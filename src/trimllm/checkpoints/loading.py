@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from trimllm import files, memory
 from trimllm.blocks import adapters
 from trimllm.checkpoints import backends, belongings, shards
+from trimllm.config import EMBEDDED
 from trimllm.errors import InputError, one_line
 from trimllm.offline import hub_or_cache, is_path
 
@@ -34,12 +35,12 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 DEMO = Path(__file__).parents[1] / "demo" / "base"
-"""The embedded model, which `--model demo` names."""
+"""Where the embedded model is."""
 
 
 def path_of(name: str | Path) -> str:
     """Where the model is: `demo` is the embedded one, others a directory (`~` is the home) or a Hub id."""
-    return str(DEMO) if name == "demo" else os.path.expanduser(name)
+    return str(DEMO) if name == EMBEDDED else os.path.expanduser(name)
 
 
 BUFFERS = (".inv_freq", ".attn.bias", ".masked_bias")

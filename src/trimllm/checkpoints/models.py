@@ -15,7 +15,7 @@ import torch
 from trimllm.blocks import adapters
 from trimllm.checkpoints import arithmetic, backends, loading, room, shards
 from trimllm.checkpoints.dtypes import DTYPES
-from trimllm.config import ModelSettings, TrainedModel
+from trimllm.config import EMBEDDED, ModelSettings, TrainedModel
 from trimllm.errors import InputError
 from trimllm.offline import hub_or_cache
 
@@ -149,8 +149,8 @@ def load(
     backends.probe(model, settings.attention, training=training)
     _check_causal(model, settings.model)
     notes = [f"{settings.model} is an adapter: merged into its base {base}"] if base is not None else []
-    if settings.model == "demo" and Path("demo").exists():
-        notes.append("demo is the embedded model: what has this name here would be ./demo")
+    if settings.model == EMBEDDED and Path(EMBEDDED).exists():
+        notes.append(f"{EMBEDDED} is the embedded model: what has this name here would be ./{EMBEDDED}")
     if unread := getattr(model, "unread", ()):
         few = f"{len(unread)} tensor{'s' if len(unread) > 1 else ''} of its files"
         notes.append(f"{few} have no place in the model that its config describes, such as {unread[0]}: not read")
@@ -178,7 +178,7 @@ def quantization_of(path: str, settings: ModelSettings) -> str | None:
     Raises:
         InputError: if there is no checkpoint, or its config cannot be read.
     """
-    if (folder := Path(adapters.base_of(path) or path)).is_dir():
+    if (folder := Path(adapters.base_or_self(path))).is_dir():
         loading.check_folder(folder)
     config = config_of(path, trust_remote_code=settings.trust_remote_code)
     found = getattr(config, "quantization_config", None) or {}
@@ -247,7 +247,7 @@ def config_of(path: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    name = adapters.base_of(path) or path
+    name = adapters.base_or_self(path)
     loading.check_path(name)
     try:
         with hub_or_cache(name):
@@ -263,7 +263,7 @@ def checked_config(path: str, settings: ModelSettings) -> Any:
         InputError: if they are missing, torn, or not of a kind that the settings allow; see also `config_of`.
     """
     config = config_of(path, trust_remote_code=settings.trust_remote_code)
-    folder = Path(adapters.base_of(path) or path)
+    folder = Path(adapters.base_or_self(path))
     if folder.is_dir():
         loading.check_folder(folder)
         if not shards.present(folder) and not settings.allow_pickle:
@@ -276,4 +276,4 @@ def saved_dtype(path: str, *, trust_remote_code: bool) -> torch.dtype | None:
     None where neither is known."""
     config = config_of(path, trust_remote_code=trust_remote_code)
     named = config.dtype or config.get_text_config(decoder=True).dtype
-    return named or room.dtype_of_weights(adapters.base_of(path) or path)
+    return named or room.dtype_of_weights(adapters.base_or_self(path))

@@ -21,6 +21,7 @@ from trimllm.config.commands import (
 )
 from trimllm.config.shared import (
     COARSEST,
+    EMBEDDED,
     RESOLUTION,
     STRATEGIES,
     DataSettings,
@@ -39,6 +40,7 @@ from trimllm.config.trim import TrimConfig
 
 __all__ = [
     "COARSEST",
+    "EMBEDDED",
     "RESOLUTION",
     "STRATEGIES",
     "BenchConfig",

@@ -60,6 +60,8 @@ COARSEST = 50.0
 """Most accuracy points that one calibration question may be worth: there are two of them at least."""
 ANALYSIS_ITEMS = 64
 """Questions of causal tracing."""
+EMBEDDED = "demo"
+"""The model that comes with us; a folder of that name is `./demo`."""
 
 
 class Settings(BaseModel):

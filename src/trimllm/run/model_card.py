@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from trimllm.blocks.layout import Layout, whole_layers
 from trimllm.checkpoints import loading
 from trimllm.checkpoints.origin import Origin
-from trimllm.config import TrimConfig
+from trimllm.config import EMBEDDED, TrimConfig
 from trimllm.importance.scores import deciding
 from trimllm.offline import is_path
 from trimllm.run import licences
@@ -191,7 +191,7 @@ def _short(base: Origin) -> str:
 
 
 def _on_hub(name: str) -> bool:
-    return not is_path(name) and (name.count("/") == 1 or (name != "demo" and loading.on_disk(name) is not None))
+    return not is_path(name) and (name.count("/") == 1 or (name != EMBEDDED and loading.on_disk(name) is not None))
 
 
 def _data(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimllm import files
-from trimllm.config import Settings, TrimConfig, each_path, without_idle
+from trimllm.config import EMBEDDED, Settings, TrimConfig, each_path, without_idle
 from trimllm.config.plain_settings import begun, read_yaml, stored, to_yaml
 from trimllm.errors import InputError
 from trimllm.tasks.catalog import find_builtin
@@ -20,8 +20,6 @@ CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
 STAGE = "stage.pt"
 """A stage of training that is under way."""
-EMBEDDED = "demo"
-"""The model that comes with us; a folder of that name is `./demo`."""
 PATHS = ("model", "task", "text", "task_files", "also", "baselines_python")
 """Settings that may name files and folders."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimllm import files
-from trimllm.run import placing
+from trimllm.config import EMBEDDED
 from trimllm.tasks import Item, TaskData
 from trimllm.tasks.splits import spaced
 
@@ -47,7 +47,7 @@ def keep(folder: Path, data: TaskData, base: str, seed: int, *, trains: bool = T
 def of(model: str | Path) -> Used:
     """What a checkpoint was made with, by where it lies: in the folder of a run or comparison, or below."""
     path = Path(model).expanduser()
-    if path.is_dir() and str(model) != placing.EMBEDDED:
+    if path.is_dir() and str(model) != EMBEDDED:
         for start in (path.absolute(), path.resolve()):  # a link leads to a run, or out of one
             for folder in [start, *start.parents][:FOLDERS]:
                 if (folder / FILE).exists():
